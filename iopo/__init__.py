@@ -1,0 +1,3 @@
+"""Input-Output Preference Optimization (IOPO) in plain PyTorch."""
+
+__version__ = "0.1.0"
