@@ -1,0 +1,1 @@
+"""The head: log-probabilities of target tokens without the logits ever existing."""
