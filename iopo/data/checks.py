@@ -1,0 +1,149 @@
+"""What a row must look like, as a list of faults: one sentence each, without file or line."""
+
+import difflib
+from collections.abc import Mapping
+
+REQUIRED = {
+    "quad": ("x1", "y1", "x2", "y2"),
+    "pair": ("x", "chosen", "rejected"),
+    "sft": ("x", "y"),
+}
+OPTIONAL = {
+    "quad": ("id", "system", "c1", "c2"),
+    "pair": ("id", "system"),
+    "sft": ("id", "system"),
+}
+# The two texts of each tuple must differ, or the row asks for nothing.
+DIFFERENT = {"quad": (("x1", "x2"), ("y1", "y2")), "pair": (("chosen", "rejected"),), "sft": ()}
+GOOD_ROW = {
+    "quad": {
+        "x1": "Name a fruit. Use capital letters only.",
+        "y1": "APPLE",
+        "x2": "Name a fruit. Use small letters only.",
+        "y2": "apple",
+    },
+    "pair": {"x": "Name a fruit.", "chosen": "An apple.", "rejected": "A chair."},
+    "sft": {"x": "Name a fruit.", "y": "An apple."},
+}
+# Names other projects give to our keys: a hint only, never read as if they were ours.
+ALIASES = {
+    "prompt": "x",
+    "instruction": "x",
+    "question": "x",
+    "response": "y",
+    "output": "y",
+    "answer": "y",
+    "completion": "y",
+    "system_prompt": "system",
+    "constraints1": "c1",
+    "constraints2": "c2",
+}
+
+
+def kind_of(row: Mapping[str, object]) -> str | None:
+    """The kind whose required keys the row shares most of; None when none fits or two fit alike."""
+    shared = {kind: sum(key in row for key in keys) for kind, keys in REQUIRED.items()}
+    best = max(shared.values())
+    kinds = [kind for kind, count in shared.items() if count == best]
+    return kinds[0] if best > 0 and len(kinds) == 1 else None
+
+
+def check_row(row: Mapping[str, object], kind: str) -> list[str]:
+    """All faults of one decoded row of `kind` ("quad" | "pair" | "sft"); empty when it is good.
+
+    Keys that belong to no kind and look like none of ours (`task`, `source`, `gen`, ...) are fine.
+    """
+    wanted = REQUIRED[kind] + OPTIONAL[kind]
+    typos = {key: ours for key in row if (ours := _meant(key, wanted, row)) is not None}
+    faults = [f"unknown key {key!r}: did you mean {ours!r}?" for key, ours in typos.items()]
+    missing = [key for key in REQUIRED[kind] if key not in row and key not in typos.values()]
+    for key in missing:
+        faults.append(f"{key!r} is missing; found the keys {_listed(row)}")
+    for key in REQUIRED[kind]:
+        if key in row:
+            faults += _text_faults(key, row[key])
+    for key in ("id", "system"):
+        if row.get(key) is not None:
+            faults += _text_faults(key, row[key])
+    for first, second in DIFFERENT[kind]:
+        if _same_text(row.get(first), row.get(second)):
+            faults.append(
+                f"{first!r} and {second!r} are equal ({_short(row[first])}), expected two texts "
+                "that differ in more than white space"
+            )
+    for key in ("c1", "c2"):
+        if kind == "quad" and row.get(key) is not None:
+            faults += _constraint_faults(key, row[key])
+    return faults
+
+
+def _meant(key: str, wanted: tuple[str, ...], row: Mapping[str, object]) -> str | None:
+    """Our key that an unknown `key` was probably meant to be, if any."""
+    if key in wanted:
+        return None
+    plain = key.lower().strip().replace("_", "").replace("-", "").replace(" ", "")
+    for ours in wanted:
+        if plain == ours:
+            return ours
+    alias = ALIASES.get(key.lower())
+    if alias in wanted and alias not in row:
+        return alias
+    if len(key) > 3:  # "id" and "x1" are near everything
+        close = difflib.get_close_matches(key.lower(), wanted, n=1, cutoff=0.8)
+        return close[0] if close else None
+    return None
+
+
+def _text_faults(key: str, value: object) -> list[str]:
+    if not isinstance(value, str):
+        return [f"{key!r} is {_json_type(value)} ({_short(value)}), expected a string"]
+    if not value.strip():
+        return [f"{key!r} is empty, expected text"]
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        return [f"{key!r} holds half of a surrogate pair, which is not valid Unicode text"]
+    return []
+
+
+def _constraint_faults(key: str, value: object) -> list[str]:
+    expected = 'expected a list of {"kind": string, "params": object, "text": string}'
+    if not isinstance(value, list):
+        return [f"{key!r} is {_json_type(value)}, {expected}"]
+    for number, constraint in enumerate(value):
+        if not (
+            isinstance(constraint, dict)
+            and isinstance(constraint.get("kind"), str)
+            and isinstance(constraint.get("params"), dict)
+            and isinstance(constraint.get("text"), str)
+        ):
+            return [f"{key!r}[{number}] is {_short(constraint)}, {expected}"]
+    return []
+
+
+def _same_text(first: object, second: object) -> bool:
+    # Most chat templates strip white space, so texts that differ only there become equal tokens.
+    if not isinstance(first, str) or not isinstance(second, str) or not first.strip():
+        return False
+    return first.strip() == second.strip()
+
+
+def _json_type(value: object) -> str:
+    if value is None:
+        return "null"
+    names = {
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+    }
+    return names.get(type(value), type(value).__name__)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _listed(row: Mapping[str, object]) -> str:
+    keys = sorted(row)
+    return ", ".join(keys[:12]) + (", ..." if len(keys) > 12 else "") if keys else "(none)"
