@@ -1,0 +1,328 @@
+"""The typed schema of conf/ and every check that needs neither data nor weights.
+
+Hydra composes YAML into these dataclasses, so a misspelt key or a wrong type fails by name. The
+checks run in __post_init__, when train.py turns the composed config into objects; below train.py
+and evaluate.py nothing imports Hydra. Comments on the keys, with units, are in conf/*.yaml.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+OBJECTIVES = (
+    "iopo", "input_preference", "output_preference", "iopo_three", "dpo", "simpo", "orpo", "sft",
+)  # fmt: skip
+
+
+class Link(Enum):
+    sigmoid = "sigmoid"
+    hinge = "hinge"
+    ipo = "ipo"
+    robust = "robust"
+    exo = "exo"
+
+
+class Dtype(Enum):
+    auto = "auto"
+    bf16 = "bf16"
+    fp32 = "fp32"
+    fp64 = "fp64"
+
+
+class Layout(Enum):
+    shared = "shared"
+    plain = "plain"
+
+
+class Overlong(Enum):
+    drop = "drop"
+    truncate = "truncate"
+    error = "error"
+
+
+class Schedule(Enum):
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+class ReferenceSource(Enum):
+    auto = "auto"
+    cache = "cache"
+    live = "live"
+    adapter_off = "adapter_off"
+
+
+class Wandb(Enum):
+    off = "off"
+    offline = "offline"
+    online = "online"
+
+
+class Checkpointing(Enum):
+    none = "none"
+    every_k = "every_k"
+    full = "full"
+
+
+class Device(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def _require(ok: bool, key: str, found: Any, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{key}: found {found!r}, expected {expected}")
+
+
+@dataclass
+class LoraConfig:
+    rank: int = 0
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: str = "all-linear"
+
+    def __post_init__(self):
+        _require(self.rank >= 0, "model.lora.rank", self.rank, "0 (full fine-tuning) or more")
+        _require(self.alpha > 0, "model.lora.alpha", self.alpha, "more than 0")
+        _require(0 <= self.dropout < 1, "model.lora.dropout", self.dropout, "0 <= dropout < 1")
+
+
+@dataclass
+class ModelConfig:
+    path: str | None = None
+    tiny: dict[str, Any] | None = None
+    dtype: Dtype = Dtype.auto
+    attention: str = "auto"
+    system: str | None = None
+    adapter: str | None = None
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def __post_init__(self):
+        _require(
+            (self.path is None) != (self.tiny is None),
+            "model.path",
+            self.path,
+            "a model folder, a hub id or 'demo' (or model.tiny, never both)",
+        )
+
+
+@dataclass
+class DataConfig:
+    train: str | None = None
+    heldout: str | None = None
+    quad_rows: str = "both"
+    max_prompt_tokens: int = 1024
+    max_response_tokens: int = 1024
+    on_overlong: Overlong = Overlong.drop
+    layout: Layout = Layout.shared
+    limit_rows: int | None = None
+    workers: int = 0
+    cache_dir: str | None = None
+
+    def __post_init__(self):
+        for key in ("max_prompt_tokens", "max_response_tokens"):
+            _require(getattr(self, key) >= 1, f"data.{key}", getattr(self, key), "1 or more")
+        _require(
+            self.quad_rows in ("both", "first"), "data.quad_rows", self.quad_rows, "both or first"
+        )
+        _require(
+            self.limit_rows is None or self.limit_rows > 0,
+            "data.limit_rows",
+            self.limit_rows,
+            "more than 0, or null for all",
+        )
+
+
+@dataclass
+class ObjectiveConfig:
+    name: str = "iopo"
+    beta: float = 0.1
+    link: Link = Link.sigmoid
+    label_smoothing: float = 0.0
+    gamma: float = 0.0
+    odds_weight: float = 0.1
+    sft_weight: float = 0.0
+    margin_per_constraint: float = 0.0
+
+    def __post_init__(self):
+        _require(
+            self.name in OBJECTIVES, "objective.name", self.name, "one of " + ", ".join(OBJECTIVES)
+        )
+        _require(self.beta > 0, "objective.beta", self.beta, "more than 0 (the paper uses 0.1)")
+        _require(
+            0 <= self.label_smoothing < 0.5,
+            "objective.label_smoothing",
+            self.label_smoothing,
+            "0 <= e < 0.5",
+        )
+        if self.link is Link.exo:
+            _require(
+                self.label_smoothing > 0,
+                "objective.label_smoothing",
+                self.label_smoothing,
+                "more than 0 with objective.link=exo (for example 0.001)",
+            )
+        if self.link in (Link.hinge, Link.ipo):
+            _require(
+                self.label_smoothing == 0,
+                "objective.label_smoothing",
+                self.label_smoothing,
+                f"0: objective.link={self.link.value} has none",
+            )
+        for key in ("gamma", "odds_weight", "sft_weight", "margin_per_constraint"):
+            _require(getattr(self, key) >= 0, f"objective.{key}", getattr(self, key), "0 or more")
+        self._refuse_idle_options()
+
+    def _refuse_idle_options(self) -> None:
+        """An option that the chosen objective does not read is an error, not a silent no-op."""
+        uses = {
+            "gamma": ("simpo",),
+            "odds_weight": ("orpo",),
+            "sft_weight": tuple(o for o in OBJECTIVES if o not in ("sft", "orpo")),
+            "margin_per_constraint": tuple(
+                o for o in OBJECTIVES if o not in ("sft", "orpo", "simpo", "dpo")
+            ),
+            "link": tuple(o for o in OBJECTIVES if o not in ("sft", "orpo", "simpo")),
+            "label_smoothing": tuple(o for o in OBJECTIVES if o not in ("sft", "orpo", "simpo")),
+        }
+        for key, objectives in uses.items():
+            default = type(self).__dataclass_fields__[key].default
+            if getattr(self, key) != default and self.name not in objectives:
+                raise ValueError(
+                    f"objective.{key}={getattr(self, key)} has no effect with "
+                    f"objective.name={self.name}; remove it (used by {', '.join(objectives)})"
+                )
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 1e-5
+    schedule: Schedule = Schedule.cosine
+    warmup_ratio: float = 0.1
+    epochs: int = 1
+    max_steps: int | None = None
+    global_batch_quads: int = 16
+    micro_batch_quads: int | None = None
+    tokens_per_microbatch: int | None = 4096
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        _require(self.lr > 0, "optim.lr", self.lr, "more than 0")
+        _require(0 <= self.warmup_ratio < 1, "optim.warmup_ratio", self.warmup_ratio, "0 <= r < 1")
+        _require(self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "more than 0 (inf: off)")
+        for key in ("epochs", "global_batch_quads"):
+            _require(getattr(self, key) >= 1, f"optim.{key}", getattr(self, key), "1 or more")
+        for key in ("micro_batch_quads", "tokens_per_microbatch", "max_steps"):
+            value = getattr(self, key)
+            _require(value is None or value >= 1, f"optim.{key}", value, "1 or more, or null")
+        _require(
+            (self.micro_batch_quads is None) != (self.tokens_per_microbatch is None),
+            "optim.micro_batch_quads",
+            self.micro_batch_quads,
+            "exactly one of optim.micro_batch_quads and optim.tokens_per_microbatch; set the "
+            "other to null",
+        )
+
+
+@dataclass
+class ParallelConfig:
+    device: Device = Device.auto
+    processes: int | None = None
+    shard_processes: int | None = None
+    offload: bool = False
+    checkpointing: Checkpointing = Checkpointing.none
+    checkpoint_every_k: int = 2
+    compile: bool = False
+    timeout_s: float = 1800.0
+
+    def __post_init__(self):
+        for key in ("processes", "shard_processes"):
+            value = getattr(self, key)
+            _require(value is None or value >= 1, f"parallel.{key}", value, "1 or more, or null")
+        _require(self.timeout_s > 0, "parallel.timeout_s", self.timeout_s, "more than 0 seconds")
+        _require(
+            self.checkpoint_every_k >= 1,
+            "parallel.checkpoint_every_k",
+            self.checkpoint_every_k,
+            "1 or more",
+        )
+
+
+@dataclass
+class ReferenceConfig:
+    source: ReferenceSource = ReferenceSource.auto
+    cache_dir: str | None = None
+    recheck_rows: int = 4
+
+    def __post_init__(self):
+        _require(self.recheck_rows >= 0, "reference.recheck_rows", self.recheck_rows, "0 or more")
+
+
+@dataclass
+class CheckpointConfig:
+    save_every_steps: int | None = None
+    keep: int = 2
+    asynchronous: bool = True
+    resume: bool = True
+
+    def __post_init__(self):
+        _require(
+            self.keep >= 2,
+            "checkpoint.keep",
+            self.keep,
+            "2 or more: with one, a crash inside a save would leave none",
+        )
+        _require(
+            self.save_every_steps is None or self.save_every_steps >= 1,
+            "checkpoint.save_every_steps",
+            self.save_every_steps,
+            "1 or more, or null for none before the end",
+        )
+
+
+@dataclass
+class EvaluationConfig:
+    every_steps: int | None = None
+    quads: int | None = None
+    generate_prompts: int = 0
+    max_new_tokens: int = 128
+    samples: int = 8
+    batch_size: int = 50
+
+
+@dataclass
+class TrackerConfig:
+    log_every_steps: int = 1
+    wandb: Wandb = Wandb.off
+    project: str = "iopo"
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class ExportConfig:
+    model: bool = True
+    merged: bool = False
+
+
+@dataclass
+class TrainConfig:
+    run: str = "???"  # how OmegaConf spells "must be given"
+    seed: int = 0
+    plan: bool = False
+    replay_step: int | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)

@@ -1,0 +1,272 @@
+"""The objectives: log-probabilities in, one loss per example out. Nothing else happens here.
+
+Letters: Q quads, P pairs, E examples (either), 4 the members of a quad, always in the order
+    x1y1, x1y2, x2y2, x2y1        (columns 0, 1, 2, 3)
+`policy` and `reference` hold log pi(y|x) in nats, summed over the response's tokens, end-of-turn
+included. r = policy - reference is the log-ratio; only `policy` receives gradient. Every function
+returns one float32 value per example and never averages: the training loop divides by the number of
+examples in the whole step, so that results do not depend on micro-batches or ranks.
+
+Equations are those of arXiv 2411.06208v3 (IOPO, ACL 2025) unless a function says otherwise.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+X1Y1, X1Y2, X2Y2, X2Y1 = range(4)
+
+Link = Callable[[Tensor], Tensor]
+
+
+# --- margins: what each objective wants to be large (nats) --------------------------------------
+
+
+def log_ratio(policy: Tensor, reference: Tensor, members: int) -> Tensor:
+    """r = policy - reference, [E, members]; checks shapes and dtypes for every objective.
+
+    Raises ValueError if the two shapes differ, if there are not `members` columns, or if either is
+    below float32: a bf16 log-probability of -300 nats is only known to 2 nats.
+    """
+    if policy.shape != reference.shape or policy.dim() != 2 or policy.shape[1] != members:
+        raise ValueError(
+            f"policy {tuple(policy.shape)} and reference {tuple(reference.shape)} "
+            f"must both be [examples, {members}]"
+        )
+    for name, value in (("policy", policy), ("reference", reference)):
+        if value.dtype.itemsize < 4:
+            raise ValueError(f"{name} log-probs are {value.dtype}; pass float32 or float64")
+    return policy - reference.detach()
+
+
+def iopo_margin(r_Q4: Tensor) -> Tensor:
+    """(P1 + P2) / 2, the argument of Eq. 9, from the two sums of Eq. 8. Shape [Q].
+
+    P1 = 2 r[x1y1] - r[x1y2] - r[x2y1]      x1y1 against the two mismatched members
+    P2 = 2 r[x2y2] - r[x2y1] - r[x1y2]      x2y2 against the same two
+
+    (P1 + P2) / 2 = r[x1y1] - r[x1y2] + r[x2y2] - r[x2y1]: the sum of the two output margins
+    (same x, other y) and, equally, of the two input margins (same y, other x). Anything that
+    depends on x alone or on y alone cancels.
+    """
+    P1 = 2 * r_Q4[:, X1Y1] - r_Q4[:, X1Y2] - r_Q4[:, X2Y1]
+    P2 = 2 * r_Q4[:, X2Y2] - r_Q4[:, X2Y1] - r_Q4[:, X1Y2]
+    return (P1 + P2) / 2
+
+
+# --- link functions: margin in, loss out ---------------------------------------------------------
+
+
+def sigmoid(margin: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """-(1 - e) log sigmoid(beta m) - e log sigmoid(-beta m), e = label_smoothing in [0, 0.5).
+
+    Bradley-Terry likelihood (Eq. 5, 9); e > 0 is conservative DPO (Mitchell, 2023).
+    """
+    logit = beta * margin
+    return -(1 - label_smoothing) * F.logsigmoid(logit) - label_smoothing * F.logsigmoid(-logit)
+
+
+def hinge(margin: Tensor, *, beta: float) -> Tensor:
+    """max(0, 1 - beta m) (SLiC, arXiv 2305.10425)."""
+    return F.relu(1 - beta * margin)
+
+
+def ipo(margin: Tensor, *, beta: float) -> Tensor:
+    """(m - 1 / (2 beta))^2 (IPO, arXiv 2310.12036, Eq. 17); log-ratios are summed, not averaged."""
+    return (margin - 1 / (2 * beta)) ** 2
+
+
+def robust(margin: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """Unbiased under label flips of rate e: sigmoid losses weighted (1 - e), -e, over 1 - 2e.
+
+    rDPO, arXiv 2403.00409, Eq. 7.
+    """
+    logit, e = beta * margin, label_smoothing
+    return (-(1 - e) * F.logsigmoid(logit) + e * F.logsigmoid(-logit)) / (1 - 2 * e)
+
+
+def exo(margin: Tensor, *, beta: float, label_smoothing: float = 1e-3) -> Tensor:
+    """KL(policy's pair distribution || (1 - e, e)), e > 0 (EXO, arXiv 2402.00856, Eq. 16)."""
+    logit, e = beta * margin, label_smoothing
+    win, lose = F.logsigmoid(logit), F.logsigmoid(-logit)
+    return win.exp() * (win - math.log(1 - e)) + lose.exp() * (lose - math.log(e))
+
+
+LINKS = {"sigmoid": sigmoid, "hinge": hinge, "ipo": ipo, "robust": robust, "exo": exo}
+SMOOTHED_LINKS = ("sigmoid", "robust", "exo")
+
+
+# --- objectives on quads -------------------------------------------------------------------------
+
+
+def iopo(policy_Q4: Tensor, reference_Q4: Tensor, *, link: Link) -> Tensor:
+    """Prefer the matched members to the mismatched ones, jointly: link((P1 + P2) / 2). Eq. 9.
+
+    policy_Q4, reference_Q4: float32 [Q, 4]. With link = sigmoid(., beta) this is
+        loss = -log sigmoid(beta (P1 + P2) / 2),
+    equal to ln 2 where policy == reference. dloss/dpolicy = g * (+1, -1, +1, -1) with a single
+    scalar g per quad, which the exact split of a quad into smaller backward passes relies on.
+    Returns loss_Q. Raises ValueError on wrong shapes. No length normalisation.
+    """
+    return link(iopo_margin(log_ratio(policy_Q4, reference_Q4, 4)))
+
+
+def iopo_three(policy_Q3: Tensor, reference_Q3: Tensor, *, link: Link) -> Tensor:
+    """The memory-saving form with three members x1y1, x1y2, x2y1: link(P1). Eq. 11.
+
+    P1 = 2 r[x1y1] - r[x1y2] - r[x2y1], without the 1/2 of Eq. 9, as printed. The partition
+    functions do not cancel here (beta (log Z(x1) - log Z(x2)) is left), so it is a heuristic.
+    """
+    r_Q3 = log_ratio(policy_Q3, reference_Q3, 3)
+    return link(2 * r_Q3[:, 0] - r_Q3[:, 1] - r_Q3[:, 2])
+
+
+def input_preference(policy_Q4: Tensor, reference_Q4: Tensor, *, link: Link) -> Tensor:
+    """Each response prefers its own instruction: "w/o Output Pref" of section 6.2.
+
+    ( link(r[x1y1] - r[x2y1]) + link(r[x2y2] - r[x1y2]) ) / 2: two separate logistic terms, averaged
+    so that a quad counts once and the loss starts at ln 2 like every other objective here.
+    """
+    r_Q4 = log_ratio(policy_Q4, reference_Q4, 4)
+    return (link(r_Q4[:, X1Y1] - r_Q4[:, X2Y1]) + link(r_Q4[:, X2Y2] - r_Q4[:, X1Y2])) / 2
+
+
+def output_preference(policy_Q4: Tensor, reference_Q4: Tensor, *, link: Link) -> Tensor:
+    """DPO on both rows of a quad: "w/o Input Pref" of section 6.2.
+
+    ( link(r[x1y1] - r[x1y2]) + link(r[x2y2] - r[x2y1]) ) / 2. It differs from `iopo` only in where
+    the link stands: around each output margin here, around their sum there.
+    """
+    r_Q4 = log_ratio(policy_Q4, reference_Q4, 4)
+    return (link(r_Q4[:, X1Y1] - r_Q4[:, X1Y2]) + link(r_Q4[:, X2Y2] - r_Q4[:, X2Y1])) / 2
+
+
+# --- objectives on pairs (column 0 chosen, column 1 rejected) and on single sequences -------------
+
+
+def dpo(policy_P2: Tensor, reference_P2: Tensor, *, link: Link) -> Tensor:
+    """link(r[chosen] - r[rejected]), one value per pair (DPO, arXiv 2305.18290, Eq. 7)."""
+    r_P2 = log_ratio(policy_P2, reference_P2, 2)
+    return link(r_P2[:, 0] - r_P2[:, 1])
+
+
+def simpo(policy_P2: Tensor, tokens_P2: Tensor, *, beta: float, gamma: float) -> Tensor:
+    """-log sigmoid(beta (mean logp[chosen] - mean logp[rejected]) - gamma). No reference.
+
+    SimPO, arXiv 2405.14734, Eq. 6; the mean is over response tokens (tokens_P2, integer [P, 2]),
+    gamma >= 0 is the target reward margin, on the scale of beta.
+    """
+    mean_P2 = policy_P2 / tokens_P2
+    return -F.logsigmoid(beta * (mean_P2[:, 0] - mean_P2[:, 1]) - gamma)
+
+
+def orpo(policy_P2: Tensor, tokens_P2: Tensor, *, weight: float) -> Tensor:
+    """-mean logp[chosen] - weight log sigmoid(log odds[chosen] - log odds[rejected]). No reference.
+
+    ORPO, arXiv 2403.07691, Eq. 6-7: odds = p / (1 - p) with p = exp(mean logp per token).
+    """
+    mean_P2 = policy_P2 / tokens_P2
+    # expm1 keeps log(1 - p) finite as p -> 1; a logp of exactly 0 would still be -inf.
+    log_odds_P2 = mean_P2 - (-(mean_P2.clamp(max=-1e-7)).expm1()).log()
+    return -mean_P2[:, 0] - weight * F.logsigmoid(log_odds_P2[:, 0] - log_odds_P2[:, 1])
+
+
+def sft(policy_E1: Tensor, tokens_E1: Tensor) -> Tensor:
+    """Mean negative log-likelihood per response token, one value per example, [E].
+
+    Every example weighs the same whatever its length, unlike a mean over all tokens of a batch.
+    """
+    return -(policy_E1 / tokens_E1)[:, 0]
+
+
+def sft_anchor(policy_Q4: Tensor, tokens_Q4: Tensor) -> Tensor:
+    """Mean negative log-likelihood per token of the matched members, averaged over the two. [Q].
+
+    The released code's `pref_ftx` term; keeps the likelihood of right answers from sliding while
+    their margin grows. Also takes [P, 2] pairs and [Q, 3] members, whose first column is matched.
+    """
+    matched = [X1Y1, X2Y2] if policy_Q4.shape[1] == 4 else [0]
+    return -(policy_Q4[:, matched] / tokens_Q4[:, matched]).mean(1)
+
+
+# --- choosing one by name -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What an objective needs: which rows, how many members each, and whether a reference."""
+
+    rows: str  # quad | three | pair | sft
+    members: int
+    reference: bool
+
+
+KINDS = {
+    "iopo": Kind("quad", 4, True),
+    "input_preference": Kind("quad", 4, True),
+    "output_preference": Kind("quad", 4, True),
+    "iopo_three": Kind("three", 3, True),
+    "dpo": Kind("pair", 2, True),
+    "simpo": Kind("pair", 2, False),
+    "orpo": Kind("pair", 2, False),
+    "sft": Kind("sft", 1, False),
+}
+REFERENCE_OBJECTIVES: dict[str, Callable[..., Tensor]] = {
+    "iopo": iopo,
+    "input_preference": input_preference,
+    "output_preference": output_preference,
+    "iopo_three": iopo_three,
+    "dpo": dpo,
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Numbers of an objective, as in conf/objective/*.yaml (validated in iopo/config.py)."""
+
+    beta: float = 0.1
+    link: str = "sigmoid"
+    label_smoothing: float = 0.0
+    gamma: float = 0.0  # SimPO: target reward margin
+    odds_weight: float = 0.1  # ORPO
+    sft_weight: float = 0.0
+    margin_per_constraint: float = 0.0
+
+
+def compute(
+    name: str,
+    policy_EM: Tensor,
+    reference_EM: Tensor | None,
+    tokens_EM: Tensor,
+    differing_E: Tensor,
+    options: Options,
+) -> Tensor:
+    """Loss per example [E] of the objective called `name`, float32.
+
+    policy_EM, reference_EM: [E, members] as `KINDS[name]` says; reference None where not needed.
+    tokens_EM: response tokens scored per member, integer. differing_E: constraints in which x1 and
+    x2 differ; with margin_per_constraint = g the argument of the sigmoid is beta m - g differing,
+    a margin that grows with the distance of the instructions (RPO, arXiv 2505.22172).
+    """
+    if name == "sft":
+        return sft(policy_EM, tokens_EM)
+    if name == "simpo":
+        loss_E = simpo(policy_EM, tokens_EM, beta=options.beta, gamma=options.gamma)
+    elif name == "orpo":
+        loss_E = orpo(policy_EM, tokens_EM, weight=options.odds_weight)
+    else:
+        smoothing = (
+            {"label_smoothing": options.label_smoothing} if options.link in SMOOTHED_LINKS else {}
+        )
+        offset_E = options.margin_per_constraint * differing_E / options.beta
+
+        def link(margin_E: Tensor) -> Tensor:
+            return LINKS[options.link](margin_E - offset_E, beta=options.beta, **smoothing)
+
+        loss_E = REFERENCE_OBJECTIVES[name](policy_EM, reference_EM, link=link)
+    if options.sft_weight:
+        loss_E = loss_E + options.sft_weight * sft_anchor(policy_EM, tokens_EM)
+    return loss_E

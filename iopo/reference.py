@@ -1,0 +1,221 @@
+"""Reference log-probs: named by a manifest, computed once, kept on disk, never from live weights.
+
+A reference is the policy's starting point. Its log-probs never change, so they are computed once
+per (weights, data) and shared by every run that starts there: four float32 numbers a quad. The
+manifest says which weights, tokenizer, truncation, dtype and code made them; its hash names the
+folder, so that anything that could change a number is another cache.
+
+Letters: E examples, M members per example.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor
+
+import iopo
+from iopo.data.tokenize import Example
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """Everything that determines a reference log-prob of a given example. All fields are hashed."""
+
+    weights: str  # sha256 of the safetensors, adapter included
+    tokenizer: str  # sha256 of tokenizer and chat template
+    data: str  # sha256 of the training and held-out files
+    truncation: str  # "prompt=1024,response=1024,overlong=drop"
+    dtype: str
+    layout: str  # shared | plain
+    attention: str
+    kernel: str  # which linear_logprob path
+    torch: str = torch.__version__
+    transformers: str = transformers.__version__
+    iopo: str = iopo.__version__
+
+    def to_dict(self) -> dict[str, str]:
+        return dataclasses.asdict(self)
+
+    def hash(self) -> str:
+        """First 32 hex digits of the sha256 of the canonical JSON."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def example_key(example: Example) -> bytes:
+    """16 bytes that name an example by its token ids (not its id or place in a file)."""
+    digest = hashlib.sha256()
+    for prompt, responses in zip(example.prompts, example.responses, strict=True):
+        for tokens in (prompt, *responses):
+            digest.update(len(tokens).to_bytes(8, "little"))
+            digest.update(np.ascontiguousarray(tokens, dtype=np.int32).tobytes())
+    return digest.digest()[:16]
+
+
+class Cache:
+    """Log-probs by example content, in one folder: manifest.json, logps-{members}.npz.
+
+    Safe for several runs at once: writers hold a lock and replace the file atomically, so a reader
+    sees an old whole file or a new whole file.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest):
+        self.folder = Path(root) / manifest.hash()
+        self.manifest = manifest
+
+    def path(self, members: int) -> Path:
+        return self.folder / f"logps-{members}.npz"
+
+    def read(self, members: int) -> dict[bytes, np.ndarray]:
+        """All rows, key -> float32 [members]; {} if there is no file yet.
+
+        Raises ValueError if the file is damaged: a cache that cannot be trusted is never used.
+        """
+        path = self.path(members)
+        if not path.exists():
+            return {}
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                keys, logps, checksum = file["keys"], file["logps"], file["checksum"]
+            intact = checksum.tobytes() == _checksum(keys, logps) and len(keys) == len(logps)
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise _damaged(path, str(error)) from error
+        except Exception as error:  # zipfile and zlib raise their own kinds on torn files
+            raise _damaged(path, f"{type(error).__name__}: {error}") from error
+        if not intact:
+            raise _damaged(path, "its checksum does not match")
+        return {key.tobytes(): row for key, row in zip(keys, logps, strict=True)}
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder's lock: one run fills, the others wait and then read."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "lock", "w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+    def add(self, members: int, rows: dict[bytes, np.ndarray]) -> None:
+        """Merge rows into the file, atomically. Call with the lock held."""
+        merged = self.read(members) | rows
+        keys = np.array([np.frombuffer(key, dtype=np.uint8) for key in merged])
+        logps = np.array(list(merged.values()), dtype=np.float32)
+        if not np.isfinite(logps).all():
+            raise ValueError("reference log-probs: non-finite values; nothing was written")
+        checksum = np.frombuffer(_checksum(keys, logps), dtype=np.uint8)
+        temporary = self.path(members).with_suffix(f".{os.getpid()}.tmp.npz")
+        np.savez(temporary, keys=keys, logps=logps, checksum=checksum)
+        (self.folder / "manifest.json").write_text(json.dumps(self.manifest.to_dict(), indent=2))
+        os.replace(temporary, self.path(members))
+
+
+def _checksum(keys: np.ndarray, logps: np.ndarray) -> bytes:
+    return hashlib.sha256(keys.tobytes() + logps.tobytes()).digest()
+
+
+def _damaged(path: Path, why: str) -> ValueError:
+    return ValueError(f"{path}: this reference cache is damaged ({why}); delete it to recompute")
+
+
+class CachedReference:
+    """Looks log-probs up by content. `rows` may be shared by all examples of a run."""
+
+    def __init__(self, rows: dict[bytes, np.ndarray], where: str):
+        self.rows, self.where = rows, where
+
+    def __call__(self, examples: Sequence[Example]) -> Tensor:
+        """float32 [E, M] on CPU. Raises ValueError listing ids that are not in the cache."""
+        found = [self.rows.get(example_key(example)) for example in examples]
+        missing = [e.id for e, row in zip(examples, found, strict=True) if row is None]
+        if missing:
+            raise ValueError(
+                f"{self.where}: no reference log-probs for {len(missing)} examples, first "
+                f"{missing[:5]}; the data changed after the cache was filled"
+            )
+        return torch.from_numpy(np.stack([row for row in found if row is not None]))
+
+
+def missing_examples(rows: dict[bytes, np.ndarray], examples: Sequence[Example]) -> list[Example]:
+    """The examples whose content is not among `rows`, each content once."""
+    wanted = {example_key(example): example for example in examples}
+    return [example for key, example in wanted.items() if key not in rows]
+
+
+def fill(
+    cache: Cache,
+    examples: Sequence[Example],
+    members: int,
+    score: Callable[[Sequence[Example]], Tensor],
+    batches: Callable[[Sequence[Example]], list[list[int]]],
+    progress: Callable[[int, int], None],
+) -> dict[bytes, np.ndarray]:
+    """Make sure every example has a row and return all rows. Called by every rank together.
+
+    score: examples -> float32 [E, M] with the reference weights, no gradient. batches: examples ->
+    index lists that fit in memory; equal lists on every rank. Rank 0 holds the lock while all
+    ranks compute their share; another run that wants the same rows waits and then finds them.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if rank != 0:
+        return _fill_share(cache, examples, members, score, batches, progress, rank, world)
+    with cache.lock():
+        return _fill_share(cache, examples, members, score, batches, progress, rank, world)
+
+
+def _fill_share(cache, examples, members, score, batches, progress, rank, world):
+    if world > 1:
+        dist.barrier()  # nobody reads before rank 0 has the lock
+    rows = cache.read(members)
+    todo = missing_examples(rows, examples)
+    if not todo:
+        return rows
+    groups = batches(todo)
+    mine: dict[bytes, np.ndarray] = {}
+    # Sharded weights are gathered by every rank in step, so each rank runs as many forwards as the
+    # busiest one; the last round of a rank without work repeats a group and drops the result.
+    rounds = -(-len(groups) // world)
+    for i in range(rounds):
+        index = i * world + rank
+        group = [todo[j] for j in groups[index if index < len(groups) else 0]]
+        logps_EM = score(group).float().cpu().numpy()
+        if index < len(groups):
+            mine |= {example_key(e): row for e, row in zip(group, logps_EM, strict=True)}
+        progress(i + 1, rounds)
+    if world > 1:
+        shares: list = [None] * world
+        dist.all_gather_object(shares, mine)
+        mine = {key: row for share in shares for key, row in share.items()}
+    if rank == 0:
+        cache.add(members, mine)
+    if world > 1:
+        dist.barrier()
+    return rows | mine
+
+
+def recheck(
+    reference: CachedReference,
+    examples: Sequence[Example],
+    score: Callable[[Sequence[Example]], Tensor],
+    tolerance: float,
+) -> float:
+    """Score a few examples again and compare with the cache; the largest difference in nats.
+
+    Raises ValueError above `tolerance` (nats per response): the cache is of other weights, or the
+    numbers are not reproducible on this machine.
+    """
+    difference = (score(examples).float().cpu() - reference(examples)).abs().max().item()
+    if not difference <= tolerance:
+        raise ValueError(
+            f"{reference.where}: cached log-probs differ from recomputed ones by {difference:.3g} "
+            f"nats (tolerance {tolerance:.3g}); delete the cache, or use reference.source=live"
+        )
+    return difference

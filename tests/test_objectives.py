@@ -1,0 +1,176 @@
+"""The equations, on numbers worked out by hand and on properties that must hold for any numbers."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+
+from iopo import objectives as O
+from iopo.objectives import Options, compute
+
+LN2 = math.log(2)
+values = st.lists(st.floats(-20, 20), min_size=8, max_size=8)
+
+
+def sigmoid(margin):
+    return O.sigmoid(margin, beta=0.1)
+
+
+def quad(numbers) -> tuple[torch.Tensor, torch.Tensor]:
+    both = torch.tensor(numbers, dtype=torch.float64).view(2, 1, 4)
+    return both[0], both[1]
+
+
+def test_iopo_by_hand():
+    # log-ratios 1, -2, 3, 0.5: P1 = 2 + 2 - 0.5 = 3.5, P2 = 6 - 0.5 + 2 = 7.5, (P1 + P2) / 2 = 5.5
+    policy = torch.tensor([[-9.0, -12.0, -7.0, -9.5]])
+    reference = torch.full((1, 4), -10.0)
+    loss = O.iopo(policy, reference, link=sigmoid)
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-0.55)), abs=1e-7)
+    three = O.iopo_three(policy[:, [0, 1, 3]], reference[:, :3], link=sigmoid)
+    assert three.item() == pytest.approx(math.log(1 + math.exp(-0.35)), abs=1e-7)
+    # input margins 1 - 0.5 and 3 + 2; output margins 1 + 2 and 3 - 0.5
+    by_input = O.input_preference(policy, reference, link=sigmoid)
+    by_output = O.output_preference(policy, reference, link=sigmoid)
+    expected = [
+        sum(math.log(1 + math.exp(-0.1 * m)) for m in ms) / 2 for ms in [(0.5, 5), (3, 2.5)]
+    ]
+    assert [by_input.item(), by_output.item()] == pytest.approx(expected, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    "name", ["iopo", "iopo_three", "input_preference", "output_preference", "dpo"]
+)
+def test_ln2_where_policy_is_reference(name):
+    logps = torch.randn(5, O.KINDS[name].members) * 50
+    tokens = torch.full(logps.shape, 7)
+    loss = compute(name, logps, logps.clone(), tokens, torch.zeros(5), Options())
+    torch.testing.assert_close(loss, torch.full((5,), LN2), atol=1e-7, rtol=0)
+
+
+@given(values)
+def test_swapping_the_rows_of_a_quad_changes_nothing(numbers):
+    policy, reference = quad(numbers)
+    rows = [2, 3, 0, 1]  # (x1, y1) <-> (x2, y2): x1y1 <-> x2y2, x1y2 <-> x2y1
+    for objective in (O.iopo, O.input_preference, O.output_preference):
+        before = objective(policy, reference, link=sigmoid)
+        after = objective(policy[:, rows], reference[:, rows], link=sigmoid)
+        torch.testing.assert_close(before, after)
+
+
+@given(values)
+def test_swapping_the_responses_negates_the_margin(numbers):
+    policy, reference = quad(numbers)
+    r = policy - reference
+    torch.testing.assert_close(O.iopo_margin(r[:, [1, 0, 3, 2]]), -O.iopo_margin(r))
+
+
+@given(values, st.tuples(*[st.floats(-30, 30)] * 4))
+def test_shifts_of_x_alone_or_y_alone_cancel(numbers, shifts):
+    policy, reference = quad(numbers)
+    x1, x2, y1, y2 = shifts
+    shift = torch.tensor([[x1 + y1, x1 + y2, x2 + y2, x2 + y1]], dtype=torch.float64)
+    before = O.iopo(policy, reference, link=sigmoid)
+    torch.testing.assert_close(O.iopo(policy + shift, reference, link=sigmoid), before)
+
+
+@given(values)
+def test_margin_is_the_sum_of_output_and_of_input_margins(numbers):
+    policy, reference = quad(numbers)
+    a, b, c, d = (policy - reference).unbind(1)
+    margin = O.iopo_margin(policy - reference)
+    torch.testing.assert_close(margin, (a - b) + (c - d))
+    torch.testing.assert_close(margin, (a - d) + (c - b))
+
+
+def test_one_scalar_gradient_per_quad():
+    policy = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    reference = torch.randn(6, 4, dtype=torch.float64)
+    O.iopo(policy, reference, link=sigmoid).sum().backward()
+    g = policy.grad[:, :1]
+    assert (g < 0).all()
+    torch.testing.assert_close(policy.grad, g * torch.tensor([1.0, -1.0, 1.0, -1.0]))
+
+
+OPTIONS = [
+    ("iopo", Options(link="sigmoid", label_smoothing=0.1, sft_weight=0.3)),
+    ("iopo", Options(link="ipo")),
+    ("iopo", Options(link="robust", label_smoothing=0.2)),
+    ("iopo", Options(link="exo", label_smoothing=0.01, margin_per_constraint=0.5)),
+    ("iopo_three", Options(sft_weight=0.1)),
+    ("input_preference", Options()),
+    ("output_preference", Options()),
+    ("dpo", Options(beta=0.5)),
+    ("simpo", Options(beta=2.0, gamma=1.0)),
+    ("orpo", Options()),
+    ("sft", Options()),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
+def test_gradients_match_finite_differences(name, options):
+    members = O.KINDS[name].members
+    torch.manual_seed(0)
+    policy = (-20 * torch.rand(3, members, dtype=torch.float64) - 1).requires_grad_()
+    reference = -20 * torch.rand(3, members, dtype=torch.float64) - 1
+    tokens = torch.randint(3, 9, (3, members))
+    differing = torch.tensor([1, 2, 0])
+    assert gradcheck(
+        lambda p: compute(name, p, reference, tokens, differing, options), (policy,), atol=1e-8
+    )
+
+
+def test_links_by_hand():
+    m, zero = torch.tensor([3.0]), torch.tensor([0.0])
+    assert O.hinge(m, beta=0.1).item() == pytest.approx(0.7)
+    assert O.hinge(m, beta=1.0).item() == 0.0
+    assert O.ipo(m, beta=0.1).item() == pytest.approx(4.0)  # (3 - 5)^2
+    assert O.robust(zero, beta=0.1, label_smoothing=0.2).item() == pytest.approx(LN2)
+    same = O.robust(m, beta=0.1, label_smoothing=0.0)
+    torch.testing.assert_close(same, O.sigmoid(m, beta=0.1))
+    # At margin 0 the policy's pair distribution is (1/2, 1/2): KL = ln(1/2) - ln(e(1-e))/2
+    exo = 0.5 * (math.log(0.5) - math.log(0.9)) + 0.5 * (math.log(0.5) - math.log(0.1))
+    assert O.exo(zero, beta=0.1, label_smoothing=0.1).item() == pytest.approx(exo, abs=1e-6)
+
+
+def test_reference_free_objectives_by_hand():
+    policy, tokens = torch.tensor([[-8.0, -6.0]]), torch.tensor([[4, 2]])
+    # means -2 and -3
+    simpo = O.simpo(policy, tokens, beta=2.0, gamma=0.5)
+    assert simpo.item() == pytest.approx(math.log(1 + math.exp(-1.5)), abs=1e-6)
+    odds = math.log(math.exp(-2) / (1 - math.exp(-2))) - math.log(math.exp(-3) / (1 - math.exp(-3)))
+    orpo = O.orpo(policy, tokens, weight=0.1)
+    assert orpo.item() == pytest.approx(2 + 0.1 * math.log(1 + math.exp(-odds)), abs=1e-6)
+    assert O.sft(policy[:, :1], tokens[:, :1]).item() == 2.0
+    four, fours = torch.tensor([[-8.0, 0.0, -6.0, 0.0]]), torch.tensor([[4, 1, 2, 1]])
+    assert O.sft_anchor(four, fours).item() == 2.5
+
+
+def test_output_preference_is_dpo_on_both_rows():
+    policy, reference = torch.randn(2, 7, 4)
+    rows = O.dpo(policy.view(14, 2), reference.view(14, 2), link=sigmoid)
+    both = O.output_preference(policy, reference, link=sigmoid)
+    torch.testing.assert_close(rows.view(7, 2).mean(1), both)
+
+
+def test_margin_grows_with_differing_constraints():
+    logps = torch.zeros(3, 4)
+    options = Options(beta=0.1, margin_per_constraint=0.2)
+    loss = compute("iopo", logps, logps, logps.int() + 1, torch.tensor([0, 1, 3]), options)
+    expected = [math.log(1 + math.exp(0.2 * g)) for g in (0, 1, 3)]
+    assert loss.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@settings(max_examples=30)
+@given(st.sampled_from([(3, 3), (2, 4)]))
+def test_wrong_shapes_are_refused(shape):
+    with pytest.raises(ValueError, match=r"\[examples, 4\]"):
+        O.iopo(torch.zeros(2, shape[0]), torch.zeros(2, shape[1]), link=sigmoid)
+
+
+def test_low_precision_log_probs_are_refused():
+    with pytest.raises(ValueError, match="bfloat16"):
+        O.iopo(torch.zeros(2, 4).bfloat16(), torch.zeros(2, 4), link=sigmoid)
