@@ -1,0 +1,108 @@
+"""What code can check in a text: each kind renders, checks and measures one rule. No torch.
+
+>>> c = make("sentences", relation="exactly", number=2)
+>>> c.render(), c.check("One. Two.")
+('Your answer must contain exactly 2 sentences.', True)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .base import Constraint
+from .formats import ClosingNote, FirstLineTitle, Postscript, Sections, Titles, Wrapped
+from .keywords import ForbidWords, IncludeWords, WordFrequency
+from .layout import Language, Layout
+from .lengths import Bullets, HanCharacters, Lines, NumberedItems, Paragraphs, Sentences, Words
+from .marks import (
+    CapitalWords,
+    Commas,
+    Exclamations,
+    Highlights,
+    LetterFrequency,
+    Placeholders,
+    Questions,
+)
+from .wording import Case, EndPhrase, FirstWord, LastWord, StartPhrase
+
+_MEASURED: tuple[type[Constraint], ...] = (
+    Words, HanCharacters, Sentences, Lines, Paragraphs, Bullets, NumberedItems,
+    Placeholders, Highlights, Commas, Questions, Exclamations, CapitalWords, LetterFrequency,
+    Case, FirstWord, LastWord, StartPhrase, EndPhrase, IncludeWords, ForbidWords, WordFrequency,
+    Wrapped, FirstLineTitle, ClosingNote, Titles, Postscript, Sections, Layout, Language,
+)  # fmt: skip
+
+# kinds that measure quickly and need nothing but Python: what training data is made of
+MEASURED_KINDS: dict[str, type[Constraint]] = {cls.kind: cls for cls in _MEASURED}
+KINDS: dict[str, type[Constraint]] = dict(MEASURED_KINDS)
+
+
+def make(kind: str, **params: Any) -> Constraint:
+    """The constraint of this kind with these parameters.
+
+    Raises ValueError on an unknown kind, on missing or unknown parameters, on bad values.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown constraint kind {kind!r}; known kinds: {sorted(KINDS)}")
+    try:
+        return KINDS[kind](**params)
+    except TypeError as error:
+        names = list(KINDS[kind].__dataclass_fields__)
+        raise ValueError(
+            f"constraint '{kind}': got parameters {sorted(params)}; expected {names} ({error})"
+        ) from error
+
+
+def from_dict(row: Mapping[str, Any]) -> Constraint:
+    """The constraint of a row {"kind", "params", ...}, as in c1 and c2; other keys are ignored.
+
+    Raises ValueError on a row without kind or params, and as `make` does.
+    """
+    if not isinstance(row.get("kind"), str) or not isinstance(row.get("params"), Mapping):
+        raise ValueError(
+            f"constraint row {dict(row)!r}: expected a string 'kind' and an object 'params'"
+        )
+    return make(row["kind"], **row["params"])
+
+
+def measure_all(text: str) -> list[dict[str, Any]]:
+    """Every {"kind", "params"} of the measured kinds that is true of the text."""
+    return [
+        {"kind": kind, "params": params}
+        for kind, cls in MEASURED_KINDS.items()
+        for params in cls.measure(text)
+    ]
+
+
+def compatible(constraints: Iterable[Constraint]) -> bool:
+    """Whether no two of them are of conflicting kinds."""
+    seen: set[str] = set()
+    for constraint in constraints:
+        if seen & constraint.conflicts:
+            return False
+        seen.add(constraint.kind)
+    return True
+
+
+def follows(constraints: Iterable[Constraint], text: str) -> list[bool]:
+    """Strict verdicts by position; an empty text follows nothing."""
+    filled = bool(text.strip())
+    return [filled and constraint.check(text) for constraint in constraints]
+
+
+def loose_variants(text: str) -> list[str]:
+    """The text as it is, without its first line, its last, both, and each without asterisks.
+
+    IFEval's loose rule; blank variants are left out, repeated ones appear once.
+    """
+    lines = text.split("\n")
+    cuts = [text, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
+    variants = [variant for text in cuts for variant in (text, text.replace("*", ""))]
+    return [variant for variant in dict.fromkeys(variants) if variant.strip()]
+
+
+def follows_loosely(constraints: Iterable[Constraint], text: str) -> list[bool]:
+    """Loose verdicts by position: some variant of the text follows the constraint."""
+    variants = loose_variants(text)
+    return [any(map(constraint.check, variants)) for constraint in constraints]

@@ -1,0 +1,234 @@
+"""What a constraint is: one object that writes, checks and measures one rule about a text.
+
+A kind is a frozen dataclass whose fields are its parameters, so constraints compare, hash and
+travel as JSON. Checks are pure functions of the text. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from .compatibility import CONFLICTS
+
+LANGUAGES = ("en", "zh")
+RELATIONS = ("exactly", "at least", "at most")
+
+_RELATION_WORDS = {
+    "en": {"exactly": "exactly", "at least": "at least", "at most": "at most"},
+    "zh": {"exactly": "恰好", "at least": "至少", "at most": "至多"},
+}
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """One rule about a text. Subclasses set `kind` and `templates` and write `check`."""
+
+    kind: ClassVar[str]
+    # language -> at least four paraphrases, as str.format templates over `blanks(language)`
+    templates: ClassVar[dict[str, tuple[str, ...]]]
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters as JSON values."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+    @property
+    def conflicts(self) -> frozenset[str]:
+        """Kinds that must not stand beside this one in the same instruction."""
+        return CONFLICTS[self.kind]
+
+    def paraphrases(self, language: str) -> tuple[str, ...]:
+        """The templates `render` chooses from, for these parameters."""
+        return self.templates[language]
+
+    def blanks(self, language: str) -> dict[str, Any]:
+        """The values that fill a template's blanks."""
+        return self.params
+
+    def render(self, language: str = "en", rng: random.Random | None = None) -> str:
+        """The constraint as a sentence of an instruction; the first paraphrase without an `rng`.
+
+        Raises ValueError on a language other than those in LANGUAGES.
+        """
+        if language not in LANGUAGES:
+            raise ValueError(
+                f"constraint '{self.kind}': cannot render in {language!r}; choose from {LANGUAGES}"
+            )
+        choices = self.paraphrases(language)
+        template = choices[0] if rng is None else rng.choice(choices)
+        return template.format(**self.blanks(language))
+
+    def to_dict(self, language: str = "en", rng: random.Random | None = None) -> dict[str, Any]:
+        """The row format of c1 and c2: {"kind", "params", "text"}."""
+        return {"kind": self.kind, "params": self.params, "text": self.render(language, rng)}
+
+    def check(self, text: str) -> bool:
+        """Whether the text satisfies the constraint. An empty text is the caller's matter."""
+        raise NotImplementedError
+
+    @classmethod
+    def measure(cls, text: str) -> list[dict[str, Any]]:
+        """Parameters for which `check(text)` is true and which are worth asking for, maybe none."""
+        return []
+
+    def alternatives(self, rng: random.Random) -> list[Constraint]:
+        """Constraints that no text satisfies together with this one, maybe none."""
+        return []
+
+    def edit(self, text: str, rng: random.Random) -> str | None:
+        """The text changed by rule so that it satisfies the constraint; None where no rule does."""
+        return None
+
+    def _require(self, ok: bool, field: str, expected: str) -> None:
+        if not ok:
+            raise ValueError(
+                f"constraint '{self.kind}': {field}={getattr(self, field)!r}; expected {expected}"
+            )
+
+
+def satisfies(relation: str, measured: int, count: int) -> bool:
+    """`measured` is exactly / at least / at most `count`."""
+    if relation == "exactly":
+        return measured == count
+    return measured >= count if relation == "at least" else measured <= count
+
+
+@dataclass(frozen=True)
+class Counted(Constraint):
+    """A constraint on how often something occurs: `count(text)` against (relation, number)."""
+
+    relation: str
+    number: int
+
+    unit_en: ClassVar[tuple[str, str]]  # singular, plural
+    unit_zh: ClassVar[str]  # with its measure word, as in "个句子"
+    # what measure() offers; large counts (words) make no sensible exact request
+    measured_relations: ClassVar[tuple[str, ...]] = RELATIONS
+    step: ClassVar[int] = 1  # measured bounds are rounded outwards to multiples of this
+    smallest: ClassVar[int] = 1  # no request below this number, save none at all where it is 0
+
+    templates = {
+        "en": (
+            "Your answer must contain {relation} {number} {unit}.",
+            "Write {relation} {number} {unit}.",
+            "Use {relation} {number} {unit} in your response.",
+            "The response should have {relation} {number} {unit}.",
+            "Make sure that there {be} {relation} {number} {unit} in the reply.",
+        ),
+        "zh": (
+            "回答必须包含{relation}{number}{unit}。",
+            "请写{relation}{number}{unit}。",
+            "回复中应有{relation}{number}{unit}。",
+            "请确保答案里有{relation}{number}{unit}。",
+            "全文需使用{relation}{number}{unit}。",
+        ),
+    }
+    templates_none: ClassVar[dict[str, tuple[str, ...]]] = {
+        "en": (
+            "Do not use any {unit}.",
+            "Your answer must not contain any {unit}.",
+            "Write the response without any {unit}.",
+            "Avoid {unit} entirely.",
+            "There must be no {unit} in the reply.",
+        ),
+        "zh": (
+            "不要使用任何{unit_none}。",
+            "回答中不得出现{unit_none}。",
+            "请完全避免{unit_none}。",
+            "全文不能有{unit_none}。",
+            "回复里不允许有{unit_none}。",
+        ),
+    }
+
+    def __post_init__(self) -> None:
+        self._require(self.relation in RELATIONS, "relation", f"one of {RELATIONS}")
+        whole = isinstance(self.number, int) and not isinstance(self.number, bool)
+        self._require(whole and self.number >= 0, "number", "a whole number, 0 or more")
+
+    def count(self, text: str) -> int:
+        """How often the thing occurs in the text."""
+        raise NotImplementedError
+
+    def check(self, text: str) -> bool:
+        return satisfies(self.relation, self.count(text), self.number)
+
+    def forbids_all(self) -> bool:
+        """Whether the only count allowed is 0."""
+        return self.number == 0 and self.relation != "at least"
+
+    def paraphrases(self, language: str) -> tuple[str, ...]:
+        return self.templates_none[language] if self.forbids_all() else self.templates[language]
+
+    def blanks(self, language: str) -> dict[str, Any]:
+        one = self.number == 1
+        singular, plural = self.unit_en
+        unit = {"en": singular if one else plural, "zh": self.unit_zh}[language]
+        return {
+            **self.params,
+            "relation": _RELATION_WORDS[language][self.relation],
+            "unit": unit,
+            "unit_none": self.unit_zh.lstrip("个条段处次"),
+            "be": "is" if one else "are",
+        }
+
+    @classmethod
+    def bounds(cls, measured: int) -> list[dict[str, Any]]:
+        """(relation, number) pairs that are true of a measured count, rounded by `step`."""
+        found = []
+        for relation in cls.measured_relations:
+            if relation == "at least":
+                number = measured // cls.step * cls.step
+            elif relation == "at most":
+                number = -(-measured // cls.step) * cls.step
+            else:
+                number = measured
+            worth_asking = number >= cls.smallest and number > 0
+            if worth_asking or (cls.smallest == 0 and number == 0 and relation == "exactly"):
+                found.append({"relation": relation, "number": number})
+        return found
+
+    def numbered(self, relation: str, number: int) -> Constraint:
+        """This constraint with another relation and number."""
+        return type(self)(**{**self.params, "relation": relation, "number": number})
+
+    def alternatives(self, rng: random.Random) -> list[Constraint]:
+        """The same thing counted so that the allowed ranges do not meet."""
+        low = self.number if self.relation != "at most" else 0
+        high = self.number if self.relation != "at least" else None
+        found: list[Constraint] = []
+        if high is not None:
+            above = high + self.step * rng.randint(1, 3)
+            found.append(self.numbered("at least", above))
+            if "exactly" in self.measured_relations:
+                found.append(self.numbered("exactly", above))
+        least = max(self.smallest, 0 if self.smallest == 0 else 1)
+        if low > least:
+            below = max(least, low - self.step * rng.randint(1, 3))
+            found.append(self.numbered("at most", below))
+            if "exactly" in self.measured_relations:
+                found.append(self.numbered("exactly", below))
+        return found
+
+
+class Styled(Constraint):
+    """Shared by kinds whose styles exclude one another: a text has at most one of them."""
+
+    style: str
+    styles: ClassVar[dict[str, dict[str, str]]]  # style -> language -> its name in a sentence
+
+    def __post_init__(self) -> None:
+        self._require(self.style in self.styles, "style", f"one of {tuple(self.styles)}")
+
+    def blanks(self, language: str) -> dict[str, Any]:
+        return {"name": self.styles[self.style][language]}
+
+    @classmethod
+    def measure(cls, text: str) -> list[dict[str, Any]]:
+        return [{"style": s} for s in cls.styles if cls(style=s).check(text)]  # type: ignore[call-arg]
+
+    def alternatives(self, rng: random.Random) -> list[Constraint]:
+        others = [style for style in self.styles if style != self.style]
+        return [type(self)(style=style) for style in others]  # type: ignore[call-arg]

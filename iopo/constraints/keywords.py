@@ -1,0 +1,178 @@
+"""Kinds about words that must or must not be in a text."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from . import text as cut
+from .base import Constraint, Counted
+from .wording import COMMON_WORDS
+
+_TOO_COMMON = frozenset(
+    "about after again along among around because before being between could doing during every "
+    "first having might other really shall should since still their there these thing things those "
+    "through under until using where whether which while within without would your yours".split()
+)
+
+
+class _WordList(Constraint):
+    """Shared by include_words and forbid_words: whole words, in any case."""
+
+    words: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.words, list):
+            object.__setattr__(self, "words", tuple(self.words))
+        ok = isinstance(self.words, tuple) and len(self.words) > 0
+        ok = ok and all(isinstance(w, str) and w.strip() for w in self.words)
+        self._require(ok, "words", "a list of one or more words")
+
+    def blanks(self, language: str) -> dict[str, Any]:
+        quote, comma = ("'{}'", ", ") if language == "en" else ("“{}”", "、")
+        return {"words": comma.join(quote.format(word) for word in self.words)}
+
+    def found(self, text: str) -> list[bool]:
+        return [cut.whole_word(word).search(text) is not None for word in self.words]
+
+
+@dataclass(frozen=True)
+class IncludeWords(_WordList):
+    """Every word of the list occurs as a whole word."""
+
+    words: tuple[str, ...]
+
+    kind = "include_words"
+    templates = {
+        "en": (
+            "Include the following words in your response: {words}.",
+            "Your answer must mention {words}.",
+            "Make sure to use {words} in the reply.",
+            "The response has to contain {words}.",
+        ),
+        "zh": (
+            "回答中必须包含：{words}。",
+            "请提到{words}。",
+            "请务必使用{words}。",
+            "回复里要出现{words}。",
+        ),
+    }
+
+    def check(self, text: str) -> bool:
+        return all(self.found(text))
+
+    @classmethod
+    def measure(cls, text: str) -> list[dict[str, Any]]:
+        return [{"words": [word]} for word in _content_words(text)]
+
+    def alternatives(self, rng: random.Random) -> list[Constraint]:
+        return [ForbidWords(words=(word,)) for word in self.words]
+
+    def edit(self, text: str, rng: random.Random) -> str | None:
+        missing = [w for w, found in zip(self.words, self.found(text), strict=True) if not found]
+        if not missing:
+            return text
+        return f"{text.rstrip()} ({', '.join(missing)})" if text.strip() else None
+
+
+@dataclass(frozen=True)
+class ForbidWords(_WordList):
+    """No word of the list occurs as a whole word."""
+
+    words: tuple[str, ...]
+
+    kind = "forbid_words"
+    templates = {
+        "en": (
+            "Do not use the following words: {words}.",
+            "Avoid {words} in your response.",
+            "Your answer must not contain {words}.",
+            "Leave out {words} entirely.",
+        ),
+        "zh": (
+            "不要使用以下词语：{words}。",
+            "回答中请避免{words}。",
+            "回复里不得包含{words}。",
+            "请完全不提{words}。",
+        ),
+    }
+
+    def check(self, text: str) -> bool:
+        return not any(self.found(text))
+
+    @classmethod
+    def measure(cls, text: str) -> list[dict[str, Any]]:
+        present = set(cut.lower_words(text))
+        return [{"words": [word]} for word in COMMON_WORDS if word not in present]
+
+    def alternatives(self, rng: random.Random) -> list[Constraint]:
+        return [IncludeWords(words=(word,)) for word in self.words]
+
+    def edit(self, text: str, rng: random.Random) -> str | None:
+        for word in self.words:
+            text = re.sub(r"\s*" + cut.whole_word(word).pattern, "", text, flags=re.IGNORECASE)
+        return text.strip() if text.strip() and self.check(text.strip()) else None
+
+
+@dataclass(frozen=True)
+class WordFrequency(Counted):
+    """How often a word occurs as a whole word, in any case."""
+
+    word: str
+
+    kind = "word_frequency"
+    smallest = 2
+    unit_en = ("time", "times")
+    unit_zh = "次"
+    templates = {
+        "en": (
+            "Use the word '{word}' {relation} {number} {unit}.",
+            "The word '{word}' should appear {relation} {number} {unit}.",
+            "In your response the word '{word}' must occur {relation} {number} {unit}.",
+            "Make sure that '{word}' appears {relation} {number} {unit}.",
+        ),
+        "zh": (
+            "请使用“{word}”一词{relation}{number}次。",
+            "“{word}”一词应出现{relation}{number}次。",
+            "回答中“{word}”必须出现{relation}{number}次。",
+            "请确保“{word}”出现{relation}{number}次。",
+        ),
+    }
+    templates_none = ForbidWords.templates
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ok = isinstance(self.word, str) and bool(self.word.strip())
+        self._require(ok, "word", "a word")
+
+    def blanks(self, language: str) -> dict[str, Any]:
+        quoted = f"'{self.word}'" if language == "en" else f"“{self.word}”"
+        return {**super().blanks(language), "words": quoted}
+
+    def count(self, text: str) -> int:
+        return len(cut.whole_word(self.word).findall(text))
+
+    @classmethod
+    def measure(cls, text: str) -> list[dict[str, Any]]:
+        found = []
+        for word in _content_words(text):
+            for bound in cls.bounds(cut.lower_words(text).count(word)):
+                found.append({**bound, "word": word})
+        return [params for params in found if cls(**params).check(text)]
+
+
+@lru_cache(maxsize=8)
+def _content_words(text: str) -> tuple[str, ...]:
+    """Words worth asking for, each once, in order of first use."""
+    present = dict.fromkeys(cut.lower_words(text))
+    return tuple(
+        word
+        for word in present
+        if 5 <= len(word) <= 14
+        and word.isalpha()
+        and word not in _TOO_COMMON
+        and cut.whole_word(word).search(text)
+    )

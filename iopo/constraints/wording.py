@@ -1,0 +1,269 @@
+"""Kinds about how a text begins and ends, and about the case of its letters."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from . import text as cut
+from .base import Constraint
+
+# Words that a writer could be asked to leave out or to begin or end with.
+COMMON_WORDS = (
+    "also because being people really simply which would their there think through however "
+    "important always every great other should something together very well many more best "
+    "good make help time different often begin today finally first imagine"
+).split()
+OPENINGS = (
+    "Here is my answer:", "To begin with,", "In short,", "Thank you for asking.", "Let us see:",
+    "Dear reader,", "Without further ado,", "The truth is that", "Good news:", "As requested,",
+)  # fmt: skip
+CLOSINGS = (
+    "That is all.", "I hope this helps.", "Have a wonderful day!", "The end.", "Best of luck!",
+    "Thank you for reading.", "Is there anything else?", "Let me know what you think.",
+    "Over and out.",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case(Constraint):
+    """All letters lower case, all upper case, or each word capitalised (title case)."""
+
+    style: str
+
+    kind = "case"
+    STYLES: ClassVar[tuple[str, ...]] = ("lower", "upper", "title")
+    templates = {
+        "en": (
+            "Write your entire response in {name}.",
+            "Your whole answer must be in {name}.",
+            "Use only {name} throughout.",
+            "The complete reply should be in {name}.",
+            "Respond in {name}, with no exception.",
+        ),
+        "zh": (
+            "整个回答中的英文必须{name}。",
+            "请让所有英文{name}。",
+            "全文英文应当{name}。",
+            "回复里的英文一律{name}。",
+        ),
+    }
+    _NAMES: ClassVar[dict[str, dict[str, str]]] = {
+        "en": {
+            "lower": "lowercase letters (no capital letters)",
+            "upper": "capital letters (no lowercase letters)",
+            "title": "title case (the first letter of every word a capital, the others lowercase)",
+        },
+        "zh": {
+            "lower": "使用小写字母",
+            "upper": "使用大写字母",
+            "title": "每个单词首字母大写、其余小写",
+        },
+    }
+
+    def __post_init__(self) -> None:
+        self._require(self.style in self.STYLES, "style", f"one of {self.STYLES}")
+
+    def blanks(self, language: str) -> dict[str, Any]:
+        return {"name": self._NAMES[language][self.style]}
+
+    def check(self, text: str) -> bool:
+        if self.style == "lower":
+            return text.islower()
+        if self.style == "upper":
+            return text.isupper()
+        words = cut.letter_words(text)
+        # a word of two letters or more keeps "A B C" from being upper and title case at once
+        return any(len(w) > 1 for w in words) and all(w == w.capitalize() for w in words)
+
+    @classmethod
+    def measure(cls, text: str) -> list[dict[str, Any]]:
+        return [{"style": style} for style in cls.STYLES if cls(style=style).check(text)]
+
+    def alternatives(self, rng: random.Random) -> list[Constraint]:
+        return [type(self)(style=style) for style in self.STYLES if style != self.style]
+
+    def edit(self, text: str, rng: random.Random) -> str | None:
+        if self.style == "title":
+            edited = re.sub(r"[^\W\d_]+(?:['’][^\W\d_]+)*", lambda m: m.group().capitalize(), text)
+        else:
+            edited = text.lower() if self.style == "lower" else text.upper()
+        return edited if self.check(edited) else None
+
+
+class _EdgeWord(Constraint):
+    """Shared by first_word and last_word: the word of letters or digits at one end."""
+
+    word: str
+    index: ClassVar[int]
+
+    def __post_init__(self) -> None:
+        ok = isinstance(self.word, str) and re.fullmatch(r"\w+", self.word) is not None
+        self._require(ok and self.word == self.word.lower(), "word", "one lower-case word")
+
+    def check(self, text: str) -> bool:
+        words = cut.words(text)
+        return bool(words) and words[self.index].lower() == self.word
+
+    @classmethod
+    def measure(cls, text: str) -> list[dict[str, Any]]:
+        words = cut.words(text)
+        if not words or not words[cls.index].isalpha():
+            return []
+        word = words[cls.index].lower()
+        return [{"word": word}] if re.fullmatch(r"\w+", word) else []
+
+    def alternatives(self, rng: random.Random) -> list[Constraint]:
+        others = [word for word in COMMON_WORDS if word != self.word]
+        return [type(self)(word=word) for word in rng.sample(others, 3)]  # type: ignore[call-arg]
+
+
+@dataclass(frozen=True)
+class FirstWord(_EdgeWord):
+    """The first word, in any case; quotes or marks before it do not count."""
+
+    word: str
+
+    kind = "first_word"
+    index = 0
+    templates = {
+        "en": (
+            "The first word of your response must be '{word}'.",
+            "Begin your answer with the word '{word}'.",
+            "Start the reply with the word '{word}'.",
+            "'{word}' has to be the very first word of the response.",
+        ),
+        "zh": (
+            "回答的第一个词必须是“{word}”。",
+            "请以“{word}”一词开头。",
+            "回复要用“{word}”这个词开始。",
+            "第一个词应为“{word}”。",
+        ),
+    }
+
+    def edit(self, text: str, rng: random.Random) -> str | None:
+        edited = f"{self.word.capitalize()}, {text.lstrip()}"
+        return edited if text.strip() and self.check(edited) else None
+
+
+@dataclass(frozen=True)
+class LastWord(_EdgeWord):
+    """The last word, in any case; marks after it do not count."""
+
+    word: str
+
+    kind = "last_word"
+    index = -1
+    templates = {
+        "en": (
+            "The last word of your response must be '{word}'.",
+            "End your answer with the word '{word}'.",
+            "Finish the reply with the word '{word}'.",
+            "'{word}' has to be the very last word of the response.",
+        ),
+        "zh": (
+            "回答的最后一个词必须是“{word}”。",
+            "请以“{word}”一词结尾。",
+            "回复要用“{word}”这个词结束。",
+            "最后一个词应为“{word}”。",
+        ),
+    }
+
+    def edit(self, text: str, rng: random.Random) -> str | None:
+        edited = f"{text.rstrip()} {self.word.capitalize()}."
+        return edited if text.strip() and self.check(edited) else None
+
+
+@dataclass(frozen=True)
+class StartPhrase(Constraint):
+    """The text begins with the phrase, in any case."""
+
+    phrase: str
+
+    kind = "start_phrase"
+    templates = {
+        "en": (
+            'Start your response with the exact phrase "{phrase}"',
+            'Begin your answer with the words "{phrase}"',
+            'The reply must open with "{phrase}"',
+            'Your first words should be: "{phrase}"',
+        ),
+        "zh": (
+            "请以“{phrase}”开头。",
+            "回答必须以“{phrase}”开始。",
+            "回复的开头应是“{phrase}”。",
+            "开头请写：“{phrase}”",
+        ),
+    }
+
+    def __post_init__(self) -> None:
+        ok = isinstance(self.phrase, str) and bool(self.phrase.strip())
+        self._require(ok, "phrase", "text that is not blank")
+
+    def check(self, text: str) -> bool:
+        return text.strip().lower().startswith(self.phrase.strip().lower())
+
+    @classmethod
+    def measure(cls, text: str) -> list[dict[str, Any]]:
+        opening = " ".join(text.strip().split("\n", 1)[0].split(" ")[:3])
+        return [{"phrase": opening}] if opening.count(" ") == 2 and _plain(opening) else []
+
+    def alternatives(self, rng: random.Random) -> list[Constraint]:
+        own = self.phrase.strip().lower()
+        apart = [
+            p for p in OPENINGS if not (p.lower().startswith(own) or own.startswith(p.lower()))
+        ]
+        return [StartPhrase(phrase=phrase) for phrase in rng.sample(apart, 3)]
+
+    def edit(self, text: str, rng: random.Random) -> str | None:
+        return f"{self.phrase.strip()} {text.lstrip()}" if text.strip() else None
+
+
+@dataclass(frozen=True)
+class EndPhrase(Constraint):
+    """The text, less quotes around it, ends with the phrase in any case; IFEval's end_checker."""
+
+    phrase: str
+
+    kind = "end_phrase"
+    templates = {
+        "en": (
+            'Finish your response with the exact phrase "{phrase}" No words should follow it.',
+            'End your answer with "{phrase}" and nothing after it.',
+            'The very last words of the reply must be: "{phrase}"',
+            'Close the response with the sentence "{phrase}"',
+        ),
+        "zh": (
+            "请以“{phrase}”结尾，之后不要再写任何内容。",
+            "回答必须以“{phrase}”结束。",
+            "回复的最后一句应是“{phrase}”",
+            "结尾请写：“{phrase}”",
+        ),
+    }
+
+    def __post_init__(self) -> None:
+        ok = isinstance(self.phrase, str) and bool(self.phrase.strip())
+        self._require(ok, "phrase", "text that is not blank")
+
+    def check(self, text: str) -> bool:
+        return text.strip().strip('"').lower().endswith(self.phrase.strip().lower())
+
+    @classmethod
+    def measure(cls, text: str) -> list[dict[str, Any]]:
+        closing = " ".join(text.strip().strip('"').rsplit("\n", 1)[-1].split(" ")[-4:])
+        return [{"phrase": closing}] if closing.count(" ") == 3 and _plain(closing) else []
+
+    def alternatives(self, rng: random.Random) -> list[Constraint]:
+        own = self.phrase.strip().lower()
+        apart = [p for p in CLOSINGS if not (p.lower().endswith(own) or own.endswith(p.lower()))]
+        return [EndPhrase(phrase=phrase) for phrase in rng.sample(apart, 3)]
+
+    def edit(self, text: str, rng: random.Random) -> str | None:
+        return f"{text.rstrip()} {self.phrase.strip()}" if text.strip() else None
+
+
+def _plain(phrase: str) -> bool:
+    """Words of a phrase that can be quoted in an instruction without confusion."""
+    return phrase == phrase.strip() and re.fullmatch(r"[\w ,.!?'’]+", phrase) is not None
