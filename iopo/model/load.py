@@ -1,0 +1,233 @@
+"""Load a transformers causal LM and its tokenizer, and name its weights by their content.
+
+Weights come from safetensors only; code that ships inside a model folder is never run; every
+dropout is off, so that a policy and its reference are the same function at step 0. What the
+attention and the log-prob head cannot do is refused here, by name.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from iopo.model.attention import SHARED, register_attention
+from iopo.model.demo import cache_root, fetch_demo_model, sha256_file
+
+CONVERT = (
+    'convert it once, on a machine where you trust it: python -c "from transformers import '
+    "AutoModelForCausalLM as M; M.from_pretrained('SOURCE').save_pretrained('TARGET')\""
+)
+
+
+def default_dtype(device_type: str) -> torch.dtype:
+    """bf16 on CUDA and on CPUs with AMX tiles; fp32 on other CPUs, where bf16 is emulated."""
+    if device_type == "cuda" or torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def resolve_model(path: str | Path) -> Path:
+    """The local folder of `demo`, of a folder (checked) or of a hub id (downloaded if need be).
+
+    Raises ValueError for a folder without config.json or safetensors.
+    """
+    if str(path) == "demo":
+        return fetch_demo_model()
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        require_safetensors(folder)
+        return folder
+    if folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") != 1:
+        raise ValueError(
+            f"model.path: {path} is not a folder; give a folder with config.json and "
+            "*.safetensors, a hub id such as org/name, or demo"
+        )
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+    folder = Path(snapshot_download(str(path), allow_patterns=patterns))
+    require_safetensors(folder)
+    return folder
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model folder; raises ValueError without chat template or end of turn."""
+    tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{path}: the tokenizer has no chat template, so instructions cannot be told from "
+            "responses; use the instruction-tuned model or put a chat_template.jinja beside it"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{path}: the tokenizer has no end-of-turn (eos) token")
+    return tokenizer
+
+
+def load_causal_lm(
+    path: str | Path, dtype: torch.dtype, attention: str = "sdpa"
+) -> PreTrainedModel:
+    """A causal LM from a local folder (resolve_model), on the CPU, dropout and KV cache off.
+
+    dtype: of every parameter. Full fine-tuning loads fp32 and computes in bf16 (parallel.prepare);
+        a frozen base (LoRA), a reference and generation load in the dtype of the computation.
+    attention: SHARED of iopo.model.attention, or one of transformers' own (sdpa, eager, ...).
+    Raises ValueError, naming the model and the reason, for pickled weights, code in the model
+    folder, quantised weights and architectures that are not supported.
+    """
+    require_safetensors(path)
+    _register(attention)
+    config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+    refuse_unsupported(config, where=str(path))
+    _dropout_off(config)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(path),
+        config=config,
+        dtype=dtype,
+        attn_implementation=attention,
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    return _finish(model, where=str(path))
+
+
+def tiny_causal_lm(
+    config: dict[str, Any], *, seed: int, dtype: torch.dtype, attention: str = "sdpa"
+) -> PreTrainedModel:
+    """A randomly initialised model from keys of a transformers config, the same for one seed.
+
+    config: must hold `model_type`; the rest overrides that type's defaults. The random numbers
+    are drawn on the CPU in fp32, so all dtypes hold the same weights up to rounding.
+    """
+    if "model_type" not in config:
+        raise ValueError("model.tiny: 'model_type' is missing; add for example model_type: llama")
+    rest = {key: value for key, value in config.items() if key != "model_type"}
+    made = AutoConfig.for_model(config["model_type"], **rest)
+    refuse_unsupported(made, where="model.tiny")
+    _dropout_off(made)
+    _register(attention)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(
+            made, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+        )
+    return _finish(model.to(dtype), where="model.tiny")
+
+
+def require_safetensors(path: str | Path) -> None:
+    """Raise ValueError unless `path` is a folder with config.json and *.safetensors."""
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no config.json, so this is not a transformers model folder")
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+    found = ", ".join(pickles) if pickles else "no weights"
+    raise ValueError(
+        f"{folder}: found {found}, expected *.safetensors. Pickled weights can run code when they "
+        f"are opened and are not loaded; {CONVERT}"
+    )
+
+
+def refuse_unsupported(config: PretrainedConfig, *, where: str) -> None:
+    """Raise ValueError for what this code would compute wrongly: one message, all reasons."""
+    fields = config.to_dict()
+    kind = config.model_type
+    reasons = []
+    if fields.get("auto_map"):
+        reasons.append("it needs code from its own folder (auto_map), which is never run")
+    if fields.get("quantization_config"):
+        reasons.append("its weights are quantised; use the bf16 or fp32 original")
+    if fields.get("is_encoder_decoder"):
+        reasons.append("it is an encoder-decoder, not a causal LM")
+    if fields.get("vision_config") or fields.get("audio_config"):
+        reasons.append("it is multimodal; use the text-only model of the family")
+    if fields.get("attn_logit_softcapping"):
+        reasons.append(
+            "its attention logits are soft-capped (Gemma 2), which no fused attention does"
+        )
+    layers = set(fields.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    if layers:
+        reasons.append(f"it has layers of kind {', '.join(sorted(layers))}, which mix packed rows")
+    if not reasons:
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            reasons.append("transformers has no causal LM for it")
+        elif not _architecture(config)._supports_attention_backend:
+            reasons.append("its attention cannot be replaced through AttentionInterface")
+    if reasons:
+        raise ValueError(f"{where}: model type '{kind}' is not supported: {'; '.join(reasons)}")
+
+
+def _architecture(config: PretrainedConfig) -> type[PreTrainedModel]:
+    return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+
+
+def _dropout_off(config: PretrainedConfig) -> None:
+    for key, value in config.to_dict().items():
+        if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
+            setattr(config, key, 0.0)
+
+
+def _register(attention: str) -> None:
+    if attention == SHARED:
+        register_attention()
+
+
+def _finish(model: PreTrainedModel, *, where: str) -> PreTrainedModel:
+    alive = [n for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
+    if alive:
+        raise ValueError(f"{where}: dropout is still on in {', '.join(alive[:3])}")
+    model.config.use_cache = False  # generation asks for it explicitly
+    return model
+
+
+def weights_hash(path: str | Path) -> str:
+    """sha256 (64 hex digits) over names and content of a folder's safetensors files.
+
+    The digest of each file is kept in the user's cache under its path, size and modification
+    time, so that 15 GB are read once. Sharding differently gives another hash.
+    """
+    files = sorted(Path(path).glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{path}: no *.safetensors to hash; a hub id must be downloaded first")
+    total = hashlib.sha256()
+    for file in files:
+        total.update(f"{file.name}\0{_file_hash(file)}\n".encode())
+    return total.hexdigest()
+
+
+def state_hash(model: nn.Module) -> str:
+    """sha256 over names, dtypes, shapes and values of a state dict: for models not on disk."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        total.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\n".encode())
+        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def _file_hash(file: Path) -> str:
+    """sha256_file, remembered in the cache under (path, size, modification time in ns)."""
+    stat = file.stat()
+    identity = f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
+    folder = cache_root() / "hashes"
+    note = folder / (hashlib.sha256(identity.encode()).hexdigest() + ".json")
+    if note.is_file():
+        return json.loads(note.read_text())["sha256"]
+    digest = sha256_file(file)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as stream:
+        json.dump({"file": str(file.resolve()), "sha256": digest}, stream)
+    os.replace(stream.name, note)
+    return digest
