@@ -1,0 +1,114 @@
+"""Log-probs of members: three layouts against one sequence at a time through the stock model."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from iopo.data.layout import build_packed, build_plain, build_shared
+from iopo.data.tokenize import Example
+from iopo.logprobs import LogProbs
+from iopo.model.attention import SHARED, register_attention
+
+V = 61
+SIZES = dict(
+    vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1,
+    eos_token_id=2,
+)  # fmt: skip
+FAMILIES = {
+    "llama": dict(model_type="llama", tie_word_embeddings=False),
+    "smollm2": dict(model_type="llama", tie_word_embeddings=True),
+    "qwen2": dict(model_type="qwen2", tie_word_embeddings=False),
+    "qwen3": dict(model_type="qwen3", head_dim=16),
+    "gemma3": dict(model_type="gemma3_text", head_dim=16, sliding_window=64, layer_types=
+                   ["sliding_attention", "full_attention"], final_logit_softcapping=5.0),
+}  # fmt: skip
+
+
+def tiny(family: str, attention: str = SHARED, dtype: torch.dtype = torch.float64):
+    """A random model whose weights do not depend on `attention` and are large enough to matter."""
+    register_attention()
+    keys = SIZES | FAMILIES[family]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(keys.pop("model_type"), initializer_range=0.3, **keys)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    if dtype == torch.float64:
+        for module in model.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                module.forward = partial(rms_norm, module)
+    return model.to(dtype)
+
+
+def rms_norm(module, x):
+    """What the model's norm computes; its own code rounds to float32 in between."""
+    if type(module).__name__.startswith("Gemma"):
+        eps, gain = module.eps, 1 + module.weight
+    else:
+        eps, gain = module.variance_epsilon, module.weight
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain
+
+
+def quad(name: str, lengths: tuple[int, int, int, int], seed: int = 0) -> Example:
+    """x1, x2, y1, y2 of these lengths with random tokens."""
+    draw = np.random.default_rng([seed, *lengths])
+    x1, x2, y1, y2 = (draw.integers(3, V, n).astype(np.int32) for n in lengths)
+    return Example(name, (x1, x2), ((y1, y2), (y2, y1)))
+
+
+QUADS = [quad("a", (7, 5, 4, 6)), quad("b", (1, 30, 1, 2)), quad("c", (3, 3, 11, 1))]
+EMPTY_TAILS = [quad("d", (4, 6, 3, 0)), quad("e", (2, 2, 0, 0))]
+
+
+def naive(model, examples: list[Example]) -> torch.Tensor:
+    """[examples, members]: one sequence at a time, stock logits, log_softmax."""
+    logps = []
+    for example in examples:
+        for prompt, responses in zip(example.prompts, example.responses, strict=True):
+            for response in responses:
+                path = torch.from_numpy(np.concatenate([prompt, response])).long()[None]
+                logp_LV = model(path, use_cache=False).logits[0].log_softmax(-1)
+                rows = torch.arange(len(prompt) - 1, path.shape[1] - 1)
+                logps.append(logp_LV[rows, path[0, len(prompt) :]].sum())
+    return torch.stack(logps).view(len(examples), -1)
+
+
+def gradients(model, logp: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Gradients of a sum with a different weight per member, by parameter name."""
+    model.zero_grad()
+    (logp * torch.linspace(-1, 2, logp.numel(), dtype=logp.dtype).view(logp.shape)).sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same(actual: dict, expected: dict, tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name in actual:
+        scale = expected[name].abs().max().clamp_min(1)
+        error = (actual[name] - expected[name]).abs().max() / scale
+        assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("build", [build_shared, build_packed, build_plain])
+def test_equals_one_sequence_at_a_time_in_float64(family, build):
+    examples = QUADS + EMPTY_TAILS
+    model, stock = tiny(family), tiny(family, "sdpa")
+    logp = LogProbs(model)(build(examples))
+    expected = naive(stock, examples)
+    torch.testing.assert_close(logp, expected, rtol=0, atol=1e-10)
+    assert_same(gradients(model, logp), gradients(stock, expected), 1e-10)
+    assert logp[3, 1] == 0  # an empty response
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_equals_plain_in_float32(family):
+    model = tiny(family, dtype=torch.float32)
+    shared, plain = (LogProbs(model)(build(QUADS)) for build in (build_shared, build_plain))
+    assert shared.dtype == torch.float32
+    torch.testing.assert_close(shared, plain, rtol=1e-5, atol=1e-5)
+    assert_same(gradients(model, shared), gradients(model, plain), 1e-5)
