@@ -12,6 +12,8 @@ from typing import Any
 
 from .base import Constraint
 from .formats import ClosingNote, FirstLineTitle, Postscript, Sections, Titles, Wrapped
+from .ifeval import IFEVAL_IDS, from_ifeval
+from .ifeval_kinds import IFEVAL_KINDS
 from .keywords import ForbidWords, IncludeWords, WordFrequency
 from .layout import Language, Layout
 from .lengths import Bullets, HanCharacters, Lines, NumberedItems, Paragraphs, Sentences, Words
@@ -26,6 +28,21 @@ from .marks import (
 )
 from .wording import Case, EndPhrase, FirstWord, LastWord, StartPhrase
 
+__all__ = [
+    "IFEVAL_IDS",
+    "KINDS",
+    "MEASURED_KINDS",
+    "Constraint",
+    "compatible",
+    "follows",
+    "follows_loosely",
+    "from_dict",
+    "from_ifeval",
+    "loose_variants",
+    "make",
+    "measure_all",
+]
+
 _MEASURED: tuple[type[Constraint], ...] = (
     Words, HanCharacters, Sentences, Lines, Paragraphs, Bullets, NumberedItems,
     Placeholders, Highlights, Commas, Questions, Exclamations, CapitalWords, LetterFrequency,
@@ -35,7 +52,10 @@ _MEASURED: tuple[type[Constraint], ...] = (
 
 # kinds that measure quickly and need nothing but Python: what training data is made of
 MEASURED_KINDS: dict[str, type[Constraint]] = {cls.kind: cls for cls in _MEASURED}
-KINDS: dict[str, type[Constraint]] = dict(MEASURED_KINDS)
+KINDS: dict[str, type[Constraint]] = {
+    **MEASURED_KINDS,
+    **{cls.kind: cls for cls in IFEVAL_KINDS},
+}
 
 
 def make(kind: str, **params: Any) -> Constraint:

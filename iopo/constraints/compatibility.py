@@ -14,7 +14,7 @@ REPEATABLE = frozenset({"include_words", "forbid_words", "word_frequency", "lett
 _CASE = ("case", "english_case")
 _LAYOUT = ("layout", "json_format", "bullets", "numbered_items")
 _PROSE = ("sentences", "punkt_sentences", "lines", "paragraphs", "divided_paragraphs")
-_FRAME = ("wrapped", "quotation", "first_line_title", "closing_note", "postscript", "title")
+_FRAME = ("wrapped", "first_line_title", "closing_note", "postscript", "title")
 _BEGIN = ("start_phrase", "repeat_prompt", "first_word", "wrapped", "first_line_title")
 _END = ("end_phrase", "last_word", "wrapped", "closing_note", "postscript")
 _CAPITAL = ("capital_words", "capital_tokens")
@@ -31,12 +31,11 @@ _CLIQUES: tuple[tuple[str, ...], ...] = (
     ("paragraphs", "divided_paragraphs", "nth_paragraph_first_word", "two_responses"),
     ("sentences", "punkt_sentences"),
     ("words", "han_characters"),
-    ("quotation", "wrapped", "json_format", "layout"),
+    ("wrapped", "json_format", "layout"),
     ("title", "first_line_title", "json_format"),
-    ("end_phrase", "quotation"),
     ("include_words", "keywords"),
     ("word_frequency", "keyword_frequency"),
-    ("forbid_words", "forbidden_patterns"),
+    ("forbid_words", "forbidden_words"),
 )
 
 # every kind on the left conflicts with every kind on the right
@@ -51,9 +50,8 @@ _PAIRS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("language", "response_language"), ("keyword_frequency", "capital_words", "capital_tokens")),
     (("bullets", "numbered_items"), ("sentences", "punkt_sentences", "lines")),
     (("lines",), ("paragraphs", "divided_paragraphs", "two_responses", "sections")),
-    (("quotation",), ("start_phrase", "repeat_prompt", "first_line_title", "closing_note")),
-    (("two_responses",), ("quotation", "repeat_prompt", "constrained_response")),
-    (("divided_paragraphs",), ("quotation", "sections")),
+    (("two_responses",), ("wrapped", "repeat_prompt", "constrained_response")),
+    (("divided_paragraphs",), ("wrapped", "sections")),
     (("exclamations", "questions"), ("exclamations", "questions")),
 )
 

@@ -15,7 +15,7 @@ _TITLE = re.compile(r"<<[^\n]+>>")
 
 @dataclass(frozen=True)
 class Wrapped(Styled):
-    """The whole text stands between a pair of marks; the first character tells the styles apart."""
+    """The whole text stands between a pair of marks; IFEval's quotation is the first style."""
 
     style: str
 

@@ -19,7 +19,7 @@ _TOO_COMMON = frozenset(
 )
 
 
-class _WordList(Constraint):
+class WordList(Constraint):
     """Shared by include_words and forbid_words: whole words, in any case."""
 
     words: tuple[str, ...]
@@ -35,12 +35,16 @@ class _WordList(Constraint):
         quote, comma = ("'{}'", ", ") if language == "en" else ("“{}”", "、")
         return {"words": comma.join(quote.format(word) for word in self.words)}
 
+    def pattern(self, word: str) -> re.Pattern[str]:
+        """What counts as an occurrence of the word."""
+        return cut.whole_word(word)
+
     def found(self, text: str) -> list[bool]:
-        return [cut.whole_word(word).search(text) is not None for word in self.words]
+        return [self.pattern(word).search(text) is not None for word in self.words]
 
 
 @dataclass(frozen=True)
-class IncludeWords(_WordList):
+class IncludeWords(WordList):
     """Every word of the list occurs as a whole word."""
 
     words: tuple[str, ...]
@@ -79,7 +83,7 @@ class IncludeWords(_WordList):
 
 
 @dataclass(frozen=True)
-class ForbidWords(_WordList):
+class ForbidWords(WordList):
     """No word of the list occurs as a whole word."""
 
     words: tuple[str, ...]
@@ -113,7 +117,7 @@ class ForbidWords(_WordList):
 
     def edit(self, text: str, rng: random.Random) -> str | None:
         for word in self.words:
-            text = re.sub(r"\s*" + cut.whole_word(word).pattern, "", text, flags=re.IGNORECASE)
+            text = re.sub(r"\s*" + self.pattern(word).pattern, "", text, flags=re.IGNORECASE)
         return text.strip() if text.strip() and self.check(text.strip()) else None
 
 
@@ -152,8 +156,12 @@ class WordFrequency(Counted):
         quoted = f"'{self.word}'" if language == "en" else f"“{self.word}”"
         return {**super().blanks(language), "words": quoted}
 
+    def pattern(self) -> re.Pattern[str]:
+        """What counts as an occurrence of the word."""
+        return cut.whole_word(self.word)
+
     def count(self, text: str) -> int:
-        return len(cut.whole_word(self.word).findall(text))
+        return sum(1 for _ in self.pattern().finditer(text))
 
     @classmethod
     def measure(cls, text: str) -> list[dict[str, Any]]:
