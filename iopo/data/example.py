@@ -1,0 +1,92 @@
+"""A tokenised row, and the account of what tokenising did with the rows of a file."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+PERCENTILES = {"min": 0, "p50": 50, "p90": 90, "p99": 99, "max": 100}
+MAX_LISTED = 5  # ids shown in a line of the report; all of them are in its dict
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A forest of prompts, each with the responses that follow it; int32 token ids throughout.
+
+    quad        prompts (x1, x2), responses ((y1, y2), (y2, y1)): members in the order of MEMBERS
+    iopo_three  prompts (x1, x2), responses ((y1, y2), (y1,)): members x1y1, x1y2, x2y1
+    pair        prompts (x,), responses ((chosen, rejected),)
+    sft         prompts (x,), responses ((y,),)
+    Responses end with the end-of-turn token, unless truncated.
+    differing: how many constraints of x1 and x2 differ; 0 when the row does not say.
+    """
+
+    id: str
+    prompts: tuple[np.ndarray, ...]
+    responses: tuple[tuple[np.ndarray, ...], ...]
+    differing: int = 0
+
+
+def content_key(example: Example) -> str:
+    """sha256 (hex) of the example's token ids and shape, whatever its id."""
+    digest = hashlib.sha256()
+    for prompt, responses in zip(example.prompts, example.responses, strict=True):
+        digest.update(f"prompt {len(prompt)} {len(responses)} ".encode())
+        digest.update(prompt.astype("<i4").tobytes())
+        for response in responses:
+            digest.update(f"response {len(response)} ".encode())
+            digest.update(response.astype("<i4").tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of the rows; nothing is dropped or cut that is not listed here by its row id.
+
+    dropped, truncated: reason -> ids. joint_differences: kept rows for which tokenising prompt and
+    response together would give other tokens than tokenising them apart, as generation does.
+    prompt_tokens, response_tokens: percentiles over the kept rows, empty when none was kept.
+    """
+
+    rows: int
+    kept: int
+    dropped: dict[str, list[str]]
+    truncated: dict[str, list[str]]
+    joint_differences: list[str]
+    prompt_tokens: dict[str, int]
+    response_tokens: dict[str, int]
+
+    def to_dict(self) -> dict:
+        """For JSON; Report(**d) gives it back."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The report for a person."""
+        lines = [f"{self.kept} of {self.rows} rows kept"]
+        for what, reasons in (("dropped", self.dropped), ("truncated", self.truncated)):
+            for reason, ids in reasons.items():
+                lines.append(f"{what}, {reason}: {len(ids)} ({_some(ids)})")
+        if self.joint_differences:
+            lines.append(
+                f"kept, but tokens differ when prompt and response are tokenised together: "
+                f"{len(self.joint_differences)} ({_some(self.joint_differences)})"
+            )
+        for what, numbers in (("prompt", self.prompt_tokens), ("response", self.response_tokens)):
+            if numbers:
+                values = ", ".join(f"{name} {value}" for name, value in numbers.items())
+                lines.append(f"{what} tokens: {values}")
+        return lines
+
+
+def percentiles(lengths: Sequence[int]) -> dict[str, int]:
+    """PERCENTILES of the lengths, each a length that occurs; {} of none."""
+    if not lengths:
+        return {}
+    values = np.percentile(lengths, list(PERCENTILES.values()), method="higher")
+    return {name: int(value) for name, value in zip(PERCENTILES, values, strict=True)}
+
+
+def _some(ids: Sequence[str]) -> str:
+    more = f", and {len(ids) - MAX_LISTED} more" if len(ids) > MAX_LISTED else ""
+    return ", ".join(ids[:MAX_LISTED]) + more

@@ -1,0 +1,161 @@
+"""The chat template: text of a prompt, text of a response after it, and where a turn ends.
+
+Training, reference and generation render through this one class, so that a model is trained on the
+exact text that it is asked with.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+DEFAULT_DATE = date(2024, 7, 26)  # what Llama 3.1's template writes when it is told no date
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A tokenizer's chat template with everything fixed that changes its text.
+
+    system: the system prompt of rows that have none of their own; None leaves it to the template
+    (some write a default one).
+    options: further variables of the template, such as {"enable_thinking": False} for Qwen3.
+    today: the date that templates write which ask for the current one; with the real date, prompts,
+    caches and resumed runs would change at midnight.
+    Raises ValueError for a tokenizer without a template, or with a date that cannot be fixed.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    system: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    today: date = DEFAULT_DATE
+    template: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not self.tokenizer.is_fast:
+            raise ValueError(
+                f"the tokenizer is a {type(self.tokenizer).__name__} without a tokenizer.json, "
+                "which cannot be hashed: convert it with AutoTokenizer.from_pretrained(...)."
+                "save_pretrained(...)"
+            )
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                "the tokenizer has no chat template (a base model?): train from an instruction-"
+                "tuned model, or put a chat_template.jinja beside its tokenizer.json"
+            )
+        template = TODAY.sub(
+            lambda call: json.dumps(self.today.strftime(call[2])),
+            self.tokenizer.get_chat_template(),
+        )
+        if "strftime_now(" in template:
+            raise ValueError(
+                "the chat template asks for the current date in a format that is not a plain string"
+                ", so its text changes from day to day: replace strftime_now(...) by a fixed date"
+            )
+        object.__setattr__(self, "template", template)
+
+    def prompt(self, x: str, system: str | None = None) -> str:
+        """The text up to where the response begins."""
+        return self.render(self.messages(x, system), add_generation_prompt=True)
+
+    def conversation(self, x: str, y: str, system: str | None = None) -> str:
+        """The text of instruction and response, with what the template writes after it."""
+        messages = [*self.messages(x, system), {"role": "assistant", "content": y}]
+        return self.render(messages, add_generation_prompt=False)
+
+    def messages(self, x: str, system: str | None = None) -> list[dict[str, str]]:
+        """The messages of a prompt; the row's system prompt goes before the configured one."""
+        system = self.system if system is None else system
+        first = [] if system is None else [{"role": "system", "content": system}]
+        return [*first, {"role": "user", "content": x}]
+
+    def render(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        """The template's text for any conversation. Raises ValueError if it refuses it."""
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=self.template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **self.options,
+            )
+        except TemplateError as error:  # Gemma 2: "System role not supported"
+            roles = [message["role"] for message in messages]
+            raise ValueError(f"the chat template refuses the roles {roles}: {error}") from error
+        assert isinstance(text, str)  # tokenize=False
+        return text
+
+    def response(self, prompt: str, x: str, y: str, system: str | None = None) -> str:
+        """The text that follows `prompt` = self.prompt(x, system): y, the end of the turn, and what
+        the template writes after it.
+
+        Raises ValueError when the conversation's text does not begin with the prompt's (prefix
+        property) or does not hold y. The text is checked, not the tokens.
+        """
+        whole = self.conversation(x, y, system)
+        if not whole.startswith(prompt):
+            pairs = enumerate(zip(prompt, whole, strict=False))
+            at = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(whole)))
+            raise ValueError(
+                "the template's text of the whole conversation does not begin with that of the "
+                f"prompt: at character {at} the prompt has {prompt[at : at + 30]!r} and the "
+                f"conversation {whole[at : at + 30]!r}, so the model would be trained on a prompt "
+                "that it is never asked with; use a template without this, or set the template's "
+                "options (Qwen3: enable_thinking)"
+            )
+        text = whole[len(prompt) :]
+        if y.strip() not in text:
+            raise ValueError(
+                f"the template changes the response: {text[:60]!r} does not hold {y.strip()[:60]!r}"
+            )
+        return text
+
+    def end_of_turn(self) -> int:
+        """Id of the token that ends a response: the first special token that the template writes
+        after it. Not always the eos token (Gemma: <end_of_turn>).
+
+        Raises ValueError when the template writes none, as the model could not learn to stop.
+        """
+        prompt = self.prompt("Question")
+        tail = self.response(prompt, "Question", "Answer").partition("Answer")[2]
+        special = special_ids(self.tokenizer)
+        for token in self.tokenizer(tail, add_special_tokens=False)["input_ids"]:
+            if token in special:
+                return token
+        raise ValueError(
+            f"the chat template writes no special token after a response, only {tail!r}: end the "
+            "assistant turn of the template with {{ eos_token }}"
+        )
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of tokens that stand for a whole string: special ones and all others that were added."""
+    return frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
+
+
+def special_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The strings of the special tokens: a text that holds one could forge the end of a turn."""
+    added = tokenizer.added_tokens_decoder.values()
+    return tuple(
+        sorted(
+            {token.content for token in added if token.special} | {*tokenizer.all_special_tokens}
+        )
+    )
+
+
+def tokenizer_hash(chat: Chat) -> str:
+    """sha256 (hex) of what turns text into ids: vocabulary, merges, normalisation, template,
+    system prompt and options. Padding and truncation settings, which a call changes, do not count.
+    """
+    backend = json.loads(chat.tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+    for changing in ("padding", "truncation"):
+        backend.pop(changing, None)
+    tokens = {key: str(value) for key, value in chat.tokenizer.special_tokens_map.items()}
+    parts = [backend, chat.template, tokens, chat.system, chat.options]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
