@@ -20,6 +20,7 @@ from iopo.data.example import Example
 from iopo.data.formats import Pair, Quad, Row
 from iopo.data.template import Chat, special_texts
 
+BLOCK_ROWS = 1000
 PROMPT_TOO_LONG = "prompt longer than max_prompt_tokens"
 RESPONSE_TOO_LONG = "response longer than max_response_tokens"
 SPECIAL_TOKEN = "text holds a special token of the tokenizer"
@@ -81,7 +82,7 @@ class _Texts:
 
 
 class Encoder:
-    """Rows to examples in one process; every distinct text is tokenised once."""
+    """Rows to examples in one process; every distinct text of a block is tokenised once."""
 
     def __init__(self, chat: Chat, limits: Limits, three: bool):
         self.chat, self.limits, self.three = chat, limits, three
@@ -91,10 +92,16 @@ class Encoder:
             str(chat.tokenizer.convert_ids_to_tokens(self.end_of_turn)),
         }
         self.special = re.compile("|".join(map(re.escape, sorted(forbidden, reverse=True))))
-        self.ids: dict[str, np.ndarray] = {}
+        self.ids: dict[str, np.ndarray] = {}  # of the texts of the present block
 
     def encode(self, rows: Sequence[Row]) -> Outcome:
+        """Block by block: the tokenizer's lists of Python numbers take ten times their arrays."""
         outcome = Outcome()
+        for at in range(0, len(rows), BLOCK_ROWS):
+            self._encode_block(rows[at : at + BLOCK_ROWS], outcome)
+        return outcome
+
+    def _encode_block(self, rows: Sequence[Row], outcome: Outcome) -> None:
         rendered: list[_Texts] = []
         for row in rows:
             try:
@@ -110,7 +117,6 @@ class Encoder:
                 self._finish(texts, outcome)
             except ValueError as error:
                 outcome.faults.append(f"row {texts.row.id!r}: {error}")
-        return outcome
 
     def _holds_special(self, row: Row) -> bool:
         parts = [
@@ -136,10 +142,10 @@ class Encoder:
                 header = self._header(prompt)
                 texts.update(dict.fromkeys((prompt, header, *responses)))
                 texts.update(dict.fromkeys(header + response for response in responses))
-        wanted = [text for text in texts if text not in self.ids]
-        if wanted:
-            encoded = self.chat.tokenizer(wanted, add_special_tokens=False, verbose=False)
-            for text, ids in zip(wanted, encoded["input_ids"], strict=True):
+        self.ids = {}
+        if texts:
+            encoded = self.chat.tokenizer(list(texts), add_special_tokens=False, verbose=False)
+            for text, ids in zip(texts, encoded["input_ids"], strict=True):
                 self.ids[text] = np.array(ids, dtype=np.int32)
 
     def _header(self, prompt: str) -> str:
