@@ -1,0 +1,87 @@
+"""What reaches a running rank from outside: requests to stop, and the clock that ends a hang.
+
+SIGTERM (schedulers) and SIGUSR1 (SLURM's warning before the time limit) ask for a save and exit
+with code 75, on which a scheduler may requeue. SIGINT (Ctrl-C) asks for the same with code 130; a
+second SIGINT stops at once. SIGUSR2 writes every thread's stack to the rank's stacks file and
+changes nothing else.
+"""
+
+import faulthandler
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+OK = 0
+FAILED = 1
+SAVED_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Control:
+    """One rank's ears. Made by `launch`; the worker calls `should_stop` after each step.
+
+    timeout_s: seconds without `alive` or `should_stop` after which this rank counts as hung: its
+        stacks are written to `stacks_path` and the process exits with code 1. Work that takes long
+        for good reason (an evaluation, an export) calls `alive` in between.
+    """
+
+    def __init__(self, stacks_path: Path, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self._code = OK
+        self._interrupts = 0
+        self._stacks_path = stacks_path
+        self._stacks = open(stacks_path, "a")
+        faulthandler.enable(self._stacks)  # SIGSEGV, SIGABRT (NCCL's watchdog) and the like
+        faulthandler.register(signal.SIGUSR2, self._stacks, all_threads=True)
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_signal)
+        # `launch` starts workers with these blocked, so that none is lost or kills a half-made rank
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        self.alive()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts == 2:
+                os._exit(INTERRUPTED)
+        self._code = max(self._code, INTERRUPTED if number == signal.SIGINT else SAVED_REQUEUE)
+
+    def alive(self) -> None:
+        """Say that this rank makes progress: the hang clock starts anew."""
+        faulthandler.dump_traceback_later(self.timeout_s, exit=True, file=self._stacks)
+
+    def should_stop(self) -> bool:
+        """True on every rank at the same step, once any rank was asked to stop.
+
+        A collective call on a few bytes of CPU memory (gloo): all ranks call it, once a step.
+        """
+        self.alive()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            code = torch.tensor([self._code], dtype=torch.int32)
+            dist.all_reduce(code, op=dist.ReduceOp.MAX)
+            self._code = int(code)
+        return self._code != OK
+
+    @property
+    def exit_code(self) -> int:
+        """0, or after a stop 75 (saved, may be requeued) or 130 (interrupted by hand)."""
+        return self._code
+
+    def close(self) -> None:
+        """Stop listening: the process is about to end. Removes the stacks file if it is empty."""
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(signal.SIGUSR2)
+        faulthandler.disable()
+        # Too late to stop: SIGTERM must not turn a finished rank into a killed one.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        self._stacks.close()
+        if self._stacks_path.stat().st_size == 0:
+            self._stacks_path.unlink()
