@@ -1,20 +1,357 @@
+"""The linear log-probability against its definition in float64, and its guards (CPU)."""
+
+import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from iopo.kernels import definition
-from iopo.kernels.linear_logprob import linear_logprob
+from iopo.kernels import definition, tiled
+from iopo.kernels.linear_logprob import linear_logprob, linear_logprob_sums, sum_by_member
 
 
-def test_equals_definition_in_float64():
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(7, 16).double(), torch.randn(33, 16).double()
-    hidden.requires_grad_(), weight.requires_grad_()
-    targets = torch.randint(0, 33, (7,))
-    upstream = torch.randn(7).double()
-    ours = torch.autograd.grad(
-        linear_logprob(hidden, weight, targets), (hidden, weight), grad_outputs=upstream
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(tiled, "ROWS", 4)
+    monkeypatch.setattr(tiled, "WORDS", 16)
+
+
+def problem(rows, width, words, dtype=torch.float64, *, scale=1.0, bias=False, seed=0):
+    """Random inputs whose logits have a standard deviation of `scale`."""
+    random = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, width, generator=random, dtype=torch.float64) * scale
+    weight = torch.randn(words, width, generator=random, dtype=torch.float64) / width**0.5
+    targets = torch.randint(0, words, (rows,), generator=random)
+    bias_V = torch.randn(words, generator=random, dtype=torch.float64).to(dtype) if bias else None
+    return hidden.to(dtype), weight.to(dtype), targets, bias_V
+
+
+def values_and_gradients(function, hidden, weight, targets, bias, upstream, softcap=None):
+    inputs = [x.detach().clone().requires_grad_() for x in (hidden, weight, bias) if x is not None]
+    bias_V = None if bias is None else inputs[2]
+    logp = function(inputs[0], inputs[1], targets, bias_V=bias_V, softcap=softcap)
+    return logp.detach(), *torch.autograd.grad(logp, inputs, upstream.to(logp.dtype))
+
+
+def assert_all_close(ours, theirs, **tolerance):
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(0, 9),
+    width=st.integers(1, 9),
+    words=st.integers(1, 50),
+    bias=st.booleans(),
+    softcap=st.sampled_from([None, 3.0]),
+    scale=st.sampled_from([0.1, 1.0, 20.0]),
+    seed=st.integers(0, 99),
+)
+def test_any_shape_equals_the_definition(rows, width, words, bias, softcap, scale, seed):
+    hidden, weight, targets, bias_V = problem(rows, width, words, scale=scale, bias=bias, seed=seed)
+    upstream = torch.randn(rows, dtype=torch.float64)
+    args = (hidden, weight, targets, bias_V, upstream, softcap)
+    assert_all_close(
+        values_and_gradients(linear_logprob, *args),
+        values_and_gradients(definition.linear_logprob, *args),
+        rtol=1e-9,
+        atol=1e-9,
     )
-    theirs = torch.autograd.grad(
-        definition.linear_logprob(hidden, weight, targets), (hidden, weight), grad_outputs=upstream
+
+
+def test_two_words_by_hand():
+    hidden, weight = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 5.0], [1.0, 7.0]])
+    logp = linear_logprob(hidden.expand(2, 2), weight, torch.tensor([0, 1]))  # logits 0 and 1
+    torch.testing.assert_close(logp, torch.tensor([-1.3132617, -0.3132617]))
+
+
+def test_gradcheck():
+    hidden, weight, targets, bias = problem(5, 3, 19, bias=True)
+    inputs = [x.requires_grad_() for x in (hidden, weight, bias)]
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: linear_logprob(h, w, targets, bias_V=b, softcap=2.0), inputs
     )
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+def test_error_is_below_that_of_log_softmax_in_the_same_dtype(dtype, scale):
+    hidden, weight, targets, _ = problem(64, 96, 500, dtype, scale=scale)
+    upstream = torch.randn(64)
+    wide = (hidden.double(), weight.double(), targets, None, upstream.double())
+    truth = values_and_gradients(definition.linear_logprob, *wide)
+
+    def plain(hidden, weight, targets, **_):
+        return F.linear(hidden, weight).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+
+    ours = values_and_gradients(linear_logprob, hidden, weight, targets, None, upstream)
+    theirs = values_and_gradients(plain, hidden, weight, targets, None, upstream)
+    for name, one, other, exact in zip(["logp", "dH", "dW"], ours, theirs, truth, strict=True):
+        error, peer = ((x.double() - exact).norm() / exact.norm() for x in (one, other))
+        assert error <= peer * 1.05, f"{name}: {error:.2e} against {peer:.2e}"
+    assert ours[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_log_probability_above_zero_on_peaky_logits(dtype):
+    hidden, weight, _, _ = problem(200, 64, 300, dtype, scale=12.0)
+    logits = hidden.double() @ weight.double().t()
+    assert logits.abs().max() > 40
+    logp = linear_logprob(hidden, weight, logits.argmax(1))
+    assert (logp <= 0).all()
+    torch.testing.assert_close(logp.double(), logits.log_softmax(-1).amax(1), rtol=1e-4, atol=1e-9)
+
+
+def test_confident_tokens_keep_their_digits():
+    """log p = -1e-10 and its gradient, where log_softmax in float32 returns 0."""
+    logits = torch.tensor([[23.0, 0.0], [30.0, 0.0]])
+    hidden, weight = logits.requires_grad_(), torch.eye(2)
+    targets = torch.zeros(2, dtype=torch.int64)
+    logp = linear_logprob(hidden, weight, targets)
+    (grad,) = torch.autograd.grad(logp.sum(), hidden)
+    others = torch.exp(torch.tensor([-23.0, -30.0]))
+    torch.testing.assert_close(logp.detach(), -others, rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad, torch.stack([others, -others], 1), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bitwise_repeatable(dtype):
+    hidden, weight, targets, bias = problem(40, 32, 200, dtype, bias=True)
+    runs = [
+        values_and_gradients(linear_logprob, hidden, weight, targets, bias, torch.arange(40.0))
+        for _ in range(3)
+    ]
+    for run in runs[1:]:
+        assert_all_close(run, runs[0], rtol=0, atol=0)
+
+
+def test_large_reference_moves_do_not_lose_the_earlier_tiles():
+    """Logits that climb by 30 from tile to tile, and fall again, move the reference every time."""
+    climb = torch.tensor([0.0, 30.0, 60.0, 45.0, 90.0, 10.0]).repeat_interleave(16).double()
+    hidden, weight = torch.ones(3, 1).double(), climb[:, None]
+    targets = torch.tensor([0, 70, 40])
+    upstream = torch.tensor([1.0, -2.0, 0.5])
+    args = (hidden, weight, targets, None, upstream)
+    theirs = values_and_gradients(definition.linear_logprob, *args)
+    assert_all_close(values_and_gradients(linear_logprob, *args), theirs)
+    grad = theirs[1]
+    hidden.requires_grad_()
+    sums = linear_logprob_sums(hidden, weight, targets, torch.arange(3), 3)
+    torch.testing.assert_close(torch.autograd.grad(sums, hidden, upstream.double())[0], grad)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(0, 9),
+    words=st.integers(1, 50),
+    members=st.integers(1, 5),
+    softcap=st.sampled_from([None, 3.0]),
+    scale=st.sampled_from([0.1, 1.0, 20.0]),
+    seed=st.integers(0, 99),
+)
+def test_sums_and_their_gradient_equal_the_rows_summed(rows, words, members, softcap, scale, seed):
+    hidden, weight, targets, bias = problem(rows, 6, words, scale=scale, bias=True, seed=seed)
+    hidden.requires_grad_()
+    member = torch.randint(0, members, (rows,))
+    upstream = torch.randn(members, dtype=torch.float64)
+    options = {"bias_V": bias, "softcap": softcap}
+    sums = linear_logprob_sums(hidden, weight, targets, member, members, **options)
+    rows_summed = torch.zeros(members, dtype=torch.float64).index_add(
+        0, member, linear_logprob(hidden, weight, targets, **options)
+    )
+    torch.testing.assert_close(sums, rows_summed, rtol=1e-9, atol=1e-9)
+    (ours,) = torch.autograd.grad(sums, hidden, upstream)
+    (theirs,) = torch.autograd.grad(rows_summed, hidden, upstream)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_sums_in_bfloat16_are_as_exact_as_the_backward_pass():
+    hidden, weight, targets, _ = problem(64, 96, 500, torch.bfloat16, scale=8.0)
+    hidden.requires_grad_()
+    member = torch.arange(64) % 4
+    upstream = torch.tensor([0.3, -1.0, 2.0, 0.01])
+    exact_hidden = hidden.detach().double().requires_grad_()
+    exact = definition.linear_logprob(exact_hidden, weight.double(), targets)
+    (truth,) = torch.autograd.grad(exact, exact_hidden, upstream[member].double())
+    ours = linear_logprob_sums(hidden, weight, targets, member, 4)
+    torch.testing.assert_close(
+        ours.detach().double(), sum_by_member(exact.detach(), member, 4), rtol=1e-5, atol=1e-4
+    )
+    (grad,) = torch.autograd.grad(ours, hidden, upstream)
+    assert (grad.double() - truth).norm() / truth.norm() < 4e-3
+
+
+def test_sums_without_gradient_do_not_compute_one():
+    hidden, weight, targets, _ = problem(5, 4, 20)
+    sums = torch.ops.iopo.linear_logprob_sums(
+        hidden, weight, targets, torch.zeros(5, dtype=torch.int64), 1, None, None, False
+    )
+    assert sums[1].numel() == 0
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+def test_the_logits_never_exist():
+    hidden, weight, targets, _ = problem(40, 8, 400)
+    with Largest() as largest:
+        saved = tiled.forward(hidden, weight, targets, None, 3.0, with_gradient=True)[:3]
+        tiled.backward(
+            saved[0], hidden, weight, targets, *saved, None, 3.0, need_weight=True, need_bias=False
+        )
+    assert largest.elements == weight.numel() == 3200
+    with Largest() as largest:
+        definition.linear_logprob(hidden, weight, targets)
+    assert largest.elements == 40 * 400
+
+
+def test_padded_vocabulary_is_a_view_of_the_weight():
+    hidden, weight, targets, _ = problem(6, 5, 40)
+    weight.requires_grad_()
+    logp = linear_logprob(hidden, weight[:33], targets % 33)
+    torch.testing.assert_close(
+        logp, definition.linear_logprob(hidden, weight[:33], targets % 33), rtol=1e-9, atol=1e-9
+    )
+    logp.sum().backward()
+    assert (weight.grad[33:] == 0).all() and (weight.grad[:33] != 0).any()
+
+
+def test_tied_embeddings_receive_both_gradients():
+    _, weight, targets, _ = problem(6, 5, 40)
+    weight.requires_grad_()
+    tokens = torch.tensor([1, 2, 3, 3, 2, 1])
+    grads = [
+        torch.autograd.grad(function(weight[tokens].tanh(), weight, targets).sum(), weight)[0]
+        for function in (linear_logprob, definition.linear_logprob)
+    ]
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
+
+
+def test_strided_inputs():
+    hidden, weight, targets, _ = problem(6, 10, 40)
+    args = (hidden[:, ::2], weight.t().contiguous().t()[:, 1::2], targets, None, torch.ones(6))
+    assert_all_close(
+        values_and_gradients(linear_logprob, *args),
+        values_and_gradients(definition.linear_logprob, *args),
+    )
+
+
+def test_a_frozen_weight_costs_and_gets_no_gradient():
+    hidden, weight, targets, _ = problem(6, 5, 40)
+    hidden.requires_grad_()
+    linear_logprob(hidden, weight, targets).sum().backward()
+    assert weight.grad is None and hidden.grad is not None
+
+
+def test_second_derivatives_are_refused():
+    hidden, weight, targets, _ = problem(3, 4, 20)
+    hidden.requires_grad_()
+    (grad,) = torch.autograd.grad(
+        linear_logprob(hidden, weight, targets).sum(), hidden, create_graph=True
+    )
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(grad.sum(), hidden)
+
+
+def test_bfloat16_leaves_the_precision_setting_as_it_found_it():
+    hidden, weight, targets, _ = problem(3, 4, 20, torch.bfloat16)
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    linear_logprob(hidden, weight, targets)
+    assert matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("grads", [True, False])
+def test_opcheck(grads):
+    hidden, weight, targets, bias = problem(5, 4, 20, torch.float32, bias=True)
+    for tensor in (hidden, weight, bias):
+        tensor.requires_grad_(grads)
+    ops = torch.ops.iopo
+    torch.library.opcheck(ops.linear_logprob, (hidden, weight, targets, bias, 3.0))
+    torch.library.opcheck(ops.linear_logprob, (hidden, weight, targets, None, None))
+    member = torch.tensor([0, 1, 1, 0, 2])
+    weight, bias = weight.detach(), bias.detach()
+    torch.library.opcheck(
+        ops.linear_logprob_sums, (hidden, weight, targets, member, 3, bias, 3.0, grads)
+    )
+    hidden = hidden.detach()
+    saved = ops.linear_logprob(hidden, weight, targets, bias, 3.0)
+    for need in ((True, True), (False, False)):
+        torch.library.opcheck(
+            ops.linear_logprob_backward,
+            (saved[0], hidden, weight, targets, *saved, bias, 3.0, *need),
+        )
+
+
+def test_compiles_without_a_graph_break():
+    hidden, weight, targets, _ = problem(5, 4, 20, torch.float32)
+    member = torch.tensor([0, 1, 1, 0, 2])
+
+    def loss(hidden):
+        rows = linear_logprob(hidden * 2, weight, targets, softcap=5.0)
+        return rows.sum() + linear_logprob_sums(hidden, weight, targets, member, 3).prod()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    grads = []
+    for function in (loss, compiled):
+        leaf = hidden.clone().requires_grad_()
+        function(leaf).backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads)
+
+
+def refused(message, **changes):
+    hidden, weight, targets, _ = problem(5, 4, 20, torch.float32)
+    arguments = {"hidden_RD": hidden, "weight_VD": weight, "targets_R": targets} | changes
+    with pytest.raises(ValueError, match=message):
+        linear_logprob(**arguments)
+
+
+def test_guards():
+    for wrong in (20, -1, -100):
+        refused("targets must be in", targets_R=torch.tensor([0, 1, 2, 3, wrong]))
+    refused("targets must be int64", targets_R=torch.zeros(4, dtype=torch.int64))
+    refused("targets must be int64", targets_R=torch.zeros(5, dtype=torch.int32))
+    refused("expected hidden", hidden_RD=torch.zeros(1, 5, 4))
+    refused("expected hidden", weight_VD=torch.zeros(20, 3))
+    refused("one floating dtype", weight_VD=torch.zeros(20, 4, dtype=torch.bfloat16))
+    refused("one floating dtype", hidden_RD=torch.zeros(5, 4, dtype=torch.int64))
+    refused("no vocabulary", weight_VD=torch.zeros(0, 4))
+    refused("bias must be", bias_V=torch.zeros(19))
+    refused("bias must be", bias_V=torch.zeros(20).double())
+    refused("softcap", softcap=0.0)
+
+
+def test_guards_of_the_sums():
+    hidden, weight, targets, _ = problem(5, 4, 20, torch.float32)
+    member = torch.tensor([0, 1, 1, 0, 2])
+    with pytest.raises(ValueError, match="member_R must be in"):
+        linear_logprob_sums(hidden, weight, targets, member, 2)
+    with pytest.raises(ValueError, match="member_R must be int64"):
+        linear_logprob_sums(hidden, weight, targets, member[:4], 3)
+    with pytest.raises(ValueError, match="freeze the head or use linear_logprob"):
+        linear_logprob_sums(hidden, weight.requires_grad_(), targets, member, 3)
+    with torch.no_grad():
+        linear_logprob_sums(hidden, weight, targets, member, 3)
+
+
+@pytest.mark.slow
+def test_more_logits_than_an_int32_can_count(monkeypatch):
+    monkeypatch.undo()
+    rows, words = 2**16 + 1, 2**15 + 1
+    hidden, weight, targets, _ = problem(rows, 2, words, torch.float32)
+    logp = linear_logprob(hidden, weight, targets)
+    tail = slice(rows - 7, rows)
+    expected = definition.linear_logprob(hidden[tail].double(), weight.double(), targets[tail])
+    torch.testing.assert_close(logp[tail].double(), expected, rtol=1e-5, atol=1e-5)

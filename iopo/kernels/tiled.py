@@ -1,16 +1,26 @@
 """Row chunks x vocabulary tiles with an online log-sum-exp: CPU, and any device without Triton.
 
-Shapes: R response rows, r rows of one chunk, D width, V vocabulary, v columns of one tile.
-The largest intermediate is one r x v tile of logits in float32.
+Shapes: R response rows, r rows of one chunk, D width, V vocabulary, v words of one tile.
+The largest intermediate is one r x v tile of logits in the accumulation dtype ("wide": float32,
+float64 for float64 inputs). The vocabulary is the outer loop, so that a bfloat16 tile of the weight
+is widened once for all rows and a tile of its gradient is finished before the next one begins.
+
+The target is kept out of the sum over the vocabulary. With `others` the sum of exp(z_v - shift)
+over the other words and `hit` the target's own exponential
+    logp = -log1p(others / hit)    where hit > others,    1 - p[target] = -expm1(logp),
+which cannot be above 0 and stays exact for confident tokens, where log p and 1 - p taken from a sum
+that contains the target would be differences of nearly equal numbers.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-ROWS = 512  # rows of a chunk
-COLUMNS = 4096  # words of a tile
+ROWS = 512
+WORDS = 2048  # a tile of 512 x 2048 float32 is 4 MB: it stays in the L2 caches of two cores
+SLACK = 16.0  # the reference of the exponentials moves only if a logit passes it by this much
 
 
 def forward(
@@ -19,28 +29,63 @@ def forward(
     targets_R: Tensor,
     bias_V: Tensor | None,
     softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Return (logp_R, lse_R), both in the accumulation dtype (float32; float64 for float64)."""
+    *,
+    with_gradient: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return (logp_R, shift_R, scale_R, d logp_R / d hidden_RD or None), all in the wide dtype.
+
+    softmax(z) = scale * exp(z - shift): what the backward pass needs, kept as two numbers because
+    their log-sum-exp, shift - log(scale), would round the probabilities of peaky rows.
+    The gradient costs one more product per tile and no second pass: like attention over the
+    vocabulary, sum_v exp(z_v - reference) weight_v is rescaled whenever the reference moves.
+    """
     wide = torch.promote_types(hidden_RD.dtype, torch.float32)
-    logp_R = hidden_RD.new_empty(hidden_RD.shape[0], dtype=wide)
-    lse_R = torch.empty_like(logp_R)
-    for rows in _spans(hidden_RD.shape[0], ROWS):
-        hidden_rD, targets_r = hidden_RD[rows].to(wide), targets_R[rows]
-        max_r = logp_R.new_full((hidden_rD.shape[0],), -torch.inf)
-        sum_r, target_r = torch.zeros_like(max_r), torch.zeros_like(max_r)
-        for words in _spans(weight_VD.shape[0], COLUMNS):
-            logits_rv, _ = _logits(hidden_rD, weight_VD[words].to(wide), bias_V, words, softcap)
-            here_r, column_r = _targets_in(targets_r, words)
-            target_r += logits_rv.gather(1, column_r[:, None]).squeeze(1) * here_r
-            new_max_r = torch.maximum(max_r, logits_rv.amax(1))
-            sum_r *= torch.exp(max_r - new_max_r)
-            sum_r += logits_rv.sub_(new_max_r[:, None]).exp_().sum(1)
-            max_r = new_max_r
-        # The maximum contributes exp(0) = 1 to the sum and the target is at most the maximum, so
-        # that neither term can be above 0 and logp cannot be either.
-        logp_R[rows] = (target_r - max_r) - sum_r.log()
-        lse_R[rows] = max_r + sum_r.log()
-    return logp_R, lse_R
+    hidden_RD, dtype = hidden_RD.to(wide), hidden_RD.dtype
+    reference_R = hidden_RD.new_full(targets_R.shape, torch.finfo(wide).min)
+    sum_R, target_R, slope_R = (torch.zeros_like(reference_R) for _ in range(3))
+    mean_RD = torch.zeros_like(hidden_RD) if with_gradient else None
+    tile = hidden_RD.new_empty(min(ROWS, hidden_RD.shape[0]) * min(WORDS, weight_VD.shape[0]))
+    with _products_of(dtype):
+        for words, rows in _tiles(hidden_RD.shape[0], weight_VD.shape[0]):
+            if rows.start == 0:
+                weight_vD = weight_VD[words].to(wide)
+            logits_rv, slope_rv = _logits(tile, hidden_RD[rows], weight_vD, bias_V, words, softcap)
+            here_r, column_r1 = _targets_in(targets_R[rows], words)
+            logit_r1 = logits_rv.gather(1, column_r1)
+            target_R[rows] = torch.where(here_r, logit_r1.squeeze(1), target_R[rows])
+            logits_rv.scatter_(1, column_r1, logit_r1.masked_fill_(here_r[:, None], -torch.inf))
+
+            top_r = logits_rv.amax(1)
+            moved_r = top_r > reference_R[rows] + SLACK
+            if moved_r.any():
+                new_r = torch.where(moved_r, top_r, reference_R[rows])
+                shrink_r = torch.exp(reference_R[rows] - new_r)
+                reference_R[rows] = new_r
+                sum_R[rows] *= shrink_r
+                if mean_RD is not None:
+                    mean_RD[rows] *= shrink_r[:, None]
+            sum_R[rows] += logits_rv.sub_(reference_R[rows, None]).exp_().sum(1)
+            if mean_RD is not None:
+                if slope_rv is not None:
+                    slope_r = slope_rv.gather(1, column_r1).squeeze(1)
+                    slope_R[rows] = torch.where(here_r, slope_r, slope_R[rows])
+                    logits_rv.mul_(slope_rv)
+                mean_RD[rows].addmm_(logits_rv, weight_vD)
+
+    shift_R = torch.maximum(reference_R, target_R)
+    shrink_R = torch.exp(reference_R - shift_R)
+    others_R, hit_R = sum_R * shrink_R, torch.exp(target_R - shift_R)
+    scale_R = 1 / (others_R + hit_R)
+    likely_R = hit_R > others_R
+    logp_R = torch.where(
+        likely_R, -torch.log1p(others_R / hit_R), (target_R - shift_R) + scale_R.log()
+    )
+    if mean_RD is None:
+        return logp_R, shift_R, scale_R, None
+    miss_R = -torch.expm1(logp_R) if softcap is None else -torch.expm1(logp_R) * slope_R
+    mean_RD *= -(shrink_R * scale_R)[:, None]
+    mean_RD.addcmul_(weight_VD[targets_R].to(wide), miss_R[:, None])
+    return logp_R, shift_R, scale_R, mean_RD
 
 
 def backward(
@@ -48,55 +93,113 @@ def backward(
     hidden_RD: Tensor,
     weight_VD: Tensor,
     targets_R: Tensor,
-    lse_R: Tensor,
+    logp_R: Tensor,
+    shift_R: Tensor,
+    scale_R: Tensor,
     bias_V: Tensor | None,
     softcap: float | None,
     *,
     need_weight: bool,
+    need_bias: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of sum(grad_R * logp_R): (d hidden, d weight or None, d bias or None)."""
-    wide = lse_R.dtype
-    grad_hidden_RD = torch.zeros_like(hidden_RD, dtype=wide)
-    grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if need_weight else None
-    grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=wide)
-    for rows in _spans(hidden_RD.shape[0], ROWS):
-        hidden_rD, targets_r = hidden_RD[rows].to(wide), targets_R[rows]
-        grad_r = grad_R[rows].to(wide)
-        for words in _spans(weight_VD.shape[0], COLUMNS):
-            weight_vD = weight_VD[words].to(wide)
-            logits_rv, slope_rv = _logits(hidden_rD, weight_vD, bias_V, words, softcap)
-            here_r, column_r = _targets_in(targets_r, words)
-            # d logp / d z = onehot(target) - softmax(z)
-            grad_rv = logits_rv.sub_(lse_R[rows, None]).exp_().mul_(-grad_r[:, None])
-            grad_rv.scatter_add_(1, column_r[:, None], (grad_r * here_r)[:, None])
+    """Gradients of sum(grad_R * logp_R) by hidden, weight and bias, each in its input's dtype.
+
+    Sums are wide and rounded once. A tile holds magnitude * (softmax - onehot), and factor *
+    magnitude = -grad: wide inputs keep the exponentials as they are and leave scale and grad to the
+    factor, which multiplies narrower tensors; narrow ones are rounded to bfloat16 by the product, so
+    their factor is a sign, which rounds nothing a second time.
+    """
+    wide, dtype = logp_R.dtype, hidden_RD.dtype
+    hidden_RD = hidden_RD.to(wide)
+    if dtype == wide:
+        magnitude_R, factor_R = 1 / scale_R, -grad_R * scale_R
+    else:
+        magnitude_R, factor_R = grad_R.abs(), -grad_R.sign()
+        shift_R = shift_R - (magnitude_R * scale_R).log()
+    scaled_RD = hidden_RD * factor_R[:, None] if need_weight else None
+    miss_R1 = (torch.expm1(logp_R) * magnitude_R)[:, None]
+    grad_hidden_RD = torch.zeros_like(hidden_RD)
+    grad_weight_VD = torch.zeros_like(weight_VD) if need_weight else None
+    grad_bias_V = torch.zeros_like(bias_V) if need_bias and bias_V is not None else None
+    tile = hidden_RD.new_empty(min(ROWS, hidden_RD.shape[0]) * min(WORDS, weight_VD.shape[0]))
+    with _products_of(dtype):
+        for words, rows in _tiles(hidden_RD.shape[0], weight_VD.shape[0]):
+            if rows.start == 0:
+                weight_vD = weight_VD[words].to(wide)
+                grad_weight_vD = torch.zeros_like(weight_vD) if need_weight else None
+                grad_bias_v = weight_vD.new_zeros(weight_vD.shape[0])
+            logits_rv, slope_rv = _logits(tile, hidden_RD[rows], weight_vD, bias_V, words, softcap)
+            here_r, column_r1 = _targets_in(targets_R[rows], words)
+            # magnitude * (softmax(z) - onehot(target))
+            error_rv = logits_rv.sub_(shift_R[rows, None]).exp_()
+            at_target_r1 = torch.where(
+                here_r[:, None], miss_R1[rows], error_rv.gather(1, column_r1)
+            )
+            error_rv.scatter_(1, column_r1, at_target_r1)
             if slope_rv is not None:
-                grad_rv *= slope_rv
-            grad_hidden_RD[rows].addmm_(grad_rv, weight_vD)
+                error_rv.mul_(slope_rv)
+            grad_hidden_RD[rows].addmm_(error_rv, weight_vD)
+            last = rows.stop == hidden_RD.shape[0]
             if grad_weight_VD is not None:
-                grad_weight_VD[words].addmm_(grad_rv.t(), hidden_rD)
+                grad_weight_vD.addmm_(error_rv.t(), scaled_RD[rows])
+                if last:
+                    grad_weight_VD[words] = grad_weight_vD
             if grad_bias_V is not None:
-                grad_bias_V[words] += grad_rv.sum(0)
-    return grad_hidden_RD, grad_weight_VD, grad_bias_V
+                grad_bias_v += factor_R[rows] @ error_rv
+                if last:
+                    grad_bias_V[words] = grad_bias_v
+    return grad_hidden_RD.mul_(factor_R[:, None]).to(dtype), grad_weight_VD, grad_bias_V
 
 
-def _spans(total: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+@contextmanager
+def _products_of(dtype: torch.dtype) -> Iterator[None]:
+    """Let oneDNN multiply float32 matrices on the bfloat16 unit, if the inputs were bfloat16.
+
+    On a CPU this is the way to bfloat16 products with float32 results: torch.mm(out_dtype=...) is
+    for CUDA only, and a plain bfloat16 product rounds the logits. Widened bfloat16 numbers are
+    multiplied exactly; only softmax(z) - onehot is rounded, as it is on a GPU. A CPU without the
+    unit multiplies in float32.
+    """
+    if dtype != torch.bfloat16:
+        yield
+        return
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def _tiles(rows: int, words: int) -> Iterator[tuple[slice, slice]]:
+    for word in range(0, words, WORDS):
+        for row in range(0, rows, ROWS):
+            yield slice(word, min(word + WORDS, words)), slice(row, min(row + ROWS, rows))
 
 
 def _logits(
-    hidden_rD: Tensor, weight_vD: Tensor, bias_V: Tensor | None, words: slice, softcap: float | None
+    tile: Tensor,
+    hidden_rD: Tensor,
+    weight_vD: Tensor,
+    bias_V: Tensor | None,
+    words: slice,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits of one tile and, with a soft cap, the cap's derivative there."""
-    logits_rv = hidden_rD @ weight_vD.t()
+    """Logits of one tile, in the memory of `tile`, and with a soft cap its derivative there."""
+    rows, columns = hidden_rD.shape[0], weight_vD.shape[0]
+    logits_rv = tile[: rows * columns].view(rows, columns)
+    torch.mm(hidden_rD, weight_vD.t(), out=logits_rv)
     if bias_V is not None:
         logits_rv += bias_V[words]
     if softcap is None:
         return logits_rv, None
     tanh_rv = logits_rv.div_(softcap).tanh_()
-    return softcap * tanh_rv, 1 - tanh_rv * tanh_rv
+    slope_rv = 1 - tanh_rv * tanh_rv
+    return tanh_rv.mul_(softcap), slope_rv
 
 
 def _targets_in(targets_r: Tensor, words: slice) -> tuple[Tensor, Tensor]:
     """(is the target one of these words, its column there or 0)."""
     here_r = (targets_r >= words.start) & (targets_r < words.stop)
-    return here_r, torch.where(here_r, targets_r - words.start, 0)
+    return here_r, torch.where(here_r, targets_r - words.start, 0)[:, None]
