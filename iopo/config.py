@@ -94,7 +94,6 @@ class ModelConfig:
     path: str | None = None
     tiny: dict[str, Any] | None = None
     dtype: Dtype = Dtype.auto
-    attention: str = "auto"
     system: str | None = None
     adapter: str | None = None
     lora: LoraConfig = field(default_factory=LoraConfig)

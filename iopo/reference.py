@@ -24,7 +24,7 @@ import transformers
 from torch import Tensor
 
 import iopo
-from iopo.data.tokenize import Example
+from iopo.data.tokenize import Example, content_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,16 +52,6 @@ class Manifest:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def example_key(example: Example) -> bytes:
-    """16 bytes that name an example by its token ids (not its id or place in a file)."""
-    digest = hashlib.sha256()
-    for prompt, responses in zip(example.prompts, example.responses, strict=True):
-        for tokens in (prompt, *responses):
-            digest.update(len(tokens).to_bytes(8, "little"))
-            digest.update(np.ascontiguousarray(tokens, dtype=np.int32).tobytes())
-    return digest.digest()[:16]
-
-
 class Cache:
     """Log-probs by example content, in one folder: manifest.json, logps-{members}.npz.
 
@@ -76,7 +66,7 @@ class Cache:
     def path(self, members: int) -> Path:
         return self.folder / f"logps-{members}.npz"
 
-    def read(self, members: int) -> dict[bytes, np.ndarray]:
+    def read(self, members: int) -> dict[str, np.ndarray]:
         """All rows, key -> float32 [members]; {} if there is no file yet.
 
         Raises ValueError if the file is damaged: a cache that cannot be trusted is never used.
@@ -94,7 +84,7 @@ class Cache:
             raise _damaged(path, f"{type(error).__name__}: {error}") from error
         if not intact:
             raise _damaged(path, "its checksum does not match")
-        return {key.tobytes(): row for key, row in zip(keys, logps, strict=True)}
+        return {bytes(key).hex(): row for key, row in zip(keys, logps, strict=True)}
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -104,10 +94,10 @@ class Cache:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
 
-    def add(self, members: int, rows: dict[bytes, np.ndarray]) -> None:
+    def add(self, members: int, rows: dict[str, np.ndarray]) -> None:
         """Merge rows into the file, atomically. Call with the lock held."""
         merged = self.read(members) | rows
-        keys = np.array([np.frombuffer(key, dtype=np.uint8) for key in merged])
+        keys = np.array([np.frombuffer(bytes.fromhex(key), dtype=np.uint8) for key in merged])
         logps = np.array(list(merged.values()), dtype=np.float32)
         if not np.isfinite(logps).all():
             raise ValueError("reference log-probs: non-finite values; nothing was written")
@@ -129,12 +119,12 @@ def _damaged(path: Path, why: str) -> ValueError:
 class CachedReference:
     """Looks log-probs up by content. `rows` may be shared by all examples of a run."""
 
-    def __init__(self, rows: dict[bytes, np.ndarray], where: str):
+    def __init__(self, rows: dict[str, np.ndarray], where: str):
         self.rows, self.where = rows, where
 
     def __call__(self, examples: Sequence[Example]) -> Tensor:
         """float32 [E, M] on CPU. Raises ValueError listing ids that are not in the cache."""
-        found = [self.rows.get(example_key(example)) for example in examples]
+        found = [self.rows.get(content_key(example)) for example in examples]
         missing = [e.id for e, row in zip(examples, found, strict=True) if row is None]
         if missing:
             raise ValueError(
@@ -144,9 +134,9 @@ class CachedReference:
         return torch.from_numpy(np.stack([row for row in found if row is not None]))
 
 
-def missing_examples(rows: dict[bytes, np.ndarray], examples: Sequence[Example]) -> list[Example]:
+def missing_examples(rows: dict[str, np.ndarray], examples: Sequence[Example]) -> list[Example]:
     """The examples whose content is not among `rows`, each content once."""
-    wanted = {example_key(example): example for example in examples}
+    wanted = {content_key(example): example for example in examples}
     return [example for key, example in wanted.items() if key not in rows]
 
 
@@ -157,7 +147,7 @@ def fill(
     score: Callable[[Sequence[Example]], Tensor],
     batches: Callable[[Sequence[Example]], list[list[int]]],
     progress: Callable[[int, int], None],
-) -> dict[bytes, np.ndarray]:
+) -> dict[str, np.ndarray]:
     """Make sure every example has a row and return all rows. Called by every rank together.
 
     score: examples -> float32 [E, M] with the reference weights, no gradient. batches: examples ->
@@ -179,7 +169,7 @@ def _fill_share(cache, examples, members, score, batches, progress, rank, world)
     if not todo:
         return rows
     groups = batches(todo)
-    mine: dict[bytes, np.ndarray] = {}
+    mine: dict[str, np.ndarray] = {}
     # Sharded weights are gathered by every rank in step, so each rank runs as many forwards as the
     # busiest one; the last round of a rank without work repeats a group and drops the result.
     rounds = -(-len(groups) // world)
@@ -188,7 +178,7 @@ def _fill_share(cache, examples, members, score, batches, progress, rank, world)
         group = [todo[j] for j in groups[index if index < len(groups) else 0]]
         logps_EM = score(group).float().cpu().numpy()
         if index < len(groups):
-            mine |= {example_key(e): row for e, row in zip(group, logps_EM, strict=True)}
+            mine |= {content_key(e): row for e, row in zip(group, logps_EM, strict=True)}
         progress(i + 1, rounds)
     if world > 1:
         shares: list = [None] * world

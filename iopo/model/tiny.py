@@ -1,11 +1,10 @@
-"""A tokenizer and a random model of toy size, so that the whole program runs without any download.
+"""A tokenizer of toy size, so that the whole program runs without any download.
 
 Used by `+experiment=tiny_random` and by tests; never for results.
 """
 
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
@@ -27,20 +26,3 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<|im_end|>",
         chat_template=CHATML,
     )
-
-
-def tiny_model(config: dict, seed: int = 0) -> PreTrainedModel:
-    """A causal LM with random weights from transformers' config keys, `model_type` among them.
-
-    Raises ValueError if the vocabulary is smaller than the byte tokenizer's 258 tokens.
-    """
-    if config.get("vocab_size", 0) < 258:
-        raise ValueError(
-            f"model.tiny.vocab_size: found {config.get('vocab_size')}, expected 258 or more "
-            "(256 bytes and two special tokens)"
-        )
-    keys = {"eos_token_id": 257, "pad_token_id": 257, "bos_token_id": None} | config
-    model_type = keys.pop("model_type")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **keys))

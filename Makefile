@@ -1,0 +1,34 @@
+# make demo   train the demo model and show that it follows constraints better (20 minutes, 6 GB)
+# make test   the tests
+# make lint   ruff and mypy
+# make bench  the CPU benchmarks behind docs/performance.md
+# Each makes its virtual environment in .venv on first use; VENV= names another place.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint bench clean
+
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo,eval,slurm,dev]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m iopo.evaluation.demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.linear_logprob --json benchmarks/results/linear_logprob_cpu.json
+	$(BIN)/python -m benchmarks.throughput --json benchmarks/results/throughput_cpu.json
+
+clean:
+	rm -rf $(VENV) *.egg-info

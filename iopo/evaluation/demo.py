@@ -1,0 +1,237 @@
+"""`make demo`: SFT, then IOPO, on a real small model, and what that did to its answers.
+
+Runs `train.py` twice as a user would, scores the base model and both stages on held-out quads, and
+writes summary.json and report.html. A stage that is already complete is not run again.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from iopo.data.formats import Quad, read_rows
+from iopo.data.tokenize import Chat, Limits, tokenize_rows
+from iopo.evaluation import heldout
+from iopo.evaluation.heldout import Answer
+from iopo.model.load import load_tokenizer, resolve_model
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+HELDOUT = REPOSITORY / "data" / "demo" / "heldout.jsonl"
+STAGES = ("base", "sft", "trained")
+MEASURES = {
+    "group_accuracy": "group accuracy",
+    "x_preference": "x-preference",
+    "y_preference": "y-preference",
+    "constraint_accuracy": "follows all constraints",
+    "constraint_accuracy_seen": "  seen kinds and values",
+    "constraint_accuracy_unseen_params": "  unseen values",
+    "constraint_accuracy_unseen_kinds": "  unseen kinds",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the demo in one folder and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of the demo")
+    parser.add_argument("--prompts", type=int, default=None, help="held-out quads answered (all)")
+    args = parser.parse_args(arguments)
+    started = time.time()
+    memory = PeakMemory()
+    base = resolve_model("demo")
+    train(args.run / "sft", "smollm2_135m_sft")
+    train(args.run / "iopo", "smollm2_135m_iopo", f"model.path={args.run}/sft/export")
+    models = dict(
+        zip(STAGES, (base, args.run / "sft/export", args.run / "iopo/export"), strict=True)
+    )
+    quads, splits = read_heldout(args.prompts)
+    summary: dict[str, Any] = {}
+    answers: dict[str, list[Answer]] = {}
+    for stage, path in models.items():
+        print(f"scoring {stage} on {len(quads)} held-out quads", flush=True)
+        summary[stage], answers[stage] = evaluate(path, quads, splits)
+    summary["gain"] = {
+        stage: heldout.following_gain(answers["base"], answers[stage]) for stage in STAGES[1:]
+    }
+    summary["gain"]["iopo_over_sft"] = heldout.following_gain(answers["sft"], answers["trained"])
+    summary["seconds"] = round(time.time() - started, 1)
+    summary["peak_rss_gb"] = round(memory.stop(), 2)
+    (args.run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_page(args.run, summary, answers)
+    print_table(summary)
+    print(f"{args.run}/summary.json, {args.run}/report.html, {args.run}/iopo/report.html (curves)")
+
+
+def train(run: Path, experiment: str, *overrides: str) -> None:
+    """One stage through train.py, in a process of its own; exits with its code if it fails."""
+    if (run / "COMPLETE").exists():
+        print(f"{run} is complete; delete it to train again", flush=True)
+        return
+    command = [sys.executable, str(REPOSITORY / "train.py"), f"+experiment={experiment}"]
+    command += [f"run={run.absolute()}", *overrides]
+    print("$ " + " ".join(["python", "train.py", *command[2:]]), flush=True)
+    code = subprocess.run(command, check=False).returncode
+    if code != 0:
+        sys.exit(code)
+
+
+def read_heldout(limit: int | None) -> tuple[list[Quad], list[str]]:
+    """The demo's held-out quads and what each is held out for, spread evenly if limited."""
+    quads = [row for row in read_rows(HELDOUT, kind="quad") if isinstance(row, Quad)]
+    lines = [json.loads(line) for line in HELDOUT.read_text().splitlines()]
+    split_of = {line["id"]: line["split"] for line in lines}
+    if limit is not None:
+        quads = quads[:: max(1, len(quads) // limit)][:limit]
+    return quads, [split_of[quad.id] for quad in quads]
+
+
+def evaluate(
+    path: Path, quads: Sequence[Quad], splits: Sequence[str]
+) -> tuple[dict[str, Any], list[Answer]]:
+    """Preferences by log-prob, their controls, and following by greedy generation."""
+    scorer = heldout.Scorer(path)
+    chat = Chat(load_tokenizer(path))
+    limits = Limits(max_prompt_tokens=1024, max_response_tokens=512, on_overlong="raise")
+
+    def logps(rows: Sequence[Quad]) -> torch.Tensor:
+        examples, _ = tokenize_rows(rows, chat, limits)
+        return scorer.score(examples)
+
+    out: dict[str, Any] = heldout.preference_shares(logps(quads))
+    out["controls"] = {
+        "constraints_blanked": heldout.group_share(logps(heldout.blanked(quads))),
+        "instructions_shuffled": heldout.group_share(logps(heldout.shuffled(quads))),
+    }
+    answers = heldout.answer_prompts(
+        scorer.for_generation(), chat.tokenizer, quads, splits, max_new_tokens=128, batch_size=50
+    )
+    shares = heldout.following(answers)
+    out["constraint_accuracy"] = shares.pop("all")
+    out |= {f"constraint_accuracy_{split}": share for split, share in shares.items()}
+    out["health"] = heldout.health(answers)
+    return out, answers
+
+
+def print_table(summary: dict[str, Any]) -> None:
+    """The three stages side by side, per cent with 95% intervals, then the paired gains."""
+    table = Table(title="Held-out tasks, % [95% interval]", title_justify="left")
+    table.add_column("measure")
+    for stage in STAGES:
+        table.add_column(stage, justify="right")
+    table.add_column("n", justify="right")
+    for key, label in MEASURES.items():
+        cells = [summary[stage].get(key) for stage in STAGES]
+        if all(cells):
+            table.add_row(label, *[percent(cell) for cell in cells], str(cells[0]["n"]))
+    for control in ("constraints_blanked", "instructions_shuffled"):
+        cells = [summary[stage]["controls"][control] for stage in STAGES]
+        label = "control: " + control.replace("_", " ")
+        table.add_row(label, *[percent(cell) for cell in cells], str(cells[0]["n"]))
+    Console(width=110).print(table)
+    gains = summary["gain"]
+    for label, key in (("SFT over base", "sft"), ("IOPO over base", "trained"),
+                       ("IOPO over SFT", "iopo_over_sft")):  # fmt: skip
+        print(f"following, {label}: {percent(gains[key], sign='+')} points (paired, by quad)")
+    print(f"{summary['seconds']:.0f} s, peak memory {summary['peak_rss_gb']:.1f} GB")
+
+
+def percent(cell: dict[str, Any], sign: str = "") -> str:
+    """`81.3 [76.0, 85.6]` from {"value": 0.813, ...}."""
+    value, low, high = (100 * cell[key] for key in ("value", "low", "high"))
+    return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+class PeakMemory:
+    """The most memory this process and its descendants held together, sampled twice a second.
+
+    Proportional set sizes, so that pages shared between processes count once.
+    """
+
+    def __init__(self) -> None:
+        self.peak = 0.0
+        self.running = True
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+
+    def _watch(self) -> None:
+        while self.running:
+            self.peak = max(self.peak, sum(_pss(pid) for pid in _descendants(os.getpid())))
+            time.sleep(0.5)
+
+    def stop(self) -> float:
+        """Peak in GB (10^9 bytes)."""
+        self.running = False
+        self.thread.join()
+        return self.peak / 1e9
+
+
+def _descendants(pid: int) -> list[int]:
+    out = [pid]
+    for parent in out:
+        try:
+            for task in Path(f"/proc/{parent}/task").iterdir():
+                out += [int(child) for child in (task / "children").read_text().split()]
+        except OSError:  # it ended while we looked
+            continue
+    return out
+
+
+def _pss(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+
+
+PAGE = jinja2.Environment(autoescape=True).from_string("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>IOPO demo</title><style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem auto; padding: 0 1rem;
+  color: #222 }
+table { border-collapse: collapse; margin: 1rem 0 }
+td, th { border: 1px solid #ddd; padding: .35rem .6rem; text-align: left; vertical-align: top }
+.answer { white-space: pre-wrap } .ok { color: #17703c } .no { color: #a02020 }
+</style></head><body><h1>IOPO on SmolLM2-135M-Instruct</h1>
+<p>Held-out tasks; per cent with 95% intervals. {{ seconds }} s, peak memory {{ memory }} GB.
+Curves: <a href="sft/report.html">SFT</a>, <a href="iopo/report.html">IOPO</a>.</p>
+<table><tr><th>measure</th>{% for s in stages %}<th>{{ s }}</th>{% endfor %}</tr>
+{% for label, cells in rows %}<tr><td>{{ label }}</td>
+{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
+<h2>Answers to held-out prompts</h2><table><tr><th>prompt</th>
+{% for s in stages %}<th>{{ s }}</th>{% endfor %}</tr>
+{% for group in samples %}<tr><td class="answer">{{ group[0].prompt }}</td>
+{% for a in group %}<td><div class="answer">{{ a.text }}</div>
+{% for text, ok in zip(a.texts, a.follows) %}<div class="{{ 'ok' if ok else 'no' }}">
+{{ '✓' if ok else '✗' }} {{ text }}</div>{% endfor %}</td>{% endfor %}</tr>{% endfor %}
+</table></body></html>
+""")
+
+
+def write_page(run: Path, summary: dict[str, Any], answers: dict[str, list[Answer]]) -> None:
+    """report.html: the table and 24 prompts, evenly spread, with the three stages' answers."""
+    rows = [
+        (label, [percent(summary[stage][key]) for stage in STAGES])
+        for key, label in MEASURES.items()
+        if key in summary["base"]
+    ]
+    step = max(1, len(answers["base"]) // 24)
+    samples = list(zip(*(answers[stage][::step] for stage in STAGES), strict=True))
+    page = PAGE.render(
+        stages=STAGES, rows=rows, samples=samples, zip=zip,
+        seconds=summary["seconds"], memory=summary["peak_rss_gb"],
+    )  # fmt: skip
+    (run / "report.html").write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

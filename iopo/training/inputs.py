@@ -1,0 +1,87 @@
+"""What a run needs and can be known before weights load: the model folder, rows and tokens.
+
+Called in the main process before the run folder is made and before any process group exists, and
+again by every rank, which then finds the tokens in the cache.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from iopo import objectives
+from iopo.config import Overlong, TrainConfig
+from iopo.data.formats import Quad, file_hash, read_rows, rows_for
+from iopo.data.tokenize import Chat, Example, Limits, Report, tokenize_rows, tokenizer_hash
+from iopo.model.demo import cache_root
+from iopo.model.load import load_tokenizer, resolve_model
+from iopo.model.tiny import byte_tokenizer
+
+
+@dataclass
+class Inputs:
+    """Rows and tokens of a run. `heldout` are quads whatever the objective (4 members each)."""
+
+    model_path: Path | None  # None: model.tiny
+    chat: Chat
+    train: list[Example]
+    heldout: list[Example]
+    heldout_quads: list[Quad]
+    reports: dict[str, Report]
+    data_hash: str
+    tokenizer_hash: str
+
+
+def load_inputs(cfg: TrainConfig) -> Inputs:
+    """Read, check and tokenise the rows of `cfg`.
+
+    Raises ValueError for missing files and bad rows (all of them in one message), rows that break
+    the template's prefix property, and held-out rows that are not quads.
+    """
+    kind = objectives.KINDS[cfg.objective.name].rows
+    rows_kind = "quad" if kind == "three" else kind
+    read = read_rows(_path(cfg.data.train, "data.train"))[: cfg.data.limit_rows]
+    train_rows = rows_for(rows_kind, read, cfg.data.quad_rows)
+    heldout_quads = _heldout_quads(cfg)
+
+    model_path = None if cfg.model.tiny is not None else resolve_model(str(cfg.model.path))
+    tokenizer = byte_tokenizer() if model_path is None else load_tokenizer(model_path)
+    chat = Chat(tokenizer, cfg.model.system)
+    limits = Limits(
+        cfg.data.max_prompt_tokens,
+        cfg.data.max_response_tokens,
+        "raise" if cfg.data.on_overlong is Overlong.error else cfg.data.on_overlong.value,
+    )
+    workers = cfg.data.workers or len(os.sched_getaffinity(0))
+    cache = Path(cfg.data.cache_dir) if cfg.data.cache_dir else cache_root() / "tokens"
+    options = {"workers": workers if len(train_rows) > 5000 else 1, "cache_dir": cache}
+    train, report = tokenize_rows(train_rows, chat, limits, three=kind == "three", **options)
+    reports = {"train": report}
+    heldout: list[Example] = []
+    if heldout_quads:
+        heldout, reports["heldout"] = tokenize_rows(heldout_quads, chat, limits, **options)
+        kept = {example.id for example in heldout}
+        heldout_quads = [quad for quad in heldout_quads if quad.id in kept]
+    files = [cfg.data.train] + ([cfg.data.heldout] if cfg.data.heldout else [])
+    return Inputs(
+        model_path=model_path,
+        chat=chat,
+        train=train,
+        heldout=heldout,
+        heldout_quads=heldout_quads,
+        reports=reports,
+        data_hash=" ".join(file_hash(str(file)) for file in files),
+        tokenizer_hash=tokenizer_hash(chat),
+    )
+
+
+def _heldout_quads(cfg: TrainConfig) -> list[Quad]:
+    if cfg.data.heldout is None:
+        return []
+    rows = read_rows(_path(cfg.data.heldout, "data.heldout"), kind="quad")
+    return [row for row in rows if isinstance(row, Quad)][: cfg.evaluation.quads]
+
+
+def _path(value: str | None, key: str) -> Path:
+    if value is None:
+        raise ValueError(f"{key}: not set; give a .jsonl or .json file (formats: data/README.md)")
+    return Path(value)
