@@ -1,0 +1,263 @@
+"""Which examples make which step, rank and micro-batch: pure functions of (seed, epoch, step).
+
+An epoch is one random order of all examples, cut into steps of `global_batch_quads`. The last step
+of an epoch holds what is left: nothing is dropped or repeated, and the loss is divided by the
+number of quads that the step really holds (`len(quads_of_step(...))`). Which quads a step holds
+depends on neither ranks, layout nor packing, so the position of a run is one integer, the step.
+
+Within a step the quads go to the ranks longest first, each to the rank with the fewest tokens so
+far (LPT), and then into micro-batches of whole quads. All ranks have the same number of
+micro-batches, because their forward and backward passes are collective: a rank with too few quads
+for its own gets None for the missing ones, and must run them with a gradient of zero.
+
+"Quad" stands for example throughout: pairs and sft rows are batched in the same way.
+Letters: N examples of the data set.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from iopo.data.example import Example
+
+LAYOUTS = ("shared", "packed", "plain")
+DATA_ORDER = 0x0D0E  # name of this stream of random numbers, beside the seed
+WINDOW_QUADS = 1024  # quads that a pass over the data set shares out at once
+
+MicroBatch = tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How examples become steps and micro-batches.
+
+    Exactly one of micro_batch_quads (quads per forward and rank) and tokens_per_microbatch (most
+    tokens that a forward processes in the layout) is given. A quad longer than the token budget
+    runs alone; `oversize` lists those. seed: of the data order only.
+    Raises ValueError for values that do not fit together, such as ranks that do not divide
+    global_batch_quads.
+    """
+
+    global_batch_quads: int
+    ranks: int
+    seed: int
+    layout: str = "shared"
+    micro_batch_quads: int | None = None
+    tokens_per_microbatch: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout is {self.layout!r}, expected one of {', '.join(LAYOUTS)}")
+        if (self.micro_batch_quads is None) == (self.tokens_per_microbatch is None):
+            raise ValueError(
+                f"micro_batch_quads is {self.micro_batch_quads} and tokens_per_microbatch "
+                f"{self.tokens_per_microbatch}, expected one of them and null for the other"
+            )
+        for name in ("global_batch_quads", "ranks", "micro_batch_quads", "tokens_per_microbatch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected 1 or more")
+        if self.global_batch_quads % self.ranks:
+            below = self.global_batch_quads // self.ranks * self.ranks
+            near = [str(n) for n in (below, below + self.ranks) if n]
+            raise ValueError(
+                f"global_batch_quads is {self.global_batch_quads}, which {self.ranks} ranks do not "
+                f"divide: set it to {' or '.join(near)}, or change the number of processes"
+            )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is: quads in the data set, steps, and quads of an epoch's last step."""
+
+    quads: int
+    steps_per_epoch: int
+    steps: int
+    last_step_quads: int
+
+
+def tokens(example: Example, layout: str) -> int:
+    """Tokens that the example costs alone: shared sum(P) + sum(R), that is 2P + 4R of a quad;
+    packed the sum over members of P + R; plain members times the longest member."""
+    paths = [
+        len(prompt) + len(response)
+        for prompt, responses in zip(example.prompts, example.responses, strict=True)
+        for response in responses
+    ]
+    if layout == "plain":
+        return len(paths) * max(paths)
+    if layout == "packed":
+        return sum(paths)
+    assert layout == "shared", layout
+    responses = sum(len(ids) for under_prompt in example.responses for ids in under_prompt)
+    return sum(map(len, example.prompts)) + responses
+
+
+def token_counts(examples: Iterable[Example], layout: str) -> np.ndarray:
+    """`tokens` of each example, int64 [N]."""
+    return np.array([tokens(example, layout) for example in examples], dtype=np.int64)
+
+
+def microbatch_tokens(tokens_N: np.ndarray, members: Sequence[int], layout: str) -> int:
+    """Tokens that a micro-batch of the examples `members` processes (plain: padding included)."""
+    if not members:
+        return 0
+    costs = tokens_N[list(members)]
+    return int(costs.max()) * len(costs) if layout == "plain" else int(costs.sum())
+
+
+def plan_steps(quads: int, batching: Batching, epochs: int, max_steps: int | None = None) -> Plan:
+    """Steps of a run of `epochs` passes over `quads` examples, or fewer where max_steps says so.
+
+    Raises ValueError when there are no examples.
+    """
+    if quads < 1:
+        raise ValueError("the training set has no examples, expected 1 or more")
+    per_epoch = -(-quads // batching.global_batch_quads)
+    steps = per_epoch * epochs
+    return Plan(
+        quads=quads,
+        steps_per_epoch=per_epoch,
+        steps=steps if max_steps is None else min(steps, max_steps),
+        last_step_quads=quads - (per_epoch - 1) * batching.global_batch_quads,
+    )
+
+
+def oversize(tokens_N: np.ndarray, batching: Batching) -> list[int]:
+    """Indices of the examples that exceed the token budget alone: each runs as its own micro-batch,
+    so a rank's memory must hold the longest of them."""
+    if batching.tokens_per_microbatch is None:
+        return []
+    return np.flatnonzero(tokens_N > batching.tokens_per_microbatch).tolist()
+
+
+@lru_cache(maxsize=2)
+def order_of_epoch(quads: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of all examples in this epoch: a permutation, int64 [N], read-only."""
+    order = np.random.default_rng([seed, DATA_ORDER, epoch]).permutation(quads)
+    order.flags.writeable = False
+    return order
+
+
+def quads_of_step(quads: int, batching: Batching, step: int) -> np.ndarray:
+    """Indices of the examples of `step` (from 0, counted over all epochs), int64."""
+    per_epoch = -(-quads // batching.global_batch_quads)
+    epoch, within = divmod(step, per_epoch)
+    start = within * batching.global_batch_quads
+    return order_of_epoch(quads, batching.seed, epoch)[start : start + batching.global_batch_quads]
+
+
+def micro_batches(
+    tokens_N: np.ndarray, batching: Batching, step: int, rank: int
+) -> list[MicroBatch]:
+    """What `rank` processes in `step`: indices into the data set per micro-batch, longest quads
+    first. None is a micro-batch of other ranks in which this one has nothing."""
+    return _shared_out(tokens_N, quads_of_step(len(tokens_N), batching, step), batching)[rank]
+
+
+def pass_micro_batches(tokens_N: np.ndarray, batching: Batching, rank: int) -> list[MicroBatch]:
+    """What `rank` processes in one pass over the data set in file order, every example once over
+    all ranks: for evaluation and for filling a cache. Knows no steps and no seed."""
+    result: list[MicroBatch] = []
+    for start in range(0, len(tokens_N), WINDOW_QUADS):
+        window = np.arange(start, min(start + WINDOW_QUADS, len(tokens_N)))
+        result += _shared_out(tokens_N, window, batching)[rank]
+    return result
+
+
+def _shared_out(
+    tokens_N: np.ndarray, quads: np.ndarray, batching: Batching
+) -> list[list[MicroBatch]]:
+    """Micro-batches of every rank, equally many."""
+    capacity = len(quads)
+    if batching.micro_batch_quads is not None:
+        capacity = -(-len(quads) // batching.ranks)  # equal counts, so equally many forwards
+    shares = _balanced(tokens_N, _longest_first(tokens_N, quads), batching.ranks, capacity)
+    per_rank = [_split(tokens_N, share, batching) for share in shares]
+    count = max(map(len, per_rank))
+    if batching.tokens_per_microbatch is not None:
+        per_rank = [
+            _into(tokens_N, bins, count, batching.tokens_per_microbatch, batching.layout)
+            for bins in per_rank
+        ]
+    return [[*map(tuple, bins), *[None] * (count - len(bins))] for bins in per_rank]
+
+
+def _longest_first(tokens_N: np.ndarray, quads: Iterable[int]) -> list[int]:
+    """By length, ties by index, so that the result does not depend on the order given."""
+    return sorted(map(int, quads), key=lambda quad: (-tokens_N[quad], quad))
+
+
+def _balanced(
+    tokens_N: np.ndarray, longest_first: Sequence[int], bins: int, capacity: int
+) -> list[list[int]]:
+    """LPT: each quad into the bin with the fewest tokens among those with fewer than `capacity`."""
+    shares: list[list[int]] = [[] for _ in range(bins)]
+    load = [0] * bins
+    for quad in longest_first:
+        free = [number for number in range(bins) if len(shares[number]) < capacity]
+        lightest = min(free, key=lambda number: (load[number], number))
+        shares[lightest].append(quad)
+        load[lightest] += int(tokens_N[quad])
+    return shares
+
+
+def _split(tokens_N: np.ndarray, share: list[int], batching: Batching) -> list[list[int]]:
+    """A rank's quads, longest first, as few micro-batches as the limit allows."""
+    if batching.micro_batch_quads is not None:
+        size = batching.micro_batch_quads
+        return [share[at : at + size] for at in range(0, len(share), size)]
+    assert batching.tokens_per_microbatch is not None  # checked in Batching
+    return first_fit(tokens_N, share, batching.tokens_per_microbatch, batching.layout)
+
+
+def first_fit(
+    tokens_N: np.ndarray, longest_first: Sequence[int], budget: int, layout: str
+) -> list[list[int]]:
+    """First-fit decreasing: each quad into the first micro-batch it fits in. A quad above the
+    budget gets one of its own."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for quad in longest_first:
+        cost = int(tokens_N[quad])
+        for number, free in enumerate(room):
+            # plain: the first quad of a micro-batch is its longest and sets the width of all rows
+            needed = int(tokens_N[bins[number][0]]) if layout == "plain" else cost
+            if needed <= free:
+                bins[number].append(quad)
+                room[number] -= needed
+                break
+        else:
+            bins.append([quad])
+            room.append(budget - cost)
+    return bins
+
+
+def _into(
+    tokens_N: np.ndarray, bins: list[list[int]], count: int, budget: int, layout: str
+) -> list[list[int]]:
+    """The quads of `bins` in `count` micro-batches, or in as many as there are quads.
+
+    Micro-batches of equal size keep the ranks together and need the least memory, so they are
+    balanced where the budget allows it. In the plain layout that would add padding; there, and
+    where balancing overflows the budget, the largest ones are halved.
+    """
+    quads = _longest_first(tokens_N, [quad for members in bins for quad in members])
+    count = min(count, len(quads))
+    if layout != "plain":
+        even = _balanced(tokens_N, quads, count, len(quads))
+        if all(
+            len(members) == 1 or microbatch_tokens(tokens_N, members, layout) <= budget
+            for members in even
+        ):
+            return even
+    bins = [list(members) for members in bins]
+    while len(bins) < count:
+        splittable = [members for members in bins if len(members) > 1]
+        largest = max(splittable, key=lambda m: microbatch_tokens(tokens_N, m, layout))
+        half = len(largest) // 2
+        bins[bins.index(largest)] = largest[:half]
+        bins.append(largest[half:])
+    return bins
