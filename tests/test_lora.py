@@ -141,7 +141,7 @@ def test_round_trip_into_present_adapters(tmp_path):
         lora.load_adapter(adapted(targets="q_proj"), tmp_path)
     with pytest.raises(ValueError, match=r"lora_A has shape \(4, .*, expected \(2, "):
         lora.load_adapter(adapted(rank=2), tmp_path)
-    with pytest.raises(ValueError, match="lora_A has shape"):
+    with pytest.raises(ValueError, match="has shape"):
         lora.load_adapter(tiny_qwen2(hidden_size=16), tmp_path)
 
 

@@ -1,0 +1,317 @@
+"""Spread a model over processes, and keep its trained parameters in fp32 while it computes in bf16.
+
+Two ways, one interface (Prepared):
+
+- sharded: FSDP2, one group per decoder block and one for the rest; parameters, gradients and
+  optimizer state are divided over the processes of a mesh.
+- replicated: every process holds the model; gradients are summed over the processes after the last
+  micro-batch. For adapters, whose gradients are small, and for one process, where FSDP2 would only
+  copy (docs/performance.md has the measurement).
+
+Gradients are sums over micro-batches and processes, never means: the loss is already divided by the
+number of quads in the step.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+BUCKET_BYTES = 64 * 2**20  # of fp32 gradients per all-reduce
+
+
+@dataclass
+class Prepared:
+    """A model ready to train, and what the loop does to it around forward and backward.
+
+    parameters: what the optimizer updates, by the model's parameter names; fp32 (fp64 in an fp64
+        model); DTensors if sharded. This is the state to save.
+    copies: the model's own parameters where they compute in another dtype; empty if sharded.
+    """
+
+    model: nn.Module
+    parameters: dict[str, nn.Parameter]
+    copies: dict[str, nn.Parameter] = field(default_factory=dict)
+
+    @property
+    def sharded(self) -> bool:
+        return isinstance(self.model, FSDPModule)
+
+    def set_sync(self, last: bool) -> None:
+        """Before each micro-batch's forward: whether it is the step's last on this process."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last)
+
+    def empty_backward(self, forward: Callable[[Any], Tensor], batch: Any) -> None:
+        """Take part in a micro-batch that only other processes have; adds zero to the gradients.
+
+        Sharded models communicate inside forward and backward, so every process must run as many;
+        `batch` is any small batch. Replicated models have nothing to do.
+        """
+        if self.sharded:
+            (forward(batch).sum() * 0.0).backward()
+
+    def reduce_and_clip(self, max_norm: float) -> Tensor:
+        """After the last backward: sum gradients over processes and scale them to max_norm.
+
+        max_norm: > 0; inf measures only. Returns the norm before clipping, a float scalar on the
+        device, the same on all processes; inf or nan if any gradient is not finite, and then the
+        gradients are unusable and the step must not be applied.
+        """
+        if not self.sharded:
+            self._collect_gradients()
+        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), max_norm, norm)
+        return norm
+
+    def _collect_gradients(self) -> None:
+        """Give the fp32 parameters the gradients that their copies gathered, summed over ranks."""
+        for name, copy in self.copies.items():
+            self.parameters[name].grad, copy.grad = copy.grad, None
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            sum_gradients(list(self.parameters.values()))
+
+    def zero_grad(self) -> None:
+        """After the optimizer's step: forget the gradients and refresh the computing copies."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Round the parameters into their computing copies; also needed after loading a state."""
+        if self.copies:
+            copies: list[Tensor] = list(self.copies.values())
+            torch._foreach_copy_(copies, [self.parameters[name] for name in self.copies])
+
+
+def make_mesh(device_type: str, shard_processes: int | None = None) -> DeviceMesh:
+    """A mesh over all processes: 1-D, or 2-D (replicate, shard) if groups of fewer hold a copy.
+
+    shard_processes: processes that divide one copy of the model, neighbours in rank, as within a
+        node; None for all. With 8 GPUs a node, 8 gives HSDP: only gradients cross nodes.
+    Raises ValueError if it does not divide the number of processes.
+    """
+    world = dist.get_world_size()
+    shard = shard_processes or world
+    if world % shard:
+        raise ValueError(
+            f"parallel.shard_processes is {shard}, which does not divide the {world} processes"
+        )
+    if shard == world:
+        return init_device_mesh(device_type, (world,), mesh_dim_names=("shard",))
+    sizes = (world // shard, shard)
+    return init_device_mesh(device_type, sizes, mesh_dim_names=("replicate", "shard"))
+
+
+def prepare(
+    model: nn.Module,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    mesh: DeviceMesh | None,
+    offload: bool = False,
+    checkpoint_every: int = 0,
+    compile_blocks: bool = False,
+) -> Prepared:
+    """Place, shard or replicate a model (changed in place) whose root's forward does all its work.
+
+    dtype: of the computation. Parameters that train are kept in fp32 at least; adapters stay fp32
+        and frozen parameters as they are.
+    mesh: shard over it (make_mesh); None replicates on all processes of the default group.
+    offload: keep sharded parameters and optimizer state in host memory.
+    checkpoint_every: keep no activations of every k-th decoder block but its input, and recompute
+        them in backward; 1 for all blocks, 0 for none.
+    compile_blocks: torch.compile each decoder block.
+    """
+    if offload and mesh is None:
+        raise ValueError("parallel.offload needs a sharded model: set parallel.shard_processes > 1")
+    frozen = any(not p.requires_grad for p in model.parameters())
+    wide = dtype if torch.finfo(dtype).bits >= 32 else torch.float32
+    _exact_embedding_gradient(language_model(model))
+    _wrap_blocks(model, checkpoint_every, compile_blocks)
+    if mesh is None:
+        return _replicate(model, device, dtype, wide, adapters=frozen)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(wide)
+    _shard(model, mesh, dtype, wide, offload)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    return Prepared(model, trained)
+
+
+def language_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers causal LM that `model` is or holds."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise ValueError(f"{type(model).__name__} holds no transformers model")
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers, in order: the modules that transformers says must not be split."""
+    names = set(language_model(model)._no_split_modules or ())
+    # FSDP2 changes the class of a module, so look at its bases too
+    found = [m for m in model.modules() if names & {base.__name__ for base in type(m).__mro__}]
+    if not found:
+        raise ValueError(f"{type(language_model(model)).__name__}: found no decoder layers")
+    return found
+
+
+def _wrap_blocks(model: nn.Module, checkpoint_every: int, compile_blocks: bool) -> None:
+    """Compile and checkpoint inside `forward`, so that FSDP's hooks stay outside of both."""
+    for index, block in enumerate(blocks(model)):
+        if compile_blocks:
+            block.forward = torch.compile(block.forward, dynamic=True)  # type: ignore[method-assign]
+        if checkpoint_every and index % checkpoint_every == 0:
+            block.forward = partial(  # type: ignore[method-assign]
+                checkpoint, block.forward, use_reentrant=False
+            )
+
+
+def _replicate(
+    model: nn.Module, device: torch.device, dtype: torch.dtype, wide: torch.dtype, *, adapters: bool
+) -> Prepared:
+    model.to(device)
+    parameters, copies = {}, {}
+    for name, parameter in model.named_parameters():  # a tied weight comes once
+        if not parameter.requires_grad:
+            continue
+        if adapters or parameter.dtype == dtype == wide:
+            parameter.data = parameter.data.to(wide)
+            parameters[name] = parameter
+            continue
+        parameters[name] = nn.Parameter(parameter.detach().to(wide, copy=True))
+        parameter.data = parameter.data.to(dtype)
+        # autograd then sums in fp32, over micro-batches and over the two uses of a tied weight
+        parameter.grad_dtype = wide
+        copies[name] = parameter
+    return Prepared(model, parameters, copies)
+
+
+def _shard(
+    model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, wide: torch.dtype, offload: bool
+) -> None:
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=None if dtype == wide else dtype,
+            reduce_dtype=wide,
+            cast_forward_inputs=False,
+        ),
+        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+    }
+    inner = blocks(model)
+    for block in inner:
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # the loss is divided already; gloo has no reduction with a factor
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    _wide_root_gradients(model, inner, wide)
+
+
+def _wide_root_gradients(model: nn.Module, inner: list[nn.Module], wide: torch.dtype) -> None:
+    """Gradients of the root's own group (embedding, final norm, head) arrive in `wide`.
+
+    A tied weight gets one gradient as embedding and one as head; autograd would add them in bf16.
+    """
+    blocked = {id(m) for block in inner for m in block.modules()}
+    owners = [
+        (module, name)
+        for module in model.modules()
+        if id(module) not in blocked
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad
+    ]
+
+    def widen(module: nn.Module, args: Any) -> None:
+        # FSDP's hook ran before this one: these are the gathered parameters
+        for owner, name in owners:
+            getattr(owner, name).grad_dtype = wide
+
+    model.register_forward_pre_hook(widen)
+
+
+class _Embedding(torch.autograd.Function):
+    """Look rows up; sum their gradients in fp32. PyTorch's CPU kernel sums bf16 in bf16."""
+
+    @staticmethod
+    def forward(ctx, ids: Tensor, weight_VD: Tensor, padding: int) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.rows, ctx.padding = weight_VD.shape[0], padding
+        return F.embedding(ids, weight_VD)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        (ids,) = ctx.saved_tensors
+        wide = grad.float() if torch.finfo(grad.dtype).bits < 32 else grad
+        sums_VD = torch.ops.aten.embedding_dense_backward(wide, ids, ctx.rows, ctx.padding, False)
+        return None, sums_VD, None
+
+
+def _exact_embedding_gradient(model: PreTrainedModel) -> None:
+    """Replace the look-up of a plain nn.Embedding; subclasses (Gemma's) keep their own."""
+    embedding = model.get_input_embeddings()
+    if type(embedding) is nn.Embedding:
+        padding = -1 if embedding.padding_idx is None else embedding.padding_idx
+
+        def look_up(input: Tensor) -> Tensor:
+            return _Embedding.apply(input, embedding.weight, padding)
+
+        embedding.forward = look_up  # type: ignore[method-assign]
+
+
+@torch.no_grad()
+def sum_gradients(parameters: list[nn.Parameter]) -> None:
+    """All-reduce(SUM) the gradients over the default group, in buckets of a fixed order.
+
+    A parameter without a gradient counts as zero: this process may have had no micro-batch. Same
+    order and same buckets on every process give the same bits on all of them, run after run.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    pending = []
+    for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
+        flat = torch.cat([grad.reshape(-1) for grad in bucket])
+        pending.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+    for bucket, flat, work in pending:
+        work.wait()
+        pieces = flat.split([grad.numel() for grad in bucket])
+        torch._foreach_copy_(
+            bucket, [piece.view_as(g) for piece, g in zip(pieces, bucket, strict=True)]
+        )
+
+
+def _buckets(grads: list[Tensor]) -> list[list[Tensor]]:
+    buckets: list[list[Tensor]] = []
+    room = 0
+    for grad in grads:
+        if not buckets or grad.nbytes > room:
+            buckets.append([])
+            room = BUCKET_BYTES
+        buckets[-1].append(grad)
+        room -= grad.nbytes
+    return buckets

@@ -1,0 +1,285 @@
+"""Gradients do not depend on how the work is spread: processes, micro-batches, sharding, dtypes."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from helpers_models import tiny_llama, tiny_qwen2
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+from iopo.model import lora, parallel
+
+CPU = torch.device("cpu")
+# each process's micro-batches of a step, as indices into the eight sequences; () is an empty turn
+TURNS = {1: [[(0, 1, 2, 3, 4, 5, 6, 7)]], 2: [[(0, 1, 2), (3,)], [(4, 5, 6, 7), ()]]}
+SPREADS = ["shard", "hsdp", "replicate"]
+
+
+class Root(nn.Module):
+    """The simplest root: log-likelihood of each sequence. Its loss is a sum, so it can be split."""
+
+    def __init__(self, causal_lm):
+        super().__init__()
+        self.causal_lm = causal_lm
+
+    def forward(self, ids_SL):
+        hidden = self.causal_lm.get_decoder()(input_ids=ids_SL, use_cache=False).last_hidden_state
+        weight = self.causal_lm.get_output_embeddings().weight
+        logp = F.linear(hidden[:, :-1], weight).float().log_softmax(-1)
+        return logp.gather(-1, ids_SL[:, 1:, None]).sum((1, 2))
+
+
+def sequences():
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(0, 300, (1, 5 + i), generator=generator) for i in range(8)]
+
+
+def make(kind, dtype=torch.float32):
+    model = tiny_qwen2(tied=True, dtype=dtype) if kind == "lora" else tiny_llama(tied=True)
+    if kind == "lora":
+        generator = torch.Generator().manual_seed(3)
+        options = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": "all-linear"}
+        lora.add_lora(model, **options, generator=generator)
+        for layer in lora.adapters(model).values():
+            layer.lora_B.data.normal_(std=0.1, generator=generator)
+    return Root(model)
+
+
+def micro_batches(turns):
+    """Turns as lists of equal forwards on all ranks: FSDP needs as many everywhere."""
+    forwards = [[j for turn in rank for j in turn] for rank in turns]
+    most = max(len(f) for f in forwards)
+    return [f + [None] * (most - len(f)) for f in forwards]
+
+
+def gradients(root, prepared, forwards, max_norm=float("inf")):
+    rows = sequences()
+    for i, j in enumerate(forwards):
+        prepared.set_sync(i == len(forwards) - 1)
+        if j is None:
+            prepared.empty_backward(root, rows[0])
+        else:
+            ((root(rows[j]) + 30.0) ** 2 / 8).sum().backward()
+    norm = prepared.reduce_and_clip(max_norm)
+    return {n: whole(p.grad) for n, p in prepared.parameters.items()}, norm
+
+
+def whole(tensor):
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().clone()
+
+
+def plain_gradients(kind):
+    """The slow twin: one process, plain autograd, one sum over all sequences."""
+    root = make(kind)
+    sum(((root(ids) + 30.0) ** 2 / 8).sum() for ids in sequences()).backward()
+    return {n: p.grad for n, p in root.named_parameters() if p.requires_grad}
+
+
+def assert_same(got, expected, tolerance):
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        error = (got[name] - value).norm() / value.norm()
+        assert error <= tolerance, f"{name}: relative error {error:.2e}"
+
+
+def spread(kind, how, **options):
+    root = make(kind)
+    mesh = {
+        "shard": lambda: parallel.make_mesh("cpu"),
+        "hsdp": lambda: parallel.make_mesh("cpu", shard_processes=1),
+        "replicate": lambda: None,
+    }[how]()
+    prepared = parallel.prepare(root, device=CPU, dtype=torch.float32, mesh=mesh, **options)
+    return root, prepared
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    results = {}
+    forwards = micro_batches(TURNS[2])[rank]
+    for kind in ("full", "lora"):
+        for how in SPREADS:
+            root, prepared = spread(kind, how, checkpoint_every=2)
+            grads, norm = gradients(root, prepared, forwards)
+            optimizer = torch.optim.SGD(prepared.parameters.values(), lr=1e-3)
+            optimizer.step()
+            prepared.zero_grad()
+            # a second step: nothing of the first may be left
+            again, _ = gradients(root, prepared, forwards)
+            weights = {n: whole(p) for n, p in prepared.parameters.items()}
+            results[kind, how] = {"grads": grads, "norm": norm, "again": again, "weights": weights}
+    if rank == 1:
+        results["other_rank"] = results["lora", "replicate"]["grads"]
+    torch.save(results, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("how", SPREADS)
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_two_processes_with_unequal_work_give_the_gradients_of_one(two_ranks, kind, how):
+    expected = plain_gradients(kind)
+    for rank in two_ranks:
+        assert_same(rank[kind, how]["grads"], expected, 1e-5)
+        norm = torch.stack([g.norm() for g in expected.values()]).norm()
+        torch.testing.assert_close(rank[kind, how]["norm"], norm)
+
+
+@pytest.mark.parametrize("how", SPREADS)
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_second_step_starts_clean(two_ranks, kind, how):
+    root = make(kind)
+    prepared = parallel.prepare(root, device=CPU, dtype=torch.float32, mesh=None)
+    gradients(root, prepared, TURNS[1][0][0])
+    torch.optim.SGD(prepared.parameters.values(), lr=1e-3).step()
+    prepared.zero_grad()
+    expected, _ = gradients(root, prepared, TURNS[1][0][0])
+    assert_same(two_ranks[0][kind, how]["again"], expected, 2e-5)
+
+
+def test_all_processes_hold_the_same_bits(two_ranks):
+    first, second = (rank["lora", "replicate"]["grads"] for rank in two_ranks)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_buckets_keep_order_and_size(monkeypatch):
+    monkeypatch.setattr(parallel, "BUCKET_BYTES", 40)
+    grads = [torch.zeros(n) for n in (4, 6, 1, 20, 2)]
+    assert [[g.numel() for g in b] for b in parallel._buckets(grads)] == [[4, 6], [1], [20], [2]]
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_checkpointing_changes_no_bit(every):
+    def grads(checkpoint_every):
+        root, prepared = spread("full", "replicate", checkpoint_every=checkpoint_every)
+        return gradients(root.train(), prepared, range(8))[0]
+
+    plain, recomputed = grads(0), grads(every)
+    assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
+
+
+def test_checkpointing_recomputes_every_kth_block():
+    root, _ = spread("full", "replicate", checkpoint_every=2)
+    calls = []
+    for block in parallel.blocks(root):
+        block.input_layernorm.register_forward_hook(lambda module, *_: calls.append(module))
+    root(sequences()[0]).sum().backward()
+    first, second = (calls.count(block.input_layernorm) for block in parallel.blocks(root))
+    assert (first, second) == (2, 1)
+
+
+def bf16_step(root, rows):
+    prepared = parallel.prepare(root, device=CPU, dtype=torch.bfloat16, mesh=None)
+    for ids in rows:
+        (root(ids) / len(rows)).sum().backward()
+    prepared.reduce_and_clip(float("inf"))
+    return prepared
+
+
+def test_bf16_computes_on_copies_of_fp32_parameters():
+    root = make("full")
+    before = {n: p.detach().clone() for n, p in root.named_parameters()}
+    prepared = bf16_step(root, sequences())
+    assert {p.dtype for p in prepared.parameters.values()} == {torch.float32}
+    assert {p.grad.dtype for p in prepared.parameters.values()} == {torch.float32}
+    assert {p.dtype for p in root.parameters()} == {torch.bfloat16}
+    for name, parameter in prepared.parameters.items():
+        assert torch.equal(parameter, before[name])
+    # updates far below bf16's resolution must add up
+    for _ in range(64):
+        for parameter in prepared.parameters.values():
+            parameter.data.add_(parameter.data.abs(), alpha=1e-4)
+        prepared.zero_grad()
+    for name, parameter in root.named_parameters():
+        parameter = parameter.detach()
+        torch.testing.assert_close(
+            parameter.float(), prepared.parameters[name].data, rtol=8e-3, atol=0
+        )
+        moved = (parameter.float() - before[name]).abs().sum() / before[name].abs().sum()
+        assert moved == pytest.approx(64e-4, rel=0.2)
+    assert all(p.grad is None for p in root.parameters())
+
+
+def test_many_small_bf16_gradients_are_not_lost():
+    """300 equal micro-batches: a sum in bf16 stops growing at about 2^8 times the first."""
+    root = make("full")
+    ids = sequences()[0]
+    prepared = parallel.prepare(root, device=CPU, dtype=torch.bfloat16, mesh=None)
+    root(ids).sum().backward()
+    once = {n: p.grad.clone() for n, p in prepared.copies.items()}
+    for _ in range(299):
+        root(ids).sum().backward()
+    for name, parameter in prepared.copies.items():
+        torch.testing.assert_close(parameter.grad, once[name] * 300, rtol=1e-4, atol=1e-6)
+
+
+def test_tied_weight_gets_both_gradients_in_fp32():
+    """Against fp32 arithmetic on the same bf16 values, head and embedding apart."""
+    root = make("full")
+    ids = torch.full((1, 400), 7)  # one token, many times: a bf16 sum of its rows would stall
+    ids[0, ::7] = 11
+    prepared = bf16_step(root, [ids])
+    got = prepared.parameters["causal_lm.model.embed_tokens.weight"].grad
+    slow = make("full")
+    for parameter in slow.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    slow(ids).sum().backward()
+    expected = slow.causal_lm.model.embed_tokens.weight.grad
+    # rounding of activations stays: compare direction and size, tightly enough to see a lost half
+    assert F.cosine_similarity(got.flatten(), expected.flatten(), dim=0) > 0.9995
+    assert got.norm() / expected.norm() == pytest.approx(1, abs=5e-3)
+
+
+def test_embedding_rows_are_summed_in_fp32():
+    weight = nn.Parameter(torch.zeros(3, 2, dtype=torch.bfloat16))
+    weight.grad_dtype = torch.float32
+    ids = torch.ones(1, 5000, dtype=torch.long)
+    parallel._Embedding.apply(ids, weight, -1).float().sum().backward()
+    assert weight.grad.tolist() == [[0, 0], [5000, 5000], [0, 0]]
+    weight.grad = None
+    parallel._Embedding.apply(ids, weight, 1).float().sum().backward()
+    assert weight.grad.abs().sum() == 0  # as nn.Embedding's padding_idx
+
+
+def test_clipping_scales_to_the_norm_and_reports_the_norm_before():
+    root, prepared = spread("full", "replicate")
+    free, norm = gradients(root, prepared, range(8))
+    prepared.zero_grad()
+    clipped, same = gradients(root, prepared, range(8), max_norm=0.5)
+    torch.testing.assert_close(same, norm)
+    total = torch.stack([g.norm() for g in clipped.values()]).norm()
+    assert total.item() == pytest.approx(0.5, rel=1e-4)
+    assert_same({n: g * (0.5 / norm) for n, g in free.items()}, clipped, 1e-5)
+
+
+def test_not_finite_gradients_show_in_the_norm():
+    root, prepared = spread("full", "replicate")
+    (root(sequences()[0]) * float("nan")).sum().backward()
+    assert not torch.isfinite(prepared.reduce_and_clip(1.0))
+
+
+def test_offload_needs_shards_and_meshes_need_divisors(monkeypatch):
+    with pytest.raises(ValueError, match=r"parallel\.offload"):
+        spread("full", "replicate", offload=True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 6)
+    with pytest.raises(ValueError, match="does not divide the 6 processes"):
+        parallel.make_mesh("cpu", shard_processes=4)
+    with pytest.raises(ValueError, match="no transformers model"):
+        parallel.blocks(nn.Linear(2, 2))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_gradients():
+    expected = gradients(*spread("full", "replicate"), range(8))[0]
+    compiled = spread("full", "replicate", compile_blocks=True, checkpoint_every=1)
+    assert_same(gradients(*compiled, range(8))[0], expected, 1e-5)
