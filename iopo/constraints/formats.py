@@ -10,8 +10,6 @@ from typing import Any, ClassVar
 from . import text as cut
 from .base import Constraint, Counted, Styled
 
-_TITLE = re.compile(r"<<[^\n]+>>")
-
 
 @dataclass(frozen=True)
 class Wrapped(Styled):
@@ -76,11 +74,11 @@ class FirstLineTitle(Styled):
         "equals signs": {"en": "between equals signs: == title ==", "zh": "== 标题 =="},
     }
     _PATTERNS: ClassVar[dict[str, re.Pattern[str]]] = {
-        "angle brackets": re.compile(r"<<[^<>\n]*\w[^<>\n]*>>"),
-        "bold": re.compile(r"\*\*[^*\n]*\w[^*\n]*\*\*"),
-        "heading": re.compile(r"#{1,6} [^\n]*\w[^\n]*"),
-        "square brackets": re.compile(r"\[\[[^\[\]\n]*\w[^\[\]\n]*\]\]"),
-        "equals signs": re.compile(r"== ?[^=\n]*\w[^=\n]*=="),
+        "angle brackets": re.compile(r"<<([^<>]*)>>"),
+        "bold": re.compile(r"\*\*([^*]*)\*\*"),
+        "heading": re.compile(r"#{1,6} (.*)"),
+        "square brackets": re.compile(r"\[\[([^\[\]]*)\]\]"),
+        "equals signs": re.compile(r"==([^=]*)=="),
     }
     _WRITTEN: ClassVar[dict[str, str]] = {
         "angle brackets": "<<{}>>",
@@ -106,7 +104,8 @@ class FirstLineTitle(Styled):
 
     def check(self, text: str) -> bool:
         lines = cut.lines(text)
-        return len(lines) > 1 and self._PATTERNS[self.style].fullmatch(lines[0]) is not None
+        title = self._PATTERNS[self.style].fullmatch(lines[0]) if len(lines) > 1 else None
+        return title is not None and any(map(str.isalnum, title[1]))
 
     def edit(self, text: str, rng: random.Random) -> str | None:
         words = cut.letter_words(text)[:4]
@@ -164,7 +163,7 @@ class ClosingNote(Constraint):
 
 @dataclass(frozen=True)
 class Titles(Counted):
-    """Number of <<titles>>, empty ones not counted; IFEval's title is one at least."""
+    """Number of lines with a <<title>> that is not empty; IFEval's title is one at least."""
 
     kind = "title"
     unit_en = (
@@ -175,8 +174,10 @@ class Titles(Counted):
     smallest = 0
 
     def count(self, text: str) -> int:
-        found = _TITLE.findall(text)
-        return sum(1 for title in found if title.lstrip("<").rstrip(">").strip())
+        if "<<" not in text:
+            return 0
+        titles = cut.spans_in_lines(text, "<<", ">>", greedy=True)
+        return sum(1 for title in titles if title.lstrip("<").rstrip(">").strip())
 
     @classmethod
     def measure(cls, text: str) -> list[dict[str, Any]]:
@@ -222,12 +223,12 @@ class Postscript(Constraint):
 
     def check(self, text: str) -> bool:
         if self.marker == "P.P.S":
-            pattern = r"\s*p\.\s?p\.\s?s.*$"
+            pattern = r"p\.\s?p\.\s?s"
         elif self.marker == "P.S.":
-            pattern = r"\s*p\.\s?s\..*$"
+            pattern = r"p\.\s?s\."
         else:
-            pattern = r"\s*" + re.escape(self.marker.lower()) + r".*$"
-        return re.search(pattern, text.lower(), flags=re.MULTILINE) is not None
+            pattern = re.escape(self.marker.lower())
+        return re.search(pattern, text.lower()) is not None
 
     @classmethod
     def measure(cls, text: str) -> list[dict[str, Any]]:

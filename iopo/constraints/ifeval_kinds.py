@@ -54,8 +54,8 @@ class Keywords(IncludeWords):
 
     kind = "keywords"
 
-    def pattern(self, word: str) -> re.Pattern[str]:
-        return _compiled(self, word)
+    def spans(self, text: str, word: str) -> list[tuple[int, int]]:
+        return [match.span() for match in _compiled(self, word).finditer(text)]
 
     @classmethod
     def measure(cls, text: str) -> list[dict[str, Any]]:
@@ -72,8 +72,8 @@ class KeywordFrequency(WordFrequency):
     kind = "keyword_frequency"
     smallest = 0
 
-    def pattern(self) -> re.Pattern[str]:
-        return _compiled(self, self.word)
+    def count(self, text: str) -> int:
+        return sum(1 for _ in _compiled(self, self.word).finditer(text))
 
     @classmethod
     def measure(cls, text: str) -> list[dict[str, Any]]:
@@ -86,8 +86,8 @@ class ForbiddenWords(ForbidWords):
 
     kind = "forbidden_words"
 
-    def pattern(self, word: str) -> re.Pattern[str]:
-        return _compiled(self, r"\b" + word + r"\b")
+    def spans(self, text: str, word: str) -> list[tuple[int, int]]:
+        return [match.span() for match in _compiled(self, rf"\b{word}\b").finditer(text)]
 
     @classmethod
     def measure(cls, text: str) -> list[dict[str, Any]]:

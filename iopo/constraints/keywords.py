@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -35,12 +34,12 @@ class WordList(Constraint):
         quote, comma = ("'{}'", ", ") if language == "en" else ("“{}”", "、")
         return {"words": comma.join(quote.format(word) for word in self.words)}
 
-    def pattern(self, word: str) -> re.Pattern[str]:
-        """What counts as an occurrence of the word."""
-        return cut.whole_word(word)
+    def spans(self, text: str, word: str) -> list[tuple[int, int]]:
+        """Where the word occurs, and with it what counts as an occurrence."""
+        return cut.word_spans(text, word)
 
     def found(self, text: str) -> list[bool]:
-        return [self.pattern(word).search(text) is not None for word in self.words]
+        return [bool(self.spans(text, word)) for word in self.words]
 
 
 @dataclass(frozen=True)
@@ -109,15 +108,17 @@ class ForbidWords(WordList):
 
     @classmethod
     def measure(cls, text: str) -> list[dict[str, Any]]:
-        present = set(cut.lower_words(text))
-        return [{"words": [word]} for word in COMMON_WORDS if word not in present]
+        return [{"words": [word]} for word in COMMON_WORDS if not cut.has_word(text, word)]
 
     def alternatives(self, rng: random.Random) -> list[Constraint]:
         return [IncludeWords(words=(word,)) for word in self.words]
 
     def edit(self, text: str, rng: random.Random) -> str | None:
+        if len(text.lower()) != len(text):  # rare letters: positions would not fit
+            return None
         for word in self.words:
-            text = re.sub(r"\s*" + self.pattern(word).pattern, "", text, flags=re.IGNORECASE)
+            for start, end in reversed(self.spans(text, word)):
+                text = text[:start].rstrip(" ") + text[end:]
         return text.strip() if text.strip() and self.check(text.strip()) else None
 
 
@@ -156,20 +157,17 @@ class WordFrequency(Counted):
         quoted = f"'{self.word}'" if language == "en" else f"“{self.word}”"
         return {**super().blanks(language), "words": quoted}
 
-    def pattern(self) -> re.Pattern[str]:
-        """What counts as an occurrence of the word."""
-        return cut.whole_word(self.word)
-
     def count(self, text: str) -> int:
-        return sum(1 for _ in self.pattern().finditer(text))
+        return len(cut.word_spans(text, self.word))
 
     @classmethod
     def measure(cls, text: str) -> list[dict[str, Any]]:
-        found = []
-        for word in _content_words(text):
-            for bound in cls.bounds(cut.lower_words(text).count(word)):
-                found.append({**bound, "word": word})
-        return [params for params in found if cls(**params).check(text)]
+        words = cut.lower_words(text)
+        repeated = [word for word in _content_words(text) if words.count(word) > 1]
+        counts = {word: len(cut.word_spans(text, word)) for word in repeated}
+        return [
+            {**bound, "word": word} for word, count in counts.items() for bound in cls.bounds(count)
+        ]
 
 
 @lru_cache(maxsize=8)
@@ -182,5 +180,5 @@ def _content_words(text: str) -> tuple[str, ...]:
         if 5 <= len(word) <= 14
         and word.isalpha()
         and word not in _TOO_COMMON
-        and cut.whole_word(word).search(text)
+        and cut.has_word(text, word)
     )

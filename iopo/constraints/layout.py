@@ -126,6 +126,13 @@ class Language(Styled):
     }
 
     def check(self, text: str) -> bool:
-        letters = sum(map(str.isalpha, text))
+        letters = _letters(text)
+        if text.isascii():
+            return letters > 0 and self.style == "latin"
         own = len(self._SCRIPTS[self.style].findall(text))
         return letters > 0 and own * 10 >= letters * 9
+
+
+@lru_cache(maxsize=8)
+def _letters(text: str) -> int:
+    return sum(map(str.isalpha, text))

@@ -7,11 +7,11 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from . import text as cut
 from .base import Counted
 
 _HIGHLIGHT = re.compile(r"\*[^\n\*]*\*")
 _DOUBLE_HIGHLIGHT = re.compile(r"\*\*[^\n\*]*\*\*")
-_PLACEHOLDER = re.compile(r"\[.*?\]")
 _CAPITALS = re.compile(r"\b[A-Z]{2,}\b")
 
 
@@ -28,11 +28,11 @@ class Placeholders(Counted):
     smallest = 0
 
     def count(self, text: str) -> int:
-        return len(_PLACEHOLDER.findall(text))
+        return len(cut.spans_in_lines(text, "[", "]", greedy=False)) if "[" in text else 0
 
     @classmethod
     def measure(cls, text: str) -> list[dict[str, Any]]:
-        return cls.bounds(len(_PLACEHOLDER.findall(text)))
+        return cls.bounds(cls("exactly", 0).count(text))
 
     def edit(self, text: str, rng: random.Random) -> str | None:
         if self.forbids_all():
@@ -79,6 +79,8 @@ class Highlights(Counted):
 
 def highlights(text: str) -> int:
     """Spans between single asterisks plus spans between double ones, empty spans not counted."""
+    if "*" not in text:
+        return 0
     single = sum(1 for span in _HIGHLIGHT.findall(text) if span.strip("*").strip())
     double = sum(
         1
