@@ -1,0 +1,1 @@
+"""Generation, judging and scoring: what a model's answers are worth."""

@@ -1,0 +1,1 @@
+"""One module a benchmark: load its file, join responses by key, score, total."""
