@@ -55,7 +55,7 @@ def check_row(row: Mapping[str, object], kind: str) -> list[str]:
     """
     wanted = REQUIRED[kind] + OPTIONAL[kind]
     typos = {key: ours for key in row if (ours := _meant(key, wanted, row)) is not None}
-    faults = [f"unknown key {key!r}: did you mean {ours!r}?" for key, ours in typos.items()]
+    faults = [f"unknown key {key!r} (did you mean {ours!r}?)" for key, ours in typos.items()]
     missing = [key for key in REQUIRED[kind] if key not in row and key not in typos.values()]
     for key in missing:
         faults.append(f"{key!r} is missing; found the keys {_listed(row)}")
@@ -130,6 +130,7 @@ def _json_type(value: object) -> str:
     if value is None:
         return "null"
     names = {
+        str: "a string",
         bool: "a boolean",
         int: "a number",
         float: "a number",

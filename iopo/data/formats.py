@@ -110,10 +110,10 @@ def read_rows(path: str | Path, kind: str | None = None) -> list[Row]:
 def _row(decoded: object, kind: str | None) -> tuple[Row | None, list[str]]:
     """One row object, or None and its faults."""
     if not isinstance(decoded, dict):
-        return None, [f"is a JSON {type(decoded).__name__}, expected an object"]
+        return None, [f"the row is of type {type(decoded).__name__}, expected an object"]
     if kind is None:
         return None, [
-            "is neither quad, pair nor sft; found the keys "
+            "the row is neither quad, pair nor sft; found the keys "
             f"{', '.join(sorted(decoded)) or '(none)'}, "
             "expected x1, y1, x2, y2 or x, chosen, rejected or x, y",
         ]

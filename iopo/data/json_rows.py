@@ -23,7 +23,7 @@ def read_objects(path: Path) -> Iterator[Decoded]:
             text = raw.decode("utf-8")
         except UnicodeDecodeError as error:
             line = raw[: error.start].count(b"\n") + 1
-            yield line, None, f"is not UTF-8 (byte {error.start} of the file)"
+            yield line, None, f"the file is not UTF-8 (byte {error.start} of it)"
         else:
             yield from _elements(text)
     else:
@@ -39,7 +39,7 @@ def _no_repeated_key(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
         repeated = sorted({key for key in keys if keys.count(key) > 1})
-        raise _RepeatedKey(f"names the key {', '.join(map(repr, repeated))} twice")
+        raise _RepeatedKey(f"the row names the key {', '.join(map(repr, repeated))} twice")
     return row
 
 
@@ -51,10 +51,10 @@ def _lines(raw: bytes) -> Iterator[Decoded]:
         try:
             value = json.loads(line.decode("utf-8"), object_pairs_hook=_no_repeated_key)
         except UnicodeDecodeError as error:
-            fault = f"is not UTF-8 (byte {error.start} of the line is 0x{line[error.start]:02x})"
+            fault = f"the line is not UTF-8 (byte {error.start} of it is 0x{line[error.start]:02x})"
             yield number, None, fault
         except json.JSONDecodeError as error:
-            yield number, None, f"is not JSON ({error.msg} at column {error.colno})"
+            yield number, None, f"the row is not JSON ({error.msg} at column {error.colno})"
         except _RepeatedKey as error:
             yield number, None, str(error)
         else:
@@ -91,7 +91,7 @@ def _elements(text: str) -> Iterator[Decoded]:
         try:
             value, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
-            yield error.lineno, None, f"is not JSON ({error.msg} at column {error.colno})"
+            yield error.lineno, None, f"the row is not JSON ({error.msg} at column {error.colno})"
             return
         except _RepeatedKey as error:
             yield start, None, f"{error}; the rows after it were not read"

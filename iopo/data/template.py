@@ -120,10 +120,18 @@ class Chat:
         """Id of the token that ends a response: the first special token that the template writes
         after it. Not always the eos token (Gemma: <end_of_turn>).
 
-        Raises ValueError when the template writes none, as the model could not learn to stop.
+        Raises ValueError when the template writes none, as the model could not learn to stop, and
+        when the prompt ends before the header of the response, which would then be scored.
         """
         prompt = self.prompt("Question")
-        tail = self.response(prompt, "Question", "Answer").partition("Answer")[2]
+        header, _, tail = self.response(prompt, "Question", "Answer").partition("Answer")
+        without = self.render(self.messages("Question"), add_generation_prompt=False)
+        if prompt == without and any(text in header for text in special_texts(self.tokenizer)):
+            raise ValueError(
+                "the chat template ignores add_generation_prompt: its prompt ends "
+                f"{prompt[-20:]!r} and the response begins with the header {header!r}: write the "
+                "header at the end of the template under {% if add_generation_prompt %}"
+            )
         special = special_ids(self.tokenizer)
         for token in self.tokenizer(tail, add_special_tokens=False)["input_ids"]:
             if token in special:
