@@ -54,6 +54,11 @@ class Keywords(IncludeWords):
 
     kind = "keywords"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for word in self.words:
+            _compiled(self, word)
+
     def spans(self, text: str, word: str) -> list[tuple[int, int]]:
         return [match.span() for match in _compiled(self, word).finditer(text)]
 
@@ -72,6 +77,10 @@ class KeywordFrequency(WordFrequency):
     kind = "keyword_frequency"
     smallest = 0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _compiled(self, self.word)
+
     def count(self, text: str) -> int:
         return sum(1 for _ in _compiled(self, self.word).finditer(text))
 
@@ -85,6 +94,11 @@ class ForbiddenWords(ForbidWords):
     r"""No word of the list is found between \b marks, as a regular expression."""
 
     kind = "forbidden_words"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for word in self.words:
+            _compiled(self, word)
 
     def spans(self, text: str, word: str) -> list[tuple[int, int]]:
         return [match.span() for match in _compiled(self, rf"\b{word}\b").finditer(text)]
