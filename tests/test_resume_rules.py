@@ -1,10 +1,11 @@
 """Which changes a resume accepts, and where the metrics of a resumed run end."""
 
 import json
+from enum import Enum
 
 import pytest
 
-from iopo.training.resume import check_resume, flatten, truncate_metrics
+from iopo.training.resume import check_resume, flatten, plain, truncate_metrics
 
 META = {
     "config": {
@@ -74,6 +75,19 @@ def test_all_refused_keys_are_named_at_once():
     with pytest.raises(ValueError) as caught:
         check_resume(META, changed(config__seed=1, config__objective__beta=1.0))
     assert "seed" in str(caught.value) and "objective.beta" in str(caught.value)
+
+
+class Link(Enum):
+    hinge = "hinge"
+
+
+def test_what_json_changes_is_no_change(monkeypatch):
+    config = {"link": Link.hinge, "clip": float("inf"), "tags": ("a",), "note": "very-secret-1"}
+    monkeypatch.setenv("HUB_TOKEN", "very-secret-1")
+    meta = {"config": config, "identity": {}, "world_size": 1}
+    saved = json.loads(json.dumps(plain(meta)))
+    assert saved["config"]["link"] == "hinge" and "very-secret" not in str(saved)
+    assert check_resume(saved, meta) == []
 
 
 def test_flatten():

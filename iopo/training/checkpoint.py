@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from iopo.training import checkpoint_files as files
 from iopo.training.checkpoint_files import Best
+from iopo.training.resume import plain
 from iopo.training.runfolder import write_atomically
-from iopo.training.secrets import redact
 
 
 class CheckpointError(OSError):
@@ -106,7 +106,7 @@ class Checkpoints:
                 "torch": torch.__version__,
                 "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             }
-            text = redact(json.dumps(facts, indent=1))
+            text = json.dumps(plain(facts), indent=1)
             write_atomically(files.partial_of(self.run_dir, step) / files.STATE_FILE, text + "\n")
 
     def _write(self, step: int, state: Any) -> None:

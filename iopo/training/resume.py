@@ -3,8 +3,11 @@
 import json
 import os
 from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
+
+from iopo.training.secrets import redact
 
 # Keys that change neither the objective nor the data nor the reference nor the model. All others
 # refuse a resume: a key that is added later must be put here by someone who thought about it.
@@ -34,11 +37,12 @@ CONSEQUENCES = {
 def check_resume(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Sentences on harmless differences between a checkpoint's state.json and the present run.
 
-    saved, current: {"config": nested dict, "identity": {what: hash}, "world_size": int}; identity
+    saved: of `read_state`; current: {"config": nested dict, "identity": {what: hash}, "world_size": int}; identity
         names what the run stands on (data, reference, tokenizer, ...).
     Raises ValueError naming every key that alters the objective, the data, the reference or the
     model.
     """
+    current = plain(current)
     notes: list[str] = []
     refused: list[str] = []
     for what in sorted(saved["identity"].keys() | current["identity"].keys()):
@@ -69,6 +73,19 @@ def check_resume(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[s
             "order, but bitwise equality is given up and random streams begin anew"
         )
     return notes
+
+
+def plain(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """`facts` as state.json holds them: enums by value, tuples as lists, secrets redacted."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, Enum):
+            return value.value
+        if isinstance(value, Path):
+            return str(value)
+        raise TypeError(f"{value!r} has no place in state.json")
+
+    return json.loads(redact(json.dumps(facts, default=convert)))
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
