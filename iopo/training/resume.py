@@ -37,8 +37,8 @@ CONSEQUENCES = {
 def check_resume(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Sentences on harmless differences between a checkpoint's state.json and the present run.
 
-    saved: of `read_state`; current: {"config": nested dict, "identity": {what: hash}, "world_size": int}; identity
-        names what the run stands on (data, reference, tokenizer, ...).
+    saved: from `read_state`. current: {"config": nested dict, "identity": {what: hash},
+        "world_size": int}; identity names what the run stands on (data, reference, tokenizer).
     Raises ValueError naming every key that alters the objective, the data, the reference or the
     model.
     """
