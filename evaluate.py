@@ -1,0 +1,46 @@
+"""Score a model, an endpoint or existing answers: `python evaluate.py +benchmark=ifeval ...`.
+
+    python evaluate.py +benchmark=ifeval model.path=demo
+    python evaluate.py +benchmark=trace generate.base_url=http://localhost:8000/v1 \\
+        generate.model=qwen2 judge.base_url=https://api.openai.com/v1 judge.model=gpt-4o
+    python evaluate.py +benchmark=ifeval responses.path=answers.jsonl out=runs/mine
+
+Keys, with units, are in conf/evaluate.yaml. Exit codes: 0 done, 1 a server failed (run the same
+command again to go on), 2 config or data refused, 130 interrupted.
+"""
+
+import sys
+from functools import partial
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from iopo.evaluation.config import EvaluateConfig
+from iopo.evaluation.endpoint import EndpointError
+from iopo.evaluation.run import evaluate
+
+ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
+FAILED, REFUSED, INTERRUPTED = 1, 2, 130
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
+def main(composed: DictConfig) -> None:
+    """Compose, check, run."""
+    try:
+        config = OmegaConf.to_object(composed)
+        assert isinstance(config, EvaluateConfig)
+        evaluate(config, partial(print, flush=True))
+    except ValueError as error:
+        print(f"refused: {error}", file=sys.stderr, flush=True)
+        sys.exit(REFUSED)
+    except EndpointError as error:
+        print(f"stopped: {error}", file=sys.stderr, flush=True)
+        sys.exit(FAILED)
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to go on", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

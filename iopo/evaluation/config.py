@@ -1,0 +1,148 @@
+"""Schema of conf/evaluate.yaml: what may be set, its unit, and what is refused.
+
+Plain dataclasses: evaluate.py gives them to Hydra, everything below gets them as typed objects.
+"""
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+from iopo.config import Dtype
+
+
+class Style(enum.Enum):
+    """Wording and reply format of the judge's prompt."""
+
+    paper = "paper"  # the meaning and reply format that the benchmark's authors published
+    robust = "robust"  # JSON by constraint number, fenced answer: the one to trust
+
+
+class Structured(enum.Enum):
+    """Whether the judge's reply is constrained to a JSON schema by the server."""
+
+    auto = "auto"  # ask for it, go on without where the server refuses
+    on = "on"  # ask for it, stop where the server refuses
+    off = "off"
+
+
+@dataclass
+class BenchmarkSection:
+    name: str = "???"  # set by +benchmark=NAME
+
+
+@dataclass
+class DataSection:
+    path: str | None = None  # benchmark file; none: $IOPO_DATA_DIR/<benchmark>/<file name>
+
+
+@dataclass
+class ModelSection:
+    path: str | None = None  # folder in Hugging Face's format
+    adapter: str | None = None  # folder of a PEFT adapter on that model
+    dtype: Dtype = Dtype.auto  # auto: bf16 on CUDA and on CPUs with AMX tiles, else fp32
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+
+
+@dataclass
+class EndpointSection:
+    """An OpenAI-compatible server, and how hard to press it."""
+
+    base_url: str | None = None  # such as http://localhost:8000/v1
+    model: str | None = None  # the name the server knows it by
+    api_key_env: str = "OPENAI_API_KEY"  # the variable's name; the key itself is never written
+    concurrency: int = 16  # requests under way at once
+    requests_per_minute: int | None = None
+    timeout_s: float = 180.0  # for one request, from sending to the last byte
+    max_retries: int = 6  # of one request, on 408, 409, 429, 5xx, lost connections, broken replies
+    backoff_s: float = 1.0  # the n-th wait is drawn from 0 .. backoff_s * 2^n, at most 60 s
+    max_requests: int | None = None  # stop after so many, retries included
+    extra: dict[str, Any] = field(default_factory=dict)  # added to each request as it is
+
+    def __post_init__(self) -> None:
+        for name in ("concurrency", "timeout_s", "backoff_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a number above 0")
+        if self.max_retries < 0:
+            raise ValueError(f"max_retries is {self.max_retries}; expected 0 or more")
+        for name in ("requests_per_minute", "max_requests"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; expected 1 or more, or null for no limit")
+
+
+@dataclass
+class GenerateSection(EndpointSection):
+    """How responses are made. base_url null: by transformers in this process."""
+
+    system_prompt: str | None = None  # null: as the benchmark has it
+    temperature: float = 0.0  # 0: greedy
+    max_new_tokens: int = 1024
+    batch_size: int = 16  # prompts at once, in process only
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature < 0:
+            raise ValueError(f"generate.temperature is {self.temperature}; expected 0 or more")
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"generate.{name} is {getattr(self, name)}; expected 1 or more")
+
+
+@dataclass
+class JudgeSection(EndpointSection):
+    """Who scores what code cannot check, and how it is asked."""
+
+    style: Style = Style.robust
+    structured: Structured = Structured.auto
+    per_criterion: bool = False  # one call for each constraint: dearer, and less can go wrong
+    temperature: float = 0.0
+    max_tokens: int | None = 4096  # null: leave it out (set extra.max_completion_tokens instead)
+    parse_retries: int = 2  # further attempts after a reply that cannot be read
+    max_response_chars: int = 50_000  # longer answers are cut before judging, and counted
+    cache: str | None = None  # file of raw replies; null: judge.jsonl in the output folder
+    usd_per_million_prompt_tokens: float | None = None  # for the estimate and the bill
+    usd_per_million_completion_tokens: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.parse_retries < 0:
+            raise ValueError(f"judge.parse_retries is {self.parse_retries}; expected 0 or more")
+
+
+@dataclass
+class ResponsesSection:
+    path: str | None = None  # JSON Lines {"key" or "id", "response"}: score these, generate nothing
+
+
+@dataclass
+class EvaluateConfig:
+    benchmark: BenchmarkSection = field(default_factory=BenchmarkSection)
+    data: DataSection = field(default_factory=DataSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    generate: GenerateSection = field(default_factory=GenerateSection)
+    judge: JudgeSection = field(default_factory=JudgeSection)
+    responses: ResponsesSection = field(default_factory=ResponsesSection)
+    out: str | None = None  # null: runs/evaluate/<benchmark>/<model>
+    limit: int | None = None  # only so many items, spread evenly over the file
+    plan: bool = False  # print requests, tokens and cost, then stop; no server or model is touched
+    bootstrap: int = 2000  # resamples behind each interval
+    seed: int = 0  # of the bootstrap
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit is {self.limit}; expected 1 or more, or null for all items")
+        sources = {
+            "model.path": self.model.path,
+            "generate.base_url": self.generate.base_url,
+            "responses.path": self.responses.path,
+        }
+        given = [name for name, value in sources.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are all set; expected one source of responses")
+        if not given and not self.plan:
+            raise ValueError(f"nothing to score; set one of {', '.join(sources)}")
+        if self.model.adapter is not None and self.model.path is None:
+            raise ValueError("model.adapter is set without model.path; set the model it belongs to")
+        if self.generate.base_url is not None and self.generate.model is None:
+            raise ValueError("generate.base_url is set without generate.model; name the model")

@@ -1,0 +1,367 @@
+"""Ask an OpenAI-compatible server, and remember each reply for ever.
+
+A request is named by its content, not by where it is sent, and its reply is one row of an
+append-only file. So a killed run goes on where it stopped, and a second run asks nothing.
+"""
+
+import asyncio
+import email.utils
+import hashlib
+import json
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import openai
+
+from iopo.evaluation.config import EndpointSection
+from iopo.evaluation.jsonl import Journal
+
+MAX_WAIT_S = 60.0  # the longest wait that we choose ourselves
+MAX_RETRY_AFTER_S = 600.0  # the longest wait that we accept from a server
+GIVE_UP_AFTER = 8  # requests in a row that used up all their retries: the server is down
+
+
+class EndpointError(RuntimeError):
+    """The server cannot be used as configured. What was answered before is kept."""
+
+
+class RequestFailed(RuntimeError):
+    """One request got no reply in all its attempts; others may."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One chat completion. `response_format` is a hint to the server, not part of the content."""
+
+    model: str
+    messages: tuple[dict[str, str], ...]
+    temperature: float
+    max_tokens: int | None
+    seed: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    version: str = ""  # of the prompt that made the messages
+    response_format: dict[str, Any] | None = None
+
+    def content(self) -> dict[str, Any]:
+        """What the reply depends on, as JSON."""
+        row = asdict(self)
+        del row["response_format"]
+        return row
+
+    @property
+    def key(self) -> str:
+        """sha256 of the canonical JSON of the content; the same on every server."""
+        text = json.dumps(self.content(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the server said: raw text, and what it cost."""
+
+    key: str
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    latency_s: float
+    at: str  # UTC, ISO 8601
+
+
+class ReplyCache:
+    """All replies ever received, in one append-only file."""
+
+    def __init__(self, path: str | Path):
+        self._journal = Journal(path)
+        self._replies = {row["reply"]["key"]: Reply(**row["reply"]) for row in self._journal.rows}
+        self._journal.rows.clear()
+
+    def __len__(self) -> int:
+        return len(self._replies)
+
+    def get(self, key: str) -> Reply | None:
+        return self._replies.get(key)
+
+    def put(self, request: Request, reply: Reply) -> None:
+        self._journal.append({"reply": asdict(reply), "request": request.content()})
+        self._replies[reply.key] = reply
+
+    def close(self) -> None:
+        self._journal.close()
+
+
+@dataclass
+class Usage:
+    """What this process sent and received; cached replies cost nothing and are only counted."""
+
+    requests: int = 0
+    replies: int = 0
+    retries: int = 0
+    cached: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Endpoint:
+    """One server. Safe for many `ask` calls at once; use inside one event loop.
+
+    `cache` may be None: then each call is sent, and the caller keeps the replies.
+    """
+
+    def __init__(self, section: EndpointSection, cache: ReplyCache | None = None):
+        if section.base_url is None or section.model is None:
+            raise ValueError("base_url and model must both be set to ask a server")
+        self.section = section
+        self.model = section.model
+        self.usage = Usage()
+        self.structured_refused = False
+        self._cache = cache
+        # Local servers want no key, but the client library insists on some text.
+        self._client = openai.AsyncOpenAI(
+            base_url=section.base_url,
+            api_key=os.environ.get(section.api_key_env) or "none",
+            max_retries=0,
+            timeout=section.timeout_s,
+        )
+        self._places = asyncio.Semaphore(section.concurrency)
+        self._under_way: dict[str, asyncio.Future[Reply]] = {}
+        self._not_before = 0.0  # no request leaves before: a server's Retry-After is for all
+        self._next_slot = 0.0  # requests_per_minute
+        self._failed_in_a_row = 0
+        self._random = random.Random()
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def ask(self, request: Request) -> Reply:
+        """The reply to a request: cached, or under way already, or sent now.
+
+        Raises RequestFailed when all attempts failed, EndpointError when going on is pointless.
+        """
+        key = request.key
+        if self._cache is not None:
+            cached = self._cache.get(key)
+            if cached is not None:
+                self.usage.cached += 1
+                return cached
+        if key in self._under_way:
+            return await asyncio.shield(self._under_way[key])
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._under_way[key] = future
+        try:
+            async with self._places:
+                reply = await self._attempts(request)
+            if self._cache is not None:
+                self._cache.put(request, reply)
+            future.set_result(reply)
+            return reply
+        except BaseException as error:
+            future.set_exception(error)
+            future.exception()  # retrieved: no warning when nobody else waits
+            raise
+        finally:
+            del self._under_way[key]
+
+    async def _attempts(self, request: Request) -> Reply:
+        last: Exception | None = None
+        for attempt in range(self.section.max_retries + 1):
+            await self._wait_for_slot()
+            if self.structured_refused:
+                request = replace(request, response_format=None)
+            try:
+                reply = await self._send(request)
+            except _Transient as error:
+                last = error
+                if attempt < self.section.max_retries:
+                    self.usage.retries += 1
+                    await self._back_off(attempt, error)
+                if self.usage.replies == 0 and attempt >= 2 and error.no_connection:
+                    raise EndpointError(
+                        f"cannot connect to {self.section.base_url}: {error}; is the server up?"
+                    ) from error
+                continue
+            self._failed_in_a_row = 0
+            return reply
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row >= GIVE_UP_AFTER:
+            raise EndpointError(
+                f"{self.section.base_url}: {GIVE_UP_AFTER} requests in a row failed "
+                f"{self.section.max_retries + 1} times each, at last with: {last}"
+            )
+        raise RequestFailed(f"no usable reply in {self.section.max_retries + 1} attempts: {last}")
+
+    async def _wait_for_slot(self) -> None:
+        limit = self.section.max_requests
+        if limit is not None and self.usage.requests >= limit:
+            raise EndpointError(
+                f"the budget of max_requests={limit} is spent; the replies so far are kept: "
+                "run the same command again to go on"
+            )
+        self.usage.requests += 1
+        now = time.monotonic()
+        start = max(now, self._not_before)
+        if self.section.requests_per_minute is not None:
+            start = max(start, self._next_slot)
+            self._next_slot = start + 60.0 / self.section.requests_per_minute
+        if start > now:
+            await asyncio.sleep(start - now)
+
+    async def _back_off(self, attempt: int, error: "_Transient") -> None:
+        if error.retry_after_s is not None:
+            if error.retry_after_s > MAX_RETRY_AFTER_S:
+                raise EndpointError(
+                    f"the server asks to wait {error.retry_after_s:.0f} s ({error}); the replies "
+                    "so far are kept: run the same command again later"
+                )
+            self._not_before = max(self._not_before, time.monotonic() + error.retry_after_s)
+        wait_s = min(MAX_WAIT_S, self.section.backoff_s * 2**attempt)
+        await asyncio.sleep(self._random.uniform(0, wait_s))
+
+    async def _send(self, request: Request) -> Reply:
+        optional = {
+            "max_tokens": request.max_tokens,
+            "seed": request.seed,
+            "response_format": request.response_format,
+        }
+        arguments: dict[str, Any] = {k: v for k, v in optional.items() if v is not None}
+        start = time.monotonic()
+        try:
+            # The body is read as it is: a server of another kind must not pass for an empty reply.
+            raw = await asyncio.wait_for(
+                self._client.chat.completions.with_raw_response.create(
+                    model=request.model,
+                    messages=list(request.messages),  # type: ignore[arg-type]
+                    temperature=request.temperature,
+                    extra_body=request.extra or None,
+                    **arguments,
+                ),
+                self.section.timeout_s,
+            )
+        except openai.APIStatusError as error:
+            return await self._refused(request, error)
+        except (TimeoutError, openai.APITimeoutError) as error:
+            raise _Transient(f"no reply within {self.section.timeout_s:g} s") from error
+        except openai.APIConnectionError as error:
+            # By name: the client has changed the HTTP library below it, and may again.
+            cause = error.__cause__ or error
+            refused = type(cause).__name__ == "ConnectError"
+            raise _Transient(f"connection failed: {cause}", no_connection=refused) from error
+        text, finish_reason, usage = _completion(raw.text)
+        self.usage.replies += 1
+        reply = Reply(
+            key=request.key,
+            text=text,
+            finish_reason=finish_reason,
+            prompt_tokens=usage[0],
+            completion_tokens=usage[1],
+            latency_s=round(time.monotonic() - start, 3),
+            at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        )
+        self.usage.prompt_tokens += reply.prompt_tokens
+        self.usage.completion_tokens += reply.completion_tokens
+        return reply
+
+    async def _refused(self, request: Request, error: openai.APIStatusError) -> Reply:
+        """A status above 399: try again later, or differently, or stop."""
+        status = error.status_code
+        said = error.response.text[:300]
+        if status in (408, 409, 429) or status >= 500:
+            raise _Transient(f"HTTP {status}: {said}", retry_after_s=_retry_after(error))
+        if status == 400 and request.response_format is not None:
+            self.usage.requests += 1
+            reply = await self._send(replace(request, response_format=None))
+            self.structured_refused = True
+            return reply
+        hints = {
+            401: f"put a valid key into the environment variable {self.section.api_key_env}",
+            403: f"the key in {self.section.api_key_env} may not use this",
+            404: f"check base_url ({self.section.base_url}) and model ({request.model})",
+        }
+        hint = hints.get(status, "check the settings of this endpoint")
+        if status in hints:
+            raise EndpointError(f"HTTP {status}: {said}; {hint}") from error
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row >= GIVE_UP_AFTER:
+            raise EndpointError(f"HTTP {status}: {said}; {hint}") from error
+        raise RequestFailed(f"HTTP {status}: {said}") from error
+
+
+class _Transient(Exception):
+    """Worth another attempt."""
+
+    def __init__(
+        self, text: str, *, retry_after_s: float | None = None, no_connection: bool = False
+    ):
+        super().__init__(text)
+        self.retry_after_s = retry_after_s
+        self.no_connection = no_connection
+
+
+def _completion(body: str) -> tuple[str, str, tuple[int, int]]:
+    """(text, finish reason, (prompt, completion) tokens) of a chat completion's body."""
+    try:
+        row = json.loads(body)
+        choice = row["choices"][0]
+        content = choice["message"].get("content")
+        if not isinstance(content, str | None):
+            raise TypeError(f"content is {type(content).__name__}")
+        usage = row.get("usage") or {}
+        tokens = (int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
+        return content or "", str(choice.get("finish_reason") or ""), tokens
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise _Transient(
+            f"not a chat completion ({type(error).__name__}: {error}); does the server speak "
+            f"OpenAI's schema? It sent: {body[:200]!r}"
+        ) from error
+
+
+def _retry_after(error: openai.APIStatusError) -> float | None:
+    """Seconds of a Retry-After header, which holds seconds or a date; None without one."""
+    value = error.response.headers.get("retry-after")
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+async def ask_all(
+    endpoint: Endpoint,
+    requests: dict[str, Request],
+    on_reply: Callable[[str, Reply], None],
+) -> dict[str, str]:
+    """Ask many; call `on_reply(name, reply)` as each arrives. Returns the failures by name.
+
+    Raises EndpointError at once when the server cannot be used; what arrived was reported.
+    """
+    failures: dict[str, str] = {}
+
+    async def one(name: str, request: Request) -> None:
+        try:
+            on_reply(name, await endpoint.ask(request))
+        except RequestFailed as error:
+            failures[name] = str(error)
+
+    await run_together([one(name, request) for name, request in requests.items()])
+    return failures
+
+
+async def run_together(coroutines: list[Any]) -> None:
+    """Run all; the first exception cancels the rest and comes out as it is, not in a group."""
+    tasks = [asyncio.ensure_future(c) for c in coroutines]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

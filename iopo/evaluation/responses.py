@@ -1,0 +1,256 @@
+"""Answers to a benchmark's items: read from a file, or made by a server or in this process.
+
+What is made is appended to responses.jsonl as it arrives; a killed run goes on from there.
+"""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from iopo.config import Dtype
+from iopo.evaluation.config import EvaluateConfig, GenerateSection, ModelSection
+from iopo.evaluation.endpoint import Endpoint, Reply, Request, ask_all
+from iopo.evaluation.items import Item
+from iopo.evaluation.jsonl import Journal, read_rows
+
+Say = Callable[[str], None]
+NAMED = 5  # ids shown in a message; the rest are counted
+
+
+@dataclass
+class Responses:
+    """Answers by item id, and what is odd about them. An item without an answer is not in it."""
+
+    text: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)  # scored as not following anything
+    unknown: list[str] = field(default_factory=list)  # ids in the file that the data lacks
+    failed: dict[str, str] = field(default_factory=dict)  # the server gave no answer, and why
+    cut: int = 0  # ended at the token limit
+
+    def counts(self) -> dict[str, int]:
+        return {
+            "answers": len(self.text),
+            "empty": sum(not text.strip() for text in self.text.values()),
+            "missing": len(self.missing),
+            "unknown": len(self.unknown),
+            "failed": len(self.failed),
+            "cut_at_token_limit": self.cut,
+        }
+
+
+def row_key(item: Item) -> dict[str, Any]:
+    """How an item is named in output files: by its data's "key" where it has one."""
+    return {"key": item.row["key"]} if "key" in item.row else {"id": item.id}
+
+
+def read_responses(path: str | Path, items: list[Item], known: set[str]) -> Responses:
+    """Answers from JSON Lines {"key" or "id", "response"}, joined by id.
+
+    items: what is scored; known: all ids of the data file. Missing answers and unknown ids are
+    reported, not fatal. Raises ValueError on rows of another form, on two different answers to one
+    item, and if no id fits.
+    """
+    rows = read_rows(path)
+    texts: dict[str, str] = {}
+    reasons: list[str] = []
+    for number, row in enumerate(rows, 1):
+        name = row["id"] if "id" in row else row.get("key")
+        if not isinstance(name, str | int) or isinstance(name, bool):
+            reasons.append(f'{path}: row {number}: expected "id" or "key" with text or a number')
+        elif not isinstance(row.get("response"), str):
+            found = type(row["response"]).__name__ if "response" in row else "nothing"
+            reasons.append(f'{path}: row {number}: "response": expected text, found {found}')
+        elif texts.setdefault(str(name), row["response"]) != row["response"]:
+            reasons.append(f"{path}: row {number}: a second, different answer to {name}")
+    if reasons:
+        more = [f"... and {len(reasons) - 10} more"] if len(reasons) > 10 else []
+        raise ValueError("\n".join(reasons[:10] + more))
+    unknown = [name for name in texts if name not in known]
+    if len(unknown) == len(texts):
+        raise ValueError(
+            f"{path}: none of {len(texts)} ids is in the data (data: {some(sorted(known))}; "
+            f"responses: {some(unknown)}); are these answers to this benchmark?"
+        )
+    kept = {item.id: texts[item.id] for item in items if item.id in texts}
+    missing = [item.id for item in items if item.id not in texts]
+    return Responses(text=kept, missing=missing, unknown=unknown)
+
+
+def some(names: list[str]) -> str:
+    rest = f", ... ({len(names)} in all)" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + rest
+
+
+def conversation(item: Item, section: GenerateSection) -> list[dict[str, str]]:
+    """The item's conversation; `system_prompt`, where set, takes the place of its own."""
+    messages = [dict(message) for message in item.messages]
+    if section.system_prompt is None:
+        return messages
+    rest = [message for message in messages if message["role"] != "system"]
+    return [{"role": "system", "content": section.system_prompt}, *rest]
+
+
+def make_responses(
+    config: EvaluateConfig, items: list[Item], data: str, out: Path, say: Say
+) -> Responses:
+    """Answers from the server or the model in the config; finished ones are read, not made again.
+
+    data: sha256 of the data file. Raises ValueError when `out` holds answers made otherwise, and
+    EndpointError when the server cannot be used; what was answered stays in responses.jsonl.
+    """
+    check_manifest(out / "responses.manifest.json", manifest(config, data))
+    with Journal(out / "responses.jsonl") as journal:
+        done = {str(row.get("id", row.get("key"))): row for row in journal.rows}
+        pending = [item for item in items if item.id not in done]
+        say(f"{len(items) - len(pending)} of {len(items)} answers are there already")
+        failed: dict[str, str] = {}
+        if pending and config.generate.base_url is not None:
+            failed = asyncio.run(_ask_server(config.generate, pending, journal, say))
+        elif pending:
+            _in_process(config, items, set(done), journal, say)
+    rows = {str(row.get("id", row.get("key"))): row for row in read_rows(out / "responses.jsonl")}
+    found = {item.id: rows[item.id] for item in items if item.id in rows}
+    return Responses(
+        text={name: row["response"] for name, row in found.items()},
+        missing=[i.id for i in items if i.id not in rows and i.id not in failed],
+        failed=failed,
+        cut=sum(row["finish_reason"] == "length" for row in found.values()),
+    )
+
+
+def manifest(config: EvaluateConfig, data: str) -> dict[str, Any]:
+    """All that the answers depend on; batch size and concurrency are not meant to matter."""
+    section = config.generate
+    settings = {
+        "temperature": section.temperature,
+        "max_new_tokens": section.max_new_tokens,
+        "system_prompt": section.system_prompt,
+        "seed": section.seed,
+    }
+    if section.base_url is not None:
+        return {"data": data, **settings, "model": section.model, "extra": section.extra}
+    from iopo.model.load import resolve_model, weights_hash
+
+    folder = resolve_model(config.model.path or "")
+    adapter = config.model.adapter
+    return {
+        "data": data,
+        **settings,
+        "weights": weights_hash(folder),
+        "adapter": None if adapter is None else weights_hash(adapter),
+        "dtype": config.model.dtype.value,
+    }
+
+
+def check_manifest(path: Path, wanted: dict[str, Any]) -> None:
+    """Write the manifest, or raise ValueError where a different one is there."""
+    text = json.dumps(wanted, indent=1, sort_keys=True, ensure_ascii=False)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    keys = sorted(key for key in {**found, **wanted} if found.get(key) != wanted.get(key))
+    if keys:
+        shown = "; ".join(f"{k}: there {found.get(k)!r}, now {wanted.get(k)!r}" for k in keys)
+        raise ValueError(
+            f"{path.parent}: holds answers made with other settings ({shown}); choose another "
+            "out=, or remove that folder"
+        )
+
+
+async def _ask_server(
+    section: GenerateSection, items: list[Item], journal: Journal, say: Say
+) -> dict[str, str]:
+    endpoint = Endpoint(section)
+    by_id = {item.id: item for item in items}
+    requests = {
+        item.id: Request(
+            model=endpoint.model,
+            messages=tuple(conversation(item, section)),
+            temperature=section.temperature,
+            max_tokens=section.max_new_tokens,
+            seed=section.seed,
+            extra=section.extra,
+        )
+        for item in items
+    }
+    done = 0
+
+    def on_reply(name: str, reply: Reply) -> None:
+        nonlocal done
+        done += 1
+        row = {**row_key(by_id[name]), "response": reply.text}
+        journal.append(
+            {**row, "finish_reason": reply.finish_reason, "tokens": reply.completion_tokens}
+        )
+        if done % 20 == 0 or done == len(requests):
+            say(f"{done} of {len(requests)} answers")
+
+    try:
+        return await ask_all(endpoint, requests, on_reply)
+    finally:
+        await endpoint.close()
+
+
+def _in_process(
+    config: EvaluateConfig, items: list[Item], done: set[str], journal: Journal, say: Say
+) -> None:
+    """Batches of similar length. They are the same whatever is done already, so a resumed run
+    gives the answers that an uninterrupted one would have given."""
+    from iopo.evaluation.generate import generate
+
+    model, tokenizer = load_model(config.model)
+    section = config.generate
+    order = sorted(items, key=lambda item: -sum(len(m["content"]) for m in item.messages))
+    made = len(done)
+    for start in range(0, len(order), section.batch_size):
+        batch = order[start : start + section.batch_size]
+        if all(item.id in done for item in batch):
+            continue
+        answers = generate(
+            model,
+            tokenizer,
+            [conversation(item, section) for item in batch],
+            max_new_tokens=section.max_new_tokens,
+            temperature=section.temperature,
+            batch_size=section.batch_size,
+            seed=batch_seed(section.seed, batch),
+        )
+        rows = [
+            {**row_key(i), "response": a.text, "finish_reason": a.finish_reason, "tokens": a.tokens}
+            for i, a in zip(batch, answers, strict=True)
+            if i.id not in done
+        ]
+        journal.append(*rows)
+        made += len(rows)
+        say(f"{made} of {len(items)} answers")
+
+
+def batch_seed(seed: int, batch: list[Item]) -> int:
+    """A seed of the batch's own, from its first item."""
+    text = f"{seed}/{batch[0].id}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:4], "big")
+
+
+def load_model(section: ModelSection) -> tuple[Any, Any]:
+    """(model, tokenizer) ready to generate, the adapter on it if one is named."""
+    import torch
+
+    from iopo.model.load import default_dtype, load_causal_lm, load_tokenizer, resolve_model
+    from iopo.model.lora import load_adapter
+
+    folder = resolve_model(section.path or "")
+    device = section.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtypes = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32, Dtype.fp64: torch.float64}
+    dtype = dtypes.get(section.dtype, default_dtype(torch.device(device).type))
+    model = load_causal_lm(folder, dtype)
+    if section.adapter is not None:
+        load_adapter(model, section.adapter)  # not merged: that would round it to the dtype
+    return model.to(device).eval(), load_tokenizer(folder)

@@ -1,0 +1,307 @@
+"""One evaluation from config to report: find the data, get answers, get verdicts, total, write.
+
+Every stage keeps its results in the output folder, so the same command goes on after a kill.
+"""
+
+import asyncio
+import json
+import time
+from collections import Counter
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import iopo
+from iopo.evaluation import judge, plan, report, responses, scoring
+from iopo.evaluation.benchmarks import (
+    cfbench,
+    complexbench,
+    followbench,
+    ifbench,
+    ifeval,
+    infobench,
+    trace,
+)
+from iopo.evaluation.config import EvaluateConfig
+from iopo.evaluation.endpoint import Endpoint, EndpointError, ReplyCache
+from iopo.evaluation.items import Item, file_sha256, locate, thin
+from iopo.evaluation.jsonl import write_rows
+from iopo.evaluation.judge_prompts import VERSION, Question
+from iopo.evaluation.responses import Responses, Say
+
+# Scored by a language model, or by code. Each module: SOURCE, HEADLINE, load, measures; judged ones
+# also MAXIMUM and questions, coded ones score.
+JUDGED: dict[str, ModuleType] = {
+    "trace": trace,
+    "cfbench": cfbench,
+    "followbench": followbench,
+    "infobench": infobench,
+    "complexbench": complexbench,
+}
+CODED: dict[str, ModuleType] = {"ifeval": ifeval, "ifbench": ifbench}
+
+
+def evaluate(config: EvaluateConfig, say: Say = print) -> dict[str, Any]:
+    """Run it; returns the content of scores.json.
+
+    Raises ValueError for what the user can mend (config, data, responses), EndpointError when a
+    server cannot be used. Finished answers and judgements are kept in the output folder.
+    """
+    name = config.benchmark.name
+    module = benchmark(name)
+    path = locate(module.SOURCE, config.data.path)
+    everything = module.load(path)
+    items = thin(everything, config.limit)
+    data = file_sha256(path)
+    known_file = module.SOURCE.sha256 in (None, data)
+    if not known_file:
+        say(f"note: {path} is not the file we know (sha256 {data}); scores may not compare")
+    if config.plan:
+        texts = _plan_texts(config, everything, items)
+        return plan.show(config, module, name in JUDGED, items, texts, say)
+    if name in JUDGED:
+        _require_judge(config)
+    out = Path(config.out or default_out(config))
+    out.mkdir(parents=True, exist_ok=True)
+    answers = get_responses(config, everything, items, data, out, say)
+    for line in oddities(answers):
+        say(f"note: {line}")
+    judged: dict[str, Any] = {}
+    if name in JUDGED:
+        verdicts, judged = judge_items(config, module, items, answers, out, say)
+    else:
+        verdicts = module.score(items, answers.text)
+    scores = total(config, module, items, verdicts)
+    scores |= {
+        "responses": answers.counts(),
+        "judge": judged,
+        "data": {"path": str(path), "sha256": data, "known": known_file},
+        "config": _plain(asdict(config)),
+        "versions": {"iopo": iopo.__version__, "python_openai": version("openai")},
+        "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    if name == "trace":
+        scores["stray_tags"] = trace.stray_tags(items)
+    write(out, module, items, verdicts, answers, scores)
+    report.print_scores(scores, say)
+    say(f"written: {out}/scores.json, verdicts.jsonl, measures.jsonl, report.html")
+    return scores
+
+
+def benchmark(name: str) -> ModuleType:
+    """The module of a benchmark. Raises ValueError naming those there are."""
+    known = {**JUDGED, **CODED}
+    if name not in known:
+        raise ValueError(
+            f"benchmark.name is {name!r}; expected one of {', '.join(sorted(known))} "
+            "(choose it with +benchmark=NAME)"
+        )
+    return known[name]
+
+
+def default_out(config: EvaluateConfig) -> Path:
+    """runs/evaluate/<benchmark>/<model, or name of the responses file>."""
+    if config.responses.path is not None:
+        who = Path(config.responses.path).stem
+    elif config.generate.base_url is not None:
+        who = (config.generate.model or "").replace("/", "_")
+    else:
+        who = "_".join(Path(p).name for p in (config.model.path, config.model.adapter) if p)
+    return Path("runs/evaluate") / config.benchmark.name / who
+
+
+def get_responses(
+    config: EvaluateConfig,
+    everything: list[Item],
+    items: list[Item],
+    data: str,
+    out: Path,
+    say: Say,
+) -> Responses:
+    """Answers from the file in the config, or made now."""
+    if config.responses.path is not None:
+        if (out / "responses.manifest.json").exists():
+            raise ValueError(f"{out}: holds answers that were made there; choose another out=")
+        known = {item.id for item in everything}
+        return responses.read_responses(config.responses.path, items, known)
+    return responses.make_responses(config, items, data, out, say)
+
+
+def oddities(answers: Responses) -> list[str]:
+    """What the user must know about the answers before reading the scores."""
+    lines = []
+    counts = answers.counts()
+    if answers.missing:
+        lines.append(
+            f"no answer to {len(answers.missing)} items ({responses.some(answers.missing)}): "
+            "scored as following nothing"
+        )
+    if answers.failed:
+        first = next(iter(answers.failed.items()))
+        lines.append(
+            f"the server failed on {len(answers.failed)} items (first {first[0]}: {first[1]}): "
+            "scored as following nothing; run the same command again to ask for them again"
+        )
+    if answers.unknown:
+        lines.append(
+            f"answers to {len(answers.unknown)} ids that the data lacks "
+            f"({responses.some(answers.unknown)}): ignored"
+        )
+    if counts["empty"]:
+        lines.append(f"{counts['empty']} empty answers: scored as following nothing")
+    if answers.cut:
+        lines.append(f"{answers.cut} answers ended at the token limit")
+    return lines
+
+
+def judge_items(
+    config: EvaluateConfig,
+    module: ModuleType,
+    items: list[Item],
+    answers: Responses,
+    out: Path,
+    say: Say,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Verdicts of the judge (and of code, where the benchmark has rules), in the data's order."""
+    asked = {i.id: module.questions(i, answers.text.get(i.id, "")) for i in items}
+    questions = [question for group in asked.values() for question in group]
+    cache = ReplyCache(config.judge.cache or out / "judge.jsonl")
+    say(f"judging {len(questions)} answers; {len(cache)} replies are there already")
+    try:
+        judgements, usage = asyncio.run(_ask_judge(config, questions, cache, say))
+    finally:
+        cache.close()
+    by_id = {judgement.id: judgement for judgement in judgements}
+    verdicts = []
+    for item in items:
+        if asked[item.id]:
+            row = {"by": "judge", **asdict(by_id[item.id])}
+        else:
+            scores = module.by_code(item, answers.text.get(item.id, ""))
+            row = {"by": "code", "id": item.id, "status": "judged", "scores": scores}
+        verdicts.append(row)
+    status = Counter(row["status"] for row in verdicts)
+    info = {
+        "model": config.judge.model,
+        "style": config.judge.style.value,
+        "prompt_version": VERSION,
+        "status": dict(status),
+        "answers_cut": sum(row.get("cut", False) for row in verdicts),
+        "unread": {r["id"]: r["reason"] for r in verdicts if r["scores"] is None},
+        "usage": usage,
+    }
+    for kind in ("unparsed", "failed"):
+        if status[kind]:
+            say(f"note: {status[kind]} judgements {kind}; see scores.json and verdicts.jsonl")
+    cost = plan.cost_usd(config.judge, usage["prompt_tokens"], usage["completion_tokens"])
+    say(
+        f"judge: {usage['requests']} requests, {usage['cached']} from the cache, "
+        f"{usage['prompt_tokens']} + {usage['completion_tokens']} tokens"
+        + ("" if cost is None else f", {cost:.2f} USD")
+    )
+    return verdicts, info
+
+
+async def _ask_judge(
+    config: EvaluateConfig, questions: list[Question], cache: ReplyCache, say: Say
+) -> tuple[list[judge.Judgement], dict[str, Any]]:
+    endpoint = Endpoint(config.judge, cache)
+    started = last = time.monotonic()
+
+    def on_done(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done == total or now - last > 5:
+            last = now
+            say(f"{done} of {total} judged, {done / (now - started):.1f}/s")
+
+    try:
+        found = await judge.judge_all(endpoint, questions, config.judge, on_done)
+    except EndpointError as error:
+        raise EndpointError(f"{error} ({len(cache)} replies are kept in the cache)") from error
+    finally:
+        await endpoint.close()
+    return found, asdict(endpoint.usage)
+
+
+def total(
+    config: EvaluateConfig, module: ModuleType, items: list[Item], verdicts: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Scores with intervals; with bounds where verdicts could not be read."""
+    table = module.measures(items, verdicts)
+    scores = scoring.summarise(table, resamples=config.bootstrap, seed=config.seed)
+    unread = sum(row.get("scores", ()) is None for row in verdicts)
+    if unread:
+        lowest, highest = (
+            module.measures(items, _filled(module, items, verdicts, score))
+            for score in (0.0, float(module.MAXIMUM))
+        )
+        scores = scoring.with_bounds(scores, lowest, highest)
+    return {
+        "benchmark": config.benchmark.name,
+        "headline": list(module.HEADLINE),
+        "items": len(items),
+        "unread": unread,
+        "scores": scores,
+    }
+
+
+def _filled(
+    module: ModuleType, items: list[Item], verdicts: list[dict[str, Any]], score: float
+) -> list[dict[str, Any]]:
+    """The verdicts, with this score for every constraint in place of each unread one."""
+    out = []
+    for item, verdict in zip(items, verdicts, strict=True):
+        if verdict["scores"] is None:
+            count = len(module.questions(item, "")[0].criteria)
+            verdict = {**verdict, "scores": [score] * count}
+        out.append(verdict)
+    return out
+
+
+def write(
+    out: Path,
+    module: ModuleType,
+    items: list[Item],
+    verdicts: list[dict[str, Any]],
+    answers: Responses,
+    scores: dict[str, Any],
+) -> None:
+    """verdicts.jsonl, measures.jsonl, scores.json, report.html, and responses.jsonl if read."""
+    write_rows(out / "verdicts.jsonl", verdicts)
+    write_rows(out / "measures.jsonl", scoring.to_rows(module.measures(items, verdicts)))
+    if not (out / "responses.manifest.json").exists():  # read from elsewhere: keep a copy
+        rows = [
+            {**responses.row_key(item), "response": answers.text[item.id]}
+            for item in items
+            if item.id in answers.text
+        ]
+        write_rows(out / "responses.jsonl", rows)
+    text = json.dumps(scores, ensure_ascii=False, indent=1)
+    (out / "scores.json").write_text(text, encoding="utf-8")
+    page = report.page(scores, items, verdicts, answers.text)
+    (out / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
+
+
+def _require_judge(config: EvaluateConfig) -> None:
+    if config.judge.base_url is None or config.judge.model is None:
+        raise ValueError(
+            f"{config.benchmark.name} needs a judge: set judge.base_url and judge.model "
+            "(plan=true shows what it will cost)"
+        )
+
+
+def _plan_texts(
+    config: EvaluateConfig, everything: list[Item], items: list[Item]
+) -> dict[str, str] | None:
+    if config.responses.path is None:
+        return None
+    known = {item.id for item in everything}
+    return responses.read_responses(config.responses.path, items, known).text
+
+
+def _plain(value: Any) -> Any:
+    """Enums as their values, so that it can be JSON."""
+    return json.loads(json.dumps(value, default=lambda member: member.value))
