@@ -168,6 +168,20 @@ def test_micro_batches_are_spread_so_that_no_rank_idles():
     assert None not in shares[0] + shares[1]
 
 
+def test_ranks_take_equally_many_quads_where_micro_batches_count_quads():
+    tokens_N = np.array([900, 10, 10, 10, 10, 10, 10, 10])
+    batching = b.Batching(8, 2, seed=0, micro_batch_quads=2)
+    shares = [b.micro_batches(tokens_N, batching, 0, rank) for rank in (0, 1)]
+    assert [len(quads_in(share)) for share in shares] == [4, 4]
+
+
+def test_plain_micro_batches_keep_similar_lengths_together():
+    # rows padded to widths 9 and 2 are 3 * 9 + 3 * 2 = 33 tokens; balanced ones would be 51
+    tokens_N = np.array([9, 8, 2, 2, 2, 2])
+    halves = b._into(tokens_N, [[0, 1, 2, 3, 4, 5]], 2, 54, "plain")
+    assert sorted(map(sorted, halves)) == [[0, 1, 2], [3, 4, 5]]
+
+
 def test_balancing_that_would_overflow_the_budget_is_not_used():
     # first-fit packs (6, 4) and (5, 3, 2); balancing the same five over two gives 11 and 9
     tokens_N = np.array([6, 5, 4, 3, 2])

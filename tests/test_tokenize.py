@@ -2,6 +2,7 @@
 
 import dataclasses
 from datetime import date
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -184,6 +185,11 @@ def test_the_end_of_turn_need_not_be_eos():
 def test_templates_that_cannot_be_trained_on(template, message):
     with pytest.raises(ValueError, match=message):
         tokenize_rows([QUAD], with_template(template), LIMITS)
+
+
+def test_a_tokenizer_without_tokenizer_json_is_refused():
+    with pytest.raises(ValueError, match="without a tokenizer.json"):
+        Chat(SimpleNamespace(is_fast=False))  # type: ignore[arg-type]
 
 
 def test_a_template_without_system_role_is_refused_with_the_row():
