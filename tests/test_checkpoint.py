@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 
 from iopo.training import checkpoint_files as files
 from iopo.training.checkpoint import Best, CheckpointError, Checkpoints, latest, latest_intact
-from iopo.training.checkpoint_tensors import gather_state, load_state
+from iopo.training.checkpoint_tensors import gather_state, load_state, read_whole
 from iopo.training.launch import launch
 from iopo.training.seeds import rng_state, seed_process, set_rng_state
 
@@ -132,6 +132,14 @@ def test_what_is_saved_asynchronously_is_the_state_at_the_call(alone):
     load_state(files.folder_of(alone, 1), toy.parameters, toy.optimizer, rank=0, same_world=True)
     after = whole(toy.state())
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_checkpoint_can_be_read_whole_without_ranks(alone):
+    toy = save_steps(alone, 1)
+    found = read_whole(files.folder_of(alone, 1))
+    expected = whole(toy.state())
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
 def test_state_json_can_be_read_and_holds_no_secret(alone, monkeypatch):

@@ -7,6 +7,7 @@ everything this project saves is a tensor, so nothing else is unpickled.
 
 import io
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,19 @@ def load_state(
     if same_world:
         prefix = f"{_RNG}/{rank}/"
         set_rng_state({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
+
+
+def read_whole(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, unsharded, in this process alone: for tools and comparisons."""
+    reader = _Reader(folder)
+    state: dict[str, Any] = {}
+    for key, facts in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(facts, TensorStorageMetadata)
+        state[key] = torch.empty(facts.size, dtype=facts.properties.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it runs without a process group: as asked
+        dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
 
 
 def _check_parameters(
