@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iopo.constraints import IFEVAL_IDS, from_ifeval, loose_variants
@@ -217,6 +217,7 @@ def test_load_names_the_bad_item(tmp_path):
         ifeval.load(path)
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="*- \n\tab", max_size=40))
 def test_bullets_equal_the_published_patterns(text):
     stars = re.findall(r"^\s*\*[^\*].*$", text, flags=re.MULTILINE)
@@ -224,6 +225,7 @@ def test_bullets_equal_the_published_patterns(text):
     assert cut.bullets(text) == len(stars) + len(dashes)
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="<>[]a \n", max_size=30))
 def test_spans_equal_the_published_patterns(text):
     titles = [t.lstrip("<").rstrip(">").strip() for t in re.findall(r"<<[^\n]+>>", text)]
@@ -233,6 +235,7 @@ def test_spans_equal_the_published_patterns(text):
     assert placeholders.count(text) == len(re.findall(r"\[.*?\]", text))
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="* ab\n", max_size=40))
 def test_divided_paragraphs_equal_a_direct_reading(text):
     parts = re.split(r"\s?\*\*\*\s?", text)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iopo.evaluation.statistics import (
@@ -28,6 +28,7 @@ def test_wilson_by_hand():
     assert result["high"] == pytest.approx(0.5 + half, abs=1e-12)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 2000), st.data())
 def test_wilson_equals_scipy(n, data):
     k = data.draw(st.integers(0, n))
@@ -113,6 +114,7 @@ def test_mcnemar_by_hand():
     assert mcnemar_exact([1, 0], [1, 0])["p"] == 1.0
 
 
+@settings(deadline=None)
 @given(st.integers(0, 300), st.integers(0, 300))
 def test_mcnemar_equals_the_binomial_test(b, c):
     first = [True] * b + [False] * c

@@ -14,7 +14,7 @@ from typing import Any
 from .base import Constraint
 from .detectors import capital_tokens, detect_language, punkt_sentences
 from .keywords import ForbidWords, IncludeWords, WordFrequency
-from .layout import parse_json
+from .layout import Layout, parse_json
 from .lengths import Paragraphs, Sentences
 from .marks import CapitalWords
 from .wording import Case, StartPhrase
@@ -338,6 +338,9 @@ class JsonFormat(Constraint):
     @classmethod
     def measure(cls, text: str) -> list[dict[str, Any]]:
         return [{}] if cls().check(text) else []
+
+    def edit(self, text: str, rng: random.Random) -> str | None:
+        return Layout("json").edit(text, rng)
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,12 @@ class WordFrequency(Counted):
     def count(self, text: str) -> int:
         return len(cut.word_spans(text, self.word))
 
+    def alternatives(self, rng: random.Random) -> list[Constraint]:
+        found = super().alternatives(rng)
+        if self.relation != "at most" and self.number > 0:
+            found.append(self.numbered("exactly", 0))
+        return found
+
     @classmethod
     def measure(cls, text: str) -> list[dict[str, Any]]:
         words = cut.lower_words(text)

@@ -75,8 +75,9 @@ class Case(Constraint):
         if self.style == "upper":
             return text.isupper()
         words = cut.letter_words(text)
-        # a word of two letters or more keeps "A B C" from being upper and title case at once
-        return any(len(w) > 1 for w in words) and all(w == w.capitalize() for w in words)
+        # one word with a capital and small letters keeps "A B C" from being upper and title at once
+        mixed = any(w[0].isupper() and w[1:].islower() for w in words)
+        return mixed and all(w == w.capitalize() for w in words)
 
     @classmethod
     def measure(cls, text: str) -> list[dict[str, Any]]:
@@ -261,7 +262,8 @@ class EndPhrase(Constraint):
         return [EndPhrase(phrase=phrase) for phrase in rng.sample(apart, 3)]
 
     def edit(self, text: str, rng: random.Random) -> str | None:
-        return f"{text.rstrip()} {self.phrase.strip()}" if text.strip() else None
+        edited = f"{text.rstrip()} {self.phrase.strip()}"
+        return edited if text.strip() and self.check(edited) else None
 
 
 def _plain(phrase: str) -> bool:
