@@ -206,7 +206,8 @@ def test_bf16_computes_on_copies_of_fp32_parameters():
             parameter.float(), prepared.parameters[name].data, rtol=8e-3, atol=0
         )
         moved = (parameter.float() - before[name]).abs().sum() / before[name].abs().sum()
-        assert moved == pytest.approx(64e-4, rel=0.2)
+        if parameter.dim() == 2:  # norms are all 1: they move by whole steps of bf16
+            assert moved == pytest.approx(64e-4, rel=0.2)
     assert all(p.grad is None for p in root.parameters())
 
 
