@@ -177,6 +177,8 @@ class Counted(Constraint):
     @classmethod
     def bounds(cls, measured: int) -> list[dict[str, Any]]:
         """(relation, number) pairs that are true of a measured count, rounded by `step`."""
+        if measured == 0:
+            return [{"relation": "exactly", "number": 0}] if cls.smallest == 0 else []
         found = []
         for relation in cls.measured_relations:
             if relation == "at least":
@@ -185,8 +187,7 @@ class Counted(Constraint):
                 number = -(-measured // cls.step) * cls.step
             else:
                 number = measured
-            worth_asking = number >= cls.smallest and number > 0
-            if worth_asking or (cls.smallest == 0 and number == 0 and relation == "exactly"):
+            if number > 0 and number >= cls.smallest:
                 found.append({"relation": relation, "number": number})
         return found
 

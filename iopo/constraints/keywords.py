@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -168,8 +169,8 @@ class WordFrequency(Counted):
 
     @classmethod
     def measure(cls, text: str) -> list[dict[str, Any]]:
-        words = cut.lower_words(text)
-        repeated = [word for word in _content_words(text) if words.count(word) > 1]
+        uses = Counter(cut.lower_words(text))
+        repeated = [word for word in _content_words(text) if uses[word] > 1]
         counts = {word: len(cut.word_spans(text, word)) for word in repeated}
         return [
             {**bound, "word": word} for word, count in counts.items() for bound in cls.bounds(count)

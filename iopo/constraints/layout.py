@@ -126,9 +126,9 @@ class Language(Styled):
     }
 
     def check(self, text: str) -> bool:
-        letters = _letters(text)
         if text.isascii():
-            return letters > 0 and self.style == "latin"
+            return self.style == "latin" and any(map(str.isalpha, text))
+        letters = _letters(text)
         own = len(self._SCRIPTS[self.style].findall(text))
         return letters > 0 and own * 10 >= letters * 9
 

@@ -193,6 +193,7 @@ class LetterFrequency(Counted):
 
     kind = "letter_frequency"
     smallest = 0
+    measured_relations = ("at least", "at most")
     templates = {
         "en": (
             "The character '{letter}' should appear {relation} {number} {unit}.",

@@ -13,12 +13,13 @@ CJK = "\u3400-\u4dbf\u4e00-\u9fff"
 _WORD = re.compile(r"\w+")
 _HAN = re.compile(f"[{CJK}]")
 _LETTERS = re.compile(rf"[^\W\d_{CJK}]+(?:['’][^\W\d_{CJK}]+)*")
+_ASCII_LETTERS = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)*")  # the same on ASCII text, twice as fast
 _LIST_MARKER = re.compile(r"^[ \t]*(?:[-*•+]|\d+[.)、]|#+)[ \t]+", re.MULTILINE)
 # A sentence ends at its marks with closing quotes, before a space or the end; Chinese marks need
 # no space.
 _SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’)\]*]*+(?=\s|$)|[。！？]+[”’」』）]*")
 _ABBREVIATION = re.compile(
-    r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|No|e\.g|i\.e|a\.m|p\.m|U\.S|[A-Z]))\.$"
+    r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|No|p|pp|approx|e\.g|i\.e|a\.m|p\.m|U\.S|[A-Z]))\.$"
 )
 
 
@@ -31,12 +32,12 @@ def words(text: str) -> tuple[str, ...]:
 @lru_cache(maxsize=8)
 def lower_words(text: str) -> tuple[str, ...]:
     """Words of letters, lower-cased, an apostrophe inside allowed; no digits, no Chinese."""
-    return tuple(_LETTERS.findall(text.lower()))
+    return tuple(letter_words(_lower(text)))
 
 
 def letter_words(text: str) -> list[str]:
-    """Words of letters as they stand."""
-    return _LETTERS.findall(text)
+    """Words of letters as they stand, an apostrophe inside allowed; no digits, no Chinese."""
+    return (_ASCII_LETTERS if text.isascii() else _LETTERS).findall(text)
 
 
 def han_characters(text: str) -> int:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from . import text as cut
 from .base import Constraint
 
+_SMALL_WORD = re.compile(r"(?:^|\s)[a-z]")
 # Words that a writer could be asked to leave out or to begin or end with.
 COMMON_WORDS = (
     "also because being people really simply which would their there think through however "
@@ -74,6 +75,8 @@ class Case(Constraint):
             return text.islower()
         if self.style == "upper":
             return text.isupper()
+        if _SMALL_WORD.search(text):  # nearly every other text is refused here, without cutting it
+            return False
         words = cut.letter_words(text)
         # one word with a capital and small letters keeps "A B C" from being upper and title at once
         mixed = any(w[0].isupper() and w[1:].islower() for w in words)
