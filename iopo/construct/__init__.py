@@ -1,0 +1,1 @@
+"""Making verified quadruples from tasks, sampled responses and constraints that code checks."""

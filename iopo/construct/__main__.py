@@ -1,0 +1,132 @@
+"""Make the demo set: `python -m iopo.construct` (keys: conf/construct.yaml)."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from .demo import (
+    HELDOUT,
+    TRAIN,
+    Collection,
+    Tally,
+    bases_of,
+    collect,
+    follow_candidates,
+    followed_drafts,
+    is_heldout,
+    write_rows,
+)
+from .quadruples import Draft
+from .responses import Job, Response, Sampler, bare_jobs, sample_all, transformers_sampler
+from .tasks import instruction, read_tasks
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+class LazySampler:
+    """Loads the model at the first prompt: with a full cache none is needed."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.cfg = cfg
+        self._sampler: Sampler | None = None
+
+    def __call__(self, prompts: Sequence[str], seed: int) -> list[tuple[str, str]]:
+        if self._sampler is None:
+            if self.cfg.model is None:
+                raise ValueError(
+                    f"construct: {self.cfg.responses} lacks responses to {prompts[0]!r} and "
+                    "others, expected all; give the folder of a model that writes them: model=PATH"
+                )
+            self._sampler = transformers_sampler(
+                Path(self.cfg.model),
+                max_new_tokens=self.cfg.max_new_tokens,
+                temperature=self.cfg.temperature,
+                top_p=self.cfg.top_p,
+            )
+        return self._sampler(prompts, seed)
+
+
+def follow_jobs(candidates: Sequence[tuple[str, Draft]], samples: int) -> list[Job]:
+    """Both instructions of every candidate, `samples` times each."""
+    return [
+        Job(
+            f"{name}-x{side}-{n}",
+            instruction(draft.task, [c.render() for c in (draft.c1, draft.c2)[side - 1]]),
+        )
+        for n in range(samples)
+        for name, draft in candidates
+        for side in (1, 2)
+    ]
+
+
+def build(cfg: DictConfig) -> tuple[Collection, Collection, Tally, Counter[str]]:
+    """Sample what the cache lacks, then draw the training and the held-out quads."""
+    tasks = read_tasks()
+    sampler, cache = LazySampler(cfg), Path(cfg.responses)
+
+    def sampled(jobs: Sequence[Job]) -> dict[str, Response]:
+        def progress(done: int, of: int) -> None:
+            print(f"sampled {done} of {of}", flush=True)
+
+        return sample_all(jobs, cache, sampler, seed=cfg.seed, on_progress=progress)
+
+    usable: Counter[str] = Counter()
+    bases = bases_of(tasks, sampled(bare_jobs(tasks, cfg.samples_per_task)).values(), usable)
+    train_tasks = [task for task in tasks if not is_heldout(task)]
+    heldout_tasks = [task for task in tasks if is_heldout(task)]
+
+    tally = Tally()
+    followed: list[Draft] = []
+    if cfg.follow_candidates:
+        candidates = follow_candidates(cfg.follow_candidates, train_tasks, bases, cfg.seed + 1)
+        responses = sampled(follow_jobs(candidates, cfg.follow_samples))
+        followed = followed_drafts(candidates, responses, tally)
+    rng = random.Random(cfg.seed)
+    train = collect([TRAIN], train_tasks, bases, rng, tally, followed)
+    heldout = collect(HELDOUT, heldout_tasks, bases, rng, tally)
+    return train, heldout, tally, usable
+
+
+def report(train: Collection, heldout: Collection, tally: Tally, usable: Counter[str]) -> str:
+    """Acceptance by source and outcome, and by kind, as markdown tables."""
+    lines = ["responses: " + ", ".join(f"{n} {why}" for why, n in usable.most_common()), ""]
+    lines += ["| source | outcome | draws | share |", "|---|---|---|---|"]
+    of = Counter[str]()
+    for (source, _), n in tally.outcomes.items():
+        of[source] += n
+    for (source, outcome), n in sorted(tally.outcomes.items()):
+        lines.append(f"| {source} | {outcome} | {n} | {n / of[source]:.1%} |")
+    sources = sorted(of)
+    lines += [
+        "",
+        "| kind | train | held-out | " + " | ".join(f"{s} accepted" for s in sources) + " |",
+    ]
+    lines.append("|---" * (3 + len(sources)) + "|")
+    total = sum(train.kinds.values())
+    for kind in sorted({*train.kinds, *heldout.kinds}):
+        shares = " | ".join(
+            f"{tally.accepted[s, kind]}/{tally.tried[s, kind]}" if tally.tried[s, kind] else "-"
+            for s in sources
+        )
+        share = f"{train.kinds[kind]} ({train.kinds[kind] / total:.1%})"
+        lines.append(f"| {kind} | {share} | {heldout.kinds[kind]} | {shares} |")
+    return "\n".join(lines)
+
+
+@hydra.main(version_base=None, config_path=str(CONF), config_name="construct")
+def main(cfg: DictConfig) -> None:
+    train, heldout, tally, usable = build(cfg)
+    rng = random.Random(cfg.seed)
+    write_rows(Path(cfg.out) / "train.jsonl", train.rows(rng))
+    write_rows(Path(cfg.out) / "heldout.jsonl", heldout.rows(rng))
+    print(report(train, heldout, tally, usable))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""The demo set: training and held-out quads from cached responses, the same for the same seed."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from iopo.constraints import Constraint
+from iopo.constraints import text as cut
+
+from .proposals import SEEN_KINDS, UNSEEN_KINDS, held_out, kinds_with_reserved
+from .prose import balanced, whole_sentences
+from .quadruples import Choice, Draft, Refused, edit, follow, kinds_of, relabel, to_row
+from .responses import Response
+from .tasks import Task
+
+MOST_WORDS = 60  # of a finished response; its text before edits has at most MOST_WORDS - 10
+ATTEMPTS = 30  # draws for one task in one round before the next task has its turn
+Bases = Mapping[str, Sequence[tuple[str, ...]]]  # task line -> responses as whole sentences
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one split is made of."""
+
+    split: str
+    quads: int
+    relabel_share: float  # of the quads tried; the others are edits
+    kinds: tuple[str, ...]
+    reserved: bool | None  # only reserved parameters, only unreserved ones, or None: any
+
+    def allowed(self, constraint: Constraint) -> bool:
+        return self.reserved is None or held_out(constraint) == self.reserved
+
+
+TRAIN = Part("train", 800, 0.5, SEEN_KINDS, reserved=False)
+HELDOUT = (
+    Part("seen", 90, 0.4, SEEN_KINDS, reserved=False),
+    Part("unseen_params", 60, 0.4, kinds_with_reserved(SEEN_KINDS), reserved=True),
+    Part("unseen_kinds", 80, 0.0, UNSEEN_KINDS, reserved=None),
+)
+
+
+@dataclass
+class Tally:
+    """Attempts and acceptances, by source and outcome and by source and kind."""
+
+    outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    tried: Counter[tuple[str, str]] = field(default_factory=Counter)
+    accepted: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def count(self, source: str, result: Draft | Refused, refusal: str | None = None) -> None:
+        kinds = set(result.kinds if isinstance(result, Refused) else kinds_of(result))
+        self.tried.update((source, kind) for kind in kinds)
+        if isinstance(result, Refused):
+            refusal = result.reason
+        if refusal is None:
+            self.accepted.update((source, kind) for kind in kinds)
+        self.outcomes[source, refusal or "accepted"] += 1
+
+
+class Collection:
+    """The quads of one file so far, and whether another one may join them."""
+
+    def __init__(self) -> None:
+        self.drafts: list[tuple[Draft, str]] = []  # with the split's name
+        self.kinds: Counter[str] = Counter()
+        self._texts: set[str] = set()
+        self._longer_together = 0
+
+    def weight(self, kind: str) -> float:
+        """Rare kinds are preferred, so that none outgrows the others."""
+        return (4 + self.kinds[kind]) ** -2.5
+
+    def refusal(self, draft: Draft) -> str | None:
+        """Why the quad may not join; None if it may."""
+        if len({draft.y1, draft.y2} | self._texts) < len(self._texts) + 2:
+            return "repeated response"
+        if max(len(cut.words(y)) for y in (draft.y1, draft.y2)) > MOST_WORDS:
+            return "too long"
+        if abs(self._longer_together + _longer_together(draft)) > 3:
+            return "length would tell"
+        return None
+
+    def add(self, draft: Draft, split: str) -> None:
+        self.drafts.append((draft, split))
+        self.kinds += kinds_of(draft)
+        self._texts |= {draft.y1, draft.y2}
+        self._longer_together += _longer_together(draft)
+
+    def rows(self, rng: random.Random) -> list[dict]:
+        return [to_row(draft, split, rng) for draft, split in self.drafts]
+
+
+def bases_of(
+    tasks: Sequence[Task], responses: Iterable[Response], tally: Counter[str]
+) -> dict[str, list[tuple[str, ...]]]:
+    """Usable responses by task line, and in `tally` how many were usable or why not."""
+    lines = {task.digest: task.line for task in tasks}
+    found: dict[str, list[tuple[str, ...]]] = defaultdict(list)
+    for response in responses:
+        sentences = whole_sentences(response.text, MOST_WORDS - 10)
+        tally[sentences if isinstance(sentences, str) else "usable"] += 1
+        if not isinstance(sentences, str):
+            found[lines[response.key.partition("-")[0]]].append(sentences)
+    return dict(found)
+
+
+def is_heldout(task: Task) -> bool:
+    """A quarter of the tasks, by hash: the split does not move when tasks are added."""
+    return int(task.key, 16) % 4 == 0
+
+
+def collect(
+    parts: Sequence[Part],
+    tasks: Sequence[Task],
+    bases: Bases,
+    rng: random.Random,
+    tally: Tally,
+    followed: Sequence[Draft] = (),
+) -> Collection:
+    """Draw quads for every part, one task after the other; `followed` ones join the first part.
+
+    Raises ValueError if the responses are used up before a part is full.
+    """
+    collection = Collection()
+    for draft in followed:
+        if collection.refusal(draft) is None:
+            collection.add(draft, parts[0].split)
+    usable = [task for task in tasks if task.line in bases]
+    full = 0
+    for part in parts:
+        full += part.quads
+        choice = Choice(part.kinds, part.allowed, collection.weight)
+        for _ in range(12):  # rounds; a round gives each task at most one quad
+            for task in rng.sample(usable, len(usable)):
+                if len(collection.drafts) == full:
+                    break
+                drawn = _draw(task, bases[task.line], part, choice, collection, rng, tally)
+                if drawn is not None:
+                    collection.add(drawn, part.split)
+        if len(collection.drafts) < full:
+            raise ValueError(
+                f"split '{part.split}': {len(collection.drafts) - full + part.quads} quads from "
+                f"{len(usable)} tasks, expected {part.quads}; sample more responses or "
+                "ask for fewer quads"
+            )
+    return collection
+
+
+def _draw(
+    task: Task,
+    bases: Sequence[tuple[str, ...]],
+    part: Part,
+    choice: Choice,
+    collection: Collection,
+    rng: random.Random,
+    tally: Tally,
+) -> Draft | None:
+    """One quad for the task, or None if no draw gives one."""
+    source = relabel if len(bases) > 1 and rng.random() < part.relabel_share else edit
+    for _ in range(ATTEMPTS):
+        two = len(bases) > 1 and (source is relabel or rng.random() < 0.5)
+        first, second = rng.sample(bases, 2) if two else (rng.choice(bases),) * 2
+        result = source(task, _some(first, rng), _some(second, rng), choice, rng)
+        refusal = None if isinstance(result, Refused) else collection.refusal(result)
+        tally.count(source.__name__, result, refusal)
+        if isinstance(result, Draft) and refusal is None:
+            return result
+    return None
+
+
+def follow_candidates(
+    quads: int, tasks: Sequence[Task], bases: Bases, seed: int
+) -> list[tuple[str, Draft]]:
+    """Named instruction pairs to sample responses for; the responses they carry are not used."""
+    rng = random.Random(seed)
+    part = Part("train", quads, 0.5, SEEN_KINDS, reserved=False)
+    drafts = collect([part], tasks, bases, rng, Tally()).drafts
+    return [(f"follow-{seed}-{n}", draft) for n, (draft, _) in enumerate(drafts)]
+
+
+def followed_drafts(
+    candidates: Sequence[tuple[str, Draft]], responses: Mapping[str, Response], tally: Tally
+) -> list[Draft]:
+    """Candidates with the first pair of sampled responses that passes all four cells."""
+    found = []
+    for name, draft in candidates:
+        sides = [
+            [r.text for key, r in responses.items() if key.startswith(f"{name}-x{side}-")]
+            for side in (1, 2)
+        ]
+        for first, second in zip(*sides, strict=False):
+            result = follow(draft, first, second)
+            tally.count("follow", result)
+            if isinstance(result, Draft):
+                found.append(result)
+                break
+    return found
+
+
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _some(sentences: Sequence[str], rng: random.Random) -> str:
+    """All sentences or, half of the time, the first ones: so lengths vary."""
+    kept = len(sentences) if rng.random() < 0.5 else rng.randint(1, len(sentences))
+    text = " ".join(sentences[:kept])
+    return text if balanced(text) else " ".join(sentences)
+
+
+def _longer_together(draft: Draft) -> int:
+    """+1 if the longer instruction has the longer response, -1 if the shorter one, else 0."""
+    constraints = [sum(len(c.render()) for c in side) for side in (draft.c1, draft.c2)]
+    sign_x = (constraints[0] > constraints[1]) - (constraints[0] < constraints[1])
+    sign_y = (len(draft.y1) > len(draft.y2)) - (len(draft.y1) < len(draft.y2))
+    return sign_x * sign_y

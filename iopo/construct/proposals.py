@@ -1,0 +1,152 @@
+"""Constraints to ask for: which kinds, which parameters, and which of them training never sees."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable
+
+from iopo.constraints import KINDS, MEASURED_KINDS, ClosingNote, Constraint, make
+from iopo.constraints import text as cut
+from iopo.constraints.base import Styled
+
+# Kinds of the training split. All but four can be written into a text by rule.
+SEEN_KINDS = (
+    "case", "sentences", "words", "paragraphs", "bullets", "commas", "exclamations", "wrapped",
+    "start_phrase", "end_phrase", "first_line_title",
+    "first_word", "last_word", "include_words", "forbid_words",
+)  # fmt: skip
+# Kinds that only the held-out split has.
+UNSEEN_KINDS = ("numbered_items", "closing_note", "highlights", "sections")
+
+# Held-out styles, one of each kind that has more than three.
+_HELD_OUT_STYLES = frozenset({("wrapped", "curly braces"), ("first_line_title", "equals signs")})
+_MEASURED = (
+    "sentences", "words", "paragraphs", "bullets", "commas",
+    "start_phrase", "first_word", "last_word", "include_words",
+)  # fmt: skip
+_EXACT_COUNTS = {
+    "sentences": (1, 2, 3, 4, 5),
+    "paragraphs": (2, 3, 4),
+    "bullets": (2, 2, 3, 3, 4, 5),
+    "numbered_items": (2, 3, 4),
+    "highlights": (1, 2, 3),
+    "sections": (2, 3, 4),
+}
+_NO_RESERVED = frozenset(("case", "commas"))
+
+OPENINGS = (
+    "Here is my answer:", "To begin with,", "In short,", "Thank you for asking.", "Let us see:",
+    "Dear reader,", "Without further ado,", "The truth is that", "Good news:", "As requested,",
+    "Here is what I know:", "First of all,", "Sure, here it is:", "Let me explain:", "Hello there!",
+    "In my opinion,", "Of course!", "Good question!", "Simply put,", "Believe it or not,",
+    "As you may know,", "Listen carefully:", "Here we go:", "My friend,", "To be honest,",
+    "In a nutshell,", "You asked, so here it is:", "Allow me to answer:", "Welcome!", "Take note:",
+    "It is well known that", "Once upon a time,", "Here are my thoughts:", "A quick reply:",
+)  # fmt: skip
+CLOSINGS = (
+    "That is all.", "I hope this helps.", "Have a wonderful day!", "The end.",
+    "Thank you for reading.", "Is there anything else?", "Let me know what you think.",
+    "Best of luck!", "Over and out.", "Hope you enjoyed it.", "Feel free to ask more.",
+    "See you soon!", "Take care!", "Stay curious.", "And that is the whole story.",
+    "Now you know.", "What do you think?", "Enjoy!", "Keep smiling.", "With kind regards.",
+    "Ask me anything else.", "This is the final word.", "Until next time!", "Good luck with it.",
+    "Have fun!", "Nothing more to add.", "I rest my case.", "Cheers!", "Any other questions?",
+    "Thanks for your time.", "Be well.", "Case closed.",
+)  # fmt: skip
+
+
+def held_out(constraint: Constraint) -> bool:
+    """Whether the parameters are reserved for the held-out split.
+
+    Reserved are numbers divisible by four (0 is not), a quarter of all words and phrases by hash,
+    and one style of each kind that has more than three. A kind whose values are not listed here
+    (case, no commas) has no reserved ones.
+    """
+    params = constraint.params
+    if (constraint.kind, params.get("style")) in _HELD_OUT_STYLES:
+        return True
+    number = params.get("number", 0)
+    if number > 0 and number % 4 == 0:
+        return True
+    wordings = [*params.get("words", ()), params.get("phrase"), params.get("word")]
+    return any(
+        hashlib.sha256(wording.lower().encode()).digest()[0] < 64 for wording in wordings if wording
+    )
+
+
+def kinds_with_reserved(kinds: Iterable[str]) -> tuple[str, ...]:
+    """The kinds some of whose parameters are reserved for the held-out split."""
+    return tuple(kind for kind in kinds if kind not in _NO_RESERVED)
+
+
+def propose(kind: str, rng: random.Random) -> Constraint:
+    """A constraint of this kind that `Constraint.edit` can write into most texts.
+
+    Raises ValueError on a kind that is only ever measured.
+    """
+    if kind in _EXACT_COUNTS:
+        number = rng.choice(_EXACT_COUNTS[kind])
+        extra = {"splitter": rng.choice(("Section", "Part"))} if kind == "sections" else {}
+        return make(kind, relation="exactly", number=number, **extra)
+    if kind == "words":
+        return make(kind, relation="at most", number=rng.choice((10, 20, 30, 40)))
+    if kind == "commas":
+        return make(kind, relation="exactly", number=0)
+    if kind == "exclamations":
+        return make(kind, relation="exactly", number=rng.choice((0, 1, 2, 3, 4)))
+    if kind == "start_phrase":
+        return make(kind, phrase=rng.choice(OPENINGS))
+    if kind == "end_phrase":
+        return make(kind, phrase=rng.choice(CLOSINGS))
+    if kind == "closing_note":
+        return make(kind, marker=rng.choice(ClosingNote.MARKERS))
+    if kind == "case":
+        return make(kind, style=rng.choice(("lower", "upper", "title")))
+    cls = KINDS.get(kind)
+    if cls is not None and issubclass(cls, Styled):
+        return make(kind, style=rng.choice(tuple(cls.styles)))
+    raise ValueError(f"no rule writes constraint kind {kind!r}; it can be measured only")
+
+
+PROPOSABLE = frozenset(
+    (*_EXACT_COUNTS, "words", "commas", "exclamations", "start_phrase", "end_phrase",
+     "closing_note", "case", "wrapped", "first_line_title")
+)  # fmt: skip
+
+
+def measured(text: str, other: str, kinds: Iterable[str]) -> list[Constraint]:
+    """Constraints true of `text` that are worth asking for, in a fixed order.
+
+    Left out are those that hold for nearly every text (no bullets, at most 90 words for a text
+    of 20). Words that only `other` has may be forbidden.
+    """
+    kinds = set(kinds)
+    found = [
+        make(kind, **params)
+        for kind in _MEASURED
+        if kind in kinds
+        for params in MEASURED_KINDS[kind].measure(text)
+        if _worth_asking(kind, params)
+    ]
+    if "forbid_words" in kinds:
+        own = set(cut.lower_words(text))
+        for params in MEASURED_KINDS["include_words"].measure(other):
+            if not own & set(params["words"]):
+                found.append(make("forbid_words", **params))
+    return found
+
+
+def _worth_asking(kind: str, params: dict) -> bool:
+    number, relation = params.get("number", 0), params.get("relation")
+    if kind == "commas":
+        return number == 0 or (relation == "at least" and number <= 3)
+    if kind in ("bullets", "paragraphs"):
+        return relation == "exactly" and 2 <= number <= 5
+    if kind == "sentences":
+        return number <= 5 and (relation, number) != ("at least", 1)
+    if kind == "words":
+        return number >= 10 and (relation, number) != ("at least", 10)
+    if kind in ("first_word", "last_word"):
+        return len(params["word"]) > 1
+    return True

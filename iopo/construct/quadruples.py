@@ -1,0 +1,268 @@
+"""Quadruples <x1, y1, x2, y2> from texts: by measuring them, by editing them, by sampling.
+
+Whatever the source, a quad stands only if all four cells hold: y1 fits C1 and not C2, y2 fits C2
+and not C1. Relaxing a constraint therefore never makes a quad: y1 would stay right for x2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from iopo.constraints import Constraint, compatible, follows
+
+from .proposals import PROPOSABLE, measured, propose
+from .prose import ends_a_sentence
+from .tasks import Task, instruction
+
+MATCH = (True, False, True, False)  # x1y1, x1y2, x2y2, x2y1
+MOST_CONSTRAINTS = 3
+
+# Rules are applied in this order: what shortens comes first, what wraps everything comes last.
+_EDIT_ORDER = (
+    "sentences", "words", "commas", "exclamations", "paragraphs", "bullets", "numbered_items",
+    "sections", "highlights", "start_phrase", "end_phrase", "closing_note", "first_line_title",
+    "case", "wrapped",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A quad before its instructions are written out."""
+
+    task: Task
+    c1: tuple[Constraint, ...]
+    y1: str
+    c2: tuple[Constraint, ...]
+    y2: str
+    source: str  # relabel, edit or follow
+
+    def swapped(self) -> Draft:
+        return replace(self, c1=self.c2, y1=self.y2, c2=self.c1, y2=self.y1)
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Why no quad was made, and of which kinds it was tried (none known: empty)."""
+
+    reason: str
+    kinds: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What constraints may be chosen: the kinds, which parameters, and how likely a kind is."""
+
+    kinds: tuple[str, ...]
+    allowed: Callable[[Constraint], bool]
+    weight: Callable[[str], float]
+
+    def pick_kind(self, kinds: Sequence[str], rng: random.Random) -> str:
+        return rng.choices(kinds, [self.weight(kind) for kind in kinds])[0]
+
+    def pick(self, found: Sequence[Constraint], rng: random.Random) -> Constraint:
+        """One of `found`: the kind by its weight, then any constraint of the kind."""
+        kind = self.pick_kind(sorted({c.kind for c in found}), rng)
+        return rng.choice([c for c in found if c.kind == kind])
+
+    def measured(self, text: str, other: str) -> list[Constraint]:
+        return [c for c in measured(text, other, self.kinds) if self.allowed(c)]
+
+
+def four_cells(
+    c1: Sequence[Constraint], y1: str, c2: Sequence[Constraint], y2: str
+) -> tuple[bool, bool, bool, bool]:
+    """Whether each response follows all constraints, for x1y1, x1y2, x2y2, x2y1."""
+    return (
+        all(follows(c1, y1)),
+        all(follows(c1, y2)),
+        all(follows(c2, y2)),
+        all(follows(c2, y1)),
+    )
+
+
+def relabel(
+    task: Task, first: str, second: str, choice: Choice, rng: random.Random
+) -> Draft | Refused:
+    """Write instructions that two given responses satisfy exclusively."""
+    own1 = choice.measured(first, second)
+    own2 = choice.measured(second, first)
+    # To avoid a word is no contrast by itself, nearly every text does; see the pairing below.
+    only1 = [c for c in own1 if c.kind != "forbid_words" and not c.check(second)]
+    only2 = [c for c in own2 if c.kind != "forbid_words" and not c.check(first)]
+    if not only1 or not only2:
+        return Refused("nothing tells the responses apart")
+    same_kinds = sorted({c.kind for c in only1} & {c.kind for c in only2})
+    if same_kinds and rng.random() < 0.7:  # the same question answered in two ways
+        kind = choice.pick_kind(same_kinds, rng)
+        only1 = [c for c in only1 if c.kind == kind]
+        only2 = [c for c in only2 if c.kind == kind]
+    d1 = choice.pick(only1, rng)
+    opposite = [c for c in own2 if c.kind == "forbid_words" and c.params == d1.params]
+    d2 = opposite[0] if opposite and rng.random() < 0.4 else choice.pick(only2, rng)
+    c1 = _fill((d1,), own1, choice, rng)
+    c2 = _fill((d2,), own2, choice, rng)
+    return _checked(Draft(task, c1, first, c2, second, "relabel"), rng)
+
+
+def edit(
+    task: Task, first: str, second: str, choice: Choice, rng: random.Random
+) -> Draft | Refused:
+    """Change two texts (or one text twice) by rule so that each follows its own constraints."""
+    kinds = [kind for kind in choice.kinds if kind in PROPOSABLE]
+    kind = choice.pick_kind(kinds, rng)
+    other = kind if rng.random() < 0.6 else choice.pick_kind(kinds, rng)
+    c1: tuple[Constraint, ...] = (_proposed(kind, choice, rng),)
+    c2: tuple[Constraint, ...] = (_proposed(other, choice, rng),)
+    if c1 == c2:
+        return Refused("the same constraint twice", (kind,))
+    if rng.random() < 0.3:  # a constraint in common tells that the differing one decides
+        common = _proposed(choice.pick_kind(kinds, rng), choice, rng)
+        c1, c2 = (*c1, common), (*c2, common)
+    tried = tuple({c.kind for c in (*c1, *c2)})
+    if not compatible(c1) or not compatible(c2):
+        return Refused("conflicting constraints", tried)
+    y1, y2 = (apply_edits(c, text, task, rng) for c, text in ((c1, first), (c2, second)))
+    if y1 is None or y2 is None:
+        return Refused("no rule fits the text", tried)
+    # phrases cut from an edited text (all capitals, bullets) make odd requests
+    quoting = ("start_phrase", "end_phrase", "first_word", "last_word")
+    own1 = [c for c in choice.measured(y1, y2) if c.kind not in quoting]
+    own2 = [c for c in choice.measured(y2, y1) if c.kind not in quoting]
+    c1, c2 = _fill(c1, own1, choice, rng), _fill(c2, own2, choice, rng)
+    return _checked(Draft(task, c1, y1, c2, y2, "edit"), rng)
+
+
+def follow(draft: Draft, first: str, second: str) -> Draft | Refused:
+    """The instructions of `draft` with responses that a model gave to them."""
+    tried = tuple(kinds_of(draft))
+    if not (ends_a_sentence(first) and ends_a_sentence(second)):
+        return Refused("unfinished", tried)
+    cells = four_cells(draft.c1, first, draft.c2, second)
+    if cells != MATCH:
+        return Refused("not followed" if not (cells[0] and cells[2]) else "follows both", tried)
+    return replace(draft, y1=first, y2=second, source="follow")
+
+
+def _proposed(kind: str, choice: Choice, rng: random.Random) -> Constraint:
+    while True:  # ends: every kind has parameters of both splits, or is not asked for
+        constraint = propose(kind, rng)
+        if choice.allowed(constraint):
+            return constraint
+
+
+def apply_edits(
+    constraints: Sequence[Constraint], text: str, task: Task, rng: random.Random
+) -> str | None:
+    """The text changed by the rule of each constraint in turn; None where a rule does not apply."""
+    edited: str | None = text
+    for constraint in sorted(constraints, key=lambda c: _EDIT_ORDER.index(c.kind)):
+        if edited is None:
+            return None
+        if constraint.kind == "first_line_title":
+            # the rule titles a text by its first words: give it the task's instead
+            title_line = constraint.edit(title_of(task), rng)
+            edited = f"{title_line.splitlines()[0]}\n\n{edited}" if title_line else None
+        elif constraint.kind == "start_phrase":
+            edited = constraint.edit(_continued(edited, constraint.params["phrase"]), rng)
+        else:
+            edited = constraint.edit(edited, rng)
+    return edited
+
+
+def _continued(text: str, phrase: str) -> str:
+    """The text with a small first letter if the phrase before it leaves its sentence open."""
+    small = "the a an to in this it if when as one while here there these for with by at on"
+    goes_on = not phrase.endswith((".", "!", "?", ":"))
+    first = text.split(" ", 1)[0].lower()
+    return text[0].lower() + text[1:] if goes_on and first in small.split() else text
+
+
+def title_of(task: Task) -> str:
+    """A title from the last words of the task.
+
+    >>> title_of(Task("Write a polite email asking a shop for a refund."))
+    'Shop For A Refund'
+    >>> title_of(Task("Explain what photosynthesis is.")), title_of(Task("Retell the text."))
+    ('Photosynthesis', 'Retell The Text')
+    """
+    small = (
+        "a an the of for to at in on is are what how and or with by as it its about that who from"
+    )
+    words = [word.strip(".,?!'\"") for word in task.description.split(". ")[0].split()][-4:]
+    while len(words) > 1 and words[0].lower() in small.split():
+        words = words[1:]
+    while len(words) > 1 and words[-1].lower() in small.split():
+        words = words[:-1]
+    return " ".join(word[:1].upper() + word[1:] for word in words)
+
+
+def _fill(
+    chosen: tuple[Constraint, ...], found: Sequence[Constraint], choice: Choice, rng: random.Random
+) -> tuple[Constraint, ...]:
+    """Add measured constraints until there are as many as the draw asks for, 1 to 3."""
+    wanted = rng.choices((1, 2, 3), (0.4, 0.4, 0.2))[0]
+    while len(chosen) < wanted:
+        fitting = [c for c in found if c.kind not in {d.kind for d in chosen}]
+        fitting = [c for c in fitting if compatible((*chosen, c))]
+        if not fitting:
+            break
+        chosen = (*chosen, choice.pick(fitting, rng))
+    return chosen
+
+
+def _checked(draft: Draft, rng: random.Random) -> Draft | Refused:
+    """The draft in random order of sides and constraints, if its four cells hold."""
+    tried = tuple(kinds_of(draft))
+    if max(len(draft.c1), len(draft.c2)) > MOST_CONSTRAINTS:
+        return Refused("too many constraints", tried)
+    if not (ends_a_sentence(draft.y1) and ends_a_sentence(draft.y2)):
+        return Refused("unfinished", tried)
+    cells = four_cells(draft.c1, draft.y1, draft.c2, draft.y2)
+    if cells != MATCH:
+        broken = not (cells[0] and cells[2])
+        return Refused("rule broke a constraint" if broken else "follows both", tried)
+    draft = replace(
+        draft,
+        c1=tuple(rng.sample(draft.c1, len(draft.c1))),
+        c2=tuple(rng.sample(draft.c2, len(draft.c2))),
+    )
+    return draft.swapped() if rng.random() < 0.5 else draft
+
+
+def kinds_of(draft: Draft) -> Counter[str]:
+    """How often each kind occurs in both instructions."""
+    return Counter(constraint.kind for constraint in (*draft.c1, *draft.c2))
+
+
+def to_row(draft: Draft, split: str, rng: random.Random) -> dict[str, Any]:
+    """The quad as a row of the data file, its constraints written in one of their paraphrases."""
+    written: dict[Constraint, str] = {}
+    for constraint in (*draft.c1, *draft.c2):  # a constraint in common reads the same on both sides
+        written.setdefault(constraint, constraint.render("en", rng))
+    x1, x2 = (
+        instruction(draft.task, [written[c] for c in constraints])
+        for constraints in (draft.c1, draft.c2)
+    )
+    c1, c2 = (
+        [{"kind": c.kind, "params": c.params, "text": written[c]} for c in constraints]
+        for constraints in (draft.c1, draft.c2)
+    )
+    texts = (x1, draft.y1, x2, draft.y2)
+    return {
+        "id": hashlib.sha256("\x1f".join(texts).encode()).hexdigest()[:12],
+        "task": draft.task.line,
+        "x1": x1,
+        "y1": draft.y1,
+        "x2": x2,
+        "y2": draft.y2,
+        "c1": c1,
+        "c2": c2,
+        "source": draft.source,
+        "split": split,
+        "match": [int(cell) for cell in four_cells(draft.c1, draft.y1, draft.c2, draft.y2)],
+    }

@@ -1,0 +1,238 @@
+"""Batched generation with any transformers causal LM, in process.
+
+Shapes: S sequences still running, L padded length so far, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+Conversation = Sequence[dict[str, str]]  # [{"role": ..., "content": ...}, ...], last turn: user
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One answer. `finish_reason` is "stop" (end of turn) or "length" (cut at max_new_tokens)."""
+
+    text: str
+    finish_reason: str
+    tokens: int  # generated tokens, the end-of-turn token included
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Conversation],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    batch_size: int = 50,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Generation]:
+    """Answer every conversation; results come in the order of the conversations.
+
+    temperature: 0 is greedy, above 0 samples from softmax(logits / temperature) in fp32.
+    top_p: in (0, 1], samples from the smallest set of tokens that holds this much probability.
+    on_progress: called as (answers finished, answers in all) whenever an answer ends.
+
+    What is repeatable: the draws of conversation i are a function of (seed, i) alone, so batch size
+    and the other conversations do not change them. The logits of a row may still differ in their
+    last bits between batch shapes, so texts are equal for other batch sizes except at near ties
+    (frequent enough to see in bf16, rare in fp32). Same arguments, same machine: same texts.
+
+    The chat template gives the prompt. `tokenizer.eos_token_id` ends an answer; the model's
+    generation config may name more such tokens. Train mode is restored afterwards.
+    Raises ValueError on arguments out of range and on a prompt longer than the model takes.
+    """
+    _check_arguments(max_new_tokens, temperature, top_p, batch_size)
+    prompts = [encode_prompt(tokenizer, conversation) for conversation in conversations]
+    _check_lengths(model, prompts, max_new_tokens)
+    stops = end_of_turn_ids(model, tokenizer)
+    # Long prompts first: the first batch is the largest, so memory runs out at once or never.
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    answers: dict[int, list[int]] = {}
+    with inference(model):
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            uniforms = _uniforms(seed, batch, max_new_tokens) if temperature > 0 else None
+            for i, tokens in _decode(
+                model, prompts, batch, stops, max_new_tokens, temperature, top_p, uniforms
+            ):
+                answers[i] = tokens
+                if on_progress is not None:
+                    on_progress(len(answers), len(prompts))
+    return [_finish(tokenizer, answers[i], stops) for i in range(len(prompts))]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[int]:
+    """Token ids of the conversation up to where the answer begins, by the chat template."""
+    text = tokenizer.apply_chat_template(
+        list(conversation), tokenize=False, add_generation_prompt=True
+    )
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end an answer: the tokenizer's end token and the generation config's."""
+    found = {tokenizer.eos_token_id}
+    config = model.generation_config
+    named = config.eos_token_id if config is not None else None
+    found.update(named if isinstance(named, list) else [named])
+    found.discard(None)
+    if not found:
+        raise ValueError(
+            "generate: neither the tokenizer nor the generation config names an end-of-turn token; "
+            "set tokenizer.eos_token"
+        )
+    return frozenset(found)
+
+
+@contextmanager
+def inference(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode, no autograd; the mode of every submodule is put back, also after an error."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _decode(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    batch: list[int],
+    stops: frozenset[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    uniforms: np.ndarray | None,
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield (conversation index, generated tokens) as answers end.
+
+    Rows that end leave the batch and the cache, so a straggler costs one row and not a batch.
+    """
+    ids_SL, mask_SL = _left_pad([prompts[i] for i in batch], device=model.device)
+    position_S = mask_SL.sum(1)
+    positions_SL = (mask_SL.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    rows = list(range(len(batch)))  # row of the running batch -> row of `batch`
+    out: list[list[int]] = [[] for _ in batch]
+    for step in range(max_new_tokens):
+        output = model(
+            input_ids=ids_SL,
+            attention_mask=mask_SL,
+            position_ids=positions_SL,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits_SV = output.logits[:, -1]
+        if uniforms is None:
+            token_S = logits_SV.argmax(-1)
+        else:
+            draw_S = torch.from_numpy(uniforms[rows, step]).to(logits_SV.device)
+            token_S = sample(logits_SV.float() / temperature, draw_S, top_p)
+        keep = []
+        for s, (row, token) in enumerate(zip(rows, token_S.tolist(), strict=True)):
+            out[row].append(token)
+            if token in stops or step == max_new_tokens - 1:
+                yield batch[row], out[row]
+            else:
+                keep.append(s)
+        if not keep:
+            return
+        if len(keep) < len(rows):
+            rows = [rows[s] for s in keep]
+            keep_S = torch.tensor(keep, device=token_S.device)
+            cache.batch_select_indices(keep_S)
+            token_S, mask_SL, position_S = token_S[keep_S], mask_SL[keep_S], position_S[keep_S]
+        ids_SL = token_S[:, None]
+        positions_SL = position_S[:, None]
+        position_S = position_S + 1
+        mask_SL = torch.cat([mask_SL, mask_SL.new_ones(len(rows), 1)], dim=1)
+
+
+def sample(scores_SV: Tensor, uniform_S: Tensor, top_p: float) -> Tensor:
+    """Tokens, int64 [S], where softmax(scores) cumulates past `uniform_S` in [0, 1).
+
+    One uniform number a row decides the token, which makes a row's draw independent of the batch.
+    """
+    probability_SV = scores_SV.softmax(-1)
+    if top_p == 1.0:
+        return _invert(probability_SV, uniform_S)
+    # The nucleus seldom needs more than the 256 likeliest tokens, and sorting all V is slow on CPU.
+    sorted_SV, token_SV = probability_SV.topk(min(256, probability_SV.shape[-1]))
+    if bool((sorted_SV.sum(-1) < top_p).any()):
+        sorted_SV, token_SV = probability_SV.sort(dim=-1, descending=True)
+    before_SV = sorted_SV.cumsum(-1) - sorted_SV
+    sorted_SV = sorted_SV.masked_fill(before_SV >= top_p, 0.0)  # the first token always stays
+    return token_SV.gather(1, _invert(sorted_SV, uniform_S)[:, None])[:, 0]
+
+
+def _invert(weight_SV: Tensor, uniform_S: Tensor) -> Tensor:
+    # float64: a float32 running sum over 150,000 tokens misplaces the tail
+    cumulative_SV = weight_SV.double().cumsum(-1)
+    target_S1 = uniform_S.double()[:, None] * cumulative_SV[:, -1:]
+    token_S = torch.searchsorted(cumulative_SV, target_S1, right=True)[:, 0]
+    return token_S.clamp(max=weight_SV.shape[-1] - 1)
+
+
+def _uniforms(seed: int, batch: list[int], steps: int) -> np.ndarray:
+    """float64 [len(batch), steps] in [0, 1); row r depends on (seed, batch[r]) only."""
+    return np.stack([np.random.default_rng((seed, i)).random(steps) for i in batch])
+
+
+def _left_pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask, int64 [S, L]. Pads are token 0: they are masked, so any id would do."""
+    length = max(len(prompt) for prompt in prompts)
+    ids_SL = torch.zeros(len(prompts), length, dtype=torch.int64)
+    mask_SL = torch.zeros_like(ids_SL)
+    for s, prompt in enumerate(prompts):
+        ids_SL[s, length - len(prompt) :] = torch.tensor(prompt)
+        mask_SL[s, length - len(prompt) :] = 1
+    return ids_SL.to(device), mask_SL.to(device)
+
+
+def _finish(
+    tokenizer: PreTrainedTokenizerBase, tokens: list[int], stops: frozenset[int]
+) -> Generation:
+    stopped = tokens[-1] in stops
+    text = str(tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True))
+    return Generation(text.strip(), "stop" if stopped else "length", len(tokens))
+
+
+def _check_arguments(max_new_tokens: int, temperature: float, top_p: float, batch: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"generate: max_new_tokens is {max_new_tokens}, expected at least 1")
+    if not temperature >= 0:
+        raise ValueError(f"generate: temperature is {temperature}, expected 0 (greedy) or above")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"generate: top_p is {top_p}, expected a value in (0, 1]; 1 keeps all")
+    if batch < 1:
+        raise ValueError(f"generate: batch_size is {batch}, expected at least 1")
+
+
+def _check_lengths(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int) -> None:
+    limit = model.config.get_text_config().max_position_embeddings
+    long = [i for i, prompt in enumerate(prompts) if len(prompt) + max_new_tokens > limit]
+    if long:
+        raise ValueError(
+            f"generate: {len(long)} prompts (first: conversation {long[0]} with "
+            f"{len(prompts[long[0]])} tokens) and {max_new_tokens} new tokens exceed the model's "
+            f"{limit} positions; shorten the prompts or lower max_new_tokens"
+        )
+    empty = [i for i, prompt in enumerate(prompts) if not prompt]
+    if empty:
+        raise ValueError(f"generate: conversation {empty[0]} has no tokens; add a user turn")
