@@ -4,6 +4,7 @@ Shapes: R response rows, r rows of one chunk, D width, V vocabulary, v words of 
 The largest intermediate is one r x v tile of logits in the accumulation dtype ("wide": float32,
 float64 for float64 inputs). The vocabulary is the outer loop, so that a bfloat16 tile of the weight
 is widened once for all rows and a tile of its gradient is finished before the next one begins.
+Tiles live in buffers that are allocated once: fresh memory costs a CPU more than the exponentials.
 
 The target is kept out of the sum over the vocabulary. With `others` the sum of exp(z_v - shift)
 over the other words and `hit` the target's own exponential
@@ -39,51 +40,45 @@ def forward(
     The gradient costs one more product per tile and no second pass: like attention over the
     vocabulary, sum_v exp(z_v - reference) weight_v is rescaled whenever the reference moves.
     """
-    wide = torch.promote_types(hidden_RD.dtype, torch.float32)
-    hidden_RD, dtype = hidden_RD.to(wide), hidden_RD.dtype
+    dtype, wide = hidden_RD.dtype, torch.promote_types(hidden_RD.dtype, torch.float32)
+    hidden_RD = hidden_RD.to(wide)
     reference_R = hidden_RD.new_full(targets_R.shape, torch.finfo(wide).min)
     sum_R, target_R, slope_R = (torch.zeros_like(reference_R) for _ in range(3))
     mean_RD = torch.zeros_like(hidden_RD) if with_gradient else None
-    tile = hidden_RD.new_empty(min(ROWS, hidden_RD.shape[0]) * min(WORDS, weight_VD.shape[0]))
+    logits_buffer, weight_buffer = _buffers(hidden_RD, weight_VD)
     with _products_of(dtype):
-        for words, rows in _tiles(hidden_RD.shape[0], weight_VD.shape[0]):
-            if rows.start == 0:
-                weight_vD = weight_VD[words].to(wide)
-            logits_rv, slope_rv = _logits(tile, hidden_RD[rows], weight_vD, bias_V, words, softcap)
-            here_r, column_r1 = _targets_in(targets_R[rows], words)
-            logit_r1 = logits_rv.gather(1, column_r1)
-            target_R[rows] = torch.where(here_r, logit_r1.squeeze(1), target_R[rows])
-            logits_rv.scatter_(1, column_r1, logit_r1.masked_fill_(here_r[:, None], -torch.inf))
+        for words in _spans(weight_VD.shape[0], WORDS):
+            weight_vD = _widened(weight_VD[words], weight_buffer)
+            for rows in _spans(hidden_RD.shape[0], ROWS):
+                logits_rv = _product(hidden_RD[rows], weight_vD, logits_buffer)
+                slope_rv = _finish_logits(logits_rv, bias_V, words, softcap)
+                here_r, column_r1 = _targets_in(targets_R[rows], words)
+                logit_r1 = logits_rv.gather(1, column_r1)
+                target_R[rows] = torch.where(here_r, logit_r1.squeeze(1), target_R[rows])
+                logits_rv.scatter_(1, column_r1, logit_r1.masked_fill_(here_r[:, None], -torch.inf))
 
-            top_r = logits_rv.amax(1)
-            moved_r = top_r > reference_R[rows] + SLACK
-            if moved_r.any():
-                new_r = torch.where(moved_r, top_r, reference_R[rows])
-                shrink_r = torch.exp(reference_R[rows] - new_r)
-                reference_R[rows] = new_r
-                sum_R[rows] *= shrink_r
+                top_r = logits_rv.amax(1)
+                moved_r = top_r > reference_R[rows] + SLACK
+                if moved_r.any():
+                    new_r = torch.where(moved_r, top_r, reference_R[rows])
+                    shrink_r = torch.exp(reference_R[rows] - new_r)
+                    reference_R[rows] = new_r
+                    sum_R[rows] *= shrink_r
+                    if mean_RD is not None:
+                        mean_RD[rows] *= shrink_r[:, None]
+                sum_R[rows] += logits_rv.sub_(reference_R[rows, None]).exp_().sum(1)
                 if mean_RD is not None:
-                    mean_RD[rows] *= shrink_r[:, None]
-            sum_R[rows] += logits_rv.sub_(reference_R[rows, None]).exp_().sum(1)
-            if mean_RD is not None:
-                if slope_rv is not None:
-                    slope_r = slope_rv.gather(1, column_r1).squeeze(1)
-                    slope_R[rows] = torch.where(here_r, slope_r, slope_R[rows])
-                    logits_rv.mul_(slope_rv)
-                mean_RD[rows].addmm_(logits_rv, weight_vD)
+                    if slope_rv is not None:
+                        slope_r = slope_rv.gather(1, column_r1).squeeze(1)
+                        slope_R[rows] = torch.where(here_r, slope_r, slope_R[rows])
+                        logits_rv.mul_(slope_rv)
+                    mean_RD[rows].addmm_(logits_rv, weight_vD)
 
-    shift_R = torch.maximum(reference_R, target_R)
-    shrink_R = torch.exp(reference_R - shift_R)
-    others_R, hit_R = sum_R * shrink_R, torch.exp(target_R - shift_R)
-    scale_R = 1 / (others_R + hit_R)
-    likely_R = hit_R > others_R
-    logp_R = torch.where(
-        likely_R, -torch.log1p(others_R / hit_R), (target_R - shift_R) + scale_R.log()
-    )
+    logp_R, shift_R, scale_R = _log_probability(reference_R, sum_R, target_R)
     if mean_RD is None:
         return logp_R, shift_R, scale_R, None
     miss_R = -torch.expm1(logp_R) if softcap is None else -torch.expm1(logp_R) * slope_R
-    mean_RD *= -(shrink_R * scale_R)[:, None]
+    mean_RD *= -(torch.exp(reference_R - shift_R) * scale_R)[:, None]
     mean_RD.addcmul_(weight_VD[targets_R].to(wide), miss_R[:, None])
     return logp_R, shift_R, scale_R, mean_RD
 
@@ -105,50 +100,59 @@ def backward(
     """Gradients of sum(grad_R * logp_R) by hidden, weight and bias, each in its input's dtype.
 
     Sums are wide and rounded once. A tile holds magnitude * (softmax - onehot), and factor *
-    magnitude = -grad: wide inputs keep the exponentials as they are and leave scale and grad to the
-    factor, which multiplies narrower tensors; narrow ones are rounded to bfloat16 by the product, so
-    their factor is a sign, which rounds nothing a second time.
+    magnitude = -grad: wide inputs keep the exponentials as they are and leave scale and grad to
+    the factor, which multiplies narrower tensors; a tile of bfloat16 inputs is rounded by the
+    product, so that their factor is a sign, which rounds nothing a second time.
     """
-    wide, dtype = logp_R.dtype, hidden_RD.dtype
+    dtype, wide = hidden_RD.dtype, logp_R.dtype
     hidden_RD = hidden_RD.to(wide)
     if dtype == wide:
         magnitude_R, factor_R = 1 / scale_R, -grad_R * scale_R
     else:
         magnitude_R, factor_R = grad_R.abs(), -grad_R.sign()
         shift_R = shift_R - (magnitude_R * scale_R).log()
-    scaled_RD = hidden_RD * factor_R[:, None] if need_weight else None
     miss_R1 = (torch.expm1(logp_R) * magnitude_R)[:, None]
     grad_hidden_RD = torch.zeros_like(hidden_RD)
     grad_weight_VD = torch.zeros_like(weight_VD) if need_weight else None
-    grad_bias_V = torch.zeros_like(bias_V) if need_bias and bias_V is not None else None
-    tile = hidden_RD.new_empty(min(ROWS, hidden_RD.shape[0]) * min(WORDS, weight_VD.shape[0]))
+    grad_bias_V = torch.zeros_like(weight_VD[:, 0], dtype=wide) if need_bias else None
+    logits_buffer, weight_buffer = _buffers(hidden_RD, weight_VD)
+    grad_buffer = torch.empty_like(weight_buffer) if need_weight else weight_buffer
+    scaled_RD = hidden_RD * factor_R[:, None] if need_weight else hidden_RD
     with _products_of(dtype):
-        for words, rows in _tiles(hidden_RD.shape[0], weight_VD.shape[0]):
-            if rows.start == 0:
-                weight_vD = weight_VD[words].to(wide)
-                grad_weight_vD = torch.zeros_like(weight_vD) if need_weight else None
-                grad_bias_v = weight_vD.new_zeros(weight_vD.shape[0])
-            logits_rv, slope_rv = _logits(tile, hidden_RD[rows], weight_vD, bias_V, words, softcap)
-            here_r, column_r1 = _targets_in(targets_R[rows], words)
-            # magnitude * (softmax(z) - onehot(target))
-            error_rv = logits_rv.sub_(shift_R[rows, None]).exp_()
-            at_target_r1 = torch.where(
-                here_r[:, None], miss_R1[rows], error_rv.gather(1, column_r1)
-            )
-            error_rv.scatter_(1, column_r1, at_target_r1)
-            if slope_rv is not None:
-                error_rv.mul_(slope_rv)
-            grad_hidden_RD[rows].addmm_(error_rv, weight_vD)
-            last = rows.stop == hidden_RD.shape[0]
-            if grad_weight_VD is not None:
-                grad_weight_vD.addmm_(error_rv.t(), scaled_RD[rows])
-                if last:
-                    grad_weight_VD[words] = grad_weight_vD
-            if grad_bias_V is not None:
-                grad_bias_v += factor_R[rows] @ error_rv
-                if last:
-                    grad_bias_V[words] = grad_bias_v
+        for words in _spans(weight_VD.shape[0], WORDS):
+            weight_vD = _widened(weight_VD[words], weight_buffer)
+            for rows in _spans(hidden_RD.shape[0], ROWS):
+                error_rv = _product(hidden_RD[rows], weight_vD, logits_buffer)
+                slope_rv = _finish_logits(error_rv, bias_V, words, softcap)
+                error_rv.sub_(shift_R[rows, None]).exp_()
+                here_r, column_r1 = _targets_in(targets_R[rows], words)
+                miss_r1 = torch.where(here_r[:, None], miss_R1[rows], error_rv.gather(1, column_r1))
+                error_rv.scatter_(1, column_r1, miss_r1)
+                if slope_rv is not None:
+                    error_rv.mul_(slope_rv)
+                grad_hidden_RD[rows].addmm_(error_rv, weight_vD)
+                if grad_weight_VD is not None:
+                    beta = float(rows.start > 0)  # 0: overwrite what the last words left
+                    grad_buffer[: len(weight_vD)].addmm_(error_rv.t(), scaled_RD[rows], beta=beta)
+                    if rows.stop == hidden_RD.shape[0]:
+                        grad_weight_VD[words] = grad_buffer[: len(weight_vD)]
+                if grad_bias_V is not None:
+                    grad_bias_V[words] += factor_R[rows] @ error_rv
+    grad_bias_V = None if grad_bias_V is None else grad_bias_V.to(dtype)
     return grad_hidden_RD.mul_(factor_R[:, None]).to(dtype), grad_weight_VD, grad_bias_V
+
+
+def _log_probability(
+    reference_R: Tensor, sum_R: Tensor, target_R: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp, shift, scale) from the target's logit and the other words' sum of exponentials."""
+    shift_R = torch.maximum(reference_R, target_R)
+    others_R = sum_R * torch.exp(reference_R - shift_R)
+    hit_R = torch.exp(target_R - shift_R)
+    scale_R = 1 / (others_R + hit_R)
+    unlikely_R = (target_R - shift_R) + scale_R.log()
+    logp_R = torch.where(hit_R > others_R, -torch.log1p(others_R / hit_R), unlikely_R)
+    return logp_R, shift_R, scale_R
 
 
 @contextmanager
@@ -163,7 +167,7 @@ def _products_of(dtype: torch.dtype) -> Iterator[None]:
     if dtype != torch.bfloat16:
         yield
         return
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:
@@ -172,31 +176,41 @@ def _products_of(dtype: torch.dtype) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def _tiles(rows: int, words: int) -> Iterator[tuple[slice, slice]]:
-    for word in range(0, words, WORDS):
-        for row in range(0, rows, ROWS):
-            yield slice(word, min(word + WORDS, words)), slice(row, min(row + ROWS, rows))
+def _spans(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
-def _logits(
-    tile: Tensor,
-    hidden_rD: Tensor,
-    weight_vD: Tensor,
-    bias_V: Tensor | None,
-    words: slice,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Logits of one tile, in the memory of `tile`, and with a soft cap its derivative there."""
-    rows, columns = hidden_rD.shape[0], weight_vD.shape[0]
-    logits_rv = tile[: rows * columns].view(rows, columns)
-    torch.mm(hidden_rD, weight_vD.t(), out=logits_rv)
+def _buffers(hidden_RD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for the logits of one tile and for its words' weights, in hidden's (wide) dtype."""
+    words = min(WORDS, weight_VD.shape[0])
+    logits = hidden_RD.new_empty(min(ROWS, hidden_RD.shape[0]) * words)
+    return logits, hidden_RD.new_empty(words, weight_VD.shape[1])
+
+
+def _widened(weight_vD: Tensor, buffer: Tensor) -> Tensor:
+    return (
+        weight_vD if weight_vD.dtype == buffer.dtype else buffer[: len(weight_vD)].copy_(weight_vD)
+    )
+
+
+def _product(hidden_rD: Tensor, weight_vD: Tensor, buffer: Tensor) -> Tensor:
+    rows, words = len(hidden_rD), len(weight_vD)
+    logits_rv = buffer[: rows * words].view(rows, words)
+    return torch.mm(hidden_rD, weight_vD.t(), out=logits_rv)
+
+
+def _finish_logits(
+    logits_rv: Tensor, bias_V: Tensor | None, words: slice, softcap: float | None
+) -> Tensor | None:
+    """Add the bias and cap the logits in place; return the cap's derivative if there is a cap."""
     if bias_V is not None:
         logits_rv += bias_V[words]
     if softcap is None:
-        return logits_rv, None
+        return None
     tanh_rv = logits_rv.div_(softcap).tanh_()
     slope_rv = 1 - tanh_rv * tanh_rv
-    return tanh_rv.mul_(softcap), slope_rv
+    logits_rv.mul_(softcap)
+    return slope_rv
 
 
 def _targets_in(targets_r: Tensor, words: slice) -> tuple[Tensor, Tensor]:
