@@ -5,7 +5,7 @@ checks run in __post_init__, when train.py turns the composed config into object
 and evaluate.py nothing imports Hydra. Comments on the keys, with units, are in conf/*.yaml.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
@@ -91,7 +91,7 @@ class LoraConfig:
 
 @dataclass
 class ModelConfig:
-    path: str | None = None
+    path: str | None = "demo"
     tiny: dict[str, Any] | None = None
     dtype: Dtype = Dtype.auto
     system: str | None = None
@@ -289,7 +289,6 @@ class CheckpointConfig:
 class EvaluationConfig:
     every_steps: int | None = None
     quads: int | None = None
-    generate_prompts: int = 0
     max_new_tokens: int = 128
     samples: int = 8
     batch_size: int = 50
@@ -325,3 +324,29 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+
+    def __post_init__(self):
+        adapted = self.model.lora.rank > 0
+        if self.reference.source is ReferenceSource.adapter_off and not adapted:
+            raise ValueError(
+                "reference.source=adapter_off: there are no adapters (model.lora.rank is 0), "
+                "expected model.lora.rank of 1 or more, or reference.source=cache or live"
+            )
+        if self.export.merged and not adapted:
+            raise ValueError(
+                "export.merged=true has no effect without adapters (model.lora.rank is 0); the "
+                "export is the whole model already"
+            )
+
+
+def plain(cfg: Any) -> Any:
+    """A config as dicts, lists and scalars, for JSON: enums become their values."""
+    if is_dataclass(cfg):
+        return {f.name: plain(getattr(cfg, f.name)) for f in fields(cfg)}
+    if isinstance(cfg, Enum):
+        return cfg.value
+    if isinstance(cfg, dict):
+        return {key: plain(value) for key, value in cfg.items()}
+    if isinstance(cfg, list):
+        return [plain(value) for value in cfg]
+    return cfg

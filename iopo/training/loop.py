@@ -4,21 +4,58 @@ It knows nothing of files: train.py decides when to log, save and evaluate. Lett
 M members per example.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from iopo import objectives
-from iopo.data.layout import Batch, build_plain, build_shared
+from iopo.data.batching import Batching, micro_batches, quads_of_step, tokens
+from iopo.data.layout import Batch, build_packed, build_plain, build_shared
 from iopo.data.tokenize import Example
 from iopo.logprobs import LogProbs
 from iopo.model.parallel import Prepared
 from iopo.training import metrics
 
-Reference = Callable[[Sequence[Example], Batch], Tensor]
+
+@dataclass(frozen=True)
+class Reference:
+    """Log-probs of the starting weights: how they are had, and how far off they may be.
+
+    call: (examples, their batch) -> float32 [E, M] without gradient. tolerance: largest difference
+    of the loss at step 0 from its value at policy == reference.
+    """
+
+    call: Callable[[Sequence[Example], Batch], Tensor]
+    source: str  # cache | live | adapter_off
+    where: str
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """What stays the same through a run on one rank."""
+
+    objective: str
+    options: objectives.Options
+    batching: Batching
+    examples: Sequence[Example]
+    heldout: Sequence[Example]
+    tokens_N: np.ndarray
+    steps: int  # of the whole run
+    lr_at: Callable[[int], float]
+    clip_norm: float
+    rank: int
+    device: torch.device
+
+    def build(self, rows: Sequence[Example]) -> Batch:
+        """Tensors of one micro-batch, in the run's layout, on its device."""
+        make = {"shared": build_shared, "packed": build_packed, "plain": build_plain}
+        return make[self.batching.layout](rows).to(self.device)
 
 
 @dataclass
@@ -51,129 +88,109 @@ class NonFiniteError(RuntimeError):
     """A loss or gradient that is not a number: the step's update was not applied."""
 
 
-def build(examples: Sequence[Example], layout: str) -> Batch:
-    """Tensors of one micro-batch in the layout of the config (shared | plain)."""
-    return build_shared(examples) if layout == "shared" else build_plain(examples)
-
-
 def train_steps(
-    policy: LogProbs,
+    job: Job,
     prepared: Prepared,
     optimizer: torch.optim.Optimizer,
-    *,
-    examples: Sequence[Example],
-    micro_batches: Callable[[int], tuple[list[list[int] | None], int]],
-    objective: str,
-    options: objectives.Options,
     reference: Reference | None,
-    lr_at: Callable[[int], float],
-    clip_norm: float,
-    layout: str,
-    device: torch.device,
+    *,
     first_step: int,
-    last_step: int,
 ) -> Iterator[StepResult]:
-    """Run optimizer steps first_step..last_step (inclusive, counted from 1).
+    """Run the optimizer steps first_step..job.steps (counted from 1), yielding after each.
 
-    micro_batches(step) -> (index lists of this rank, examples in the step over all ranks). A None
-    stands for a micro-batch that only other ranks have. Every micro-loss is the sum over its
-    examples divided by the examples of the whole step, so gradients do not depend on the split.
+    Every micro-loss is the sum over its examples divided by the examples of the whole step, so
+    gradients depend on neither micro-batch size, accumulation, packing nor ranks.
     Raises NonFiniteError before the update if the loss or the gradient is not finite.
     """
-    names = metrics.columns(objectives.KINDS[objective].members, reference is not None)
-    for step in range(first_step, last_step + 1):
+    names = metrics.columns(objectives.KINDS[job.objective].members, reference is not None)
+    for step in range(first_step, job.steps + 1):
         started = time.perf_counter()
-        lr = lr_at(step)
         for group in optimizer.param_groups:
-            group["lr"] = lr
-        batches, total = micro_batches(step)
-        sums = torch.zeros(len(names), device=device)
-        count = tokens = 0
+            group["lr"] = job.lr_at(step)
+        sums = torch.zeros(len(names), device=job.device)
+        rows_of_step: list[Example] = []
+        batches = micro_batches(job.tokens_N, job.batching, step - 1, job.rank)
+        total = len(quads_of_step(len(job.tokens_N), job.batching, step - 1))
         for i, indices in enumerate(batches):
             prepared.set_sync(i == len(batches) - 1)
-            rows = [examples[j] for j in indices or ()]
-            if not rows:
-                prepared.empty_backward(policy, build(examples[:1], layout).to(device))
+            if indices is None:  # only other ranks have this micro-batch
+                prepared.empty_backward(prepared.model, job.build(job.examples[:1]))
                 continue
-            batch = build(rows, layout).to(device)
-            policy_EM = policy(batch)
-            reference_EM = None if reference is None else reference(rows, batch).to(device)
-            loss_E, values_EK = score(objective, options, batch, rows, policy_EM, reference_EM)
+            rows = [job.examples[j] for j in indices]
+            batch = job.build(rows)
+            policy_EM = prepared.model(batch)
+            reference_EM = None if reference is None else reference.call(rows, batch)
+            loss_E, values_EK = score(job, batch, rows, policy_EM, reference_EM)
             (loss_E.sum() / total).backward()
             sums += values_EK.sum(0)
-            count += len(rows)
-            tokens += sum(example_tokens(row) for row in rows)
-        grad_norm = prepared.reduce_and_clip(clip_norm).item()
-        if not (torch.isfinite(sums[0]).item() and grad_norm < float("inf")):
-            raise NonFiniteError(_non_finite(step, grad_norm, examples, batches))
+            rows_of_step += rows
+        grad_norm = prepared.reduce_and_clip(job.clip_norm).item()
+        # A NaN in one rank's quads has reached every rank's gradient by now: all stop together.
+        if not math.isfinite(grad_norm):
+            raise NonFiniteError(_non_finite(step, grad_norm, sums, rows_of_step))
         optimizer.step()
         prepared.zero_grad()
-        seconds = time.perf_counter() - started
-        yield StepResult(step, lr, grad_norm, seconds, names, sums, count, tokens)
+        yield StepResult(
+            step=step,
+            lr=job.lr_at(step),
+            grad_norm=grad_norm,
+            seconds=time.perf_counter() - started,
+            names=names,
+            sums=sums,
+            examples=len(rows_of_step),
+            tokens=sum(tokens(row, "packed") for row in rows_of_step),
+        )
 
 
 def score(
-    objective: str,
-    options: objectives.Options,
+    job: Job,
     batch: Batch,
     rows: Sequence[Example],
     policy_EM: Tensor,
     reference_EM: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """loss_E with gradient and the metrics' values [E, columns] without."""
+    """loss_E with gradient, and the metrics' values [E, columns] without."""
     tokens_EM = batch.scored_M.view(batch.examples, batch.members)
     differing_E = torch.tensor([row.differing for row in rows], device=policy_EM.device)
-    loss_E = objectives.compute(objective, policy_EM, reference_EM, tokens_EM, differing_E, options)
+    if reference_EM is not None:
+        reference_EM = reference_EM.to(policy_EM.device)
+    loss_E = objectives.compute(
+        job.objective, policy_EM, reference_EM, tokens_EM, differing_E, job.options
+    )
     return loss_E, metrics.per_example(loss_E, policy_EM, reference_EM, tokens_EM)
 
 
-def example_tokens(example: Example) -> int:
-    """Tokens of all members, prompts counted once per member: 4 (P + R) for an even quad."""
-    return sum(
-        len(responses) * len(prompt) + sum(len(r) for r in responses)
-        for prompt, responses in zip(example.prompts, example.responses, strict=True)
-    )
-
-
-def _non_finite(
-    step: int, grad_norm: float, examples: Sequence[Example], batches: list[list[int] | None]
-) -> str:
-    ids = [examples[j].id for indices in batches for j in indices or ()]
+def _non_finite(step: int, grad_norm: float, sums: Tensor, rows: Sequence[Example]) -> str:
+    loss = "not finite on this rank" if not torch.isfinite(sums[0]) else "finite on this rank"
     return (
-        f"step {step}: the loss or the gradient is not finite (gradient norm {grad_norm}); the "
-        f"update was not applied. Quads of this step on this rank: {', '.join(ids)}. "
-        f"`python train.py run=... replay_step={step}` prints each member"
+        f"step {step}: gradient norm {grad_norm}, loss {loss}; the update was not applied. Its "
+        f"examples on this rank: {', '.join(row.id for row in rows)}. Add replay_step={step} to "
+        "the command to print every member"
     )
 
 
 @torch.no_grad()
-def check_start(
-    policy: LogProbs,
-    reference: Reference,
-    rows: Sequence[Example],
-    *,
-    objective: str,
-    options: objectives.Options,
-    layout: str,
-    device: torch.device,
-    tolerance: float,
-) -> tuple[float, float]:
-    """At step 0 the policy is the reference: its loss must be the objective's value at margin 0.
+def check_start(job: Job, policy: LogProbs, reference: Reference) -> tuple[float, float]:
+    """At step 0 the policy is the reference: the loss must be the objective's value at margin 0.
 
-    For the sigmoid link without an added margin that value is ln 2. Returns (loss, largest
-    |log-ratio| in nats); raises ValueError if the loss is off by more than `tolerance`.
+    For the sigmoid link without an added margin that is ln 2. Returns (loss, largest |log-ratio| in
+    nats) over the first step's examples on this rank; raises ValueError if the loss is off by more
+    than the reference's tolerance.
     """
-    batch = build(rows, layout).to(device)
+    indices = micro_batches(job.tokens_N, job.batching, 0, job.rank)[0] or (0,)
+    rows = [job.examples[j] for j in indices]
+    batch = job.build(rows)
     policy_EM = policy(batch)
-    reference_EM = reference(rows, batch).to(device)
-    loss_E, _ = score(objective, options, batch, rows, policy_EM, reference_EM)
-    expected_E, _ = score(objective, options, batch, rows, policy_EM, policy_EM)
+    reference_EM = reference.call(rows, batch).to(job.device)
+    loss_E, _ = score(job, batch, rows, policy_EM, reference_EM)
+    expected_E, _ = score(job, batch, rows, policy_EM, policy_EM)
     worst = (policy_EM - reference_EM).abs().max().item()
     loss, expected = loss_E.mean().item(), expected_E.mean().item()
-    if not abs(loss - expected) <= tolerance:
+    if not abs(loss - expected) <= reference.tolerance:
         raise ValueError(
             f"step 0: loss {loss:.8f}, expected {expected:.8f} (policy equal to the reference) "
-            f"within {tolerance:g}; largest |log-ratio| {worst:.3g} nats. The reference does not "
-            "belong to these starting weights: delete its cache or check model.path"
+            f"within {reference.tolerance:g}; largest |log-ratio| {worst:.3g} nats. The reference "
+            f"({reference.where}) does not belong to these starting weights: delete the cache, or "
+            "check model.path"
         )
     return loss, worst

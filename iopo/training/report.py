@@ -121,6 +121,26 @@ def write_report(run: Path) -> Path:
     return path
 
 
+def write_summary(run: Path) -> Path:
+    """RUN/summary.json: steps, metric, seconds, the last training row, held-out first and last.
+
+    metric is the last held-out group accuracy, which sweeps compare; null without held-out quads.
+    """
+    rows = read_metrics(run)
+    train = [row for row in rows if row["split"] == "train"]
+    heldout = [row for row in rows if row["split"] == "heldout"]
+    summary = {
+        "steps": train[-1]["step"] if train else 0,
+        "metric": heldout[-1]["group_accuracy"] if heldout else None,
+        "seconds": round(sum(row["step_s"] for row in train), 3),
+        "train": train[-1] if train else None,
+        "heldout": [heldout[0], heldout[-1]] if heldout else None,
+    }
+    path = run / "summary.json"
+    path.write_text(json.dumps(summary, indent=1) + "\n")
+    return path
+
+
 def _headline(rows: list[dict[str, Any]]) -> str:
     train = [row for row in rows if row["split"] == "train"]
     if not train:

@@ -15,11 +15,11 @@ from iopo.config import TrackerConfig, Wandb
 class Tracker:
     """Appends rows to metrics.jsonl and mirrors them to wandb. Only rank 0 has one."""
 
-    def __init__(self, run: Path, cfg: TrackerConfig, *, config: dict[str, Any], name: str):
+    def __init__(self, run: Path, cfg: TrackerConfig, config: dict[str, Any]):
         self.file = open(run / "metrics.jsonl", "a", encoding="utf-8")
         self.wandb = None
         if cfg.wandb is not Wandb.off:
-            self.wandb = _start_wandb(run, cfg, config, name)
+            self.wandb = _start_wandb(run, cfg, config)
 
     def log(self, step: int, split: str, values: dict[str, float]) -> None:
         """One row. It is flushed, so that a killed run keeps every finished step."""
@@ -46,7 +46,7 @@ def _rounded(value: float) -> float:
     return float(f"{value:.8g}")
 
 
-def _start_wandb(run: Path, cfg: TrackerConfig, config: dict[str, Any], name: str):
+def _start_wandb(run: Path, cfg: TrackerConfig, config: dict[str, Any]):
     import wandb
 
     # One id per run folder: a resumed run continues its own curves.
@@ -55,7 +55,7 @@ def _start_wandb(run: Path, cfg: TrackerConfig, config: dict[str, Any], name: st
         id_file.write_text(wandb.util.generate_id())
     return wandb.init(
         project=cfg.project,
-        name=name,
+        name=run.name,
         id=id_file.read_text(),
         resume="allow" if cfg.wandb is Wandb.online else None,
         mode=cfg.wandb.value,

@@ -1,0 +1,102 @@
+"""The same held-out prompts answered before and after training, for a person to read."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from iopo import constraints
+from iopo.config import TrainConfig
+from iopo.data.formats import Quad
+from iopo.data.template import Chat
+from iopo.evaluation.generate import generate
+from iopo.model.parallel import Prepared, language_model
+from iopo.training.inputs import Inputs
+from iopo.training.placement import Ranks
+from iopo.training.runfolder import write_atomically
+
+FILE = "samples.jsonl"
+
+
+def before(run: Path, cfg: TrainConfig, inputs: Inputs, prepared: Prepared, ranks: Ranks) -> None:
+    """Write samples.jsonl with the answers of the starting weights (rank 0; see `_answers`)."""
+    if _wanted(cfg, inputs, prepared, ranks):
+        answers = _answers(cfg, inputs, prepared)
+        _write(run, [{"id": a["id"], "prompt": a["prompt"], "before": a} for a in answers])
+
+
+def after(run: Path, cfg: TrainConfig, inputs: Inputs, prepared: Prepared, ranks: Ranks) -> None:
+    """Add the answers of the trained weights to the rows that `before` left."""
+    if _wanted(cfg, inputs, prepared, ranks):
+        lines = (run / FILE).read_text(encoding="utf-8").splitlines()
+        answers = {a["id"]: a for a in _answers(cfg, inputs, prepared)}
+        rows = [json.loads(line) for line in lines]
+        _write(run, [row | {"after": answers[row["id"]]} for row in rows])
+
+
+def _wanted(cfg: TrainConfig, inputs: Inputs, prepared: Prepared, ranks: Ranks) -> bool:
+    """Sharded weights cannot generate here; `evaluate.py` does it from the export."""
+    some = cfg.evaluation.samples > 0 and bool(inputs.heldout_quads)
+    return ranks.is_main and some and not prepared.sharded
+
+
+def _answers(cfg: TrainConfig, inputs: Inputs, prepared: Prepared) -> list[dict[str, Any]]:
+    step = max(1, len(inputs.heldout_quads) // cfg.evaluation.samples)
+    return answer(
+        prepared,
+        inputs.chat,
+        inputs.heldout_quads[::step][: cfg.evaluation.samples],
+        max_new_tokens=cfg.evaluation.max_new_tokens,
+        batch_size=cfg.evaluation.batch_size,
+    )
+
+
+def answer(
+    prepared: Prepared, chat: Chat, quads: Sequence[Quad], *, max_new_tokens: int, batch_size: int
+) -> list[dict[str, Any]]:
+    """Greedy answers to x1 of every quad, with what code says of the constraints it can check.
+
+    Rows {"id", "prompt", "text", "constraints": [{"text", "follows"}]}. The model computes with
+    stock attention meanwhile. Not for sharded models.
+    """
+    model = language_model(prepared.model)
+    attention = model.config._attn_implementation
+    systems = [quad.system if quad.system is not None else chat.system for quad in quads]
+    conversations = [
+        ([] if system is None else [{"role": "system", "content": system}])
+        + [{"role": "user", "content": quad.x1}]
+        for system, quad in zip(systems, quads, strict=True)
+    ]
+    model.set_attn_implementation("sdpa")
+    try:
+        generations = generate(
+            model,
+            chat.tokenizer,
+            conversations,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+        )
+    finally:
+        model.set_attn_implementation(attention)
+    return [
+        {
+            "id": quad.id,
+            "prompt": quad.x1,
+            "text": generation.text,
+            "constraints": _verdicts(quad.c1 or [], generation.text),
+        }
+        for quad, generation in zip(quads, generations, strict=True)
+    ]
+
+
+def _verdicts(rows: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    checks = [constraints.from_dict(row) for row in rows]
+    follows = constraints.follows(checks, text)
+    return [
+        {"text": row["text"], "follows": bool(ok)} for row, ok in zip(rows, follows, strict=True)
+    ]
+
+
+def _write(run: Path, rows: list[dict[str, Any]]) -> None:
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    write_atomically(run / FILE, "".join(line + "\n" for line in lines))

@@ -1,0 +1,60 @@
+"""What happens before any rank exists: checks, data, the run folder; then the launch."""
+
+import json
+import sys
+from pathlib import Path
+
+from iopo.config import TrainConfig, plain
+from iopo.data.batching import plan_steps
+from iopo.training import restore, setup
+from iopo.training.environment import describe_environment
+from iopo.training.inputs import load_inputs
+from iopo.training.launch import Worker, launch
+from iopo.training.placement import find_placement
+from iopo.training.runfolder import is_complete, open_run
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def start(cfg: TrainConfig, config_text: str, worker: Worker) -> int:
+    """Check everything that needs no weights, make the run folder and run `worker` on every rank.
+
+    Returns the exit code. Raises ValueError for a config, data or run folder that cannot be used,
+    before anything is written into the run folder.
+    """
+    run = Path(cfg.run)
+    if is_complete(run):
+        print(f"{run} is complete: nothing to do (delete it, or choose another run=)")
+        return 0
+    backend = setup.backend(cfg)
+    placement = find_placement(setup.processes(cfg))
+    batching = setup.batching(cfg, placement.world_size)
+    inputs = load_inputs(cfg)
+    plan = plan_steps(len(inputs.train), batching, cfg.optim.epochs, cfg.optim.max_steps)
+    now = restore.facts(cfg, inputs, plain(cfg), placement.world_size)
+    notes = restore.refuse_or_note(run, now, resume=cfg.checkpoint.resume)
+    if placement.is_main:
+        for note in notes:
+            print(f"resume: {note}")
+        for name, report in inputs.reports.items():
+            print(f"{name}: " + "\n  ".join(report.lines()))
+        print(f"{plan.steps} steps of {cfg.optim.global_batch_quads} examples, {cfg.run}")
+        sys.stdout.flush()
+
+    def go() -> int:
+        return launch(
+            worker,
+            cfg,
+            run,
+            processes=placement.local_world_size,
+            backend=backend,
+            timeout_s=cfg.parallel.timeout_s,
+        )
+
+    if not placement.is_main:
+        return go()
+    environment = describe_environment(REPOSITORY)
+    with open_run(run, config_text=config_text, environment=environment):
+        reports = {name: report.to_dict() for name, report in inputs.reports.items()}
+        (run / "data.json").write_text(json.dumps(reports, indent=1) + "\n")
+        return go()

@@ -1,0 +1,115 @@
+"""Every experiment and sweep composes and validates; unknown keys and wrong values fail by name."""
+
+import re
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import ConfigCompositionException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from iopo import objectives
+from iopo.config import OBJECTIVES, TrainConfig, plain
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+EXPERIMENTS = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
+SWEEPS = sorted(p.stem for p in (CONF / "sweep").glob("*.yaml"))
+ConfigStore.instance().store(name="base_config", node=TrainConfig)
+
+
+def composed(*overrides: str, hydra: bool = False) -> DictConfig:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return compose("config", overrides=list(overrides), return_hydra_config=hydra)
+
+
+def config(*overrides: str) -> TrainConfig:
+    cfg = OmegaConf.to_object(composed(*overrides))
+    assert isinstance(cfg, TrainConfig)
+    return cfg
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_and_validates(name):
+    cfg = config(f"+experiment={name}")
+    assert cfg.run == f"runs/{name}"
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_sweep_composes_and_each_job_validates(name):
+    cfg = composed("+experiment=tiny_random", f"+sweep={name}", hydra=True)
+    assert cfg.hydra.mode.name == "MULTIRUN"
+    for key, values in cfg.hydra.sweeper.params.items():
+        for value in str(values).split(","):
+            config("+experiment=tiny_random", f"{key}={value}")
+
+
+def test_default_is_the_demo_experiment():
+    default, demo = config(), config("+experiment=smollm2_135m_iopo")
+    demo.run = default.run
+    assert plain(default) == plain(demo)
+
+
+def test_qwen2_is_the_papers_recipe():
+    cfg = config("+experiment=qwen2_7b_iopo")
+    assert (cfg.model.lora.rank, cfg.model.lora.alpha, cfg.model.lora.targets) == (
+        8,
+        16,
+        "all-linear",
+    )
+    assert (cfg.optim.lr, cfg.optim.schedule.value, cfg.optim.warmup_ratio) == (5e-6, "cosine", 0.1)
+    assert (cfg.optim.epochs, cfg.optim.global_batch_quads) == (3, 256)
+    assert (cfg.objective.name, cfg.objective.beta) == ("iopo", 0.1)
+    assert cfg.data.max_prompt_tokens + cfg.data.max_response_tokens == 6000
+
+
+def test_config_and_objectives_know_the_same_names():
+    assert set(OBJECTIVES) == set(objectives.KINDS)
+
+
+@pytest.mark.parametrize("override", ["optim.learning_rate=1", "objective.bet=0.1", "modle.path=x"])
+def test_unknown_keys_fail_by_name(override):
+    key = override.split("=")[0].split(".")[-1] if "." in override else "modle"
+    with pytest.raises(ConfigCompositionException) as error:
+        config(override)
+    assert key in str(error.value) or key in str(error.value.__cause__)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lr=fast", "fast"),
+        ("objective.link=sigmiod", "sigmiod"),
+        ("objective.beta=0", "objective.beta: found 0.0, expected more than 0"),
+        ("objective.beta=-1", "objective.beta"),
+        ("objective.name=ippo", "objective.name.*one of iopo"),
+        ("objective.gamma=1", "objective.gamma=1.0 has no effect with objective.name=iopo"),
+        ("objective.label_smoothing=0.5", "0 <= e < 0.5"),
+        ("objective.link=exo", "more than 0 with objective.link=exo"),
+        ("optim.warmup_ratio=1", "optim.warmup_ratio"),
+        ("optim.micro_batch_quads=2", "exactly one of"),
+        ("checkpoint.keep=1", "checkpoint.keep: found 1, expected 2 or more"),
+        ("model.path=null", "model.path"),
+        ("data.on_overlong=cut", "cut"),
+        ("parallel.timeout_s=0", "parallel.timeout_s"),
+    ],
+)
+def test_wrong_values_fail_by_name(override, message):
+    with pytest.raises((ValueError, OmegaConfBaseException, ConfigCompositionException)) as error:
+        config(override)
+    texts = f"{error.value} {error.value.__cause__}"
+    assert re.search(message, texts), texts
+
+
+def test_every_key_has_a_comment_in_conf():
+    """A reader finds meaning and unit of every key of the default config in conf/."""
+    commented = set()
+    for path in CONF.rglob("*.yaml"):
+        for line in path.read_text().splitlines():
+            if found := re.match(r"\s*(\w+):.*#", line):
+                commented.add(found[1])
+    keys = {key for section in plain(config()).values() if isinstance(section, dict)
+            for key in section}  # fmt: skip
+    obvious = {"lora", "project", "tags"}
+    assert keys - commented - obvious == set()

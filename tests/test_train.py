@@ -1,0 +1,127 @@
+"""`python train.py` as a user runs it: what it writes, what it refuses, what it says."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = "rain wind sun moon tree river stone bird cloud light grass road".split()
+
+
+def quads(count: int = 8) -> list[dict]:
+    """Quads of unequal length: lower case against upper case."""
+    rows = []
+    for i in range(count):
+        y = " ".join(WORDS[i % 5 : i % 5 + 2 + i % 6])
+        rows.append({
+            "id": f"q{i}", "x1": f"Write about {WORDS[i]}. Lower case.",
+            "x2": f"Write about {WORDS[i]}. Upper case, please.", "y1": y, "y2": y.upper(),
+        })  # fmt: skip
+    return rows
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Runs train.py on a random two-layer model; returns the process and its run folder."""
+    data = write(tmp_path / "train.jsonl", quads())
+
+    def run(*overrides: str, experiment: str = "tiny_random") -> subprocess.CompletedProcess:
+        command = [
+            sys.executable, str(ROOT / "train.py"), f"+experiment={experiment}",
+            f"run={tmp_path}/run", f"data.train={data}", f"data.heldout={data}",
+            "evaluation.samples=0", "export.model=false", *overrides,
+        ]  # fmt: skip
+        environment = os.environ | {
+            "XDG_CACHE_HOME": str(tmp_path / "cache"),
+            "OMP_NUM_THREADS": "1",
+        }
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=240
+        )
+
+    return run
+
+
+def test_thirty_steps_overfit_eight_quads(tiny, tmp_path):
+    done = tiny("evaluation.samples=2", "export.model=true")
+    assert done.returncode == 0, done.stderr
+    assert "step 0: loss 0.6931472" in done.stdout
+    run = tmp_path / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 30
+    assert summary["heldout"][1]["group_accuracy"] == 1.0
+    assert summary["train"]["accuracy"] == 1.0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["split"] == "train"] == list(range(1, 31))
+    for name in ("config.yaml", "environment.json", "data.json", "curves.png", "report.html",
+                 "samples.jsonl", "COMPLETE", "export/config.json"):  # fmt: skip
+        assert (run / name).exists(), name
+    again = tiny()
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+
+
+@pytest.mark.parametrize("source", ["live", "cache", "adapter_off"])
+def test_loss_at_step_0_is_ln2(tiny, source):
+    lora = ["model.lora.rank=2"] if source == "adapter_off" else []
+    done = tiny(f"reference.source={source}", "optim.max_steps=1", *lora)
+    assert done.returncode == 0, done.stderr
+    line = next(x for x in done.stdout.splitlines() if x.startswith("step 0: loss"))
+    assert abs(float(line.split()[3].rstrip(",")) - 0.6931472) <= 1e-6
+
+
+def change(row: dict, **values) -> list[dict]:
+    return quads(3) + [{k: v for k, v in (row | values).items() if v is not None}]
+
+
+BAD = {
+    "missing file": ("data.train=nowhere.jsonl", None, ["nowhere.jsonl", "no such file"]),
+    "no y2": (None, change(quads(4)[3], y2=None), ["train.jsonl:4", "y2"]),
+    "y1 is y2": (None, change(quads(4)[3], y2=quads(4)[3]["y1"]), ["train.jsonl:4", "y1", "y2"]),
+    "empty response": (None, change(quads(4)[3], y1=""), ["train.jsonl:4", "y1", "empty"]),
+    "prompt too long": ("data.on_overlong=error", change(quads(4)[3], x1="long " * 400),
+                        ["q3", "max_prompt_tokens"]),
+    "unknown key": ("optim.learning_rate=1", None, ["learning_rate"]),
+    "beta 0": ("objective.beta=0", None, ["objective.beta", "more than 0"]),
+    "world size": ("parallel.processes=3", None, ["global_batch_quads is 8", "3 ranks"]),
+    "adapter off without adapters": ("reference.source=adapter_off", None, ["model.lora.rank"]),
+    "cuda": ("parallel.device=cuda", None, ["parallel.device", "no CUDA device"]),
+    "a folder that is no model": ("model.tiny=null model.path=/tmp", None, ["/tmp", "config.json"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_with_a_message(tiny, tmp_path, case):
+    override, rows, words = BAD[case]
+    if rows is not None:
+        write(tmp_path / "train.jsonl", rows)
+    done = tiny(*(override or "").split())
+    assert done.returncode not in (0, 75), done.stdout
+    for word in words:
+        assert word in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists(), "a half-made run folder is left"
+
+
+def test_the_papers_data_is_not_there(tiny, tmp_path):
+    done = tiny("data.train=data/trace/train.jsonl")
+    assert done.returncode == 2
+    assert "never released" in done.stderr and "iopo/construct" in done.stderr
+
+
+@pytest.mark.slow
+def test_multirun_gives_six_folders_and_a_table(tiny, tmp_path):
+    done = tiny("-m", "objective.beta=0.05,0.1,0.2", "seed=0,1", "optim.max_steps=3",
+                f"hydra.sweep.dir={tmp_path}/sweep")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "sweep").glob("*/COMPLETE"))) == 6
+    table = done.stdout[done.stdout.index("objective.beta") :]
+    assert table.count("0.05") >= 2

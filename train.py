@@ -1,0 +1,113 @@
+"""Train a policy on quads: `python train.py [+experiment=NAME] [+sweep=NAME] [key=value ...]`.
+
+Without arguments, the demo: IOPO on SmolLM2-135M with the project's own data. Keys, with units, are
+in conf/; `python train.py --cfg job` prints them composed. Exit codes: 0 done, 1 failed, 2 config
+or data refused, 75 saved after SIGTERM or SIGUSR1 (start again to go on), 130 interrupted.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from iopo.config import TrainConfig, plain
+from iopo.evaluation import samples
+from iopo.training import export, heldout, loop, optim, report, restore, setup, start
+from iopo.training.checkpoint import Checkpoints
+from iopo.training.checkpoint_tensors import gather_state
+from iopo.training.inputs import load_inputs
+from iopo.training.placement import Ranks
+from iopo.training.runfolder import mark_complete
+from iopo.training.seeds import seed_process
+from iopo.training.signals import Control
+from iopo.training.teller import Teller
+
+ConfigStore.instance().store(name="base_config", node=TrainConfig)
+REFUSED = 2
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(composed: DictConfig) -> float | None:
+    """Compose, check and launch; returns the held-out metric that a sweeper may optimise."""
+    multirun = HydraConfig.get().mode == RunMode.MULTIRUN
+    if multirun:
+        composed.run = HydraConfig.get().runtime.output_dir
+    try:
+        cfg = OmegaConf.to_object(composed)
+        assert isinstance(cfg, TrainConfig)
+        # By the module's name: spawned ranks can import `train`, but not `__main__`.
+        from train import train as worker
+
+        code = start.start(cfg, OmegaConf.to_yaml(composed), worker)
+    except ValueError as error:
+        print(f"refused: {error}", file=sys.stderr, flush=True)
+        code = REFUSED
+    if code == 0:
+        return json.loads((Path(composed.run) / "summary.json").read_text())["metric"]
+    if multirun:  # said already; the other jobs go on, and Hydra exits with 1 at the end
+        raise RuntimeError(f"{composed.run}: exit code {code}")
+    sys.exit(code)
+
+
+def train(cfg: TrainConfig, run: Path, ranks: Ranks, control: Control) -> None:
+    """One run on one rank, from weights to export. `launch` calls it on every rank."""
+    seed_process(cfg.seed, "process", ranks.rank)
+    inputs = load_inputs(cfg)
+    job = setup.make_job(cfg, inputs, ranks)
+    teller = Teller(run, cfg, main=ranks.is_main)
+
+    # The reference comes before any checkpoint: it is the starting weights, never trained ones.
+    prepared = setup.make_policy(cfg, inputs, ranks)
+    reference = setup.make_reference(cfg, inputs, job, ranks, prepared, teller.say, control.alive)
+    optimizer = optim.make_optimizer(prepared.parameters, cfg.optim)
+    facts = restore.facts(cfg, inputs, plain(cfg), ranks.world_size)
+    done = restore.restore(run, prepared, optimizer, ranks, teller.say)
+
+    def evaluate(step: int) -> dict[str, float]:
+        values = heldout.evaluate(job, prepared.model, reference, control.alive)
+        teller.heldout(step, values)
+        return values
+
+    with (
+        teller.tracking(done, job.steps),
+        Checkpoints(
+            run, keep=cfg.checkpoint.keep, asynchronous=cfg.checkpoint.asynchronous
+        ) as checkpoints,
+    ):
+        if done == 0:
+            if reference is not None:
+                teller.start(*loop.check_start(job, prepared.model, reference))
+            samples.before(run, cfg, inputs, prepared, ranks)
+            evaluate(0)
+        for result in loop.train_steps(job, prepared, optimizer, reference, first_step=done + 1):
+            done, last = result.step, result.step == job.steps
+            teller.step(result)
+            due = last or every(cfg.evaluation.every_steps, done)
+            measured = evaluate(done) if due else {}
+            stop = control.should_stop()
+            if every(cfg.checkpoint.save_every_steps, done) or last or stop:
+                teller.flush()
+                state = gather_state(prepared.parameters, optimizer, ranks.rank)
+                checkpoints.save(done, state, facts | {"metrics": measured})
+            if stop and not last:
+                return
+    samples.after(run, cfg, inputs, prepared, ranks)
+    export.export(cfg, run, prepared, inputs, ranks)
+    if ranks.is_main:
+        report.write_summary(run)
+        report.write_report(run)
+        mark_complete(run, done)
+
+
+def every(period: int | None, step: int) -> bool:
+    """True at each multiple of `period`; never if it is None."""
+    return period is not None and step % period == 0
+
+
+if __name__ == "__main__":
+    main()
