@@ -1,5 +1,7 @@
 """Gradients do not depend on how the work is spread: processes, micro-batches, sharding, dtypes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,8 +10,12 @@ from helpers_models import tiny_llama, tiny_qwen2
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
+from iopo.logprobs import LogProbs
 from iopo.model import lora, parallel
+from iopo.model.tiny import byte_tokenizer
+from iopo.training.export import write_exports
 
 CPU = torch.device("cpu")
 # each process's micro-batches of a step, as indices into the eight sequences; () is an empty turn
@@ -85,14 +91,14 @@ def assert_same(got, expected, tolerance):
         assert error <= tolerance, f"{name}: relative error {error:.2e}"
 
 
-def spread(kind, how, **options):
+def spread(kind, how, dtype=torch.float32, **options):
     root = make(kind)
     mesh = {
         "shard": lambda: parallel.make_mesh("cpu"),
         "hsdp": lambda: parallel.make_mesh("cpu", shard_processes=1),
         "replicate": lambda: None,
     }[how]()
-    prepared = parallel.prepare(root, device=CPU, dtype=torch.float32, mesh=mesh, **options)
+    prepared = parallel.prepare(root, device=CPU, dtype=dtype, mesh=mesh, **options)
     return root, prepared
 
 
@@ -112,8 +118,18 @@ def worker(rank, folder):
             again, _ = gradients(root, prepared, forwards)
             weights = {n: whole(p) for n, p in prepared.parameters.items()}
             results[kind, how] = {"grads": grads, "norm": norm, "again": again, "weights": weights}
-    if rank == 1:
-        results["other_rank"] = results["lora", "replicate"]["grads"]
+    for how in SPREADS:
+        bf16 = spread("full", how, dtype=torch.bfloat16)
+        results["bf16", how] = gradients(*bf16, forwards)[0]
+    exported = parallel.prepare(
+        LogProbs(tiny_llama(tied=True)),
+        device=CPU,
+        dtype=torch.bfloat16,
+        mesh=parallel.make_mesh("cpu"),
+    )
+    options = {"tokenizer": byte_tokenizer(), "device": CPU, "base": None}
+    flags = {"plain": True, "merged": False, "main": rank == 0}
+    write_exports(exported, Path(folder), **options, **flags)
     torch.save(results, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -150,6 +166,24 @@ def test_second_step_starts_clean(two_ranks, kind, how):
 def test_all_processes_hold_the_same_bits(two_ranks):
     first, second = (rank["lora", "replicate"]["grads"] for rank in two_ranks)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("how", SPREADS)
+def test_bf16_gradients_are_summed_in_fp32_however_they_are_spread(two_ranks, how):
+    """Every micro-batch has the same bf16 arithmetic, so only sums in bf16 could tell them apart.
+
+    The tied weight is among them: its gradients as head and as embedding meet in fp32.
+    """
+    expected = gradients(*spread("full", "replicate", dtype=torch.bfloat16), range(8))[0]
+    assert_same(two_ranks[0]["bf16", how], expected, 1e-5)
+
+
+def test_sharded_model_is_exported_whole(two_ranks, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / "ranks0" / "export"
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert stock.dtype == torch.bfloat16
+    for name, parameter in tiny_llama(tied=True).named_parameters():
+        assert torch.equal(stock.get_parameter(name), parameter.bfloat16()), name
 
 
 def test_buckets_keep_order_and_size(monkeypatch):

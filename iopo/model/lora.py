@@ -69,10 +69,11 @@ class LoRALinear(nn.Linear):
         # one kernel, and one rounding, for the product and the sum
         return torch.addmm(out.flatten(0, -2), low, wide, alpha=self.scaling).view_as(out)
 
-    def merged_weight(self) -> Tensor:
-        """weight + scaling * B A, computed in fp32 and rounded once to the weight's dtype."""
-        delta = self.scaling * (self.lora_B.float() @ self.lora_A.float())
-        return (self.weight.float() + delta).to(self.weight.dtype)
+
+def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """weight + scaling * B A, computed in fp32 and rounded once to the weight's dtype."""
+    delta = scaling * (lora_B.float() @ lora_A.float())
+    return (weight.float() + delta).to(weight.dtype)
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
@@ -166,7 +167,8 @@ def merge_lora(model: nn.Module) -> None:
         merged = nn.Linear(
             layer.in_features, layer.out_features, layer.bias is not None, device="meta"
         )
-        merged.weight = nn.Parameter(layer.merged_weight().detach(), requires_grad=False)
+        weight = merge(layer.weight, layer.lora_A, layer.lora_B, layer.scaling).detach()
+        merged.weight = nn.Parameter(weight, requires_grad=False)
         merged.bias = layer.bias
         model.set_submodule(name, merged)
 

@@ -1,0 +1,198 @@
+"""Write the trained model for everyone else: Hugging Face safetensors, or a PEFT adapter.
+
+A model folder appears whole or not at all, and only after stock transformers has read it back and
+agreed with the model in training about a fixed text.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from iopo.config import TrainConfig
+from iopo.data.layout import Batch, build_plain
+from iopo.data.tokenize import Example
+from iopo.logprobs import LogProbs
+from iopo.model import lora
+from iopo.model.parallel import Prepared, language_model
+from iopo.training.inputs import Inputs
+from iopo.training.placement import Ranks
+
+FOLDER, MERGED, BASE = "export", "export-merged", "export-base"
+PROBE = "A model that was saved must give, once it is loaded again, the same answer as before."
+# mean difference of a token's log-probability, in nats, that rounding explains
+TOLERANCE = {torch.bfloat16: 0.1, torch.float32: 1e-3, torch.float64: 1e-6}
+
+
+class ExportError(RuntimeError):
+    """An export that does not read back as what was trained; its folder was not made."""
+
+
+def export(cfg: TrainConfig, run: Path, prepared: Prepared, inputs: Inputs, ranks: Ranks) -> None:
+    """Write what cfg.export asks for into the run folder. Every rank calls it; rank 0 writes."""
+    # The adapter's base is model.path, unless the run changed or drew it: then it is written too.
+    own_base = inputs.model_path is None or cfg.model.adapter is not None
+    if cfg.export.model or cfg.export.merged:
+        write_exports(
+            prepared,
+            run,
+            tokenizer=inputs.chat.tokenizer,
+            device=ranks.device,
+            base=None if own_base else str(cfg.model.path),
+            plain=cfg.export.model,
+            merged=cfg.export.merged,
+            main=ranks.is_main,
+        )
+
+
+def write_exports(
+    prepared: Prepared,
+    run: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    base: str | None,
+    plain: bool,
+    merged: bool,
+    main: bool,
+) -> None:
+    """export/: the model, or with LoRA the adapter; export-merged/: with LoRA, the whole model.
+
+    base: what the adapter names as its base model; None writes the base to export-base/ first.
+    Weights are saved in the dtype that the model computes in, so the export computes the same.
+    Raises ExportError if a written model does not read back as the one in training.
+    """
+    probe = build_plain([_probe(tokenizer)]).to(device)
+    scored = int(probe.scored_M.sum())
+    expected = _score(prepared.model, probe) / scored
+    tensors = gather(prepared, keep=main)
+    if not main:
+        return
+
+    def write(folder: Path, weights: dict[str, Tensor], logp: float | None) -> None:
+        with atomic_folder(folder) as partial:
+            _save(prepared, partial, weights, tokenizer)
+            reloaded = _read_back(partial, weights)
+            if logp is not None:
+                found = _score(LogProbs(reloaded), probe.to("cpu")) / scored
+                _compare(folder, found, logp, TOLERANCE[prepared.dtype])
+
+    layers = lora.adapters(language_model(prepared.model))
+    if not layers:
+        write(run / FOLDER, tensors, expected)
+        return
+    plain_weights = {n: t for n, t in tensors.items() if ".lora_" not in n}
+    if plain:
+        if base is None:
+            write(run / BASE, plain_weights, None)
+        with atomic_folder(run / FOLDER) as partial:
+            named = {n: t for n, t in tensors.items() if ".lora_" in n}
+            config = lora.adapter_config(
+                language_model(prepared.model), base or str((run / BASE).resolve())
+            )
+            lora.write_adapter(partial, config, named)
+            tokenizer.save_pretrained(partial)
+    if merged:
+        for name, layer in layers.items():
+            plain_weights[f"{name}.weight"] = lora.merge(
+                tensors[f"{name}.weight"],
+                tensors[f"{name}.lora_A"],
+                tensors[f"{name}.lora_B"],
+                layer.scaling,
+            )
+        write(run / MERGED, plain_weights, expected)
+
+
+@torch.no_grad()
+def gather(prepared: Prepared, *, keep: bool) -> dict[str, Tensor]:
+    """Whole tensors on the CPU by the language model's names; {} where not `keep`. Collective.
+
+    Trained weights are rounded to the dtype that computes; adapters stay fp32. Tied weights come
+    once.
+    """
+    model = language_model(prepared.model)
+    root = next(name for name, module in prepared.model.named_modules() if module is model)
+    tensors = {}
+    for name, parameter in prepared.model.named_parameters():
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        if keep:
+            dtype = whole.dtype if ".lora_" in name else prepared.dtype
+            short = name.removeprefix(root + ".") if root else name
+            tensors[short] = whole.detach().to("cpu", dtype, copy=True)
+    return tensors
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside `target` that takes its place when the block ends without an error."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+    finally:
+        for leftover in (partial, old):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+
+
+def _save(
+    prepared: Prepared, folder: Path, tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    # a copy of the dict: save_pretrained empties it as it goes
+    language_model(prepared.model).save_pretrained(folder, state_dict=dict(tensors))
+    tokenizer.save_pretrained(folder)
+    # transformers notes the live model's settings; a user wants those of the saved one
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config |= {"dtype": str(prepared.dtype).removeprefix("torch."), "use_cache": True}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _read_back(folder: Path, tensors: dict[str, Tensor]) -> PreTrainedModel:
+    """The folder as stock transformers reads it; raises ExportError unless it holds `tensors`."""
+    model = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype="auto", use_safetensors=True, attn_implementation="sdpa"
+    )
+    found = dict(model.named_parameters())
+    wrong = [n for n, t in tensors.items() if n not in found or not torch.equal(found[n], t)]
+    wrong += [n for n in found if n not in tensors]
+    if wrong:
+        raise ExportError(
+            f"{folder}: {len(wrong)} tensors do not read back as saved, among them {wrong[:3]}"
+        )
+    return model
+
+
+def _probe(tokenizer: PreTrainedTokenizerBase) -> Example:
+    ids = np.asarray(tokenizer.encode(PROBE, add_special_tokens=False), dtype=np.int32)
+    half = len(ids) // 2
+    return Example(id="probe", prompts=(ids[:half],), responses=((ids[half:],),))
+
+
+@torch.no_grad()
+def _score(model: nn.Module, probe: Batch) -> float:
+    training = model.training
+    model.eval()
+    logp = model(probe).sum().item()
+    model.train(training)
+    return logp
+
+
+def _compare(folder: Path, found: float, expected: float, tolerance: float) -> None:
+    if not abs(found - expected) <= tolerance:
+        raise ExportError(
+            f"{folder}: read back, a token of the probe has a log-probability of {found:.6f} on "
+            f"average, and {expected:.6f} in training; expected within {tolerance:g} nats"
+        )

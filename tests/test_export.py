@@ -1,0 +1,109 @@
+"""Exports read back, by stock transformers and by PEFT, as the model that was trained."""
+
+import json
+
+import peft
+import pytest
+import torch
+from helpers_models import tiny_llama, tiny_qwen2
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from iopo.logprobs import LogProbs
+from iopo.model import lora
+from iopo.model.parallel import prepare
+from iopo.model.tiny import byte_tokenizer
+from iopo.training import export
+
+CPU = torch.device("cpu")
+IDS = torch.arange(40).view(2, 20) * 6 % 258
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits.float()
+
+
+def trained(model, dtype=torch.float32):
+    prepared = prepare(LogProbs(model), device=CPU, dtype=dtype, mesh=None)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in prepared.parameters.values():
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
+    prepared.zero_grad()
+    return prepared
+
+
+def write(prepared, run, **options):
+    settings = {"base": "org/base", "plain": True, "merged": False, "main": True} | options
+    export.write_exports(prepared, run, tokenizer=byte_tokenizer(), device=CPU, **settings)
+
+
+def adapted(model):
+    generator = torch.Generator().manual_seed(3)
+    lora.add_lora(model, rank=4, alpha=8.0, dropout=0.1, targets="all-linear", generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_full_model_gives_the_same_logits(tmp_path, dtype, tied):
+    prepared = trained(tiny_llama(tied=tied), dtype)
+    write(prepared, tmp_path)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype="auto")
+    assert stock.dtype == dtype and stock.config.use_cache
+    torch.testing.assert_close(logits(stock), logits(prepared.model.causal_lm))
+    assert AutoTokenizer.from_pretrained(tmp_path / "export").chat_template
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["export"]
+
+
+def test_adapter_and_merged_model_give_the_same_logits(tmp_path):
+    prepared = trained(adapted(tiny_qwen2()))
+    expected = logits(prepared.model.causal_lm)
+    prepared.model.train()
+    write(prepared, tmp_path, merged=True)
+    with_peft = peft.PeftModel.from_pretrained(tiny_qwen2(), str(tmp_path / "export"))
+    torch.testing.assert_close(logits(with_peft), expected, rtol=1e-4, atol=1e-5)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "export-merged", dtype="auto")
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
+    config = json.loads((tmp_path / "export" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/base"
+    # the model in training is untouched
+    assert lora.adapters(prepared.model.causal_lm) and prepared.model.causal_lm.training
+
+
+def test_base_without_a_name_is_written_too(tmp_path):
+    prepared = trained(adapted(tiny_qwen2()))
+    write(prepared, tmp_path, base=None)
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "export"))
+    expected = logits(prepared.model.causal_lm)
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_export_that_reads_back_differently_is_refused(tmp_path, monkeypatch):
+    prepared = trained(tiny_llama())
+    write(prepared, tmp_path)
+    before = (tmp_path / "export" / "model.safetensors").read_bytes()
+    tensors = export.gather(prepared, keep=True)
+
+    def wrong(*_, **__):
+        return tensors | {"lm_head.weight": tensors["lm_head.weight"] * 1.5}
+
+    monkeypatch.setattr(export, "gather", wrong)
+    with pytest.raises(export.ExportError, match="on average"):
+        write(prepared, tmp_path)
+    monkeypatch.setattr(export, "gather", lambda *_, **__: tensors | {"extra": torch.ones(2)})
+    with pytest.raises(export.ExportError, match="extra"):
+        write(prepared, tmp_path)
+    assert (tmp_path / "export" / "model.safetensors").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["export"]
+
+
+def test_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "made"
+    with pytest.raises(OSError, match="full"), export.atomic_folder(target) as partial:
+        (partial / "a").write_text("1")
+        raise OSError("disk full")
+    assert not list(tmp_path.iterdir())
+    for text in ("1", "2"):
+        with export.atomic_folder(target) as partial:
+            (partial / "a").write_text(text)
+    assert (target / "a").read_text() == "2" and list(tmp_path.iterdir()) == [target]
