@@ -71,7 +71,7 @@ def parse_indexed(text: str, *, count: int, maximum: int, token: str) -> Parsed:
         scores[number] = _score(entry["score"], maximum)
     if sorted(scores) != list(range(1, count + 1)):
         raise Unreadable(f"scored constraints {sorted(scores)}; expected each of 1 to {count} once")
-    overall = row.get("overall")
+    overall = row.get("overall") if maximum == 10 else None  # not asked for on yes or no
     return Parsed(
         scores=tuple(scores[i] for i in range(1, count + 1)),
         overall=None if overall is None else _score(overall, maximum),
@@ -145,7 +145,7 @@ def parse_yes_no(text: str, *, count: int) -> Parsed:
     labelled = re.findall(r"(?:answer|答案)[\s*]*[:：][\s*]*(yes|no|是|否)", text, re.IGNORECASE)
     if labelled:
         return Parsed((_yes_no(labelled[-1]),))
-    first = re.match(r"[\s*`\"'“]*(yes|no|是|否)(?![a-z])", text, re.IGNORECASE)
+    first = re.match(r"[\s*`\"'“]*(yes|no|是|否)(?![a-z]|\s*(?:or\b|/|或))", text, re.IGNORECASE)
     if first:
         return Parsed((_yes_no(first.group(1)),))
     words = set(re.findall(r"\b(YES|NO)\b", text))

@@ -43,11 +43,16 @@ def _numbered(criteria: tuple[str, ...]) -> str:
 def robust(question: Question) -> str:
     """JSON by constraint number; everything foreign is fenced and called data."""
     mark = token(question)
-    scale = (
-        "a score from 0 (ignored) to 10 (fully met); 10 only if nothing at all is missing"
-        if question.maximum == 10
-        else "a score of 1 (fully met) or 0 (not fully met, or not to be decided from the answer)"
-    )
+    if question.maximum == 10:
+        scale = (
+            "a score from 0 (ignored) to 10 (fully met); 10 only if nothing at all is missing. Then "
+            "give an overall score from 0 to 10; it is 0 if the answer is irrelevant to the task, "
+            "wrong in its facts or harmful"
+        )
+        overall = ', "overall": n'
+    else:
+        scale = "a score of 1 (fully met) or 0 (not fully met, or not to be told from the answer)"
+        overall = ""
     parts = [
         "You check whether an answer obeys constraints. Judge strictly and only by what is "
         "written.",
@@ -60,11 +65,10 @@ def robust(question: Question) -> str:
     parts += [
         _fence("constraints", _numbered(question.criteria), mark),
         _fence("answer", question.response, mark),
-        f"Give each of the {len(question.criteria)} constraints {scale}. If the answer is "
-        "irrelevant to the task, wrong in its facts or harmful, the overall score is 0.",
+        f"Give each of the {len(question.criteria)} constraints {scale}.",
         "Reply with one JSON object and nothing else, constraints in order:",
-        f'{{"check": "{mark}", "constraints": [{{"id": 1, "reason": "short", "score": n}}, ...], '
-        f'"overall": n}}',
+        f'{{"check": "{mark}", "constraints": [{{"id": 1, "reason": "short", "score": n}}, ...]'
+        f"{overall}}}",
     ]
     return "\n\n".join(parts)
 
@@ -87,19 +91,17 @@ def robust_schema(question: Question) -> dict[str, Any]:
         "required": ["id", "reason", "score"],
         "additionalProperties": False,
     }
+    verdicts = {"type": "array", "items": entry, "minItems": count, "maxItems": count}
+    properties = {
+        "check": {"type": "string", "enum": [token(question)]},
+        "constraints": verdicts,
+    }
+    if question.maximum == 10:
+        properties["overall"] = score
     schema = {
         "type": "object",
-        "properties": {
-            "check": {"type": "string", "enum": [token(question)]},
-            "constraints": {
-                "type": "array",
-                "items": entry,
-                "minItems": count,
-                "maxItems": count,
-            },
-            "overall": score,
-        },
-        "required": ["check", "constraints", "overall"],
+        "properties": properties,
+        "required": list(properties),
         "additionalProperties": False,
     }
     return {

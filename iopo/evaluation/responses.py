@@ -253,4 +253,5 @@ def load_model(section: ModelSection) -> tuple[Any, Any]:
     model = load_causal_lm(folder, dtype)
     if section.adapter is not None:
         load_adapter(model, section.adapter)  # not merged: that would round it to the dtype
-    return model.to(device).eval(), load_tokenizer(folder)
+    torch.nn.Module.to(model, device)
+    return model.eval(), load_tokenizer(folder)
