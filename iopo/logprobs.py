@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from iopo.data.layout import Batch
 from iopo.kernels.linear_logprob import linear_logprob
-from iopo.model.attention import SHARED, no_mask
+from iopo.model.attention import forward_arguments
 
 
 class LogProbs(nn.Module):
@@ -54,26 +54,18 @@ class LogProbs(nn.Module):
         logp_R = linear_logprob(
             hidden_RD, head.weight, batch.targets_R, bias_V=head.bias, softcap=self.softcap
         )
-        # A member's rows are neighbours: a sum per run of rows has one order, index_add on CUDA
-        # has not.
-        logp_M = torch.segment_reduce(logp_R, "sum", lengths=batch.scored_M)
+        # A member's rows are neighbours. A sum over each run of rows has one order, which index_add
+        # on CUDA has not; unsafe skips a check of the lengths that waits for the device.
+        logp_M = torch.segment_reduce(logp_R, "sum", lengths=batch.scored_M, unsafe=True)
         return logp_M.view(batch.examples, batch.members)
 
     def _hidden(self, batch: Batch) -> Tensor:
         """Hidden states after the final norm, [1, T, D] or [S, L, D]."""
-        body = self.causal_lm.get_decoder()
-        common = {"input_ids": batch.input_ids, "position_ids": batch.positions}
         if batch.attention is None:
-            mask = batch.padding_mask
-            return body(**common, attention_mask=mask, use_cache=False).last_hidden_state
-        if self.causal_lm.config._attn_implementation != SHARED:
-            raise ValueError(
-                "LogProbs: the shared layout needs a model with attn_implementation="
-                f"{SHARED!r}, found {self.causal_lm.config._attn_implementation!r}; "
-                "load it with that attention or use the plain layout"
-            )
-        mask = no_mask(batch.input_ids.device)
-        hidden = body(
-            **common, attention_mask=mask, use_cache=False, segments=batch.attention
-        ).last_hidden_state
-        return hidden
+            arguments = {"attention_mask": batch.padding_mask, "use_cache": False}
+        else:
+            device = batch.input_ids.device
+            arguments = forward_arguments(self.causal_lm.config, batch.attention, device)
+        body = self.causal_lm.get_decoder()
+        output = body(input_ids=batch.input_ids, position_ids=batch.positions, **arguments)
+        return output.last_hidden_state

@@ -1,14 +1,29 @@
-"""The CPU operator against a masked softmax written out, and what the attention refuses."""
+"""Attention by segments against a masked softmax written out, and what it refuses."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 from iopo.data.layout import segments
-from iopo.model.attention_cpu import segment_attention
+from iopo.model import attention
+from iopo.model.attention import block_mask, forward_arguments, shared_attention
+from iopo.model.attention_cpu import segment_attention, segment_attention_backward
 
-# Two prompts of 5 and 1 tokens with responses 3, 2 and 1, 0 (dropped), 4, then a tail of 2.
-RANGES = [(0, 8, 0, 0), (8, 10, 0, 5), (10, 12, 10, 10), (12, 16, 10, 11), (16, 18, 16, 16)]
-T = 18
+# Prompts of 5 and 1 tokens, the first with responses of 3 and 2, the second with 1, 4 and 1 tokens;
+# then a tail of 2.
+RANGES = [
+    (0, 8, 0, 0),
+    (8, 10, 0, 5),
+    (10, 12, 10, 10),
+    (12, 16, 10, 11),
+    (16, 17, 10, 11),
+    (17, 19, 17, 17),
+]
+T = 19
+CPU = torch.device("cpu")
+HEADS = pytest.mark.parametrize(("heads", "groups"), [(6, 2), (4, 4), (3, 1)])
 
 
 def allowed_TT() -> torch.Tensor:
@@ -22,15 +37,15 @@ def allowed_TT() -> torch.Tensor:
 
 
 def by_definition(query, key, value, scale):
-    """[T, H, E] from [T, H, E] and [T, K, E] by explicit scores and softmax."""
+    """[T, H, E] from [T, H, E] and [T, K, E] by explicit scores and softmax, and the scores."""
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     scores = torch.einsum("the,she->hts", query, key) * scale
-    weights = scores.masked_fill(~allowed_TT(), -torch.inf).softmax(-1)
-    return torch.einsum("hts,she->the", weights, value), scores
+    scores = scores.masked_fill(~allowed_TT(), -torch.inf)
+    return torch.einsum("hts,she->the", scores.softmax(-1), value), scores
 
 
-def inputs(heads, groups, dtype=torch.float64, width=8):
+def inputs(heads, groups, dtype=torch.float64, width=16):
     generator = torch.Generator().manual_seed(heads * 10 + groups)
     shapes = ((T, heads, width), (T, groups, width), (T, groups, width))
     return [
@@ -39,16 +54,157 @@ def inputs(heads, groups, dtype=torch.float64, width=8):
     ]
 
 
-@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (4, 4), (3, 1)])
+def gradients(out, query, key, value):
+    upstream = torch.linspace(-1, 2, out.numel()).to(out.dtype).view(out.shape)
+    return torch.autograd.grad(out, (query, key, value), upstream)
+
+
+def assert_close(actual, expected, tolerance=1e-12):
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=tolerance)
+
+
+@HEADS
 def test_segments_equal_the_masked_softmax(heads, groups):
     query, key, value = inputs(heads, groups)
     out, lse = segment_attention(query, key, value, segments(RANGES).ranges_N4, 0.3)
     expected, scores = by_definition(query, key, value, 0.3)
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
-    expected_lse = scores.masked_fill(~allowed_TT(), -torch.inf).logsumexp(-1)
-    torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-12)
-    upstream = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(out.shape)
-    grads = torch.autograd.grad(out, (query, key, value), upstream)
-    expected_grads = torch.autograd.grad(expected, (query, key, value), upstream)
-    for grad, wanted in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(grad, wanted, rtol=0, atol=1e-12)
+    assert_close([out, lse], [expected, scores.logsumexp(-1)])
+    assert_close(gradients(out, query, key, value), gradients(expected, query, key, value))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
+def test_narrow_dtypes_are_as_exact_as_they_can_be(dtype, tolerance):
+    query, key, value = inputs(6, 2, dtype)
+    out, lse = segment_attention(query, key, value, segments(RANGES).ranges_N4, 0.3)
+    wide = [x.detach().double().requires_grad_() for x in (query, key, value)]
+    expected, _ = by_definition(*wide, 0.3)
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    assert_close([out], [expected], tolerance)
+    assert_close(gradients(out, query, key, value), gradients(expected, *wide), tolerance)
+
+
+def test_the_operators_keep_torchs_contract():
+    """Fake kernels, autograd registration and no aliasing, as torch.compile relies on them."""
+    query, key, value = inputs(4, 2)
+    ranges_N4 = segments(RANGES).ranges_N4
+    torch.library.opcheck(segment_attention, (query, key, value, ranges_N4, 0.3))
+    out, lse = segment_attention(query, key, value, ranges_N4, 0.3)
+    plain = [x.detach() for x in (out, query, key, value, out, lse)]
+    torch.library.opcheck(segment_attention_backward, (*plain, ranges_N4, 0.3))
+
+
+def slow_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+    """varlen_attn as documented, one segment at a time; causal means bottom-right."""
+    assert window_size == (-1, 0) and cu_q.dtype == cu_k.dtype == torch.int32
+    assert enable_gqa == (q.shape[1] != k.shape[1])
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    outs = []
+    for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
+        queries, keys = int(b - a), int(d - c)
+        assert queries <= max_q and keys <= max_k
+        scores = torch.einsum("qhe,khe->hqk", q[a:b], k[c:d]) * scale
+        seen = torch.ones(queries, keys).tril(keys - queries).bool()
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        outs.append(torch.einsum("hqk,khe->qhe", weights, v[c:d]))
+    return torch.cat(outs)
+
+
+@HEADS
+@pytest.mark.parametrize("groups_heads", [True, False])
+def test_varlen_arguments_describe_the_masked_softmax(heads, groups, groups_heads, monkeypatch):
+    monkeypatch.setattr(attention, "varlen_attn", slow_varlen)
+    monkeypatch.setattr(attention, "VARLEN_GROUPS_HEADS", groups_heads)
+    query, key, value = inputs(heads, groups, torch.float16)
+    out = attention.varlen(query, key, value, segments(RANGES), 0.3)
+    wide = [x.detach().double().requires_grad_() for x in (query, key, value)]
+    expected, _ = by_definition(*wide, 0.3)
+    assert_close([out], [expected], 2e-3)
+    assert_close(gradients(out, query, key, value), gradients(expected, *wide), 2e-2)
+
+
+def test_the_block_mask_is_the_definition():
+    mask = block_mask(segments(RANGES), CPU)
+    assert torch.equal(create_mask(mask.mask_mod, 1, 1, T, T, device="cpu")[0, 0], allowed_TT())
+    query, key, value = (x.detach() for x in inputs(6, 2))
+    heads_first = [x.transpose(0, 1)[None] for x in (query, key, value)]
+    out = flex_attention(*heads_first, block_mask=mask, scale=0.3, enable_gqa=True)
+    assert_close([out[0].transpose(0, 1)], [by_definition(query, key, value, 0.3)[0]])
+
+
+def call(**changes):
+    query, key, value = (x.detach().transpose(0, 1)[None] for x in inputs(6, 2))
+    config = SimpleNamespace(_attn_implementation=attention.SHARED)
+    arguments = forward_arguments(config, segments(RANGES), CPU) | {"key": key} | changes
+    return shared_attention(torch.nn.Identity(), query, value=value, **arguments)
+
+
+def test_the_function_takes_transformers_shapes():
+    query, key, value = (x.detach() for x in inputs(6, 2))
+    out, weights = call(sliding_window=8)  # exactly the longest path
+    assert out.shape == (1, T, 6, 16) and weights is None
+    assert_close([out[0]], [by_definition(query, key, value, 0.25)[0]])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dropout": 0.1}, "attention dropout is 0.1"),
+        ({"softcap": 50.0}, r"soft-capped scores \(here 50.0\)"),
+        ({"sliding_window": 7}, r"sliding window of 7 tokens is shorter .* \(8 tokens\)"),
+        ({"key": torch.zeros(1, 2, T + 1, 16)}, "found 20 and 19; pass use_cache=False"),
+        ({"attention_mask": None}, "segments take the place of a mask"),
+        ({"attention_mask": torch.ones(1, 1, T, T)}, "segments take the place of a mask"),
+    ],
+)
+def test_what_segments_cannot_do_is_refused_by_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+def test_float32_is_refused_on_cuda():
+    query, key, value = inputs(2, 2, torch.float32)
+    with pytest.raises(ValueError, match="needs bfloat16 or float16, found torch.float32"):
+        attention.varlen(query, key, value, segments(RANGES), 1.0)
+
+
+def flex_config(**fields):
+    return SimpleNamespace(_attn_implementation="flex_attention", to_dict=lambda: fields)
+
+
+def test_other_implementations_are_refused():
+    with pytest.raises(ValueError, match="found 'sdpa'; load it with one of these"):
+        config = SimpleNamespace(_attn_implementation="sdpa")
+        forward_arguments(config, segments(RANGES), CPU)
+    with pytest.raises(ValueError, match="no backward on cpu"):
+        forward_arguments(flex_config(), segments(RANGES), CPU)
+    with pytest.raises(ValueError, match="sliding window of 4 tokens"):
+        config = flex_config(sliding_window=4)
+        forward_arguments(config, segments(RANGES), torch.device("cuda"))
+
+
+@pytest.mark.gpu
+@HEADS
+def test_varlen_on_cuda_equals_the_masked_softmax(heads, groups):
+    query, key, value = inputs(heads, groups, torch.bfloat16, width=64)
+    cuda = [x.detach().cuda().requires_grad_() for x in (query, key, value)]
+    out = attention.varlen(*cuda, segments(RANGES).to("cuda"), 0.125)
+    wide = [x.detach().double().requires_grad_() for x in (query, key, value)]
+    expected, _ = by_definition(*wide, 0.125)
+    assert_close([out.cpu()], [expected], 3e-2)
+    grads = gradients(out, *cuda)
+    assert_close([x.cpu() for x in grads], gradients(expected, *wide), 3e-2)
+
+
+@pytest.mark.gpu
+def test_flex_on_cuda_equals_the_masked_softmax():
+    query, key, value = inputs(6, 2, torch.float32, width=64)
+    cuda = [x.detach().cuda().requires_grad_() for x in (query, key, value)]
+    mask = block_mask(segments(RANGES), torch.device("cuda"))
+    heads_first = [x.transpose(0, 1)[None] for x in cuda]
+    compiled = torch.compile(flex_attention, dynamic=True)
+    out = compiled(*heads_first, block_mask=mask, scale=0.125, enable_gqa=True)[0].transpose(0, 1)
+    wide = [x.detach().double().requires_grad_() for x in (query, key, value)]
+    expected, _ = by_definition(*wide, 0.125)
+    assert_close([out.cpu()], [expected], 1e-2)
+    assert_close([x.cpu() for x in gradients(out, *cuda)], gradients(expected, *wide), 1e-2)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from iopo.data import layout
 from iopo.data.layout import build_packed, build_plain, build_shared
-from iopo.data.tokenize import Example
+from iopo.data.example import Example
 
 
 def test_docstrings():

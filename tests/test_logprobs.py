@@ -5,10 +5,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from iopo.data.layout import build_packed, build_plain, build_shared
-from iopo.data.tokenize import Example
+from iopo.data.example import Example
 from iopo.logprobs import LogProbs
 from iopo.model.attention import SHARED, register_attention
 
@@ -112,3 +116,118 @@ def test_shared_equals_plain_in_float32(family):
     assert shared.dtype == torch.float32
     torch.testing.assert_close(shared, plain, rtol=1e-5, atol=1e-5)
     assert_same(gradients(model, shared), gradients(model, plain), 1e-5)
+
+
+@pytest.mark.parametrize("build", [build_shared, build_packed, build_plain])
+def test_changing_one_example_leaves_the_others_untouched(build):
+    """Bitwise, at the same lengths; the changed one stands between the others."""
+    log_probs = LogProbs(tiny("llama", dtype=torch.float32))
+    before = log_probs(build(QUADS))
+    after = log_probs(build([QUADS[0], quad("b", (1, 30, 1, 2), seed=1), QUADS[2]]))
+    assert torch.equal(before[[0, 2]], after[[0, 2]])
+    assert (before[1] != after[1]).all()
+
+
+def test_the_padded_tail_changes_nothing():
+    model = tiny("llama")
+    logp = LogProbs(model)(build_shared(QUADS))
+    padded = LogProbs(model)(build_shared(QUADS, multiple=128))
+    torch.testing.assert_close(padded, logp, rtol=0, atol=1e-12)
+    assert_same(gradients(model, padded), gradients(model, logp), 1e-12)
+
+
+def test_pairs_single_responses_and_three_members():
+    model, stock = tiny("qwen2"), tiny("qwen2", "sdpa")
+    x1, x2, y1, y2 = (QUADS[0].prompts[0], QUADS[0].prompts[1], *QUADS[0].responses[0])
+    kinds = {
+        "pair": (((x1,), ((y1, y2),)), ((x2,), ((y2, y1),))),
+        "sft": (((x1,), ((y1,),)), ((x2,), ((y2,),))),
+        "iopo_three": (((x1, x2), ((y1, y2), (y1,))), ((x2, x1), ((y2, y1), (y2,)))),
+        "four responses": (((x1,), ((y1, y2, x1, x2),)), ((x2,), ((x2, y2, y1, y1),))),
+    }
+    for kind, forests in kinds.items():
+        examples = [Example(f"{kind} {i}", *forest) for i, forest in enumerate(forests)]
+        logp = LogProbs(model)(build_shared(examples))
+        expected = naive(stock, examples)
+        torch.testing.assert_close(logp, expected, rtol=0, atol=1e-10)
+        assert_same(gradients(model, logp), gradients(stock, expected), 1e-10)
+
+
+def test_a_head_with_bias():
+    model, stock = tiny("llama"), tiny("llama", "sdpa")
+    for each in (model, stock):
+        each.lm_head = torch.nn.Linear(32, V, dtype=torch.float64)
+        torch.nn.init.normal_(each.lm_head.weight, generator=torch.Generator().manual_seed(1))
+        torch.nn.init.normal_(each.lm_head.bias, generator=torch.Generator().manual_seed(2))
+    logp, expected = LogProbs(model)(build_shared(QUADS)), naive(stock, QUADS)
+    torch.testing.assert_close(logp, expected, rtol=0, atol=1e-10)
+    assert_same(gradients(model, logp), gradients(stock, expected), 1e-10)
+
+
+def test_checkpointed_blocks_give_the_same_gradients():
+    model = tiny("llama")
+    expected = gradients(model, LogProbs(model)(build_shared(QUADS)))
+    for block in model.model.layers:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    assert_same(gradients(model, LogProbs(model)(build_shared(QUADS))), expected, 0)
+
+
+def test_a_model_with_the_shared_attention_still_generates():
+    prompt = torch.arange(3, 9).repeat(2, 1)
+    mask = torch.ones_like(prompt)
+    mask[0, :2] = 0  # left padding, as batched generation has it
+    texts = [
+        tiny("llama", attention).generate(
+            prompt, attention_mask=mask, max_new_tokens=5, do_sample=False, use_cache=True
+        )
+        for attention in (SHARED, "sdpa")
+    ]
+    assert torch.equal(*texts)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_whole_graphs_and_new_layouts_need_no_new_ones():
+    torch._dynamo.reset()
+    log_probs = LogProbs(tiny("llama", dtype=torch.float32))
+    batches = [build_shared(quads) for quads in (QUADS, QUADS[:2], QUADS[1:], QUADS * 2)]
+    graphs_after = []
+    expected = [log_probs(batch) for batch in batches]
+    graphs = []
+
+    def counting(graph, example_inputs):
+        graphs.append(graph)
+        return aot_eager(graph, example_inputs)
+
+    for block in log_probs.causal_lm.model.layers:
+        block.forward = torch.compile(block.forward, dynamic=True, fullgraph=True, backend=counting)
+    for batch, wanted in zip(batches, expected, strict=True):
+        logp = log_probs(batch)
+        logp.sum().backward()
+        torch.testing.assert_close(logp, wanted)
+        graphs_after.append(len(graphs))
+    assert graphs_after == [graphs_after[0]] * 4
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="found 'sdpa'; load it with one of these"):
+        LogProbs(tiny("llama", "sdpa"))(build_shared(QUADS))
+    model = tiny("llama")
+    model.lm_head = torch.nn.Identity()
+    with pytest.raises(ValueError, match="has Identity as output layer"):
+        LogProbs(model)
+    model = tiny("gemma3")
+    long = build_shared([quad("long", (60, 2, 5, 5))])
+    with pytest.raises(ValueError, match="Gemma3Attention: the model's sliding window of 64"):
+        LogProbs(model)(long)
+
+
+def test_an_output_weight_that_is_sharded_inside_forward_is_refused(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = tiny("llama", dtype=torch.float32)
+        fully_shard(model.lm_head, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="shard LogProbs itself as the FSDP root"):
+            LogProbs(model)(build_shared(QUADS))
+    finally:
+        torch.distributed.destroy_process_group()

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iopo.data.tokenize import Example
+from iopo.data.example import Example
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,19 @@
 `attn_implementation=SHARED` then works on all layouts. With `segments=` among the keyword
 arguments of the model's forward, attention is by segments (see SharedSegments): PyTorch's
 varlen_attn on CUDA, attention_cpu on the CPU. Without it (plain layout, generation) it is
-transformers' own "sdpa".
+transformers' own "sdpa". A model loaded with transformers' "flex_attention" can run the shared
+layout on CUDA too.
+
+Letters: T packed tokens, H query heads, K key/value heads, E head dimension.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -17,20 +24,49 @@ from iopo.data.layout import SharedSegments
 from iopo.model.attention_cpu import segment_attention
 
 SHARED = "shared"
+FLEX = "flex_attention"
+
+# From 2.12 on varlen_attn has a switch for key heads that serve several query heads. (This is no
+# comparison of text: torch.__version__ is a TorchVersion.)
+VARLEN_GROUPS_HEADS = torch.__version__ >= "2.12"
 
 
 def register_attention() -> None:
     """Make SHARED a choice for `attn_implementation`; calling it again changes nothing."""
     AttentionInterface.register(SHARED, shared_attention)
-    # For calls without segments. With segments the caller passes `no_mask`, which transformers
+    # For calls without segments. With segments, forward_arguments passes a mask that transformers
     # hands on as it is: otherwise it would build a T x T mask, and a wrong one, because it takes
     # the restart of positions before a second response for the start of a new document.
     AttentionMaskInterface.register(SHARED, sdpa_mask)
 
 
-def no_mask(device: torch.device) -> Tensor:
-    """The attention_mask to pass with segments: a prepared 4-D mask without elements."""
-    return torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
+def forward_arguments(
+    config: PretrainedConfig, segments: SharedSegments, device: torch.device
+) -> dict[str, Any]:
+    """What the model's forward needs beside input_ids and position_ids, with `segments`.
+
+    config: the model's; its attention implementation decides. To be made once per batch.
+    Raises ValueError for an implementation that has no segments, for "flex_attention" on a device
+    other than CUDA or with a sliding window shorter than the longest path.
+    """
+    name = config._attn_implementation
+    if name == SHARED:
+        # a prepared 4-D mask without elements
+        mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
+        return {"attention_mask": mask, "segments": segments, "use_cache": False}
+    if name != FLEX:
+        raise ValueError(
+            f"the shared layout needs a model loaded with attention {SHARED!r} or {FLEX!r}, found "
+            f"{name!r}; load it with one of these or use the plain layout"
+        )
+    if device.type != "cuda":
+        raise ValueError(
+            f"attention {FLEX!r} has no backward on {device.type}; use {SHARED!r} there"
+        )
+    fields = config.to_dict()
+    if "sliding_attention" in fields.get("layer_types", ["sliding_attention"]):
+        _refuse_window(f"attention {FLEX!r}", fields.get("sliding_window"), segments)
+    return {"attention_mask": block_mask(segments, device), "use_cache": False}
 
 
 def shared_attention(
@@ -45,63 +81,94 @@ def shared_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention by segments if `segments` is given, else transformers' "sdpa".
 
-    query [1, H, T, E], key and value [1, K, T, E], after rotary embedding and norms. H query heads
-    share K key/value heads. scaling defaults to E ** -0.5.
+    query [1, H, T, E], key and value [1, K, T, E], after rotary embedding and norms; H is a
+    multiple of K. scaling defaults to E ** -0.5.
     Returns (output [1, T, H, E] in query's dtype, None).
     Raises ValueError, with segments, on what they do not support: dropout, soft-capped scores, a
-    sliding window shorter than the longest path, a key/value cache, a mask.
+    sliding window shorter than the longest path, a key/value cache, a mask, float32 on CUDA.
     """
     if segments is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             sliding_window=sliding_window, softcap=softcap, **kwargs,
         )  # fmt: skip
-    _refuse(module, query, key, attention_mask, segments, dropout, sliding_window, softcap)
+    where = f"attention {SHARED!r} in {type(module).__name__}"
+    _refuse(where, query, key, attention_mask, dropout, softcap)
+    _refuse_window(where, sliding_window, segments)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # [1, heads, T, E] -> [T, heads, E]: transformers made the former as a view of the latter.
+    # [1, heads, T, E] -> [T, heads, E]: transformers made the former as a view of the latter
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if query.is_cuda:
-        out = _varlen(q, k, v, segments, scale)
+        out = varlen(q, k, v, segments, scale)
     else:
         out, _ = segment_attention(q, k, v, segments.ranges_N4, scale)
     return out.unsqueeze(0), None
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: SharedSegments, scale: float) -> Tensor:
-    """[T, H, E] by PyTorch's FlashAttention over gathered keys, causal aligned bottom-right."""
-    from torch.nn.attention.varlen import varlen_attn  # needs CUDA
+def varlen(q: Tensor, k: Tensor, v: Tensor, segments: SharedSegments, scale: float) -> Tensor:
+    """Attention by segments in PyTorch's FlashAttention over gathered keys; CUDA only.
 
-    # A prompt token occurs once per response. With at most two responses the backward adds two
-    # terms to zero, in either order the same bits.
+    q [T, H, E], k and v [T, K, E], float16 or bfloat16. Returns [T, H, E].
+    The causal mask is aligned bottom-right, which is what (prefix, own) keys need.
+    Deterministic when a prompt has at most two responses: the gradient of a prompt's key is then
+    a sum of two terms, the same bits in either order.
+    """
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"attention {SHARED!r} on CUDA needs bfloat16 or float16, found {q.dtype}; set the "
+            "model's dtype, use the plain layout, or load the model with flex_attention"
+        )
     k, v = k.index_select(0, segments.gather_K), v.index_select(0, segments.gather_K)
+    options: dict[str, Any] = {}
+    if q.shape[1] != k.shape[1]:
+        if VARLEN_GROUPS_HEADS:
+            options["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     out = varlen_attn(
         q, k, v, segments.cu_q, segments.cu_k, segments.max_q, segments.max_k,
-        scale=scale, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1],
+        scale=scale, window_size=(-1, 0), **options,
     )  # fmt: skip
     assert isinstance(out, Tensor)  # a tuple only when the log-sum-exp is asked for
     return out
 
 
-def _refuse(module, query, key, attention_mask, segments, dropout, sliding_window, softcap) -> None:
-    where = f"attention {SHARED!r} in {type(module).__name__}"
+def block_mask(segments: SharedSegments, device: torch.device) -> BlockMask:
+    """FlexAttention's mask [1, 1, T, T] of the segments."""
+    ranges_N4 = segments.ranges_N4
+    lengths_N = ranges_N4[:, 1] - ranges_N4[:, 0]
+    columns = ranges_N4.repeat_interleave(lengths_N, dim=0).to(device).unbind(1)
+    start_T, _, prefix_start_T, prefix_stop_T = (column.contiguous() for column in columns)
+
+    def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        own = (start_T[query] <= key) & (key <= query)
+        return own | ((prefix_start_T[query] <= key) & (key < prefix_stop_T[query]))
+
+    tokens = len(start_T)
+    return create_block_mask(sees, None, None, tokens, tokens, device=device)
+
+
+def _refuse(
+    where: str,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    softcap: float | None,
+) -> None:
     if dropout:
         raise ValueError(
-            f"{where}: attention dropout is {dropout}; the shared layout needs 0, because the "
-            "members that share a prompt would also share its mask. Set attention_dropout to 0"
+            f"{where}: attention dropout is {dropout}, the shared layout needs 0, because members "
+            "that share a prompt would share its dropped scores; set attention_dropout to 0"
         )
     if softcap is not None:
         raise ValueError(
-            f"{where}: soft-capped attention scores ({softcap}) are not supported in the shared "
-            "layout; use data.layout=plain with attn_implementation=eager for this model"
-        )
-    if sliding_window is not None and sliding_window < segments.max_k:
-        raise ValueError(
-            f"{where}: a sliding window of {sliding_window} is shorter than the longest prompt and "
-            f"response ({segments.max_k} tokens); shorten the data or use the plain layout"
+            f"{where}: soft-capped scores (here {softcap}) are not supported in the shared layout; "
+            "use the plain layout with attention 'eager' for this model"
         )
     if key.shape[2] != query.shape[2]:
         raise ValueError(
@@ -110,5 +177,15 @@ def _refuse(module, query, key, attention_mask, segments, dropout, sliding_windo
         )
     if attention_mask is None or attention_mask.numel():
         raise ValueError(
-            f"{where}: segments replace the mask; pass attention_mask=no_mask(device) with them"
+            f"{where}: segments take the place of a mask; pass what forward_arguments returns"
+        )
+
+
+def _refuse_window(where: str, window: int | None, segments: SharedSegments) -> None:
+    if window is not None and window < segments.max_k:
+        raise ValueError(
+            f"{where}: the model's sliding window of {window} tokens is shorter than the longest "
+            f"prompt with response ({segments.max_k} tokens), which the shared layout does not "
+            "support; lower data.max_prompt_tokens or data.max_response_tokens, or use the plain "
+            "layout"
         )

@@ -5,6 +5,15 @@ PyTorch's flash kernel on slices, without a mask and without copying keys, and a
 log-sum-exps. The backward gives the kernel the merged output and log-sum-exp, so that each part's
 gradient is that of the merged softmax.
 
+Measured, forward + backward of one layer in ms (two cores with AMX, float32, 9 query and 3 key
+heads of 64), against scaled_dot_product_attention with masks:
+                                         8 quads of 80 + 40 tokens   1 quad of 1000 + 500
+    this                                          30                        197
+    [x | y1] causal, y2 with a mask               39                        212
+    one mask per prompt and its responses         34                        345
+    those batched (needs equal lengths)           29                        319
+    one mask for the row                         282                        682
+
 Letters: T packed tokens, H query heads, K key/value heads, G = H / K, E head dimension, N segments.
 """
 
@@ -59,7 +68,8 @@ def segment_attention_backward(
     """Gradients of segment_attention for query, key and value, in their shapes and dtypes."""
     heads, groups = query.shape[1], key.shape[1]
     wide = torch.promote_types(query.dtype, torch.float32)
-    # The kernel's bfloat16 backward is slower than its float32 one at these lengths.
+    # In float32 whatever came in: the kernel's bfloat16 backward takes 2.9 times as long at 80 + 40
+    # tokens (0.83 times at 1000 + 500) and is less exact.
     g, q, k, v, o = (_by_group(x.to(wide), groups, heads) for x in (grad, query, key, value, out))
     lse_g = lse.unflatten(0, (groups, -1))
     dq = torch.empty(query.shape, dtype=wide)
