@@ -18,13 +18,14 @@ from .demo import (
     bases_of,
     collect,
     follow_candidates,
+    follow_jobs,
     followed_drafts,
     is_heldout,
     write_rows,
 )
 from .quadruples import Draft
 from .responses import Job, Response, Sampler, bare_jobs, sample_all, transformers_sampler
-from .tasks import instruction, read_tasks
+from .tasks import read_tasks
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -38,31 +39,18 @@ class LazySampler:
 
     def __call__(self, prompts: Sequence[str], seed: int) -> list[tuple[str, str]]:
         if self._sampler is None:
-            if self.cfg.model is None:
+            if self.cfg.model_path is None:
                 raise ValueError(
                     f"construct: {self.cfg.responses} lacks responses to {prompts[0]!r} and "
-                    "others, expected all; give the folder of a model that writes them: model=PATH"
+                    "others; give the folder of a model that writes them: model_path=PATH"
                 )
             self._sampler = transformers_sampler(
-                Path(self.cfg.model),
+                Path(self.cfg.model_path),
                 max_new_tokens=self.cfg.max_new_tokens,
                 temperature=self.cfg.temperature,
                 top_p=self.cfg.top_p,
             )
         return self._sampler(prompts, seed)
-
-
-def follow_jobs(candidates: Sequence[tuple[str, Draft]], samples: int) -> list[Job]:
-    """Both instructions of every candidate, `samples` times each."""
-    return [
-        Job(
-            f"{name}-x{side}-{n}",
-            instruction(draft.task, [c.render() for c in (draft.c1, draft.c2)[side - 1]]),
-        )
-        for n in range(samples)
-        for name, draft in candidates
-        for side in (1, 2)
-    ]
 
 
 def build(cfg: DictConfig) -> tuple[Collection, Collection, Tally, Counter[str]]:
@@ -86,7 +74,7 @@ def build(cfg: DictConfig) -> tuple[Collection, Collection, Tally, Counter[str]]
     if cfg.follow_candidates:
         candidates = follow_candidates(cfg.follow_candidates, train_tasks, bases, cfg.seed + 1)
         responses = sampled(follow_jobs(candidates, cfg.follow_samples))
-        followed = followed_drafts(candidates, responses, tally)
+        followed = followed_drafts(candidates, responses, cfg.follow_samples, tally)
     rng = random.Random(cfg.seed)
     train = collect([TRAIN], train_tasks, bases, rng, tally, followed)
     heldout = collect(HELDOUT, heldout_tasks, bases, rng, tally)

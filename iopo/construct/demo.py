@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 from iopo.constraints import Constraint
@@ -15,10 +17,10 @@ from iopo.constraints import text as cut
 from .proposals import SEEN_KINDS, UNSEEN_KINDS, held_out, kinds_with_reserved
 from .prose import balanced, whole_sentences
 from .quadruples import Choice, Draft, Refused, edit, follow, kinds_of, relabel, to_row
-from .responses import Response
-from .tasks import Task
+from .responses import Job, Response
+from .tasks import Task, instruction
 
-MOST_WORDS = 60  # of a finished response; its text before edits has at most MOST_WORDS - 10
+LEAST_WORDS, MOST_WORDS = 6, 60  # of a response; before edits at most MOST_WORDS - 10
 ATTEMPTS = 30  # draws for one task in one round before the next task has its turn
 Bases = Mapping[str, Sequence[tuple[str, ...]]]  # task line -> responses as whole sentences
 
@@ -80,8 +82,9 @@ class Collection:
         """Why the quad may not join; None if it may."""
         if len({draft.y1, draft.y2} | self._texts) < len(self._texts) + 2:
             return "repeated response"
-        if max(len(cut.words(y)) for y in (draft.y1, draft.y2)) > MOST_WORDS:
-            return "too long"
+        lengths = [len(cut.words(y)) for y in (draft.y1, draft.y2)]
+        if min(lengths) < LEAST_WORDS or max(lengths) > MOST_WORDS:
+            return "too short or too long"
         if abs(self._longer_together + _longer_together(draft)) > 3:
             return "length would tell"
         return None
@@ -174,33 +177,53 @@ def _draw(
     return None
 
 
-def follow_candidates(
-    quads: int, tasks: Sequence[Task], bases: Bases, seed: int
-) -> list[tuple[str, Draft]]:
-    """Named instruction pairs to sample responses for; the responses they carry are not used."""
-    rng = random.Random(seed)
-    part = Part("train", quads, 0.5, SEEN_KINDS, reserved=False)
-    drafts = collect([part], tasks, bases, rng, Tally()).drafts
-    return [(f"follow-{seed}-{n}", draft) for n, (draft, _) in enumerate(drafts)]
+def follow_candidates(quads: int, tasks: Sequence[Task], bases: Bases, seed: int) -> list[Draft]:
+    """Instruction pairs to sample responses for; the responses they carry are not used.
+
+    Few constraints each: a small model seldom follows many.
+    """
+    part = Part("train", 4 * quads, 0.5, SEEN_KINDS, reserved=False)
+    drafts = [
+        draft for draft, _ in collect([part], tasks, bases, random.Random(seed), Tally()).drafts
+    ]
+    return [draft for draft in drafts if len(draft.c1) + len(draft.c2) <= 3][:quads]
+
+
+def follow_jobs(candidates: Sequence[Draft], samples: int) -> list[Job]:
+    """Both instructions of every candidate, `samples` times each, named by their text."""
+    return [
+        Job(_follow_key(prompt, n), prompt)
+        for n in range(samples)
+        for draft in candidates
+        for prompt in _plain_instructions(draft)
+    ]
 
 
 def followed_drafts(
-    candidates: Sequence[tuple[str, Draft]], responses: Mapping[str, Response], tally: Tally
+    candidates: Sequence[Draft], responses: Mapping[str, Response], samples: int, tally: Tally
 ) -> list[Draft]:
     """Candidates with the first pair of sampled responses that passes all four cells."""
     found = []
-    for name, draft in candidates:
-        sides = [
-            [r.text for key, r in responses.items() if key.startswith(f"{name}-x{side}-")]
-            for side in (1, 2)
-        ]
-        for first, second in zip(*sides, strict=False):
+    for draft in candidates:
+        side1, side2 = (
+            [responses[_follow_key(prompt, n)].text.strip() for n in range(samples)]
+            for prompt in _plain_instructions(draft)
+        )
+        for first, second in product(side1, side2):
             result = follow(draft, first, second)
             tally.count("follow", result)
             if isinstance(result, Draft):
                 found.append(result)
                 break
     return found
+
+
+def _plain_instructions(draft: Draft) -> list[str]:
+    return [instruction(draft.task, [c.render() for c in side]) for side in (draft.c1, draft.c2)]
+
+
+def _follow_key(prompt: str, sample: int) -> str:
+    return f"follow-{hashlib.sha256(prompt.encode()).hexdigest()[:12]}-{sample}"
 
 
 def write_rows(path: Path, rows: Iterable[dict]) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from iopo.constraints import KINDS, MEASURED_KINDS, ClosingNote, Constraint, make
+from iopo.constraints import KINDS, MEASURED_KINDS, ClosingNote, Constraint, compatible, make
 from iopo.constraints import text as cut
 from iopo.constraints.base import Styled
 
@@ -33,6 +33,12 @@ _EXACT_COUNTS = {
     "highlights": (1, 2, 3),
     "sections": (2, 3, 4),
 }
+# Satisfiable together, but odd: a title line or a heading would count as a paragraph or sentence.
+_ODD_TOGETHER = tuple(
+    frozenset((counted, added))
+    for counted in ("sentences", "paragraphs", "words")
+    for added in ("first_line_title", "sections", "closing_note")
+)
 _NO_RESERVED = frozenset(("case", "commas"))
 
 OPENINGS = (
@@ -73,6 +79,12 @@ def held_out(constraint: Constraint) -> bool:
     return any(
         hashlib.sha256(wording.lower().encode()).digest()[0] < 64 for wording in wordings if wording
     )
+
+
+def sensible(constraints: Sequence[Constraint]) -> bool:
+    """Whether a person might ask for all of them at once."""
+    kinds = {constraint.kind for constraint in constraints}
+    return compatible(constraints) and not any(pair <= kinds for pair in _ODD_TOGETHER)
 
 
 def kinds_with_reserved(kinds: Iterable[str]) -> tuple[str, ...]:

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from iopo.constraints import Constraint, compatible, follows
+from iopo.constraints import Constraint, follows
 
-from .proposals import PROPOSABLE, measured, propose
+from .proposals import PROPOSABLE, measured, propose, sensible
 from .prose import ends_a_sentence
 from .tasks import Task, instruction
 
@@ -124,7 +124,7 @@ def edit(
         common = _proposed(choice.pick_kind(kinds, rng), choice, rng)
         c1, c2 = (*c1, common), (*c2, common)
     tried = tuple({c.kind for c in (*c1, *c2)})
-    if not compatible(c1) or not compatible(c2):
+    if not sensible(c1) or not sensible(c2):
         return Refused("conflicting constraints", tried)
     y1, y2 = (apply_edits(c, text, task, rng) for c, text in ((c1, first), (c2, second)))
     if y1 is None or y2 is None:
@@ -208,7 +208,7 @@ def _fill(
     wanted = rng.choices((1, 2, 3), (0.4, 0.4, 0.2))[0]
     while len(chosen) < wanted:
         fitting = [c for c in found if c.kind not in {d.kind for d in chosen}]
-        fitting = [c for c in fitting if compatible((*chosen, c))]
+        fitting = [c for c in fitting if sensible((*chosen, c))]
         if not fitting:
             break
         chosen = (*chosen, choice.pick(fitting, rng))
@@ -243,7 +243,9 @@ def to_row(draft: Draft, split: str, rng: random.Random) -> dict[str, Any]:
     """The quad as a row of the data file, its constraints written in one of their paraphrases."""
     written: dict[Constraint, str] = {}
     for constraint in (*draft.c1, *draft.c2):  # a constraint in common reads the same on both sides
-        written.setdefault(constraint, constraint.render("en", rng))
+        # followed instructions stay as the model saw them, in the first paraphrase
+        paraphrase = None if draft.source == "follow" else rng
+        written.setdefault(constraint, constraint.render("en", paraphrase))
     x1, x2 = (
         instruction(draft.task, [written[c] for c in constraints])
         for constraints in (draft.c1, draft.c2)

@@ -76,6 +76,7 @@ def sample_all(
                 f"{cache}: response {job.key!r} answers {done[job.key].prompt!r}, expected "
                 f"{job.prompt!r}; the tasks changed, so start a new cache file"
             )
+    jobs = list({job.key: job for job in jobs}.values())
     for start in range(0, len(jobs), CHUNK):
         chunk = jobs[start : start + CHUNK]
         if all(job.key in done for job in chunk):
