@@ -45,9 +45,9 @@ def robust(question: Question) -> str:
     mark = token(question)
     if question.maximum == 10:
         scale = (
-            "a score from 0 (ignored) to 10 (fully met); 10 only if nothing at all is missing. Then "
-            "give an overall score from 0 to 10; it is 0 if the answer is irrelevant to the task, "
-            "wrong in its facts or harmful"
+            "a score from 0 (ignored) to 10 (fully met); 10 only if nothing at all is missing. "
+            "Then give an overall score from 0 to 10; it is 0 if the answer is irrelevant to the "
+            "task, wrong in its facts or harmful"
         )
         overall = ', "overall": n'
     else:

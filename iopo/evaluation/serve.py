@@ -1,0 +1,287 @@
+"""Serve a checkpoint over HTTP as OpenAI's API does: `python -m iopo.evaluation.serve PATH`.
+
+For smoke tests and small models: one request is answered at a time, without batching. Use vLLM for
+anything more. Routes: GET /v1/models, POST /v1/chat/completions (also with "stream": true).
+At temperature 0 the answers are those of greedy generation in this process with batch size 1.
+"""
+
+import argparse
+import json
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from iopo.config import Dtype
+from iopo.evaluation.config import ModelSection
+from iopo.evaluation.generate import (
+    Generation,
+    encode_prompt,
+    end_of_turn_ids,
+    generate,
+    inference,
+    sample,
+)
+from iopo.evaluation.responses import load_model
+
+MAX_BODY_BYTES = 8 * 2**20
+ROLES = ("system", "user", "assistant")
+
+
+class BadRequest(ValueError):
+    """The client's fault: answered with status 400 and this text."""
+
+
+class Served:
+    """A model that answers one conversation at a time."""
+
+    def __init__(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        self.name = name
+        self.started = int(time.time())
+        self._model = model
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()  # one forward at a time: threads only wait
+
+    def prompt_tokens(self, messages: list[dict[str, str]]) -> int:
+        return len(encode_prompt(self._tokenizer, messages))
+
+    def answer(self, request: "ChatRequest") -> Generation:
+        """The whole answer. Raises BadRequest if the prompt does not fit."""
+        with self._lock:
+            try:
+                (found,) = generate(
+                    self._model,
+                    self._tokenizer,
+                    [request.messages],
+                    max_new_tokens=self._room(request),
+                    temperature=request.temperature,
+                    top_p=request.top_p,
+                    batch_size=1,
+                    seed=request.seed,
+                )
+            except ValueError as error:
+                raise BadRequest(str(error)) from error
+        return found
+
+    def stream(self, request: "ChatRequest") -> Iterator[tuple[str, str | None]]:
+        """(further text, finish reason or None); the joined text is that of `answer`, unstripped.
+
+        At a temperature above 0 the draws are others than those of `answer`.
+        """
+        prompt = encode_prompt(self._tokenizer, request.messages)
+        stops = end_of_turn_ids(self._model, self._tokenizer)
+        limit = self._room(request)
+        generator = torch.Generator().manual_seed(request.seed)
+        cache = DynamicCache(config=self._model.config)
+        tokens: list[int] = []
+        sent = ""
+        with self._lock, inference(self._model):
+            ids_1L = torch.tensor([prompt], device=self._model.device)
+            while True:
+                output = self._model(input_ids=ids_1L, past_key_values=cache, use_cache=True)
+                scores_1V = output.logits[:, -1].float()
+                if request.temperature == 0:
+                    token = int(scores_1V.argmax())
+                else:
+                    draw_1 = torch.rand(1, generator=generator).to(scores_1V.device)
+                    token = int(sample(scores_1V / request.temperature, draw_1, request.top_p))
+                stopped = token in stops
+                if not stopped:
+                    tokens.append(token)
+                    text = str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+                    # Half a character decodes to U+FFFD: wait for its other bytes.
+                    if not text.endswith("�"):
+                        yield text[len(sent) :], None
+                        sent = text
+                if stopped or len(tokens) >= limit:
+                    text = str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+                    yield text[len(sent) :], "stop" if stopped else "length"
+                    return
+                ids_1L = torch.tensor([[token]], device=self._model.device)
+
+    def _room(self, request: "ChatRequest") -> int:
+        """Tokens that may be generated: as asked, or as many as fit."""
+        positions = self._model.config.get_text_config().max_position_embeddings
+        room = positions - self.prompt_tokens(request.messages)
+        if room < 1:
+            raise BadRequest(f"the conversation fills all {positions} positions of the model")
+        return min(request.max_tokens or room, room)
+
+
+class ChatRequest:
+    """A checked body of POST /v1/chat/completions. Raises BadRequest."""
+
+    def __init__(self, body: Any, served: Served):
+        if not isinstance(body, dict):
+            raise BadRequest("expected a JSON object")
+        model = body.get("model", served.name)
+        if model != served.name:
+            raise BadRequest(f"model {model!r} is not served here; expected {served.name!r}")
+        self.messages = _messages(body.get("messages"))
+        self.stream = _typed(body, "stream", bool, False)
+        limit = body.get("max_completion_tokens", body.get("max_tokens"))
+        if limit is not None and (not isinstance(limit, int) or limit < 1):
+            raise BadRequest(f"max_tokens is {limit!r}; expected a whole number above 0")
+        self.max_tokens: int | None = limit
+        self.temperature = float(_typed(body, "temperature", (int, float), 1.0))
+        self.top_p = float(_typed(body, "top_p", (int, float), 1.0))
+        self.seed = _typed(body, "seed", int, 0)
+        if not 0 <= self.temperature < float("inf") or not 0 < self.top_p <= 1:
+            raise BadRequest("expected temperature of 0 or more, and top_p above 0, at most 1")
+        if body.get("n", 1) != 1 or body.get("stop") or body.get("tools"):
+            raise BadRequest("n above 1, stop and tools are not supported by this small server")
+
+
+def _typed(body: dict[str, Any], name: str, kind: Any, default: Any) -> Any:
+    value = body.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise BadRequest(f"{name} is {value!r}; expected {kind}")
+    return value
+
+
+def _messages(found: Any) -> list[dict[str, str]]:
+    if not isinstance(found, list) or not found:
+        raise BadRequest("messages: expected a list of at least one message")
+    messages = []
+    for message in found:
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise BadRequest(f"messages: expected objects with a role among {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), str):
+            raise BadRequest("messages: expected text as content")
+        messages.append({"role": message["role"], "content": message["content"]})
+    return messages
+
+
+def make_server(served: Served, host: str, port: int) -> ThreadingHTTPServer:
+    """A server that is not running yet; port 0 takes a free one."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            if self.path.rstrip("/") != "/v1/models":
+                return self._json(404, _error(f"no such route: {self.path}"))
+            entry = {"id": served.name, "object": "model", "created": served.started}
+            self._json(200, {"object": "list", "data": [entry | {"owned_by": "local"}]})
+
+        def do_POST(self) -> None:
+            try:
+                length = int(self.headers.get("Content-Length", 0))
+            except ValueError:
+                length = -1
+            if not 0 <= length <= MAX_BODY_BYTES:
+                self.close_connection = True  # the body stays unread
+                return self._json(413, _error(f"expected a body of at most {MAX_BODY_BYTES} bytes"))
+            data = self.rfile.read(length)
+            if self.path.rstrip("/") != "/v1/chat/completions":
+                return self._json(404, _error(f"no such route: {self.path}"))
+            try:
+                request = ChatRequest(json.loads(data), served)
+                if request.stream:
+                    self._stream(request)
+                else:
+                    self._json(200, _completion(served, request))
+            except BadRequest as error:
+                self._json(400, _error(str(error)))
+            except ValueError as error:  # not JSON, or not UTF-8
+                self._json(400, _error(f"the body is not JSON: {error}"))
+
+        def _json(self, status: int, row: dict[str, Any]) -> None:
+            data = json.dumps(row).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def _stream(self, request: ChatRequest) -> None:
+            served._room(request)  # refuse before the status line is out
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Connection", "close")
+            self.end_headers()
+            self.close_connection = True
+            base = _base(served, "chat.completion.chunk")
+            delta: dict[str, str] = {"role": "assistant"}
+            for text, reason in served.stream(request):
+                delta["content"] = text
+                choice = {"index": 0, "delta": delta, "finish_reason": reason}
+                line = json.dumps(base | {"choices": [choice]})
+                self.wfile.write(f"data: {line}\n\n".encode())
+                delta = {}
+            self.wfile.write(b"data: [DONE]\n\n")
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, request: Any, address: Any) -> None:
+            error = sys.exception()
+            if not isinstance(error, ConnectionError):  # a client that left is no error
+                super().handle_error(request, address)
+
+    return Server((host, port), Handler)
+
+
+def _base(served: Served, kind: str) -> dict[str, Any]:
+    name = f"chatcmpl-{uuid.uuid4().hex}"
+    return {"id": name, "object": kind, "created": int(time.time()), "model": served.name}
+
+
+def _completion(served: Served, request: ChatRequest) -> dict[str, Any]:
+    found = served.answer(request)
+    message = {"role": "assistant", "content": found.text}
+    choice = {"index": 0, "message": message, "finish_reason": found.finish_reason}
+    prompt = served.prompt_tokens(request.messages)
+    usage = {
+        "prompt_tokens": prompt,
+        "completion_tokens": found.tokens,
+        "total_tokens": prompt + found.tokens,
+    }
+    return _base(served, "chat.completion") | {"choices": [choice], "usage": usage}
+
+
+def _error(text: str) -> dict[str, Any]:
+    return {"error": {"message": text, "type": "invalid_request_error", "code": None}}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("path", help="model folder, or demo")
+    parser.add_argument("--adapter", help="folder of a PEFT adapter on that model")
+    parser.add_argument("--name", help="the name clients use; default: the folder's name")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--dtype", choices=[d.value for d in Dtype], default="auto")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args(arguments)
+    try:
+        model, tokenizer = load_model(
+            ModelSection(args.path, args.adapter, Dtype(args.dtype), args.device)
+        )
+    except ValueError as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return 2
+    name = args.name or Path(args.adapter or args.path).name
+    server = make_server(Served(name, model, tokenizer), args.host, args.port)
+    print(f"serving {name} on http://{args.host}:{server.server_port}/v1", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
