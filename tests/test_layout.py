@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iopo.data import layout
-from iopo.data.layout import build_packed, build_plain, build_shared
 from iopo.data.example import Example
+from iopo.data.layout import build_packed, build_plain, build_shared
 
 
 def test_docstrings():

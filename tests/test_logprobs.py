@@ -11,8 +11,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from iopo.data.layout import build_packed, build_plain, build_shared
 from iopo.data.example import Example
+from iopo.data.layout import build_packed, build_plain, build_shared
 from iopo.logprobs import LogProbs
 from iopo.model.attention import SHARED, register_attention
 
