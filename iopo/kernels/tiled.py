@@ -74,7 +74,7 @@ def forward(
                         logits_rv.mul_(slope_rv)
                     mean_RD[rows].addmm_(logits_rv, weight_vD)
 
-    logp_R, shift_R, scale_R = _log_probability(reference_R, sum_R, target_R)
+    logp_R, shift_R, scale_R = log_probability(reference_R, sum_R, target_R)
     if mean_RD is None:
         return logp_R, shift_R, scale_R, None
     miss_R = -torch.expm1(logp_R) if softcap is None else -torch.expm1(logp_R) * slope_R
@@ -142,7 +142,7 @@ def backward(
     return grad_hidden_RD.mul_(factor_R[:, None]).to(dtype), grad_weight_VD, grad_bias_V
 
 
-def _log_probability(
+def log_probability(
     reference_R: Tensor, sum_R: Tensor, target_R: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logp, shift, scale) from the target's logit and the other words' sum of exponentials."""
