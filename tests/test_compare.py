@@ -30,6 +30,8 @@ def test_shares_get_wilson_and_ratios_a_bootstrap() -> None:
     assert found["ratio"]["value"] == 4 / 6 and found["ratio"]["n"] == 3
     assert found["ratio"]["low"] <= 4 / 6 <= found["ratio"]["high"]
     assert found["mean"]["method"] == "bootstrap"
+    sure = scoring.summarise({"x": {"a": (2, 2), "b": (1, 1)}}, resamples=50, seed=0)["x"]
+    assert {k: sure[k] for k in expected} == wilson(2, 2), "not certain, though all were right"
     assert scoring.from_rows(scoring.to_rows(table)) == table
 
 

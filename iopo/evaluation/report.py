@@ -129,7 +129,7 @@ def _table(names: list[str], scores: dict[str, dict[str, Any]], kind: str) -> st
             continue
         bar = "" if entry["value"] is None or metric.startswith("CSL") else _bar(entry)
         rows.append(
-            f"<tr><td>{_e(metric)}<td>{bar}<td class=n>{number(metric, entry)}"
+            f"<tr><td>{_e(metric if kind else metric.partition('/')[2] or metric)}<td>{bar}<td class=n>{number(metric, entry)}"
             f"<td class=n>{entry['n']}<td>{_e(_bounds(entry))}"
         )
     head = "<tr><th>score<th><th class=n>value<th class=n>n<th>"

@@ -19,8 +19,8 @@ _DRAWS_AT_ONCE = 4_000_000  # bounds the memory of a bootstrap: 32 MB of indices
 def summarise(table: Measures, *, resamples: int, seed: int) -> dict[str, dict[str, Any]]:
     """{metric: {"value", "low", "high", "n", "method"}}, n the number of units.
 
-    Shares of equally weighed units get Wilson's interval; everything else a bootstrap over units,
-    so that the constraints of one item stay together.
+    Shares of equally weighed units get Wilson's interval, and so does any share of exactly 0 or 1;
+    everything else a bootstrap over units, so that the constraints of one item stay together.
     """
     return {
         metric: _estimate(_columns(units), resamples=resamples, seed=seed)
@@ -125,11 +125,14 @@ def _estimate(units_U2: NDArray[np.float64], *, resamples: int, seed: int) -> di
     if _is_share(units_U2):
         right = int(round(float((units_U2[:, 0] / units_U2[:, 1]).sum())))
         return {**statistics.wilson(right, count, level=LEVEL), "method": "wilson"}
+    value = _ratio(units_U2)
+    if value in (0.0, 1.0) and (units_U2[:, 0] <= units_U2[:, 1]).all():
+        # Every resample is the same: a bootstrap would claim certainty.
+        return {**statistics.wilson(round(value) * count, count, level=LEVEL), "method": "wilson"}
     values_R = _resample(
         count, lambda index: _resampled_ratio(units_U2, index), resamples=resamples, seed=seed
     )
     low, high = _interval(values_R)
-    value = _ratio(units_U2)
     return {"value": value, "low": low, "high": high, "n": count, "method": "bootstrap"}
 
 
