@@ -118,6 +118,10 @@ def worker(rank, folder):
             again, _ = gradients(root, prepared, forwards)
             weights = {n: whole(p) for n, p in prepared.parameters.items()}
             results[kind, how] = {"grads": grads, "norm": norm, "again": again, "weights": weights}
+    root, prepared = spread("full", "shard")
+    prepared.set_sync(False)
+    root(sequences()[0]).sum().backward()
+    results["early"] = [name for name, p in prepared.parameters.items() if p.grad is not None]
     for how in SPREADS:
         bf16 = spread("full", how, dtype=torch.bfloat16)
         results["bf16", how] = gradients(*bf16, forwards)[0]
@@ -161,6 +165,10 @@ def test_second_step_starts_clean(two_ranks, kind, how):
     prepared.zero_grad()
     expected, _ = gradients(root, prepared, TURNS[1][0][0])
     assert_same(two_ranks[0][kind, how]["again"], expected, 2e-5)
+
+
+def test_nothing_is_sent_before_the_last_micro_batch(two_ranks):
+    assert two_ranks[0]["early"] == two_ranks[1]["early"] == []
 
 
 def test_all_processes_hold_the_same_bits(two_ranks):
