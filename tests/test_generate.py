@@ -48,9 +48,7 @@ def one_by_one(model, tokenizer, conversation, max_new_tokens, choose):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 50])
 def test_greedy_equals_one_by_one(model, tokenizer, batch_size):
-    found = generate(
-        model, tokenizer, conversations(), max_new_tokens=24, batch_size=batch_size
-    )
+    found = generate(model, tokenizer, conversations(), max_new_tokens=24, batch_size=batch_size)
     expected = [
         one_by_one(model, tokenizer, c, 24, lambda logits_V, _: int(logits_V.argmax()))
         for c in conversations()

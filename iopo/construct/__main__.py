@@ -42,10 +42,10 @@ class LazySampler:
             if self.cfg.model_path is None:
                 raise ValueError(
                     f"construct: {self.cfg.responses} lacks responses to {prompts[0]!r} and "
-                    "others; give the folder of a model that writes them: model_path=PATH"
+                    "others; name a model that writes them: model_path=demo"
                 )
             self._sampler = transformers_sampler(
-                Path(self.cfg.model_path),
+                self.cfg.model_path,
                 max_new_tokens=self.cfg.max_new_tokens,
                 temperature=self.cfg.temperature,
                 top_p=self.cfg.top_p,
@@ -110,9 +110,8 @@ def report(train: Collection, heldout: Collection, tally: Tally, usable: Counter
 @hydra.main(version_base=None, config_path=str(CONF), config_name="construct")
 def main(cfg: DictConfig) -> None:
     train, heldout, tally, usable = build(cfg)
-    rng = random.Random(cfg.seed)
-    write_rows(Path(cfg.out) / "train.jsonl", train.rows(rng))
-    write_rows(Path(cfg.out) / "heldout.jsonl", heldout.rows(rng))
+    write_rows(Path(cfg.out) / "train.jsonl", train.rows())
+    write_rows(Path(cfg.out) / "heldout.jsonl", heldout.rows())
     print(report(train, heldout, tally, usable))
 
 

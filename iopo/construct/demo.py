@@ -16,12 +16,12 @@ from iopo.constraints import text as cut
 
 from .proposals import SEEN_KINDS, UNSEEN_KINDS, held_out, kinds_with_reserved
 from .prose import balanced, whole_sentences
-from .quadruples import Choice, Draft, Refused, edit, follow, kinds_of, relabel, to_row
+from .quadruples import Choice, Draft, Refused, edit, follow, kinds_of, relabel, to_row, wordings
 from .responses import Job, Response
 from .tasks import Task, instruction
 
 LEAST_WORDS, MOST_WORDS = 6, 60  # of a response; before edits at most MOST_WORDS - 10
-ATTEMPTS = 30  # draws for one task in one round before the next task has its turn
+ATTEMPTS = 100  # draws for one task in one round before the next task has its turn
 Bases = Mapping[str, Sequence[tuple[str, ...]]]  # task line -> responses as whole sentences
 
 
@@ -95,8 +95,8 @@ class Collection:
         self._texts |= {draft.y1, draft.y2}
         self._longer_together += _longer_together(draft)
 
-    def rows(self, rng: random.Random) -> list[dict]:
-        return [to_row(draft, split, rng) for draft, split in self.drafts]
+    def rows(self) -> list[dict]:
+        return [to_row(draft, split) for draft, split in self.drafts]
 
 
 def bases_of(
@@ -241,7 +241,7 @@ def _some(sentences: Sequence[str], rng: random.Random) -> str:
 
 def _longer_together(draft: Draft) -> int:
     """+1 if the longer instruction has the longer response, -1 if the shorter one, else 0."""
-    constraints = [sum(len(c.render()) for c in side) for side in (draft.c1, draft.c2)]
-    sign_x = (constraints[0] > constraints[1]) - (constraints[0] < constraints[1])
+    _, x1, x2 = wordings(draft)
+    sign_x = (len(x1) > len(x2)) - (len(x1) < len(x2))
     sign_y = (len(draft.y1) > len(draft.y2)) - (len(draft.y1) < len(draft.y2))
     return sign_x * sign_y

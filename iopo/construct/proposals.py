@@ -92,13 +92,18 @@ def kinds_with_reserved(kinds: Iterable[str]) -> tuple[str, ...]:
     return tuple(kind for kind in kinds if kind not in _NO_RESERVED)
 
 
-def propose(kind: str, rng: random.Random) -> Constraint:
+def propose(kind: str, rng: random.Random, sentences: int) -> Constraint:
     """A constraint of this kind that `Constraint.edit` can write into most texts.
+
+    sentences: of the text, since no rule makes four bullets out of three sentences.
 
     Raises ValueError on a kind that is only ever measured.
     """
     if kind in _EXACT_COUNTS:
-        number = rng.choice(_EXACT_COUNTS[kind])
+        numbers = _EXACT_COUNTS[kind]
+        if kind != "highlights":
+            numbers = tuple(n for n in numbers if n <= sentences) or numbers[:1]
+        number = rng.choice(numbers)
         extra = {"splitter": rng.choice(("Section", "Part"))} if kind == "sections" else {}
         return make(kind, relation="exactly", number=number, **extra)
     if kind == "words":

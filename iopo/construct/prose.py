@@ -8,7 +8,9 @@ from iopo.constraints import text as cut
 
 _PLAIN = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "."})
 _REFUSAL = re.compile(
-    r"\b(as an ai|i'm sorry|i am sorry|i cannot|i can't (?:help|assist)|language model)\b", re.I
+    r"\b(as an ai|i'm sorry|i am sorry|i cannot|i can't (?:help|assist)|language model"
+    r"|hugging face|smollm)\b",
+    re.I,
 )
 _ABOUT_THE_HINT = re.compile(r"\b(sentences?|fifty words)\b", re.I)
 _MARKUP = re.compile(r"[#*<>{}\[\]|`_]|(?:^|\s)\d\. |:$")
@@ -17,8 +19,9 @@ _MARKUP = re.compile(r"[#*<>{}\[\]|`_]|(?:^|\s)\d\. |:$")
 def whole_sentences(text: str, most_words: int) -> tuple[str, ...] | str:
     """The leading whole sentences of a response, at most `most_words` words; a str says why none.
 
-    Left out are refusals, markup, remarks about the length that was asked for, text that repeats
-    itself and characters that are not ASCII (curly quotes and dashes are made plain).
+    Left out are refusals, a model's words about itself, markup, remarks about the length that was
+    asked for, text that repeats itself and text that is not ASCII once curly quotes and dashes
+    are made plain.
     """
     text = text.translate(_PLAIN).strip()
     if len(text) > 1 and text[0] == text[-1] == '"' and text.count('"') == 2:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from iopo.constraints import Constraint, follows
+from iopo.constraints import text as cut
 
 from .proposals import PROPOSABLE, measured, propose, sensible
 from .prose import ends_a_sentence
@@ -116,14 +117,17 @@ def edit(
     kinds = [kind for kind in choice.kinds if kind in PROPOSABLE]
     kind = choice.pick_kind(kinds, rng)
     other = kind if rng.random() < 0.6 else choice.pick_kind(kinds, rng)
-    c1: tuple[Constraint, ...] = (_proposed(kind, choice, rng),)
-    c2: tuple[Constraint, ...] = (_proposed(other, choice, rng),)
+    counts = len(cut.sentences(first)), len(cut.sentences(second))
+    c1: tuple[Constraint, ...] = (propose(kind, rng, counts[0]),)
+    c2: tuple[Constraint, ...] = (propose(other, rng, counts[1]),)
     if c1 == c2:
         return Refused("the same constraint twice", (kind,))
     if rng.random() < 0.3:  # a constraint in common tells that the differing one decides
-        common = _proposed(choice.pick_kind(kinds, rng), choice, rng)
+        common = propose(choice.pick_kind(kinds, rng), rng, min(counts))
         c1, c2 = (*c1, common), (*c2, common)
     tried = tuple({c.kind for c in (*c1, *c2)})
+    if not all(map(choice.allowed, (*c1, *c2))):
+        return Refused("parameters of another split", tried)
     if not sensible(c1) or not sensible(c2):
         return Refused("conflicting constraints", tried)
     y1, y2 = (apply_edits(c, text, task, rng) for c, text in ((c1, first), (c2, second)))
@@ -146,13 +150,6 @@ def follow(draft: Draft, first: str, second: str) -> Draft | Refused:
     if cells != MATCH:
         return Refused("not followed" if not (cells[0] and cells[2]) else "follows both", tried)
     return replace(draft, y1=first, y2=second, source="follow")
-
-
-def _proposed(kind: str, choice: Choice, rng: random.Random) -> Constraint:
-    while True:  # ends: every kind has parameters of both splits, or is not asked for
-        constraint = propose(kind, rng)
-        if choice.allowed(constraint):
-            return constraint
 
 
 def apply_edits(
@@ -239,20 +236,27 @@ def kinds_of(draft: Draft) -> Counter[str]:
     return Counter(constraint.kind for constraint in (*draft.c1, *draft.c2))
 
 
-def to_row(draft: Draft, split: str, rng: random.Random) -> dict[str, Any]:
-    """The quad as a row of the data file, its constraints written in one of their paraphrases."""
+def wordings(draft: Draft) -> tuple[dict[Constraint, str], str, str]:
+    """The text of every constraint, and both instructions; a pure function of the draft.
+
+    A constraint in common reads the same on both sides. Followed instructions stay as the model saw
+    them, in the first paraphrase; others get a random one.
+    """
+    rng = None if draft.source == "follow" else random.Random(f"{draft.y1}\x1f{draft.y2}")
     written: dict[Constraint, str] = {}
-    for constraint in (*draft.c1, *draft.c2):  # a constraint in common reads the same on both sides
-        # followed instructions stay as the model saw them, in the first paraphrase
-        paraphrase = None if draft.source == "follow" else rng
-        written.setdefault(constraint, constraint.render("en", paraphrase))
-    x1, x2 = (
-        instruction(draft.task, [written[c] for c in constraints])
-        for constraints in (draft.c1, draft.c2)
-    )
+    for constraint in (*draft.c1, *draft.c2):
+        if constraint not in written:
+            written[constraint] = constraint.render("en", rng)
+    x1, x2 = (instruction(draft.task, [written[c] for c in side]) for side in (draft.c1, draft.c2))
+    return written, x1, x2
+
+
+def to_row(draft: Draft, split: str) -> dict[str, Any]:
+    """The quad as a row of the data file."""
+    written, x1, x2 = wordings(draft)
     c1, c2 = (
-        [{"kind": c.kind, "params": c.params, "text": written[c]} for c in constraints]
-        for constraints in (draft.c1, draft.c2)
+        [{"kind": c.kind, "params": c.params, "text": written[c]} for c in side]
+        for side in (draft.c1, draft.c2)
     )
     texts = (x1, draft.y1, x2, draft.y2)
     return {

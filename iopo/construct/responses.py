@@ -114,21 +114,22 @@ def append_cache(path: Path, rows: Sequence[Response]) -> None:
 
 
 def transformers_sampler(
-    folder: Path, *, max_new_tokens: int, temperature: float, top_p: float
+    path: str, *, max_new_tokens: int, temperature: float, top_p: float
 ) -> Sampler:
-    """A sampler over the causal LM in `folder`, in process."""
+    """A sampler over a causal LM in process: a folder, a hub id or `demo` (resolve_model).
+
+    torch is imported here and not above: with a full cache nothing needs it.
+    """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from iopo.evaluation.generate import generate
+    from iopo.model.load import default_dtype, load_causal_lm, load_tokenizer, resolve_model
 
-    fast_bf16 = torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16 if fast_bf16 else torch.float32, attn_implementation="sdpa"
-    )
-    if torch.cuda.is_available():
-        model.cuda()  # type: ignore[call-arg]  # transformers' wrapper hides the method
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = resolve_model(path)
+    model = load_causal_lm(folder, default_dtype(device))
+    torch.nn.Module.to(model, device)
+    tokenizer = load_tokenizer(folder)
 
     def sampler(prompts: Sequence[str], seed: int) -> list[tuple[str, str]]:
         answers = generate(
