@@ -2,13 +2,16 @@
 
 import json
 import random
+import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
 from iopo.constraints import from_dict, make
+from iopo.construct import __main__ as construct_main
 from iopo.construct import demo, proposals, quadruples, verify
 from iopo.construct.__main__ import build
 from iopo.construct.prose import ends_a_sentence, whole_sentences
@@ -230,6 +233,38 @@ def test_follow_keeps_what_fits():
     assert (kept.y1, kept.y2, kept.source) == ("a mill.", "A MILL.", "follow")
     assert quadruples.follow(draft, "A mill.", "A MILL.").reason == "not followed"
     assert quadruples.follow(draft, "a mill", "A MILL.").reason == "unfinished"
+
+
+def test_follow_end_to_end_with_a_stub(tmp_path, monkeypatch):
+    """A sampler that answers with the draft's own responses gives quads of source follow."""
+    wanted = {}
+    real = demo.follow_candidates
+
+    def candidates(*args):
+        drafts = real(*args)
+        for draft in drafts:
+            prompts = demo._plain_instructions(draft)
+            wanted.update(zip(prompts, (draft.y1, draft.y2), strict=True))
+        return drafts
+
+    monkeypatch.setattr(construct_main, "follow_candidates", candidates)
+    monkeypatch.setattr(construct_main, "TRAIN", replace(demo.TRAIN, quads=10))
+    monkeypatch.setattr(construct_main, "HELDOUT", ())
+    monkeypatch.setattr(
+        construct_main,
+        "transformers_sampler",
+        lambda path, **kwargs: lambda prompts, seed: [(wanted[p], "stop") for p in prompts],
+    )
+    cfg = OmegaConf.load(ROOT / "conf" / "construct.yaml")
+    cfg.responses = str(tmp_path / "responses.jsonl")
+    cfg.follow_candidates, cfg.model_path = 4, "stub"
+    shutil.copy(DATA / "responses.jsonl", cfg.responses)
+    train, _, tally, _ = build(cfg)
+    rows = train.rows()
+    followed = [row for row in rows if row["source"] == "follow"]
+    assert 2 <= len(followed) <= 4 and len(rows) == 10
+    assert all(row["x1"] in wanted and row["match"] == [1, 0, 1, 0] for row in followed)
+    assert tally.outcomes["follow", "accepted"] == 4
 
 
 def test_reserved_parameters():
