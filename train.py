@@ -14,10 +14,11 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
 from iopo.config import TrainConfig, plain
 from iopo.evaluation import samples
-from iopo.training import export, heldout, loop, optim, report, restore, setup, start
+from iopo.training import export, heldout, loop, optim, report, restore, setup, start, sweep
 from iopo.training.checkpoint import Checkpoints
 from iopo.training.checkpoint_tensors import gather_state
 from iopo.training.inputs import load_inputs
@@ -34,24 +35,34 @@ REFUSED = 2
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(composed: DictConfig) -> float | None:
     """Compose, check and launch; returns the held-out metric that a sweeper may optimise."""
-    multirun = HydraConfig.get().mode == RunMode.MULTIRUN
+    hydra_config = HydraConfig.get()
+    multirun = hydra_config.mode == RunMode.MULTIRUN
     if multirun:
-        composed.run = HydraConfig.get().runtime.output_dir
+        composed.run = hydra_config.runtime.output_dir
+    code = run(composed)
+    if multirun:  # the table grows with every job; the last one printed is whole
+        rows = sweep.collect(Path(hydra_config.sweep.dir))
+        Console(width=150).print(sweep.table(rows))
+        if code != 0:  # said above; the other jobs go on, and Hydra exits with 1 at the end
+            raise RuntimeError(f"{composed.run}: exit code {code}")
+    if code != 0:
+        sys.exit(code)
+    summary = Path(composed.run) / "summary.json"
+    return json.loads(summary.read_text())["metric"] if summary.exists() else None
+
+
+def run(composed: DictConfig) -> int:
+    """One run from a composed config; what is refused is one message, without a traceback."""
+    # By the module's name: spawned ranks can import `train`, but not `__main__`.
+    from train import train as worker
+
     try:
         cfg = OmegaConf.to_object(composed)
         assert isinstance(cfg, TrainConfig)
-        # By the module's name: spawned ranks can import `train`, but not `__main__`.
-        from train import train as worker
-
-        code = start.start(cfg, OmegaConf.to_yaml(composed), worker)
+        return start.start(cfg, OmegaConf.to_yaml(composed), worker)
     except ValueError as error:
         print(f"refused: {error}", file=sys.stderr, flush=True)
-        code = REFUSED
-    if code == 0:
-        return json.loads((Path(composed.run) / "summary.json").read_text())["metric"]
-    if multirun:  # said already; the other jobs go on, and Hydra exits with 1 at the end
-        raise RuntimeError(f"{composed.run}: exit code {code}")
-    sys.exit(code)
+        return REFUSED
 
 
 def train(cfg: TrainConfig, run: Path, ranks: Ranks, control: Control) -> None:
@@ -63,13 +74,14 @@ def train(cfg: TrainConfig, run: Path, ranks: Ranks, control: Control) -> None:
 
     # The reference comes before any checkpoint: it is the starting weights, never trained ones.
     prepared = setup.make_policy(cfg, inputs, ranks)
+    policy = setup.policy_of(prepared)
     reference = setup.make_reference(cfg, inputs, job, ranks, prepared, teller.say, control.alive)
     optimizer = optim.make_optimizer(prepared.parameters, cfg.optim)
     facts = restore.facts(cfg, inputs, plain(cfg), ranks.world_size)
     done = restore.restore(run, prepared, optimizer, ranks, teller.say)
 
     def evaluate(step: int) -> dict[str, float]:
-        values = heldout.evaluate(job, prepared.model, reference, control.alive)
+        values = heldout.evaluate(job, policy, reference, control.alive)
         teller.heldout(step, values)
         return values
 
@@ -81,7 +93,7 @@ def train(cfg: TrainConfig, run: Path, ranks: Ranks, control: Control) -> None:
     ):
         if done == 0:
             if reference is not None:
-                teller.start(*loop.check_start(job, prepared.model, reference))
+                teller.start(*loop.check_start(job, policy, reference))
             samples.before(run, cfg, inputs, prepared, ranks)
             evaluate(0)
         for result in loop.train_steps(job, prepared, optimizer, reference, first_step=done + 1):

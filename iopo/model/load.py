@@ -24,10 +24,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from iopo.model.attention import SHARED, register_attention
 from iopo.model.demo import cache_root, fetch_demo_model, sha256_file
 
+DEMO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CONVERT = (
     'convert it once, on a machine where you trust it: python -c "from transformers import '
     "AutoModelForCausalLM as M; M.from_pretrained('SOURCE').save_pretrained('TARGET')\""
@@ -88,6 +90,7 @@ def load_causal_lm(
     folder, quantised weights and architectures that are not supported.
     """
     require_safetensors(path)
+    disable_progress_bar()  # transformers draws one per load, on every rank
     _register(attention)
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     refuse_unsupported(config, where=str(path))
@@ -124,6 +127,41 @@ def tiny_causal_lm(
             made, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
         )
     return _finish(model.to(dtype), where="model.tiny")
+
+
+def architecture(path: str | Path) -> PretrainedConfig:
+    """The config of a model whose weights need not be here: a folder, a hub id or `demo`.
+
+    The project's own models come from architectures/, which holds the keys that decide sizes (not
+    rotary settings); any other hub id costs the download of its config.json.
+    Raises ValueError if there is no config to be had.
+    """
+    name = DEMO_ID if str(path) == "demo" else str(path)
+    shipped = Path(__file__).parent / "architectures" / (name.replace("/", "--") + ".json")
+    if shipped.is_file():
+        keys = json.loads(shipped.read_text())
+        return AutoConfig.for_model(keys.pop("model_type"), **keys)
+    try:
+        return AutoConfig.from_pretrained(str(Path(name).expanduser()), trust_remote_code=False)
+    except OSError as error:
+        raise ValueError(
+            f"model.path: no config.json for {path} here or on the hub ({error}); give a folder "
+            "with a config.json"
+        ) from error
+
+
+def meta_causal_lm(
+    config: PretrainedConfig, dtype: torch.dtype, attention: str = "sdpa"
+) -> PreTrainedModel:
+    """A model without values, on the meta device: its operators compute shapes only."""
+    refuse_unsupported(config, where="model.path")
+    _dropout_off(config)
+    _register(attention)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        )
+    return _finish(model, where="model.path")
 
 
 def require_safetensors(path: str | Path) -> None:

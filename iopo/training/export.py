@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from iopo.config import TrainConfig
 from iopo.data.layout import Batch, build_plain
@@ -150,6 +151,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 def _save(
     prepared: Prepared, folder: Path, tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
 ) -> None:
+    disable_progress_bar()
     # a copy of the dict: save_pretrained empties it as it goes
     language_model(prepared.model).save_pretrained(folder, state_dict=dict(tensors))
     tokenizer.save_pretrained(folder)

@@ -51,14 +51,17 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
         cfg.data.max_response_tokens,
         "raise" if cfg.data.on_overlong is Overlong.error else cfg.data.on_overlong.value,
     )
-    workers = cfg.data.workers or len(os.sched_getaffinity(0))
+    workers = cfg.data.workers or _workers(len(train_rows))
     cache = Path(cfg.data.cache_dir) if cfg.data.cache_dir else cache_root() / "tokens"
-    options = {"workers": workers if len(train_rows) > 5000 else 1, "cache_dir": cache}
-    train, report = tokenize_rows(train_rows, chat, limits, three=kind == "three", **options)
+    train, report = tokenize_rows(
+        train_rows, chat, limits, three=kind == "three", workers=workers, cache_dir=cache
+    )
     reports = {"train": report}
     heldout: list[Example] = []
     if heldout_quads:
-        heldout, reports["heldout"] = tokenize_rows(heldout_quads, chat, limits, **options)
+        heldout, reports["heldout"] = tokenize_rows(
+            heldout_quads, chat, limits, workers=workers, cache_dir=cache
+        )
         kept = {example.id for example in heldout}
         heldout_quads = [quad for quad in heldout_quads if quad.id in kept]
     files = [cfg.data.train] + ([cfg.data.heldout] if cfg.data.heldout else [])
@@ -72,6 +75,11 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
         data_hash=" ".join(file_hash(str(file)) for file in files),
         tokenizer_hash=tokenizer_hash(chat),
     )
+
+
+def _workers(rows: int) -> int:
+    """One per core where there is work for them: starting a process costs seconds."""
+    return len(os.sched_getaffinity(0)) if rows > 20_000 else 1
 
 
 def _heldout_quads(cfg: TrainConfig) -> list[Quad]:

@@ -1,6 +1,7 @@
 """Curves and one page per run, from files in the run folder alone (no network, no weights).
 
-`python -m iopo.training.report RUN` writes RUN/curves.png and RUN/report.html again.
+`python -m iopo.training.report RUN` writes RUN/curves.png and RUN/report.html again; for a sweep's
+folder it writes sweep.html, sweep.png and sweep.csv (iopo/training/sweep.py).
 """
 
 import base64
@@ -81,7 +82,7 @@ pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 13px }
 {% if summary %}<table><tr><th>measure</th>{% for c in columns %}<th>{{ c }}</th>{% endfor %}</tr>
 {% for name, cells in summary %}<tr><td>{{ name }}</td>
 {% for cell in cells %}<td class="n">{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>{% endif %}
-<h2>Curves</h2><img alt="training curves" src="data:image/png;base64,{{ curves }}">
+<h2>Curves</h2><img alt="training curves" src="{{ curves }}">
 <p>Lines are training steps, dots are held-out quads. docs/curves.md says how to read them.</p>
 {% if samples %}<h2>Before and after</h2>
 <table><tr><th>prompt</th><th>before</th><th>after</th></tr>
@@ -103,14 +104,14 @@ def write_report(run: Path) -> Path:
 
     Files that the run did not write are left out of the page.
     """
-    curves = plot_curves(run).read_bytes()
+    curves = embedded(plot_curves(run))
     rows = read_metrics(run)
     page = PAGE.render(
         run=run.name,
         headline=_headline(rows),
         columns=["first", "last"],
         summary=_summary(rows),
-        curves=base64.b64encode(curves).decode(),
+        curves=curves,
         samples=_json_lines(run / "samples.jsonl"),
         data=_data_rows(_json(run / "data.json")),
         config=_text(run / "config.yaml"),
@@ -119,6 +120,11 @@ def write_report(run: Path) -> Path:
     path = run / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def embedded(image: Path) -> str:
+    """A PNG as a data: address, so that a page is one file."""
+    return "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode()
 
 
 def write_summary(run: Path) -> Path:
@@ -184,7 +190,21 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in _text(path).splitlines()]
 
 
+def main(arguments: list[str]) -> None:
+    """Write the page of a run folder, or of a folder of run folders (a sweep)."""
+    from iopo.training import sweep  # it builds on this module
+
+    if len(arguments) != 1 or not Path(arguments[0]).is_dir():
+        sys.exit("usage: python -m iopo.training.report RUN_OR_SWEEP_FOLDER")
+    folder = Path(arguments[0])
+    if (folder / "metrics.jsonl").exists():
+        print(write_report(folder))
+        return
+    try:
+        print(sweep.write_page(folder))
+    except ValueError as error:
+        sys.exit(str(error))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not Path(sys.argv[1], "metrics.jsonl").exists():
-        sys.exit("usage: python -m iopo.training.report RUN    (a folder with metrics.jsonl)")
-    print(write_report(Path(sys.argv[1])))
+    main(sys.argv[1:])

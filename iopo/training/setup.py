@@ -107,14 +107,10 @@ def load_model(cfg: TrainConfig, inputs: Inputs, dtype: torch.dtype) -> LogProbs
     return LogProbs(model)
 
 
-def make_policy(cfg: TrainConfig, inputs: Inputs, ranks: Ranks) -> Prepared:
-    """The policy at its starting weights, adapted, placed and sharded as configured."""
-    dtype = compute_dtype(cfg, ranks.device.type)
-    wide = dtype if torch.finfo(dtype).bits >= 32 else torch.float32
-    use_lora = cfg.model.lora.rank > 0
-    policy = load_model(cfg, inputs, dtype if use_lora else wide)
-    if use_lora:
-        c = cfg.model.lora
+def adapt(cfg: TrainConfig, policy: LogProbs) -> None:
+    """Put the configured adapters, if any, on the policy, in place, and set it to training."""
+    c = cfg.model.lora
+    if c.rank > 0:
         lora.add_lora(
             policy.causal_lm,
             rank=c.rank,
@@ -124,21 +120,47 @@ def make_policy(cfg: TrainConfig, inputs: Inputs, ranks: Ranks) -> Prepared:
             generator=torch.Generator().manual_seed(stream_seed(cfg.seed, "lora")),
         )
     policy.train()
+
+
+def shards(cfg: TrainConfig, world_size: int) -> bool:
+    """Whether parameters are divided over the ranks, or every rank holds the model.
+
+    A LoRA base is replicated unless sharding is asked for: it fits, and gathers cost more.
+    """
+    asked = cfg.parallel.shard_processes is not None or cfg.parallel.offload
+    return world_size > 1 and (cfg.model.lora.rank == 0 or asked)
+
+
+def checkpoint_every(cfg: TrainConfig) -> int:
+    """Recompute the activations of every k-th decoder block in backward; 0 for none."""
+    every = {Checkpointing.none: 0, Checkpointing.full: 1}
+    return every.get(cfg.parallel.checkpointing, cfg.parallel.checkpoint_every_k)
+
+
+def make_policy(cfg: TrainConfig, inputs: Inputs, ranks: Ranks) -> Prepared:
+    """The policy at its starting weights, adapted, placed and sharded as configured."""
+    dtype = compute_dtype(cfg, ranks.device.type)
+    wide = dtype if torch.finfo(dtype).bits >= 32 else torch.float32
+    use_lora = cfg.model.lora.rank > 0
+    policy = load_model(cfg, inputs, dtype if use_lora else wide)
+    adapt(cfg, policy)
+    shard = shards(cfg, ranks.world_size)
     p = cfg.parallel
-    # A LoRA base is replicated unless sharding is asked for: it fits, and gathers cost more.
-    shard = ranks.world_size > 1 and (not use_lora or p.shard_processes is not None or p.offload)
-    every = {Checkpointing.none: 0, Checkpointing.full: 1}.get(
-        p.checkpointing, p.checkpoint_every_k
-    )
     return prepare(
         policy,
         device=ranks.device,
         dtype=dtype,
         mesh=make_mesh(ranks.device.type, p.shard_processes) if shard else None,
         offload=p.offload,
-        checkpoint_every=every,
+        checkpoint_every=checkpoint_every(cfg),
         compile_blocks=p.compile,
     )
+
+
+def policy_of(prepared: Prepared) -> LogProbs:
+    """The module inside, by its type (FSDP2 makes it a subclass of itself)."""
+    assert isinstance(prepared.model, LogProbs)
+    return prepared.model
 
 
 def manifest(cfg: TrainConfig, inputs: Inputs, device_type: str) -> Manifest:
@@ -179,8 +201,7 @@ def make_reference(
     if not objectives.KINDS[cfg.objective.name].reference:
         return None
     source = cfg.reference.source
-    policy = prepared.model
-    assert isinstance(policy, LogProbs)
+    policy = policy_of(prepared)
     adapted = bool(lora.adapters(policy))
     if source is ReferenceSource.adapter_off:
         check_adapter_off(policy, adapted)

@@ -6,6 +6,7 @@ step, counted from 1, and 0 is before the first.
 
 import json
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,13 @@ def _start_wandb(run: Path, cfg: TrackerConfig, config: dict[str, Any]):
     # One id per run folder: a resumed run continues its own curves.
     id_file = run / "wandb_id"
     if not id_file.exists():
-        id_file.write_text(wandb.util.generate_id())
+        id_file.write_text(uuid.uuid4().hex[:8])
     return wandb.init(
         project=cfg.project,
         name=run.name,
         id=id_file.read_text(),
         resume="allow" if cfg.wandb is Wandb.online else None,
-        mode=cfg.wandb.value,
+        mode="online" if cfg.wandb is Wandb.online else "offline",
         dir=str(run),
         tags=cfg.tags,
         config=config,
