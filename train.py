@@ -57,10 +57,17 @@ def run(composed: DictConfig) -> int:
     from train import train as worker
 
     try:
-        cfg = OmegaConf.to_object(composed)
+        if composed.replay_step is not None:  # with the run's own config, whatever else was given
+            saved = OmegaConf.load(Path(composed.run) / "config.yaml")
+            changes = {"run": composed.run, "replay_step": composed.replay_step}
+            cfg = OmegaConf.to_object(
+                OmegaConf.merge(OmegaConf.structured(TrainConfig), saved, changes)
+            )
+        else:
+            cfg = OmegaConf.to_object(composed)
         assert isinstance(cfg, TrainConfig)
         return start.start(cfg, OmegaConf.to_yaml(composed), worker)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         print(f"refused: {error}", file=sys.stderr, flush=True)
         return REFUSED
 

@@ -59,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     answers: dict[str, list[Answer]] = {}
     for stage, path in models.items():
         print(f"scoring {stage} on {len(quads)} held-out quads", flush=True)
-        summary[stage], answers[stage] = evaluate(path, quads, splits)
+        last = stage == STAGES[-1]
+        summary[stage], answers[stage] = evaluate(path, quads, splits, controls=last)
     summary["gain"] = {
         stage: heldout.following_gain(answers["base"], answers[stage]) for stage in STAGES[1:]
     }
@@ -96,9 +97,9 @@ def read_heldout(limit: int | None) -> tuple[list[Quad], list[str]]:
 
 
 def evaluate(
-    path: Path, quads: Sequence[Quad], splits: Sequence[str]
+    path: Path, quads: Sequence[Quad], splits: Sequence[str], *, controls: bool
 ) -> tuple[dict[str, Any], list[Answer]]:
-    """Preferences by log-prob, their controls, and following by greedy generation."""
+    """Preferences by log-prob, their controls if asked for, and following by greedy generation."""
     scorer = heldout.Scorer(path)
     chat = Chat(load_tokenizer(path))
     limits = Limits(max_prompt_tokens=1024, max_response_tokens=512, on_overlong="raise")
@@ -108,10 +109,11 @@ def evaluate(
         return scorer.score(examples)
 
     out: dict[str, Any] = heldout.preference_shares(logps(quads))
-    out["controls"] = {
-        "constraints_blanked": heldout.group_share(logps(heldout.blanked(quads))),
-        "instructions_shuffled": heldout.group_share(logps(heldout.shuffled(quads))),
-    }
+    if controls:
+        out["controls"] = {
+            "constraints_blanked": heldout.group_share(logps(heldout.blanked(quads))),
+            "instructions_shuffled": heldout.group_share(logps(heldout.shuffled(quads))),
+        }
     answers = heldout.answer_prompts(
         scorer.for_generation(), chat.tokenizer, quads, splits, max_new_tokens=128, batch_size=50
     )
@@ -133,10 +135,9 @@ def print_table(summary: dict[str, Any]) -> None:
         cells = [summary[stage].get(key) for stage in STAGES]
         if all(cells):
             table.add_row(label, *[percent(cell) for cell in cells], str(cells[0]["n"]))
-    for control in ("constraints_blanked", "instructions_shuffled"):
-        cells = [summary[stage]["controls"][control] for stage in STAGES]
-        label = "control: " + control.replace("_", " ")
-        table.add_row(label, *[percent(cell) for cell in cells], str(cells[0]["n"]))
+    for control, cell in summary[STAGES[-1]]["controls"].items():
+        label = f"control: group accuracy, {control.replace('_', ' ')}"
+        table.add_row(label, "", "", percent(cell), str(cell["n"]))
     Console(width=110).print(table)
     gains = summary["gain"]
     for label, key in (("SFT over base", "sft"), ("IOPO over base", "trained"),

@@ -17,12 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iopo import constraints
-from iopo.data.batching import pack
+from iopo.data.batching import Batching, pass_micro_batches, token_counts
 from iopo.data.formats import MEMBERS, Quad
 from iopo.data.layout import build_shared
 from iopo.data.tokenize import Example
 from iopo.evaluation import statistics
 from iopo.evaluation.generate import Generation, generate
+from iopo.evaluation.statistics import Estimate
 from iopo.logprobs import LogProbs
 from iopo.model.attention import SHARED
 from iopo.model.load import default_dtype, load_causal_lm
@@ -42,8 +43,11 @@ class Scorer:
     def score(self, examples: Sequence[Example], tokens_per_batch: int = 4096) -> Tensor:
         """Log-probs of every member, float32 [Q, 4], in the order of `examples`."""
         policy_Q4 = torch.empty(len(examples), len(MEMBERS))
-        for indices in pack(examples, tokens_per_batch):
-            policy_Q4[indices] = self.logprobs(build_shared([examples[i] for i in indices]))
+        alone = Batching(1, ranks=1, seed=0, tokens_per_microbatch=tokens_per_batch)
+        for indices in pass_micro_batches(token_counts(examples, "shared"), alone, rank=0):
+            assert indices is not None, "one rank always has something"
+            batch = build_shared([examples[i] for i in indices])
+            policy_Q4[list(indices)] = self.logprobs(batch)
         return policy_Q4
 
     def for_generation(self) -> PreTrainedModel:
@@ -52,7 +56,7 @@ class Scorer:
         return self.logprobs.causal_lm
 
 
-def preference_shares(policy_Q4: Tensor) -> dict[str, dict[str, float]]:
+def preference_shares(policy_Q4: Tensor) -> dict[str, Estimate]:
     """group_accuracy, x_preference and y_preference with 95% Wilson intervals."""
     return {
         name: statistics.wilson(int(right.sum()), len(right))
@@ -60,11 +64,11 @@ def preference_shares(policy_Q4: Tensor) -> dict[str, dict[str, float]]:
     }
 
 
-def group_share(policy_Q4: Tensor) -> dict[str, float]:
+def group_share(policy_Q4: Tensor) -> Estimate:
     """Group accuracy with ties counted half, for controls that make exact ties."""
     margin_Q = policy_Q4[:, 0] - policy_Q4[:, 1] + policy_Q4[:, 2] - policy_Q4[:, 3]
     right_Q = torch.where(margin_Q.abs() <= TIE_NATS, 0.5, (margin_Q > 0).double())
-    return statistics.bootstrap_mean(right_Q.numpy())
+    return statistics.bootstrap(right_Q.numpy())
 
 
 def blanked(quads: Sequence[Quad]) -> list[Quad]:
@@ -73,9 +77,7 @@ def blanked(quads: Sequence[Quad]) -> list[Quad]:
     What is left of x1 and x2 is the same text, so group accuracy must sit at one half; a measure
     that does not reads something other than the constraints.
     """
-    return [
-        dataclasses.replace(quad, x1=_blank(quad.x1), x2=_blank(quad.x2)) for quad in quads
-    ]
+    return [dataclasses.replace(quad, x1=_blank(quad.x1), x2=_blank(quad.x2)) for quad in quads]
 
 
 def _blank(instruction: str) -> str:
@@ -131,7 +133,7 @@ def answer_prompts(
     for a quad without c1 and c2: there is nothing to check.
     """
     sides = [(q, s, n) for q, s in zip(quads, splits, strict=True) for n in (1, 2)]
-    lists = [quad.c1 if side == 1 else quad.c2 for quad, _, side in sides]
+    lists = [(quad.c1 if side == 1 else quad.c2) or [] for quad, _, side in sides]
     bare = [quad.id for (quad, _, _), rows in zip(sides, lists, strict=True) if not rows]
     if bare:
         raise ValueError(f"quads without c1 and c2 cannot be checked by code: {bare[:5]}")
@@ -179,7 +181,7 @@ def _judge(
     )
 
 
-def following(answers: Sequence[Answer]) -> dict[str, dict[str, float]]:
+def following(answers: Sequence[Answer]) -> dict[str, Estimate]:
     """Share of answers that follow all their constraints (strict), in all and by split."""
     out = {"all": _share(answers)}
     for split in sorted({answer.split for answer in answers}):
@@ -187,11 +189,11 @@ def following(answers: Sequence[Answer]) -> dict[str, dict[str, float]]:
     return out
 
 
-def _share(answers: Sequence[Answer]) -> dict[str, float]:
+def _share(answers: Sequence[Answer]) -> Estimate:
     return statistics.wilson(sum(answer.all_followed for answer in answers), len(answers))
 
 
-def following_gain(before: Sequence[Answer], after: Sequence[Answer]) -> dict[str, float]:
+def following_gain(before: Sequence[Answer], after: Sequence[Answer]) -> Estimate:
     """Paired difference after - before in following, bootstrap over quads (two answers each).
 
     Raises ValueError if the two were not made from the same prompts.

@@ -48,7 +48,7 @@ def plot_curves(run: Path) -> Path:
         axis.tick_params(labelsize=8)
         if chance is not None:
             axis.axhline(chance, color="0.7", linewidth=0.8, zorder=0)
-        axis.legend(fontsize=7, frameon=False)
+        axis.legend(fontsize=7, framealpha=0.7, loc="best")
     figure.tight_layout()
     path = run / "curves.png"
     figure.savefig(path, dpi=110)
@@ -58,12 +58,13 @@ def plot_curves(run: Path) -> Path:
 
 def _plot_panel(axis, rows: list[dict[str, Any]], names: list[str]) -> None:
     for i, name in enumerate(names):
+        label: str | None = name.split("/")[-1]
         for split, style in (("train", "-"), ("heldout", "o--")):
             points = [(r["step"], r[name]) for r in rows if r["split"] == split and name in r]
             if points:
-                label = name.split("/")[-1] + (" (held out)" if split == "heldout" else "")
                 axis.plot(*zip(*points, strict=True), style, color=f"C{i}", label=label,
                           linewidth=1.1, markersize=4)  # fmt: skip
+                label = None  # one entry for both
 
 
 PAGE = jinja2.Environment(autoescape=True).from_string("""<!doctype html>

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 from iopo.config import TrainConfig, plain
@@ -11,6 +12,7 @@ from iopo.training.environment import describe_environment
 from iopo.training.inputs import load_inputs
 from iopo.training.launch import Worker, launch
 from iopo.training.placement import find_placement
+from iopo.training.replay import replay
 from iopo.training.runfolder import is_complete, open_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -23,10 +25,12 @@ def start(cfg: TrainConfig, config_text: str, worker: Worker) -> int:
     before anything is written into the run folder.
     """
     run = Path(cfg.run)
+    if cfg.replay_step is not None:
+        with tempfile.TemporaryDirectory() as scratch:
+            return _launch(replay, cfg, Path(scratch))
     if is_complete(run):
         print(f"{run} is complete: nothing to do (delete it, or choose another run=)")
         return 0
-    backend = setup.backend(cfg)
     placement = find_placement(setup.processes(cfg))
     batching = setup.batching(cfg, placement.world_size)
     inputs = load_inputs(cfg)
@@ -41,20 +45,21 @@ def start(cfg: TrainConfig, config_text: str, worker: Worker) -> int:
         print(f"{plan.steps} steps of {cfg.optim.global_batch_quads} examples, {cfg.run}")
         sys.stdout.flush()
 
-    def go() -> int:
-        return launch(
-            worker,
-            cfg,
-            run,
-            processes=placement.local_world_size,
-            backend=backend,
-            timeout_s=cfg.parallel.timeout_s,
-        )
-
     if not placement.is_main:
-        return go()
+        return _launch(worker, cfg, run)
     environment = describe_environment(REPOSITORY)
     with open_run(run, config_text=config_text, environment=environment):
         reports = {name: report.to_dict() for name, report in inputs.reports.items()}
         (run / "data.json").write_text(json.dumps(reports, indent=1) + "\n")
-        return go()
+        return _launch(worker, cfg, run)
+
+
+def _launch(worker: Worker, cfg: TrainConfig, run: Path) -> int:
+    return launch(
+        worker,
+        cfg,
+        run,
+        processes=setup.processes(cfg),
+        backend=setup.backend(cfg),
+        timeout_s=cfg.parallel.timeout_s,
+    )
