@@ -109,7 +109,8 @@ def train(cfg: TrainConfig, run: Path, ranks: Ranks, control: Control) -> None:
             due = last or every(cfg.evaluation.every_steps, done)
             measured = evaluate(done) if due else {}
             stop = control.should_stop()
-            if every(cfg.checkpoint.save_every_steps, done) or last or stop:
+            period = cfg.checkpoint.save_every_steps
+            if every(period, done) or stop or (last and period is not None):
                 teller.flush()
                 state = gather_state(prepared.parameters, optimizer, ranks.rank)
                 checkpoints.save(done, state, facts | {"metrics": measured})

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from .base import Constraint
@@ -68,7 +69,7 @@ def make(kind: str, **params: Any) -> Constraint:
     try:
         return KINDS[kind](**params)
     except TypeError as error:
-        names = list(KINDS[kind].__dataclass_fields__)
+        names = [field.name for field in fields(KINDS[kind])]
         raise ValueError(
             f"constraint '{kind}': got parameters {sorted(params)}; expected {names} ({error})"
         ) from error

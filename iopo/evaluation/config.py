@@ -28,6 +28,7 @@ class Structured(enum.Enum):
 @dataclass
 class BenchmarkSection:
     name: str = "???"  # set by +benchmark=NAME
+    reference: str | None = None  # quads only: a model folder to measure margins against
 
 
 @dataclass

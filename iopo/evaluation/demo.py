@@ -16,15 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from iopo.data.formats import Quad, read_rows
-from iopo.data.tokenize import Chat, Limits, tokenize_rows
-from iopo.evaluation import heldout
+from iopo.evaluation import heldout, quads
 from iopo.evaluation.heldout import Answer
-from iopo.model.load import load_tokenizer, resolve_model
+from iopo.model.load import resolve_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HELDOUT = REPOSITORY / "data" / "demo" / "heldout.jsonl"
@@ -54,13 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     models = dict(
         zip(STAGES, (base, args.run / "sft/export", args.run / "iopo/export"), strict=True)
     )
-    quads, splits = read_heldout(args.prompts)
+    rows = quads.read(HELDOUT, args.prompts)
     summary: dict[str, Any] = {}
     answers: dict[str, list[Answer]] = {}
     for stage, path in models.items():
-        print(f"scoring {stage} on {len(quads)} held-out quads", flush=True)
+        print(f"scoring {stage} on {len(rows)} held-out quads", flush=True)
         last = stage == STAGES[-1]
-        summary[stage], answers[stage] = evaluate(path, quads, splits, controls=last)
+        summary[stage], answers[stage] = quads.evaluate_folder(path, rows, controls=last)
     summary["gain"] = {
         stage: heldout.following_gain(answers["base"], answers[stage]) for stage in STAGES[1:]
     }
@@ -84,44 +81,6 @@ def train(run: Path, experiment: str, *overrides: str) -> None:
     code = subprocess.run(command, check=False).returncode
     if code != 0:
         sys.exit(code)
-
-
-def read_heldout(limit: int | None) -> tuple[list[Quad], list[str]]:
-    """The demo's held-out quads and what each is held out for, spread evenly if limited."""
-    quads = [row for row in read_rows(HELDOUT, kind="quad") if isinstance(row, Quad)]
-    lines = [json.loads(line) for line in HELDOUT.read_text().splitlines()]
-    split_of = {line["id"]: line["split"] for line in lines}
-    if limit is not None:
-        quads = quads[:: max(1, len(quads) // limit)][:limit]
-    return quads, [split_of[quad.id] for quad in quads]
-
-
-def evaluate(
-    path: Path, quads: Sequence[Quad], splits: Sequence[str], *, controls: bool
-) -> tuple[dict[str, Any], list[Answer]]:
-    """Preferences by log-prob, their controls if asked for, and following by greedy generation."""
-    scorer = heldout.Scorer(path)
-    chat = Chat(load_tokenizer(path))
-    limits = Limits(max_prompt_tokens=1024, max_response_tokens=512, on_overlong="raise")
-
-    def logps(rows: Sequence[Quad]) -> torch.Tensor:
-        examples, _ = tokenize_rows(rows, chat, limits)
-        return scorer.score(examples)
-
-    out: dict[str, Any] = heldout.preference_shares(logps(quads))
-    if controls:
-        out["controls"] = {
-            "constraints_blanked": heldout.group_share(logps(heldout.blanked(quads))),
-            "instructions_shuffled": heldout.group_share(logps(heldout.shuffled(quads))),
-        }
-    answers = heldout.answer_prompts(
-        scorer.for_generation(), chat.tokenizer, quads, splits, max_new_tokens=128, batch_size=50
-    )
-    shares = heldout.following(answers)
-    out["constraint_accuracy"] = shares.pop("all")
-    out |= {f"constraint_accuracy_{split}": share for split, share in shares.items()}
-    out["health"] = heldout.health(answers)
-    return out, answers
 
 
 def print_table(summary: dict[str, Any]) -> None:

@@ -27,6 +27,8 @@ from iopo.evaluation.statistics import Estimate
 from iopo.logprobs import LogProbs
 from iopo.model.attention import SHARED
 from iopo.model.load import default_dtype, load_causal_lm
+from iopo.model.lora import load_adapter, merge_lora
+from iopo.objectives import iopo_margin
 from iopo.training.metrics import preferences
 
 TIE_NATS = 0.05  # a smaller difference of log-probs is rounding, not a preference
@@ -35,8 +37,11 @@ TIE_NATS = 0.05  # a smaller difference of log-probs is rounding, not a preferen
 class Scorer:
     """A model folder loaded for scoring quads by log-prob, and the same weights to generate."""
 
-    def __init__(self, path: Path, dtype: torch.dtype | None = None):
-        model = load_causal_lm(path, dtype or default_dtype("cpu"), attention=SHARED)
+    def __init__(self, path: Path, adapter: str | None = None):
+        model = load_causal_lm(path, default_dtype("cpu"), attention=SHARED)
+        if adapter is not None:
+            load_adapter(model, adapter)
+            merge_lora(model)
         self.logprobs = LogProbs(model.eval())
 
     @torch.inference_mode()
@@ -64,9 +69,18 @@ def preference_shares(policy_Q4: Tensor) -> dict[str, Estimate]:
     }
 
 
+def margins(policy_Q4: Tensor, reference_Q4: Tensor) -> dict[str, Estimate]:
+    """Mean IOPO margin against a reference (nats), and the share of quads where it is above 0."""
+    margin_Q = iopo_margin(policy_Q4 - reference_Q4)
+    return {
+        "margin": statistics.bootstrap(margin_Q.numpy()),
+        "accuracy_against_reference": statistics.wilson(int((margin_Q > 0).sum()), len(margin_Q)),
+    }
+
+
 def group_share(policy_Q4: Tensor) -> Estimate:
     """Group accuracy with ties counted half, for controls that make exact ties."""
-    margin_Q = policy_Q4[:, 0] - policy_Q4[:, 1] + policy_Q4[:, 2] - policy_Q4[:, 3]
+    margin_Q = iopo_margin(policy_Q4)
     right_Q = torch.where(margin_Q.abs() <= TIE_NATS, 0.5, (margin_Q > 0).double())
     return statistics.bootstrap(right_Q.numpy())
 

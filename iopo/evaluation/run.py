@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import iopo
-from iopo.evaluation import judge, plan, report, responses, scoring
+from iopo.evaluation import judge, plan, quads, report, responses, scoring
 from iopo.evaluation.benchmarks import (
     cfbench,
     complexbench,
@@ -50,6 +50,10 @@ def evaluate(config: EvaluateConfig, say: Say = print) -> dict[str, Any]:
     server cannot be used. Finished answers and judgements are kept in the output folder.
     """
     name = config.benchmark.name
+    if name == "quads":  # it needs the model itself, and not only its answers
+        return quads.evaluate_quads(config, say)
+    if config.benchmark.reference is not None:
+        raise ValueError("benchmark.reference is for +benchmark=quads only; remove it")
     module = benchmark(name)
     path = locate(module.SOURCE, config.data.path)
     everything = module.load(path)

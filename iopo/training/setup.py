@@ -26,6 +26,7 @@ from iopo.training.loop import Job, Reference
 from iopo.training.placement import Ranks
 from iopo.training.seeds import stream_seed
 
+FORWARD_TOKENS = 4  # times the tokens of a training micro-batch, where nothing is kept for backward
 TORCH_DTYPE = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32, Dtype.fp64: torch.float64}
 
 
@@ -255,6 +256,9 @@ def _cached(
     root = Path(cfg.reference.cache_dir or cache_root() / "reference")
     cache = Cache(root, manifest(cfg, inputs, job.device.type))
     alone = dataclasses.replace(job.batching, ranks=1)
+    if alone.tokens_per_microbatch is not None:  # without gradients, a forward needs little memory
+        more = FORWARD_TOKENS * alone.tokens_per_microbatch
+        alone = dataclasses.replace(alone, tokens_per_microbatch=more)
 
     def score(rows: Sequence[Example]) -> Tensor:
         with torch.no_grad():

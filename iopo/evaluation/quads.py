@@ -1,0 +1,117 @@
+"""`evaluate.py +benchmark=quads`: a model on held-out quads, by log-prob and by its answers."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iopo.data.formats import Quad, read_rows
+from iopo.data.tokenize import Chat, Limits, tokenize_rows
+from iopo.evaluation import heldout
+from iopo.evaluation.config import EvaluateConfig
+from iopo.evaluation.heldout import Answer
+from iopo.evaluation.jsonl import write_rows
+from iopo.model.load import load_tokenizer, resolve_model
+
+Rows = Sequence[tuple[Quad, str]]  # a quad and what it is held out for ("heldout" if it says not)
+DEFAULT = Path(__file__).resolve().parents[2] / "data" / "demo" / "heldout.jsonl"
+
+
+def evaluate_quads(config: EvaluateConfig, say: Callable[[str], None]) -> dict[str, Any]:
+    """Score config.model (and config.benchmark.reference) on config.data.path; write and return.
+
+    Writes scores.json and verdicts.jsonl (one row per answer) into the output folder. Raises
+    ValueError for a config without a model of its own: log-probs need the weights.
+    """
+    if config.model.path is None:
+        raise ValueError("quads needs the weights: set model.path (an endpoint gives no log-probs)")
+    if config.generate.temperature != 0:
+        raise ValueError(
+            f"generate.temperature is {config.generate.temperature}; quads are answered greedily: 0"
+        )
+    rows = read(Path(config.data.path or DEFAULT), config.limit)
+    reference = config.benchmark.reference
+    out = Path(config.out or Path("runs/evaluate/quads") / Path(config.model.path).name)
+    scores, answers = evaluate_folder(
+        resolve_model(config.model.path),
+        rows,
+        adapter=config.model.adapter,
+        reference=None if reference is None else resolve_model(reference),
+        max_new_tokens=config.generate.max_new_tokens,
+        batch_size=config.generate.batch_size,
+    )
+    scores["made_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    write_rows(out / "verdicts.jsonl", [asdict(answer) for answer in answers])
+    for name, cell in scores.items():
+        if isinstance(cell, dict) and "low" in cell:
+            say(f"{name:36s} {cell['value']:8.3f} [{cell['low']:.3f}, {cell['high']:.3f}]")
+    say(f"written: {out}/scores.json, verdicts.jsonl")
+    return scores
+
+
+def read(path: Path, limit: int | None = None) -> Rows:
+    """Quads of a file with their "split", spread evenly over the file if limited."""
+    quads = [row for row in read_rows(path, kind="quad") if isinstance(row, Quad)]
+    splits: dict[str, str] = {}
+    if path.suffix == ".jsonl":
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line) if line.strip() else {}
+            splits[row.get("id", "")] = row.get("split", "heldout")
+    if limit is not None:
+        quads = quads[:: max(1, len(quads) // limit)][:limit]
+    return [(quad, splits.get(quad.id, "heldout")) for quad in quads]
+
+
+def evaluate_folder(
+    path: Path,
+    rows: Rows,
+    *,
+    controls: bool = True,
+    adapter: str | None = None,
+    reference: Path | None = None,
+    max_new_tokens: int = 128,
+    batch_size: int = 50,
+) -> tuple[dict[str, Any], list[Answer]]:
+    """Preferences, their controls, margins against a reference, following by greedy answers.
+
+    Every share is {"value", "low", "high", "n"}. Following is left out for quads without
+    constraints that code can check.
+    """
+    quads = [quad for quad, _ in rows]
+    chat = Chat(load_tokenizer(path))
+    limits = Limits(max_prompt_tokens=4096, max_response_tokens=4096, on_overlong="raise")
+    scorer = heldout.Scorer(path, adapter)
+
+    def logps(scorer: heldout.Scorer, of: Sequence[Quad]) -> torch.Tensor:
+        return scorer.score(tokenize_rows(of, chat, limits)[0])
+
+    policy_Q4 = logps(scorer, quads)
+    out: dict[str, Any] = dict(heldout.preference_shares(policy_Q4))
+    if controls:
+        out["controls"] = {
+            "constraints_blanked": heldout.group_share(logps(scorer, heldout.blanked(quads))),
+            "instructions_shuffled": heldout.group_share(logps(scorer, heldout.shuffled(quads))),
+        }
+    if reference is not None:
+        out |= heldout.margins(policy_Q4, logps(heldout.Scorer(reference), quads))
+    if not all(quad.c1 and quad.c2 for quad in quads):
+        return out, []
+    answers = heldout.answer_prompts(
+        scorer.for_generation(),
+        chat.tokenizer,
+        quads,
+        [split for _, split in rows],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
+    shares = heldout.following(answers)
+    out["constraint_accuracy"] = shares.pop("all")
+    out |= {f"constraint_accuracy_{split}": share for split, share in shares.items()}
+    out["health"] = heldout.health(answers)
+    return out, answers

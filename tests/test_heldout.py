@@ -1,0 +1,80 @@
+"""Held-out quads: shares, controls and the command, on a random tiny model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_models import tiny_llama
+
+from iopo.data.formats import Quad
+from iopo.evaluation import heldout, quads
+from iopo.model.tiny import byte_tokenizer
+
+LOWER = {"kind": "case", "params": {"style": "lower"}, "text": "Use lower case only."}
+UPPER = {"kind": "case", "params": {"style": "upper"}, "text": "Use capitals only."}
+
+
+def quad(i: int) -> Quad:
+    task = f"Write about {'rain wind sun moon'.split()[i % 4]} {i}."
+    return Quad(
+        id=f"q{i}", x1=f"{task}\n1. Use lower case only.", y1=f"it falls {i}",
+        x2=f"{task}\n1. Use capitals only.", y2=f"IT FALLS {i}", c1=[LOWER], c2=[UPPER],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    model = tiny_llama(vocab=300)
+    model.config.eos_token_id = model.generation_config.eos_token_id = 257
+    model.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+def test_shuffled_gives_every_quad_foreign_instructions():
+    rows = [quad(i) for i in range(9)]
+    out = heldout.shuffled(rows)
+    for before, after in zip(rows, out, strict=True):
+        assert (before.y1, before.y2) == (after.y1, after.y2)
+        assert not {before.x1, before.x2} & {after.x1, after.x2}
+        assert after.x1.split("\n")[0] == after.x2.split("\n")[0]
+
+
+def test_blanked_leaves_one_instruction():
+    (row,) = heldout.blanked([quad(0)])
+    assert row.x1 == row.x2 == "Write about rain 0."
+
+
+def test_group_share_counts_ties_half():
+    logps = torch.tensor([[0.0, 0, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1], [0.01, 0, 0, 0]])
+    assert heldout.group_share(logps)["value"] == 0.5
+
+
+def test_following_gain_is_paired():
+    answer = heldout.Answer("q1/1", "", "", "stop", "seen", ("case",), (False,), ("t",))
+    better = heldout.Answer("q1/1", "", "", "stop", "seen", ("case",), (True,), ("t",))
+    assert heldout.following_gain([answer] * 4, [better] * 4)["value"] == 1
+    other = heldout.Answer("q2/1", "", "", "stop", "seen", ("case",), (True,), ("t",))
+    with pytest.raises(ValueError, match="same prompts"):
+        heldout.following_gain([answer], [other])
+
+
+def test_health_sees_damage():
+    texts = ["", "a b c d a b c d", "fine words here"]
+    rows = [heldout.Answer("q", "", t, "length", "s", (), (), ()) for t in texts]
+    health = heldout.health(rows)
+    assert health["empty"] == health["repetitive"] == pytest.approx(1 / 3)
+    assert health["cut_off"] == 1
+
+
+def test_evaluate_folder_scores_everything(model, tmp_path):
+    rows = [(quad(i), "seen" if i else "unseen_kinds") for i in range(3)]
+    scores, answers = quads.evaluate_folder(model, rows, reference=model, max_new_tokens=4)
+    assert scores["margin"]["value"] == pytest.approx(0, abs=1e-3)
+    assert scores["controls"]["constraints_blanked"]["value"] == 0.5
+    assert [a.id for a in answers] == [f"q{i}/{side}" for i in range(3) for side in (1, 2)]
+    assert scores["constraint_accuracy_unseen_kinds"]["n"] == 2
+    assert scores["group_accuracy"]["n"] == 3
+    json.dumps(scores)
