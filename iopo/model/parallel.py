@@ -150,7 +150,7 @@ def prepare(
     frozen = any(not p.requires_grad for p in model.parameters())
     wide = dtype if torch.finfo(dtype).bits >= 32 else torch.float32
     _exact_embedding_gradient(language_model(model))
-    _wrap_blocks(model, checkpoint_every, compile_blocks)
+    wrap_blocks(model, checkpoint_every, compile_blocks)
     if mesh is None:
         return _replicate(model, device, dtype, wide, adapters=frozen)
     for parameter in model.parameters():
@@ -179,7 +179,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _wrap_blocks(model: nn.Module, checkpoint_every: int, compile_blocks: bool) -> None:
+def wrap_blocks(model: nn.Module, checkpoint_every: int, compile_blocks: bool) -> None:
     """Compile and checkpoint inside `forward`, so that FSDP's hooks stay outside of both."""
     for index, block in enumerate(blocks(model)):
         if compile_blocks:

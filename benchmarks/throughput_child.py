@@ -1,0 +1,99 @@
+"""One step in a fresh process: peak memory, losses and operations of one row.
+
+`measure` starts it; it reads its task from standard input and prints one line of JSON.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import memory
+from benchmarks.throughput_data import as_pairs, as_sft, demo_examples, make_quads
+from benchmarks.throughput_flops import counter
+from benchmarks.throughput_variants import Trainer, Variant
+from iopo import objectives
+from iopo.model.attention import SHARED
+from iopo.model.load import load_causal_lm, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a step is taken on: the model folder, dtype of the computation, shape and objective."""
+
+    model: str
+    dtype: str  # bfloat16 | float32
+    full: bool
+    shape: str
+    objective: str
+    threads: int
+
+    def examples(self) -> list:
+        """The rows of the step: quads, or the pairs or sft rows that the quads began as."""
+        quads = make_quads(self.shape, demo_examples(load_tokenizer(self.model)))
+        make = {"quad": list, "pair": as_pairs, "sft": as_sft}
+        return make[objectives.KINDS[self.objective].rows](quads)
+
+    def trainer(self, live: bool) -> Trainer:
+        """The model at its start. live: whether a row with a live reference will be run."""
+        dtype = getattr(torch, self.dtype)
+        wide = torch.float32 if self.full else dtype
+        return Trainer(
+            load_causal_lm(self.model, wide, SHARED),
+            full=self.full,
+            dtype=dtype,
+            device=torch.device("cpu"),
+            reference_lm=load_causal_lm(self.model, dtype, SHARED) if self.full and live else None,
+        )
+
+
+def measure(
+    task: Task, variant: Variant, cache: dict[str, list[float]] | None, timeout_s: float = 1800
+) -> dict[str, Any]:
+    """Run one step of `variant` in a process of its own.
+
+    Returns peak_memory_gb (the step's peak less what the process held before it loaded the model),
+    step_memory_gb (less what it held before the step), losses (one per example) and flops (None
+    for compiled rows, whose operations no mode sees).
+    """
+    text = json.dumps({"task": asdict(task), "variant": asdict(variant), "cache": cache})
+    command = [sys.executable, "-m", "benchmarks.throughput_child"]
+    done = subprocess.run(
+        command, input=text, capture_output=True, text=True, timeout=timeout_s,
+        cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"{variant.name} at {task.shape} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    request = json.loads(sys.stdin.read())
+    task, variant = Task(**request["task"]), Variant(**request["variant"])
+    torch.set_num_threads(task.threads)
+    examples = task.examples()
+    before_model = memory.resident_gb()
+    trainer = task.trainer(variant.live)
+    trainer.use(variant)
+    if variant.compile:  # the compiler's own memory is not the step's
+        trainer.step(examples, variant, objective=task.objective, cache=request["cache"])
+    memory.reset_peak()
+    before_step = memory.resident_gb()
+    with counter() as flops:
+        losses = trainer.step(examples, variant, objective=task.objective, cache=request["cache"])
+    peak = memory.peak_gb()
+    result = {
+        "peak_memory_gb": peak - before_model,
+        "step_memory_gb": peak - before_step,
+        "losses": losses.tolist(),
+        "flops": None if variant.compile else flops.get_total_flops(),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
