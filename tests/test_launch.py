@@ -148,6 +148,7 @@ def test_a_killed_rank_is_the_cause_not_the_broken_connection_it_leaves(tmp_path
     assert "rank 1 was ended by SIGKILL" in (tmp_path / "FAILED").read_text()
 
 
+@pytest.mark.slow
 def test_an_exiting_rank_ends_a_rank_that_does_not_notice_and_shows_its_stack(tmp_path):
     start = time.monotonic()
     assert launch(exiting_rank, None, tmp_path, processes=2, backend="gloo", timeout_s=3) == 1
@@ -177,7 +178,7 @@ def test_a_missing_run_folder_is_refused(tmp_path):
     [
         (signal.SIGTERM, 75),
         pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow),
-        (signal.SIGINT, 130),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_to_the_program_stops_all_ranks_at_one_step(tmp_path, number, code):
@@ -198,6 +199,7 @@ def test_a_signal_to_one_rank_stops_all(tmp_path):
     assert (tmp_path / "stopped-0").read_text() == (tmp_path / "stopped-1").read_text()
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_ranks_that_do_not_listen(tmp_path):
     program = start_program(tmp_path, "never_stops", 2)
     pids = [int(wait_for(tmp_path / f"pid-{rank}")) for rank in range(2)]

@@ -1,0 +1,99 @@
+"""train.py, killed or stopped and started again, ends where an undisturbed run ends."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import faults
+from benchmarks.faults import Setting
+from iopo.training.checkpoint import latest
+from iopo.training.checkpoint_files import step_of
+
+pytestmark = pytest.mark.timeout(1800)
+
+
+def folder(tmp_path: Path, name: str) -> Path:
+    (tmp_path / name).mkdir()
+    return tmp_path / name / "run"
+
+
+def wait_for_step(run: Path, program: subprocess.Popen, step: int) -> None:
+    end = time.monotonic() + 400
+    while max((row["step"] for row in faults.read_rows(run)), default=0) < step:
+        assert program.poll() is None, (run.parent / "output.txt").read_text()[-3000:]
+        assert time.monotonic() < end, "the run made no steps"
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", faults.SETTINGS, ids=str)
+def test_kills_change_nothing(tmp_path, setting, kills=4):
+    steps = 30 + 60 * kills
+    plain, killed = folder(tmp_path, "plain"), folder(tmp_path, "killed")
+    faults.finish(plain, setting, steps)
+    result = faults.kill_often(killed, setting, steps, kills, random.Random(0))
+    assert faults.find_difference(plain, killed, steps) is None
+    assert result.lost_steps_max <= 2 * faults.SAVE_EVERY_STEPS
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
+def test_a_stop_saves_the_step_it_has_reached(tmp_path, number, code):
+    setting, steps = Setting(processes=1, lora=False, asynchronous=True), 60
+    plain, stopped = folder(tmp_path, "plain"), folder(tmp_path, "stopped")
+    program = faults.start(stopped, setting, steps)
+    try:
+        wait_for_step(stopped, program, 10)
+        program.send_signal(number)
+        assert program.wait(200) == code
+    finally:
+        program.kill()
+    reached = max(row["step"] for row in faults.read_rows(stopped))
+    saved, remarks = latest(stopped)
+    assert saved is not None and step_of(saved) == reached and remarks == []
+    assert reached < steps and not (stopped / "FAILED").exists()
+    faults.finish(stopped, setting, steps)
+    faults.finish(plain, setting, steps)
+    assert faults.find_difference(plain, stopped, steps) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_another_number_of_processes_goes_on_with_the_same_losses(tmp_path, before, after):
+    plain, moved = folder(tmp_path, "plain"), folder(tmp_path, "moved")
+    faults.finish(plain, Setting(before, lora=False, asynchronous=False), 24)
+    faults.finish(moved, Setting(before, lora=False, asynchronous=False), 12)
+    (moved / "COMPLETE").unlink()
+    faults.finish(moved, Setting(after, lora=False, asynchronous=False), 24)
+    output = (moved.parent / "output.txt").read_text()
+    assert "bitwise equality is given up" in output and "optim.max_steps" in output
+    losses = [
+        [(row["step"], row["loss"]) for row in faults.read_rows(run) if row["split"] == "train"]
+        for run in (plain, moved)
+    ]
+    assert [step for step, _ in losses[1]] == list(range(1, 25))
+    assert losses[0][:12] == losses[1][:12]
+    for (_, expected), (_, found) in zip(*losses, strict=True):
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_eight_processes_do_what_one_does(tmp_path):
+    """200 steps of eight quads, one a process: no deadlock, and the loss of one process."""
+    runs = []
+    for processes in (1, 8):
+        run = folder(tmp_path, str(processes))
+        command = faults.command(run, Setting(processes, lora=False, asynchronous=True), 200)
+        command += ["optim.global_batch_quads=8", "optim.lr=1e-4"]  # later keys win
+        environ = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        subprocess.run(command, cwd=faults.ROOT, env=environ, check=True, timeout=900)
+        runs.append([row["loss"] for row in faults.read_rows(run) if row["split"] == "train"])
+    assert len(runs[0]) == len(runs[1]) == 200
+    assert runs[0] == pytest.approx(runs[1], abs=1e-5)
