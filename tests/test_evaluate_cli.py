@@ -67,9 +67,9 @@ def test_every_benchmark_and_judge_composes() -> None:
     files = {path.stem for path in (ROOT / "conf" / "benchmark").glob("*.yaml")}
     assert files >= set(JUDGED) | set(CODED)
     for name in sorted(set(JUDGED) | set(CODED)):
-        for judge in (ROOT / "conf" / "judge").glob("*.yaml"):
-            found = compose_evaluate(f"+benchmark={name}", f"judge={judge.stem}", "model.path=x")
-            assert found.benchmark.name == name
+        assert compose_evaluate(f"+benchmark={name}", "model.path=x").benchmark.name == name
+    for judge in (ROOT / "conf" / "judge").glob("*.yaml"):
+        compose_evaluate("+benchmark=trace", f"judge={judge.stem}", "model.path=x")
     assert compose_evaluate("+benchmark=trace", "model.path=x").generate.temperature == 0.1
     assert compose_evaluate("+benchmark=ifeval", "model.path=x").generate.temperature == 0.0
     found = compose_evaluate("+benchmark=trace", "model.path=x", "generate.temperature=0")

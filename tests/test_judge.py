@@ -228,7 +228,7 @@ def test_every_prompt_holds_task_constraints_and_answer(style: Style, format_: s
 
 def run(server: StubServer, asked_: Question, **changes) -> judge.Judgement:
     section = JudgeSection(
-        base_url=server.base_url, model="j", backoff_s=0.01, timeout_s=2, **changes
+        base_url=server.base_url, model="j", backoff_s=0.01, timeout_s=20, **changes
     )
 
     async def main() -> judge.Judgement:

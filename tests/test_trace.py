@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers_judge import Answer, StubServer, asked, honest, troubled, true_scores
 
 from iopo.evaluation.benchmarks import trace
 from iopo.evaluation.config import (
@@ -17,12 +18,12 @@ from iopo.evaluation.config import (
     EvaluateConfig,
     JudgeSection,
     ResponsesSection,
+    Style,
 )
 from iopo.evaluation.endpoint import Request
 from iopo.evaluation.jsonl import read_rows, write_rows
 from iopo.evaluation.judge_prompts import VERSION
 from iopo.evaluation.run import evaluate
-from helpers_judge import Answer, StubServer, asked, honest, troubled, true_scores
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("IOPO_DATA_DIR", ROOT.parent / "shared" / "data"))
@@ -171,7 +172,7 @@ def start(server: StubServer, out: Path, answers: Path, limit: int) -> subproces
 
 
 @needs_data
-@pytest.mark.parametrize("limit", [200, pytest.param(1042, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("limit", [120, pytest.param(1042, marks=pytest.mark.slow)])
 def test_killed_three_times_and_run_again(tmp_path: Path, limit: int) -> None:
     answers = answer_file(tmp_path / "answers.jsonl", trace.load(FILE))
     out = tmp_path / "killed"
@@ -245,3 +246,22 @@ def test_unread_judgements_are_counted_and_bounded(tmp_path: Path) -> None:
     value = entry["value"]
     assert entry["bounds"] == [value / 2, (1 + value) / 2]
     assert "between" in (tmp_path / "o" / "report.html").read_text()
+
+
+def test_the_published_format_end_to_end(tmp_path: Path) -> None:
+    data = tmp_path / "trace.jsonl"
+    write_rows(data, SMALL)
+    answers = answer_file(tmp_path / "answers.jsonl", trace.load(data))
+
+    def script(body, before):
+        text = body["messages"][0]["content"]
+        count = int(text.split("in order (")[1].split(" in all)")[0])
+        pairs = ", ".join(f'"constraint {k}": {10 if k < 3 else 7}' for k in range(1, count + 1))
+        return Answer(f"**Fine Grained Score：** [{{{pairs}}}]\n**Overall Score:** [[9/10]]")
+
+    with StubServer(script) as server:
+        settings = config(server, tmp_path / "o", data, answers, style=Style.paper)
+        scores = evaluate(settings, lambda _: None)["scores"]
+        assert not any("response_format" in body for body in server.bodies)
+    assert scores["IF-S"]["value"] == 1.0 and scores["IF-M"]["value"] == 0.5
+    assert scores["overall_is_10"]["value"] == 0.0

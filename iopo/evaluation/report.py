@@ -128,8 +128,9 @@ def _table(names: list[str], scores: dict[str, dict[str, Any]], kind: str) -> st
         if entry is None:
             continue
         bar = "" if entry["value"] is None or metric.startswith("CSL") else _bar(entry)
+        shown = metric if kind else metric.partition("/")[2] or metric  # the heading has the rest
         rows.append(
-            f"<tr><td>{_e(metric if kind else metric.partition('/')[2] or metric)}<td>{bar}<td class=n>{number(metric, entry)}"
+            f"<tr><td>{_e(shown)}<td>{bar}<td class=n>{number(metric, entry)}"
             f"<td class=n>{entry['n']}<td>{_e(_bounds(entry))}"
         )
     head = "<tr><th>score<th><th class=n>value<th class=n>n<th>"
