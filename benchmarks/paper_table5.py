@@ -69,14 +69,14 @@ def show(results: list[dict[str, Any]]) -> None:
             f"{objective:5} {way:12} {r['seconds_per_example']:10.3f} {time_ratio:6.2f} "
             f"{r['peak_memory_gb']:8.2f} {memory_ratio:6.2f}"
         )
-    dpo, fast = found["dpo", "plain"], found["iopo", "here"]
-    small = found["iopo", "here, small"]
-    print(
-        f"IOPO here / DPO plain, time: {fast['seconds_per_example'] / dpo['seconds_per_example']:.2f}"
-        f" (target {TIME_TARGET}); IOPO here, small / SFT plain, memory: "
-        f"{small['peak_memory_gb'] / base['peak_memory_gb']:.2f} (target {MEMORY_TARGET}), time of "
-        f"the same / DPO plain: {small['seconds_per_example'] / dpo['seconds_per_example']:.2f}"
-    )
+    dpo = found["dpo", "plain"]["seconds_per_example"]
+    for way in ("here", "here, small"):
+        iopo = found["iopo", way]
+        print(
+            f"IOPO {way}: {iopo['seconds_per_example'] / dpo:.2f} of the time of plain DPO (target "
+            f"{TIME_TARGET}), {iopo['peak_memory_gb'] / base['peak_memory_gb']:.2f} of the memory "
+            f"of plain SFT (target {MEMORY_TARGET})"
+        )
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Throughput and memory of a training step, from a plain preference trainer to this one, row by row.
+"""Throughput and memory of a step, row by row from a plain preference trainer to this one.
 
     python -m benchmarks.throughput [--quick] [--json FILE] [--shapes demo,1000/500]
 

@@ -17,6 +17,7 @@ from benchmarks.throughput_data import as_pairs, as_sft, demo_examples, make_qua
 from benchmarks.throughput_flops import counter
 from benchmarks.throughput_variants import Trainer, Variant
 from iopo import objectives
+from iopo.data.example import Example
 from iopo.model.attention import SHARED
 from iopo.model.load import load_causal_lm, load_tokenizer
 
@@ -32,11 +33,11 @@ class Task:
     objective: str
     threads: int
 
-    def examples(self) -> list:
+    def examples(self) -> list[Example]:
         """The rows of the step: quads, or the pairs or sft rows that the quads began as."""
         quads = make_quads(self.shape, demo_examples(load_tokenizer(self.model)))
-        make = {"quad": list, "pair": as_pairs, "sft": as_sft}
-        return make[objectives.KINDS[self.objective].rows](quads)
+        rows = objectives.KINDS[self.objective].rows
+        return as_pairs(quads) if rows == "pair" else as_sft(quads) if rows == "sft" else quads
 
     def trainer(self, live: bool) -> Trainer:
         """The model at its start. live: whether a row with a live reference will be run."""

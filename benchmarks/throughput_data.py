@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from iopo.data.encode import Limits
 from iopo.data.example import Example
 from iopo.data.formats import read_rows
 from iopo.data.tokenize import Chat, tokenize_rows
-from iopo.data.encode import Limits
 
 TRAIN = Path(__file__).parent.parent / "data" / "demo" / "train.jsonl"
 # name -> (prompt tokens, response tokens, quads in a step); None: as in the demo data
@@ -60,9 +60,7 @@ def as_pairs(quads: Sequence[Example]) -> list[Example]:
 
 def as_sft(quads: Sequence[Example]) -> list[Example]:
     """The instruction and right response that each quad began as: x1, y1."""
-    return [
-        replace(q, prompts=q.prompts[:1], responses=((q.responses[0][0],),)) for q in quads
-    ]
+    return [replace(q, prompts=q.prompts[:1], responses=((q.responses[0][0],),)) for q in quads]
 
 
 def useful_tokens(examples: Sequence[Example]) -> int:

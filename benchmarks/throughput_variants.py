@@ -59,11 +59,12 @@ PLAIN, CACHED, FAST = LADDER[0], LADDER[4], LADDER[5]
 
 
 class Trainer:
-    """One policy that differs from its reference a little, its optimizer, and steps on examples.
+    """One policy, a little off its reference, its optimizer, and steps on examples.
 
     causal_lm: fp32 if `full`, else of `dtype`; changed in place.
     reference_lm: a frozen copy for rows with a live reference under full fine-tuning. LoRA's
         reference is the base under the adapters.
+    lr: of every step. shifted: False starts the policy at its reference.
     """
 
     def __init__(
@@ -75,6 +76,8 @@ class Trainer:
         device: torch.device,
         reference_lm: PreTrainedModel | None = None,
         tokens_per_microbatch: int = TOKENS_PER_MICROBATCH,
+        lr: float = 1e-6,
+        shifted: bool = True,
     ):
         self.full, self.device, self.tokens = full, device, tokens_per_microbatch
         self.config = causal_lm.config
@@ -87,14 +90,17 @@ class Trainer:
                 targets="all-linear",
                 generator=torch.Generator().manual_seed(0),
             )
-        self.reference = None if reference_lm is None else LogProbs(reference_lm.to(device))
+        self.reference = None if reference_lm is None else LogProbs(reference_lm)
+        if self.reference is not None:
+            self.reference.to(device)
         policy = LogProbs(causal_lm)
         policy.train()
         self.prepared = prepare(policy, device=device, dtype=dtype, mesh=None)
         self.policy = policy
-        self._leave_the_reference()
+        if shifted:
+            self._leave_the_reference()
         values = self.prepared.parameters.values()
-        self.optimizer = torch.optim.AdamW(values, lr=1e-6, weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(values, lr=lr, weight_decay=0.0, fused=True)
 
     @torch.no_grad()
     def _leave_the_reference(self) -> None:

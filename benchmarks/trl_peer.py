@@ -1,0 +1,171 @@
+"""Side by side with TRL's DPOTrainer: the same pairs, the same steps, losses, speed and memory.
+
+    python -m benchmarks.trl_peer [--json FILE] [--shape demo]
+
+Both fine-tune all weights with AdamW and TRL's defaults elsewhere (activation checkpointing, live
+reference). Makes an environment with TRL in the user's cache on first use (about 1 GB).
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from benchmarks import memory
+from benchmarks.throughput import facts
+from benchmarks.throughput_child import Task
+from benchmarks.throughput_data import SHAPES
+from benchmarks.throughput_variants import FAST, Trainer
+from iopo.data.example import Example
+from iopo.data.layout import build_shared
+from iopo.model.attention import SHARED
+from iopo.model.demo import cache_root
+from iopo.model.load import default_dtype, load_causal_lm, resolve_model
+
+TRL = "trl==1.16.0"
+ROOT = Path(__file__).parent.parent
+LOSS_TARGET = 1e-3
+
+
+def environment() -> Path:
+    """Python of an environment that has TRL and our versions of torch and transformers."""
+    folder = cache_root() / ("bench-" + TRL.replace("==", "-"))
+    python = folder / "bin" / "python"
+    if not (folder / "COMPLETE").exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+        torch_version = torch.__version__.partition("+")[0]
+        wanted = [f"torch=={torch_version}", f"transformers=={transformers.__version__}", TRL]
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True)
+        (folder / "COMPLETE").touch()
+    return python
+
+
+def task_of(
+    model: Path, dtype: str, threads: int, examples: list[Example], steps: int, lr: float
+) -> dict[str, Any]:
+    """What a child of either side is told; also the token ids, so that neither tokenises."""
+    pairs = [
+        {
+            "prompt_ids": e.prompts[0].tolist(),
+            "chosen_ids": e.responses[0][0].tolist(),
+            "rejected_ids": e.responses[0][1].tolist(),
+        }
+        for e in examples
+    ]
+    return {
+        "model": str(model), "dtype": dtype, "threads": threads,
+        "pairs": pairs, "steps": steps, "lr": lr,
+    }  # fmt: skip
+
+
+def run(command: list[str], task: dict[str, Any]) -> dict[str, Any]:
+    """A child's answer; raises RuntimeError with what it said on failure."""
+    done = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def ours() -> None:
+    """The child of this project's side: reads a task, prints the same JSON as TRL's."""
+    task = json.loads(sys.stdin.read())
+    torch.set_num_threads(task["threads"])
+    dtype = getattr(torch, task["dtype"])
+    examples = [
+        Example(
+            f"p{i}",
+            (np.array(pair["prompt_ids"], np.int32),),
+            (tuple(np.array(pair[key], np.int32) for key in ("chosen_ids", "rejected_ids")),),
+        )
+        for i, pair in enumerate(task["pairs"])
+    ]
+    before = memory.resident_gb()
+    trainer = Trainer(
+        load_causal_lm(task["model"], torch.float32, SHARED),
+        full=True,
+        dtype=dtype,
+        device=torch.device("cpu"),
+        lr=task["lr"],
+        shifted=False,
+    )
+    memory.reset_peak()
+    trainer.use(FAST)
+    losses, seconds = [], []
+    cache: dict[str, list[float]] = {}
+    with torch.no_grad():  # the policy is still its own reference
+        for rows in trainer.micro_batches(examples, FAST):
+            batch = build_shared(rows)
+            cache |= dict(zip(batch.ids, trainer.policy(batch).tolist(), strict=True))
+    for _ in range(task["steps"]):
+        started = time.perf_counter()
+        loss_E = trainer.step(examples, FAST, objective="dpo", cache=cache)
+        seconds.append(time.perf_counter() - started)
+        losses.append(loss_E.mean().item())
+    result = {
+        "losses": losses,
+        "seconds": seconds,
+        "peak_memory_gb": memory.peak_gb() - before,
+    }
+    print(json.dumps(result))
+
+
+def compare(python: Path, task: dict[str, Any]) -> list[dict[str, Any]]:
+    """One result per side; the first step, which allocates, is left out of the median."""
+    sides = {
+        f"TRL ({TRL})": [str(python), "-m", "benchmarks.trl_peer_child"],
+        "here": [sys.executable, "-m", "benchmarks.trl_peer", "--ours"],
+    }
+    rows = []
+    for name, command in sides.items():
+        result = run(command, task)
+        median = statistics.median(result["seconds"][1:])
+        rows.append({"name": name, "pairs_per_s": len(task["pairs"]) / median} | result)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--shape", default="demo", choices=SHAPES)
+    parser.add_argument("--model", default="demo", help="model folder, or demo")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--ours", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.ours:
+        ours()
+        return
+    model = resolve_model(args.model)
+    speed = str(default_dtype("cpu")).removeprefix("torch.")
+    examples = Task(str(model), speed, True, args.shape, "dpo", args.threads).examples()
+    python = environment()
+    report: dict[str, Any] = facts(model, speed, args.threads) | {"trl": TRL, "shape": args.shape}
+    # losses in fp32, where both sides should agree; speed in what is fast here
+    for dtype in dict.fromkeys(("float32", speed)):
+        rows = compare(python, task_of(model, dtype, args.threads, examples, args.steps, 1e-5))
+        report[dtype] = rows
+        print(f"{dtype}, {len(examples)} pairs, lengths {args.shape}")
+        for row in rows:
+            losses = " ".join(f"{loss:.5f}" for loss in row["losses"])
+            print(
+                f"  {row['name']:18} {row['pairs_per_s']:8.3f} pairs/s  "
+                f"{row['peak_memory_gb']:6.2f} GB  losses {losses}"
+            )
+        first, second = (row["losses"] for row in rows)
+        worst = max(abs(a - b) for a, b in zip(first, second, strict=True))
+        print(f"  largest difference of loss {worst:.1e} (target {LOSS_TARGET:g} in float32)")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

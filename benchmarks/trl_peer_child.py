@@ -1,0 +1,85 @@
+"""DPO steps by TRL's trainer, on token ids from standard input; imports nothing of this project's.
+
+trl_peer.py runs it in an environment of its own. Prints one line of JSON: losses and seconds of
+each step, and the peak memory of training.
+"""
+
+import json
+import sys
+import tempfile
+import time
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+from benchmarks import memory
+
+
+class TokenisedDPOTrainer(DPOTrainer):
+    """Takes rows that hold token ids already, so that both sides score the same tokens."""
+
+    def _prepare_dataset(self, dataset, *args, **kwargs):
+        return dataset
+
+
+class Clock(TrainerCallback):
+    """Seconds of each optimizer step."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.perf_counter() - self.started)
+
+
+def main() -> None:
+    task = json.loads(sys.stdin.read())
+    torch.set_num_threads(task["threads"])
+    rows = task["pairs"]
+    before = memory.resident_gb()
+    model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32)
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        config = DPOConfig(
+            output_dir=folder,
+            beta=0.1,
+            max_length=None,
+            per_device_train_batch_size=len(rows),
+            max_steps=task["steps"],
+            learning_rate=task["lr"],
+            lr_scheduler_type="constant",
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            bf16=task["dtype"] == "bfloat16",
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        trainer = TokenisedDPOTrainer(
+            model=model,
+            args=config,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(task["model"]),
+            callbacks=[clock],
+        )
+        memory.reset_peak()
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    result = {
+        "losses": losses,
+        "seconds": clock.seconds,
+        "peak_memory_gb": memory.peak_gb() - before,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
