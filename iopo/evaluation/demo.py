@@ -25,6 +25,7 @@ from iopo.model.load import resolve_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HELDOUT = REPOSITORY / "data" / "demo" / "heldout.jsonl"
+IOPO_ROWS = "data.limit_rows=480"  # of 800: what fits into the demo's twenty minutes
 STAGES = ("base", "sft", "trained")
 MEASURES = {
     "group_accuracy": "group accuracy",
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     memory = PeakMemory()
     base = resolve_model("demo")
     train(args.run / "sft", "smollm2_135m_sft")
-    train(args.run / "iopo", "smollm2_135m_iopo", f"model.path={args.run}/sft/export")
+    train(args.run / "iopo", "smollm2_135m_iopo", f"model.path={args.run}/sft/export", IOPO_ROWS)
     models = dict(
         zip(STAGES, (base, args.run / "sft/export", args.run / "iopo/export"), strict=True)
     )
