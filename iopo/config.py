@@ -197,14 +197,14 @@ class ObjectiveConfig:
 
 @dataclass
 class OptimConfig:
-    lr: float = 1e-5
+    lr: float = 2e-5
     schedule: Schedule = Schedule.cosine
     warmup_ratio: float = 0.1
     epochs: int = 1
     max_steps: int | None = None
     global_batch_quads: int = 16
     micro_batch_quads: int | None = None
-    tokens_per_microbatch: int | None = 4096
+    tokens_per_microbatch: int | None = 1024
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
@@ -309,6 +309,22 @@ class ExportConfig:
 
 
 @dataclass
+class PlanConfig:
+    gpus: int = 8
+    gpus_per_machine: int = 8
+    gpu_gb: float = 80.0
+    gpu_tflops: float = 450.0
+    machine_gb_per_s: float = 300.0
+    network_gb_per_s: float = 320.0
+    prompt_tokens: int = 200
+    response_tokens: int = 300
+
+    def __post_init__(self):
+        for key in self.__dataclass_fields__:
+            _require(getattr(self, key) > 0, f"plan_for.{key}", getattr(self, key), "more than 0")
+
+
+@dataclass
 class TrainConfig:
     run: str = "???"  # how OmegaConf spells "must be given"
     seed: int = 0
@@ -324,6 +340,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    plan_for: PlanConfig = field(default_factory=PlanConfig)
 
     def __post_init__(self):
         adapted = self.model.lora.rank > 0
