@@ -14,6 +14,7 @@ from iopo.training.secrets import redact
 HARMLESS = (
     "run",
     "plan",
+    "plan_for",
     "replay_step",
     "parallel",
     "checkpoint",

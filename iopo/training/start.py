@@ -12,6 +12,7 @@ from iopo.training.environment import describe_environment
 from iopo.training.inputs import load_inputs
 from iopo.training.launch import Worker, launch
 from iopo.training.placement import find_placement
+from iopo.training.plan import plan_report
 from iopo.training.replay import replay
 from iopo.training.runfolder import is_complete, open_run
 
@@ -21,9 +22,12 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def start(cfg: TrainConfig, config_text: str, worker: Worker) -> int:
     """Check everything that needs no weights, make the run folder and run `worker` on every rank.
 
-    Returns the exit code. Raises ValueError for a config, data or run folder that cannot be used,
-    before anything is written into the run folder.
+    Returns the exit code; with plan=true, prints the plan and returns 0. Raises ValueError for a
+    config, data or run folder that cannot be used, before anything is written into the run folder.
     """
+    if cfg.plan:
+        print(plan_report(cfg))
+        return 0
     run = Path(cfg.run)
     if cfg.replay_step is not None:
         with tempfile.TemporaryDirectory() as scratch:

@@ -1,0 +1,190 @@
+"""What one micro-batch costs, from its shapes: the training code run on the meta device.
+
+Nothing is allocated and nothing computed, so a 7B model takes seconds on a laptop. The operators
+that autograd and activation checkpointing really call are watched: which tensors are alive, and
+how many FLOPs each would take. PyTorch's own counter knows matrix products; attention by segments
+and the log-prob head are added here.
+
+What a GPU does differently is left out: blocks of the allocator (a few percent), torch.compile
+(which keeps less), and the copies of a prompt's keys for its second response (below 1 %).
+
+Letters: T packed tokens, R response rows, D width, V vocabulary, H heads, E head dimension.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from transformers import PretrainedConfig
+
+from iopo.config import TrainConfig
+from iopo.data.example import Example
+from iopo.data.layout import SharedSegments, build_shared
+from iopo.kernels import tiled
+from iopo.logprobs import LogProbs
+from iopo.model import load
+from iopo.model.attention import SHARED
+from iopo.model.parallel import Prepared, prepare
+from iopo.training import setup
+
+META = torch.device("meta")
+CHUNK_BYTES_PER_WORD = 8192  # of the GPU head's backward; triton_gemm.py, absent without Triton
+OPS = torch.ops.iopo
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Costs of one micro-batch on one rank.
+
+    peak_bytes: most that forward and backward held beside weights and gradients that were there
+        before, a gradient being added to included.
+    saved_bytes: what the forward leaves for the backward.
+    forward, backward: FLOPs by part (trunk, attention, head); a recomputed forward is in backward.
+    tokens, rows, pairs: what the micro-batch holds; pairs of query and key, per head.
+    """
+
+    peak_bytes: int
+    saved_bytes: int
+    forward: dict[str, float]
+    backward: dict[str, float]
+    tokens: int
+    rows: int
+    pairs: int
+
+
+def meta_policy(cfg: TrainConfig, config: PretrainedConfig, dtype: torch.dtype) -> Prepared:
+    """The policy as setup.make_policy makes it on one rank, without values and not sharded."""
+    wide = dtype if torch.finfo(dtype).bits >= 32 else torch.float32
+    loaded = dtype if cfg.model.lora.rank > 0 else wide
+    policy = LogProbs(load.meta_causal_lm(config, loaded, SHARED))
+    setup.adapt(cfg, policy)
+    every = setup.checkpoint_every(cfg)
+    return prepare(policy, device=META, dtype=dtype, mesh=None, checkpoint_every=every)
+
+
+def trace(policy: Prepared, examples: Sequence[Example], device_type: str) -> Trace:
+    """Forward and backward of one micro-batch, as the second or later of a step: there are
+    gradients already. device_type: cuda or cpu, whose head's workspace is counted."""
+    batch = build_shared(examples).to(META)
+    assert batch.attention is not None
+    pairs = attended_pairs(batch.attention)
+    own: list[Tensor] = [*policy.model.parameters(), *policy.model.buffers()]
+    for parameter in policy.model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
+            own.append(parameter.grad)
+    formulas = {
+        OPS.segment_attention: lambda q, *_, **__: 4 * pairs * q.shape[1] * q.shape[2],
+        OPS.segment_attention_backward: lambda g, *_, **__: 10 * pairs * g.shape[1] * g.shape[2],
+        OPS.linear_logprob: lambda h, w, *_, **__: 2 * h.shape[0] * w.numel(),
+        OPS.linear_logprob_backward: _head_backward_flops,
+        OPS.linear_logprob_sums: _head_sums_flops,
+    }
+    watch = Watch(own, formulas, device_type)
+    with watch:
+        logp_EM = policy.model(batch)
+        saved, forward = watch.live, _parts(watch.flops)
+        logp_EM.sum().backward()
+    total = _parts(watch.flops)
+    backward = {part: total[part] - forward[part] for part in total}
+    tokens, rows = batch.input_ids.numel(), len(batch.rows_R)
+    return Trace(watch.peak, saved, forward, backward, tokens, rows, pairs)
+
+
+def attended_pairs(segments: SharedSegments) -> int:
+    """Pairs of a query and a key that it attends to, in one head."""
+    start, stop, prefix_start, prefix_stop = segments.ranges_N4.unbind(1)
+    own = stop - start
+    return int((own * (own + 1) // 2 + own * (prefix_stop - prefix_start)).sum())
+
+
+class Watch(TorchDispatchMode):
+    """Counts the bytes of live storages and the FLOPs of operators.
+
+    own: tensors that are there anyway. live, peak: bytes of all others, now and at most.
+    flops: by operator.
+    """
+
+    def __init__(
+        self,
+        own: Sequence[Tensor],
+        formulas: dict[Any, Callable[..., float]],
+        device_type: str,
+    ) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in own}
+        self.formulas, self.device_type = formulas, device_type
+        self.live = self.peak = 0
+        self.flops: Counter[Any] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._see(leaf.untyped_storage())
+        op = func.overloadpacket
+        if op in self.formulas:
+            self.flops[op] += self.formulas[op](*args, **(kwargs or {}))
+        elif op in flop_registry:
+            self.flops[op] += flop_registry[op](*args, **(kwargs or {}), out_val=out)
+        if op in (OPS.linear_logprob_backward, OPS.linear_logprob_sums):
+            workspace = head_workspace(op, args, self.device_type)
+            self.peak = max(self.peak, self.live + workspace)
+        return out
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+
+def head_workspace(op: Any, args: tuple[Any, ...], device_type: str) -> int:
+    """Bytes that the head's operator takes inside and returns before it ends.
+
+    A chunk of d loss / d logits on CUDA (triton_gemm.py); wide copies of the rows and some tiles
+    elsewhere (tiled.py).
+    """
+    hidden_RD, weight_VD = (args[1], args[2]) if op is OPS.linear_logprob_backward else args[:2]
+    (rows, width), words = hidden_RD.shape, weight_VD.shape[0]
+    if device_type == "cuda":
+        return min(rows * hidden_RD.element_size(), CHUNK_BYTES_PER_WORD) * words
+    wide = max(4, hidden_RD.element_size())
+    copies = 2 if wide > hidden_RD.element_size() else 1  # of [R, D]
+    tiles = tiled.WORDS * (tiled.ROWS + 2 * width)
+    need_weight = op is OPS.linear_logprob_backward and args[9]
+    return wide * (rows * width * (copies + int(need_weight)) + tiles)
+
+
+def _head_backward_flops(grad_R: Tensor, hidden_RD: Tensor, weight_VD: Tensor, *rest: Any) -> int:
+    """The logits again, the gradient of the hidden rows and, if it is wanted, of the weight."""
+    need_weight = rest[-2]
+    return (3 if need_weight else 2) * 2 * hidden_RD.shape[0] * weight_VD.numel()
+
+
+def _head_sums_flops(hidden_RD: Tensor, weight_VD: Tensor, *rest: Any) -> int:
+    with_gradient = rest[-1]
+    return (2 if with_gradient else 1) * 2 * hidden_RD.shape[0] * weight_VD.numel()
+
+
+def _parts(flops: Counter[Any]) -> dict[str, float]:
+    parts = {"trunk": 0.0, "attention": 0.0, "head": 0.0}
+    for op, count in flops.items():
+        name = str(op)
+        part = "attention" if "attention" in name else "head" if "logprob" in name else "trunk"
+        parts[part] += count
+    return parts

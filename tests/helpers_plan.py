@@ -1,0 +1,63 @@
+"""Train small models for two steps each and print how far memory rose: a program for test_plan.
+
+Argument: a JSON list of runs, each a list of config overrides. In a process of its own,
+because the peak of resident memory is a number of a whole process. The allocator must return what
+is freed: MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ are set by the caller.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from test_configs import config
+
+from iopo.data.layout import build_shared
+from iopo.logprobs import LogProbs
+from iopo.model.attention import SHARED
+from iopo.model.load import tiny_causal_lm
+from iopo.model.parallel import prepare
+from iopo.training import optim, setup
+from iopo.training.plan_work import example_of
+
+
+def resident(key: str) -> int:
+    """Bytes: VmRSS is what the process holds now, VmHWM its peak."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"/proc/self/status has no {key}")
+
+
+def train(cfg, rows) -> None:
+    policy = LogProbs(tiny_causal_lm(cfg.model.tiny, seed=0, dtype=torch.float32, attention=SHARED))
+    setup.adapt(cfg, policy)
+    every = setup.checkpoint_every(cfg)
+    cpu = torch.device("cpu")
+    prepared = prepare(policy, device=cpu, dtype=torch.float32, mesh=None, checkpoint_every=every)
+    optimizer = optim.make_optimizer(prepared.parameters, cfg.optim)
+    batch = build_shared(rows)
+    for _step in range(2):
+        for _micro_batch in range(2):
+            prepared.model(batch).sum().backward()
+        prepared.reduce_and_clip(1.0)
+        optimizer.step()
+        prepared.zero_grad()
+
+
+def rise(overrides: list[str]) -> int:
+    """Bytes by which the process grew at most while it trained."""
+    cfg = config(*overrides)
+    prompt, response = cfg.plan_for.prompt_tokens, cfg.plan_for.response_tokens
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    train(cfg, [example_of("quad", prompt, response)] * cfg.optim.micro_batch_quads)
+    return resident("VmHWM") - before
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    runs = json.loads(sys.argv[1])
+    small = ["hidden_size=48", "num_attention_heads=4", "num_key_value_heads=2", "vocab_size=512"]
+    rise([*runs[0], *(f"model.tiny.{key}" for key in small)])  # loads libraries, starts threads
+    print(json.dumps([rise(overrides) for overrides in runs]))
