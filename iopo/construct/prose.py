@@ -7,7 +7,7 @@ import re
 from iopo.constraints import text as cut
 
 _PLAIN = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "."})
-_REFUSAL = re.compile(
+REFUSAL = re.compile(
     r"\b(as an ai|i'm sorry|i am sorry|i cannot|i can't (?:help|assist)|language model"
     r"|hugging face|smollm)\b",
     re.I,
@@ -30,7 +30,7 @@ def whole_sentences(text: str, most_words: int) -> tuple[str, ...] | str:
         return "not ascii"
     if "\n" in text:
         return "several lines"
-    if _REFUSAL.search(text):
+    if REFUSAL.search(text):
         return "refusal"
     if _ABOUT_THE_HINT.search(text):
         return "about the hint"

@@ -1,0 +1,344 @@
+"""Quads from any preference set, without a model: its two responses are measured and relabelled.
+
+For each row (prompt, chosen, rejected) the constraints that hold for one response and not for the
+other become two instructions. Rows stream: memory holds a digest of each response and some counts.
+Kinds are measured one at a time, until both sides have what tells them apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from iopo.constraints import MEASURED_KINDS, Constraint
+from iopo.constraints import text as cut
+from iopo.constraints.compatibility import CONFLICTS
+from iopo.data.formats import Pair
+
+from . import importers
+from .importers import Skipped
+from .prose import REFUSAL, ends_a_sentence
+from .quadruples import MATCH, four_cells
+from .script import script_of
+from .tasks import Task, instruction
+from .taxonomy import TRAINING_COUNTS
+
+SPLITS = ("train", "heldout", "heldout_kinds")
+LANGUAGE = {"latin": "en", "chinese": "zh"}  # a script that we can write instructions for
+_KINDS = {
+    "en": (
+        "words", "sentences", "lines", "paragraphs", "bullets", "numbered_items", "highlights",
+        "commas", "questions", "exclamations", "capital_words", "placeholders", "first_word",
+        "last_word", "start_phrase", "end_phrase", "include_words", "forbid_words",
+        "word_frequency", "layout", "wrapped", "case",
+    ),
+    "zh": (
+        "han_characters", "sentences", "lines", "paragraphs", "bullets", "numbered_items",
+        "highlights", "commas", "questions", "exclamations", "placeholders", "layout", "wrapped",
+    ),
+}  # fmt: skip
+# A prompt that speaks of it may ask for it already, and then for something else than we would.
+_MENTIONED = {
+    "words": r"words?\b", "sentences": r"sentences?\b", "paragraphs": r"paragraphs?\b",
+    "lines": r"lines?\b", "bullets": r"bullet|list", "numbered_items": r"list|number|step",
+    "layout": r"list|table|json|bullet|format|markdown", "case": r"case\b|capital",
+    "questions": r"questions?\b", "highlights": r"highlight|bold|markdown",
+    "placeholders": r"placeholder|template", "han_characters": "字", "include_words": r"words?\b",
+}  # fmt: skip
+_MENTION = {kind: re.compile(pattern, re.I) for kind, pattern in _MENTIONED.items()}
+_MOST_EXACT = 12  # nobody counts more exactly
+_LEAST_WORDS = 5
+
+
+@dataclass
+class RelabelRecipe:
+    """What may be set of the recipe `relabel` (conf/recipe/relabel.yaml)."""
+
+    name: str = "relabel"
+    source: str | None = None  # .jsonl of prompt, chosen, rejected
+    out: str = "runs/relabel"
+    seed: int = 0
+    heldout_share: float = 0.1  # of the prompts, by hash; half of it for the held-out kinds
+    heldout_kinds: list[str] = field(
+        default_factory=lambda: ["numbered_items", "highlights", "questions"]
+    )
+    most_share: float = 0.15  # of all constraints that one kind may have
+    most_words: int = 600  # of a response (Chinese: characters)
+    most_constraints: int = 5  # in one instruction; their number is drawn as in TRACE
+    limit: int | None = None  # quads
+
+    def __post_init__(self) -> None:
+        unknown = set(self.heldout_kinds) - {kind for kinds in _KINDS.values() for kind in kinds}
+        if unknown:
+            raise ValueError(f"recipe.heldout_kinds: {sorted(unknown)} is not measured")
+        if not 0 <= self.heldout_share < 1:
+            raise ValueError(f"recipe.heldout_share is {self.heldout_share}; expected 0 <= s < 1")
+        if not 0 < self.most_share <= 1:
+            raise ValueError(f"recipe.most_share is {self.most_share}; expected 0 < s <= 1")
+        if not 1 <= self.most_constraints <= len(TRAINING_COUNTS):
+            raise ValueError(
+                f"recipe.most_constraints is {self.most_constraints}; expected 1 to "
+                f"{len(TRAINING_COUNTS)}"
+            )
+
+    def kinds(self, split: str, language: str) -> tuple[str, ...]:
+        held = split == "heldout_kinds"
+        return tuple(k for k in _KINDS[language] if (k in self.heldout_kinds) == held)
+
+
+@dataclass
+class Balance:
+    """How often each kind stands in a file so far, and which lengths went together."""
+
+    most_share: float
+    kinds: Counter[str] = field(default_factory=Counter)
+    total: int = 0
+    together: int = 0  # quads whose longer instruction has the longer response, minus the others
+    quads: int = 0
+
+    def order(self, kinds: Sequence[str], rng: random.Random) -> list[str]:
+        """The kinds that are not full, rare ones first more often than not."""
+        most = self.most_share * (self.total + 40)  # a little room at the start
+        counts = self.kinds
+        keyed = [
+            (rng.random() * (4 + counts[kind]), kind) for kind in kinds if counts[kind] + 2 < most
+        ]
+        return [kind for _, kind in sorted(keyed)]
+
+    def would_tell(self, together: int) -> bool:
+        """Whether one more quad of this sign lets lengths tell instructions apart."""
+        return abs(self.together + together) > 3 + 0.5 * self.quads**0.5
+
+    def add(self, constraints: Sequence[Constraint], together: int) -> None:
+        self.kinds.update(c.kind for c in constraints)
+        self.total += len(constraints)
+        self.together += together
+        self.quads += 1
+
+
+class Relabeller:
+    """Turns pairs into rows of quads, one after the other; the same for the same input order."""
+
+    def __init__(self, recipe: RelabelRecipe):
+        self.recipe = recipe
+        self.skipped: Counter[str] = Counter()
+        self.made: Counter[str] = Counter()  # by split
+        self.balances = {split: Balance(recipe.most_share) for split in SPLITS}
+        self._seen: set[int] = set()  # digests of responses
+
+    def row(self, pair: Pair) -> dict[str, Any] | None:
+        """The quad of a pair, or None with the reason counted in `skipped`."""
+        row = self._made(pair)
+        if isinstance(row, str):
+            self.skipped[row] += 1
+            return None
+        self.made[row["split"]] += 1
+        return row
+
+    def _made(self, pair: Pair) -> dict[str, Any] | str:
+        language = LANGUAGE.get(script_of(pair.x))
+        fault = unusable(pair, language, self.recipe.most_words)
+        if fault is not None or language is None:
+            return fault or "script we cannot write"
+        digests = {_digest(pair.chosen), _digest(pair.rejected)}
+        if digests & self._seen:
+            return "repeated response"
+        split = split_of(pair.x, self.recipe.heldout_share)
+        rng = random.Random(f"{self.recipe.seed}/{pair.id}")
+        kinds = [
+            kind
+            for kind in self.recipe.kinds(split, language)
+            if kind not in _MENTION or not _MENTION[kind].search(pair.x)
+        ]
+        found = tell_apart(pair.chosen, pair.rejected, self.balances[split].order(kinds, rng), rng)
+        if found is None:
+            return "nothing tells the responses apart"
+        numbers = [draw_number(self.recipe.most_constraints, rng) for _ in (1, 2)]
+        sides = [
+            fill(first, text, self.balances[split].order(kinds, rng), number, rng)
+            for first, text, number in zip(
+                found, (pair.chosen, pair.rejected), numbers, strict=True
+            )
+        ]
+        row = self._written(pair, sides, language, split, rng)
+        if not isinstance(row, str):
+            self._seen |= digests
+        return row
+
+    def _written(
+        self,
+        pair: Pair,
+        sides: list[list[Constraint]],
+        language: str,
+        split: str,
+        rng: random.Random,
+    ) -> dict[str, Any] | str:
+        """The row, if its four cells hold and lengths tell nothing. The first of a side decides."""
+        (c1, c2), (y1, y2) = sides, (pair.chosen, pair.rejected)
+        if rng.random() < 0.5:
+            c1, c2, y1, y2 = c2, c1, y2, y1
+        texts = [[(c, c.render(language, rng)) for c in side] for side in (c1, c2)]
+        longer_y = (len(y1) > len(y2)) - (len(y1) < len(y2))
+        balance = self.balances[split]
+        # Each pass takes one constraint off the longer instruction, and may turn the sign around.
+        while balance.would_tell(together := _longer(texts) * longer_y):
+            side = texts[0] if _longer(texts) > 0 else texts[1]
+            if len(side) == 1:
+                return "length would tell"
+            side.pop()
+        for side in texts:
+            rng.shuffle(side)
+        c1, c2 = ([c for c, _ in side] for side in texts)
+        if four_cells(c1, y1, c2, y2) != MATCH:
+            return "four cells"
+        balance.add((*c1, *c2), together)
+        x1, x2 = (instruction(Task(pair.x), [text for _, text in side]) for side in texts)
+        rows = [[{"kind": c.kind, "params": c.params, "text": t} for c, t in s] for s in texts]
+        digest = hashlib.sha256("\x1f".join((x1, y1, x2, y2)).encode()).hexdigest()[:12]
+        row = {"id": digest, "task": pair.x, "x1": x1, "y1": y1, "x2": x2, "y2": y2}
+        if pair.system is not None:
+            row["system"] = pair.system
+        return {
+            **row,
+            "c1": rows[0],
+            "c2": rows[1],
+            "source": "relabel",
+            "split": split,
+            "match": [1, 0, 1, 0],
+            "origin": pair.id,
+        }
+
+
+def unusable(pair: Pair, language: str | None, most_words: int) -> str | None:
+    """Why the texts are no use; None if they are."""
+    for text in (pair.chosen, pair.rejected):
+        if LANGUAGE.get(script_of(text)) != language:
+            return "another script than the prompt"
+        size = cut.han_characters(text) if language == "zh" else len(cut.words(text))
+        if not _LEAST_WORDS <= size <= most_words:
+            return "too short or too long"
+        if not ends_a_sentence(text[-200:]) and text[-1] not in "。！？”』」）":
+            return "unfinished"
+        if REFUSAL.search(text):
+            return "refusal"
+    return None
+
+
+def measured(kind: str, text: str, other: str) -> list[Constraint]:
+    """Constraints of a kind that hold for `text` and are worth asking for, in a fixed order."""
+    cls = MEASURED_KINDS[kind]
+    if kind == "forbid_words":  # to avoid a word is a request only if someone would use it
+        own = set(cut.lower_words(text))
+        params = MEASURED_KINDS["include_words"].measure(other)
+        return [cls(**p) for p in params if p["words"][0] not in own]
+    return [cls(**params) for params in cls.measure(text) if _worth_asking(params)]
+
+
+def _worth_asking(params: dict[str, Any]) -> bool:
+    if params.get("relation") == "exactly":
+        return params["number"] <= _MOST_EXACT
+    return len(params.get("word", "long")) > 1
+
+
+def tell_apart(
+    first: str, second: str, kinds: Sequence[str], rng: random.Random
+) -> tuple[Constraint, Constraint] | None:
+    """A constraint that only `first` follows and one that only `second` follows; None: none."""
+    only: list[Constraint | None] = [None, None]
+    for kind in kinds:
+        texts = ((first, second), (second, first))
+        for side, (text, other) in enumerate(texts):
+            if only[side] is None:
+                own = [c for c in measured(kind, text, other) if not c.check(other)]
+                only[side] = rng.choice(own) if own else None
+        if only[0] is not None and only[1] is not None:
+            return only[0], only[1]
+    return None
+
+
+def fill(
+    first: Constraint, text: str, kinds: Sequence[str], number: int, rng: random.Random
+) -> list[Constraint]:
+    """`first` and further constraints of other kinds that hold for the text, up to `number`.
+
+    That something does not occur at all (no bullets) holds for most texts and is no filler.
+    """
+    chosen = [first]
+    taken = {first.kind}
+    for kind in kinds:
+        if len(chosen) == number:
+            break
+        if kind in taken or kind == "forbid_words" or CONFLICTS[kind] & taken:
+            continue
+        found = [c for c in measured(kind, text, text) if c.params.get("number") != 0]
+        if found:
+            chosen.append(rng.choice(found))
+            taken.add(kind)
+    return chosen
+
+
+def draw_number(most: int, rng: random.Random) -> int:
+    """1 to `most`, with the chances of TRACE's training set."""
+    return rng.choices(range(1, most + 1), TRAINING_COUNTS[:most])[0]
+
+
+def split_of(task: str, heldout_share: float) -> str:
+    """train, or one of the held-out parts in equal shares, by the hash of the task."""
+    place = int.from_bytes(hashlib.sha256(task.encode()).digest()[:4], "big") / 2**32
+    if place >= heldout_share:
+        return "train"
+    return "heldout" if place < heldout_share / 2 else "heldout_kinds"
+
+
+def _longer(texts: Sequence[Sequence[tuple[Constraint, str]]]) -> int:
+    """+1 if the first instruction is the longer one, -1 if the second is."""
+    sizes = [sum(len(text) + 4 for _, text in side) for side in texts]
+    return (sizes[0] > sizes[1]) - (sizes[0] < sizes[1])
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def relabel_file(recipe: RelabelRecipe, say: Callable[[str], None] = print) -> Relabeller:
+    """Stream a preference set into the files of each split, and write what was skipped and why.
+
+    Raises ValueError on a source that is not set or no .jsonl file.
+    """
+    if recipe.source is None:
+        raise ValueError("recipe.source is not set; expected a .jsonl preference set")
+    out = Path(recipe.out)
+    out.mkdir(parents=True, exist_ok=True)
+    relabeller = Relabeller(recipe)
+    read = 0  # counted here, so that it is known after a break too
+    files = {split: (out / f"{split}.jsonl").open("w", encoding="utf-8") for split in SPLITS}
+    try:
+        for pair in importers.preferences(Path(recipe.source)):
+            read += 1
+            if isinstance(pair, Skipped):
+                relabeller.skipped[pair.reason] += 1
+                continue
+            row = relabeller.row(pair)
+            if row is not None:
+                files[row["split"]].write(json.dumps(row, ensure_ascii=False) + "\n")
+            if recipe.limit is not None and sum(relabeller.made.values()) == recipe.limit:
+                break
+    finally:
+        for file in files.values():
+            file.close()
+    counts = {
+        "in": read,
+        "out": dict(relabeller.made),
+        "dropped": dict(relabeller.skipped.most_common()),
+        "kinds": {s: dict(b.kinds.most_common()) for s, b in relabeller.balances.items()},
+    }
+    (out / "counts.json").write_text(json.dumps(counts, indent=1, ensure_ascii=False) + "\n")
+    say(json.dumps({key: counts[key] for key in ("in", "out", "dropped")}, ensure_ascii=False))
+    return relabeller
