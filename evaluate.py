@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from iopo.evaluation.config import EvaluateConfig
 from iopo.evaluation.endpoint import EndpointError
 from iopo.evaluation.run import evaluate
+from iopo.model.memory import keep_freed_memory
 
 ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
@@ -30,6 +31,7 @@ def main(composed: DictConfig) -> None:
     try:
         config = OmegaConf.to_object(composed)
         assert isinstance(config, EvaluateConfig)
+        keep_freed_memory()
         evaluate(config, partial(print, flush=True))
     except ValueError as error:
         print(f"refused: {error}", file=sys.stderr, flush=True)

@@ -22,6 +22,7 @@ from rich.table import Table
 from iopo.evaluation import heldout, quads
 from iopo.evaluation.heldout import Answer
 from iopo.model.load import resolve_model
+from iopo.model.memory import keep_freed_memory
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HELDOUT = REPOSITORY / "data" / "demo" / "heldout.jsonl"
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of the demo")
     parser.add_argument("--prompts", type=int, default=None, help="held-out quads answered (all)")
     args = parser.parse_args(arguments)
+    keep_freed_memory()
     started = time.time()
     memory = PeakMemory()
     base = resolve_model("demo")

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from iopo.model.memory import keep_freed_memory
 from iopo.training import failures
 from iopo.training.placement import Placement, Ranks, find_placement
 from iopo.training.signals import FAILED, INTERRUPTED, OK, SAVED_REQUEUE, STOP_SIGNALS, Control
@@ -232,6 +233,8 @@ def _run_rank(
     stacks.parent.mkdir(exist_ok=True)
     control = Control(stacks, timeout_s)
     torch.set_num_threads(_threads(ranks.local_world_size))
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
     try:
         join_group()
         worker(cfg, run_dir, ranks, control)
