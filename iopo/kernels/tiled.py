@@ -1,9 +1,10 @@
 """Row chunks x vocabulary tiles with an online log-sum-exp: CPU, and any device without Triton.
 
 Shapes: R response rows, r rows of one chunk, D width, V vocabulary, v words of one tile.
-The largest intermediate is one r x v tile of logits in the accumulation dtype ("wide": float32,
-float64 for float64 inputs). The vocabulary is the outer loop, so that a bfloat16 tile of the weight
-is widened once for all rows and a tile of its gradient is finished before the next one begins.
+Logits exist one r x v tile at a time, in the accumulation dtype ("wide": float32, float64 for
+float64 inputs); only the gradient of the weight keeps the R x v errors of some words, to be one
+product. The vocabulary is the outer loop, so that a bfloat16 tile of the weight is widened once for
+all rows and a tile of its gradient is finished before the next one begins.
 Tiles live in buffers that are allocated once: fresh memory costs a CPU more than the exponentials.
 
 The target is kept out of the sum over the vocabulary. With `others` the sum of exp(z_v - shift)
@@ -113,14 +114,17 @@ def backward(
         shift_R = shift_R - (magnitude_R * scale_R).log()
     miss_R1 = (torch.expm1(logp_R) * magnitude_R)[:, None]
     grad_hidden_RD = torch.zeros_like(hidden_RD)
-    grad_weight_VD = torch.zeros_like(weight_VD) if need_weight else None
+    grad_weight_VD = torch.empty_like(weight_VD) if need_weight else None
     grad_bias_V = torch.zeros_like(weight_VD[:, 0], dtype=wide) if need_bias else None
     logits_buffer, weight_buffer = _buffers(hidden_RD, weight_VD)
-    grad_buffer = torch.empty_like(weight_buffer) if need_weight else weight_buffer
-    scaled_RD = hidden_RD * factor_R[:, None] if need_weight else hidden_RD
+    narrow = dtype if _multiplies(dtype) else wide
+    kept_rows = len(hidden_RD) if need_weight else 0  # dW needs all rows of a tile: one product
+    errors_buffer = hidden_RD.new_empty(kept_rows * len(weight_buffer), dtype=narrow)
+    scaled_RD = (hidden_RD * factor_R[:, None]).to(narrow) if need_weight else hidden_RD
     with _products_of(dtype):
         for words in _spans(weight_VD.shape[0], WORDS):
             weight_vD = _widened(weight_VD[words], weight_buffer)
+            errors_Rv = errors_buffer[: kept_rows * len(weight_vD)].view(kept_rows, len(weight_vD))
             for rows in _spans(hidden_RD.shape[0], ROWS):
                 error_rv = _product(hidden_RD[rows], weight_vD, logits_buffer)
                 slope_rv = _finish_logits(error_rv, bias_V, words, softcap)
@@ -131,13 +135,14 @@ def backward(
                 if slope_rv is not None:
                     error_rv.mul_(slope_rv)
                 grad_hidden_RD[rows].addmm_(error_rv, weight_vD)
-                if grad_weight_VD is not None:
-                    beta = float(rows.start > 0)  # 0: overwrite what the last words left
-                    grad_buffer[: len(weight_vD)].addmm_(error_rv.t(), scaled_RD[rows], beta=beta)
-                    if rows.stop == hidden_RD.shape[0]:
-                        grad_weight_VD[words] = grad_buffer[: len(weight_vD)]
+                if need_weight:
+                    errors_Rv[rows] = error_rv
                 if grad_bias_V is not None:
                     grad_bias_V[words] += factor_R[rows] @ error_rv
+            if grad_weight_VD is not None and narrow == dtype:
+                torch.mm(errors_Rv.t(), scaled_RD, out=grad_weight_VD[words])
+            elif grad_weight_VD is not None:
+                grad_weight_VD[words] = errors_Rv.t() @ scaled_RD
     grad_bias_V = None if grad_bias_V is None else grad_bias_V.to(dtype)
     return grad_hidden_RD.mul_(factor_R[:, None]).to(dtype), grad_weight_VD, grad_bias_V
 
@@ -197,6 +202,11 @@ def _product(hidden_rD: Tensor, weight_vD: Tensor, buffer: Tensor) -> Tensor:
     rows, words = len(hidden_rD), len(weight_vD)
     logits_rv = buffer[: rows * words].view(rows, words)
     return torch.mm(hidden_rD, weight_vD.t(), out=logits_rv)
+
+
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Does this CPU multiply matrices of this narrow dtype with float32 sums, and fast?"""
+    return dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _finish_logits(
