@@ -26,7 +26,7 @@ from iopo.model.memory import keep_freed_memory
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HELDOUT = REPOSITORY / "data" / "demo" / "heldout.jsonl"
-# What fits into twenty minutes: 64 of 100 SFT steps, 480 of the 800 quads for IOPO, and few held-out
+# What fits into twenty minutes: 64 of 100 SFT steps, 480 of 800 quads for IOPO, and few held-out
 # quads while training; all of them are scored in the end.
 SFT_STEPS, IOPO_ROWS, FEW = "optim.max_steps=64", "data.limit_rows=480", "evaluation.quads=64"
 STAGES = ("base", "sft", "trained")
