@@ -258,7 +258,7 @@ def test_a_rank_that_dies(place, table):
 
 
 def test_a_rank_that_hangs(place, table):
-    program = start_two(place, "parallel.timeout_s=8")
+    program = start_two(place, "parallel.timeout_s=30")
     victim = ranks_of(program)[1]
     os.kill(victim, signal.SIGSTOP)  # the worst kind: it cannot even write its stacks
     program.communicate(timeout=200)
