@@ -19,16 +19,11 @@ import jinja2
 from rich.console import Console
 from rich.table import Table
 
-from iopo.evaluation import heldout, quads
-from iopo.evaluation.heldout import Answer
-from iopo.model.load import resolve_model
-from iopo.model.memory import keep_freed_memory
-
 REPOSITORY = Path(__file__).resolve().parents[2]
 HELDOUT = REPOSITORY / "data" / "demo" / "heldout.jsonl"
-# What fits into twenty minutes: 64 of 100 SFT steps, 480 of 800 quads for IOPO, and few held-out
+# What fits into twenty minutes: 64 of 100 SFT steps, 400 of 800 quads for IOPO, and few held-out
 # quads while training; all of them are scored in the end.
-SFT_STEPS, IOPO_ROWS, FEW = "optim.max_steps=64", "data.limit_rows=480", "evaluation.quads=64"
+SFT_STEPS, IOPO_ROWS, FEW = "optim.max_steps=64", "data.limit_rows=400", "evaluation.quads=48"
 STAGES = ("base", "sft", "trained")
 MEASURES = {
     "group_accuracy": "group accuracy",
@@ -47,27 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of the demo")
     parser.add_argument("--prompts", type=int, default=None, help="held-out quads answered (all)")
     args = parser.parse_args(arguments)
-    keep_freed_memory()
     started = time.time()
     memory = PeakMemory()
-    base = resolve_model("demo")
+    call("-c", "from iopo.model.load import resolve_model; resolve_model('demo')")
     train(args.run / "sft", "smollm2_135m_sft", SFT_STEPS, FEW)
     start = f"model.path={args.run}/sft/export"
     train(args.run / "iopo", "smollm2_135m_iopo", start, IOPO_ROWS, FEW)
-    models = dict(
-        zip(STAGES, (base, args.run / "sft/export", args.run / "iopo/export"), strict=True)
-    )
-    rows = quads.read(HELDOUT, args.prompts)
-    summary: dict[str, Any] = {}
-    answers: dict[str, list[Answer]] = {}
-    for stage, path in models.items():
-        print(f"scoring {stage} on {len(rows)} held-out quads", flush=True)
-        last = stage == STAGES[-1]
-        summary[stage], answers[stage] = quads.evaluate_folder(path, rows, controls=last)
-    summary["gain"] = {
-        stage: heldout.following_gain(answers["base"], answers[stage]) for stage in STAGES[1:]
-    }
-    summary["gain"]["iopo_over_sft"] = heldout.following_gain(answers["sft"], answers["trained"])
+    summary, answers = score(args.run, args.prompts)
     summary["seconds"] = round(time.time() - started, 1)
     summary["peak_rss_gb"] = round(memory.stop(), 2)
     (args.run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -76,17 +57,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{args.run}/summary.json, {args.run}/report.html, {args.run}/iopo/report.html (curves)")
 
 
+def call(*arguments: str) -> None:
+    """A Python process of its own, whose memory is gone when it ends; exits with its code."""
+    code = subprocess.run([sys.executable, *arguments], check=False).returncode
+    if code != 0:
+        sys.exit(code)
+
+
 def train(run: Path, experiment: str, *overrides: str) -> None:
     """One stage through train.py, in a process of its own; exits with its code if it fails."""
     if (run / "COMPLETE").exists():
         print(f"{run} is complete; delete it to train again", flush=True)
         return
-    command = [sys.executable, str(REPOSITORY / "train.py"), f"+experiment={experiment}"]
-    command += [f"run={run.absolute()}", *overrides]
-    print("$ " + " ".join(["python", "train.py", *command[2:]]), flush=True)
-    code = subprocess.run(command, check=False).returncode
-    if code != 0:
-        sys.exit(code)
+    command = ["train.py", f"+experiment={experiment}", f"run={run.absolute()}", *overrides]
+    print("$ python " + " ".join(command), flush=True)
+    call(str(REPOSITORY / command[0]), *command[1:])
+
+
+def score(run: Path, limit: int | None) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """The three models on the same held-out quads: summary by stage with gains, and all answers."""
+    # torch loads only now, so that this process holds next to nothing while the stages train
+    from iopo.evaluation import heldout, quads
+    from iopo.model.load import resolve_model
+    from iopo.model.memory import keep_freed_memory
+
+    keep_freed_memory()
+    rows = quads.read(HELDOUT, limit)
+    folders = (resolve_model("demo"), run / "sft/export", run / "iopo/export")
+    summary: dict[str, Any] = {}
+    answers: dict[str, list[Any]] = {}
+    for stage, path in zip(STAGES, folders, strict=True):
+        print(f"scoring {stage} on {len(rows)} held-out quads", flush=True)
+        last = stage == STAGES[-1]
+        summary[stage], answers[stage] = quads.evaluate_folder(path, rows, controls=last)
+    summary["gain"] = {
+        stage: heldout.following_gain(answers["base"], answers[stage]) for stage in STAGES[1:]
+    }
+    summary["gain"]["iopo_over_sft"] = heldout.following_gain(answers["sft"], answers["trained"])
+    return summary, answers
 
 
 def print_table(summary: dict[str, Any]) -> None:
@@ -118,9 +126,9 @@ def percent(cell: dict[str, Any], sign: str = "") -> str:
 
 
 class PeakMemory:
-    """The most memory this process and its descendants held together, sampled twice a second.
+    """The most memory this process and its descendants held together, sampled every second.
 
-    Proportional set sizes, so that pages shared between processes count once.
+    Anonymous pages of all, and the file pages (libraries, which they share) of the largest.
     """
 
     def __init__(self) -> None:
@@ -131,8 +139,10 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while self.running:
-            self.peak = max(self.peak, sum(_pss(pid) for pid in _descendants(os.getpid())))
-            time.sleep(0.5)
+            held = [_resident(pid) for pid in _descendants(os.getpid())]
+            total = sum(anonymous for anonymous, _ in held) + max(files for _, files in held)
+            self.peak = max(self.peak, total)
+            time.sleep(1.0)
 
     def stop(self) -> float:
         """Peak in GB (10^9 bytes)."""
@@ -152,12 +162,15 @@ def _descendants(pid: int) -> list[int]:
     return out
 
 
-def _pss(pid: int) -> int:
+def _resident(pid: int) -> tuple[int, int]:
+    """Bytes of anonymous and of file-backed memory; (0, 0) for a process that has ended."""
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+        return 0, 0
+    sizes = {name: 1024 * int(rest.split()[0]) for name, rest in
+             (line.split(":") for line in lines if line.startswith("Rss"))}  # fmt: skip
+    return sizes.get("RssAnon", 0) + sizes.get("RssShmem", 0), sizes.get("RssFile", 0)
 
 
 PAGE = jinja2.Environment(autoescape=True).from_string("""<!doctype html>
@@ -183,7 +196,7 @@ Curves: <a href="sft/report.html">SFT</a>, <a href="iopo/report.html">IOPO</a>.<
 """)
 
 
-def write_page(run: Path, summary: dict[str, Any], answers: dict[str, list[Answer]]) -> None:
+def write_page(run: Path, summary: dict[str, Any], answers: dict[str, list[Any]]) -> None:
     """report.html: the table and 24 prompts, evenly spread, with the three stages' answers."""
     rows = [
         (label, [percent(summary[stage][key]) for stage in STAGES])

@@ -3,7 +3,7 @@
 import ctypes
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h of glibc
-GIB = 2**30
+MIB = 2**20
 
 
 def keep_freed_memory() -> None:
@@ -15,6 +15,6 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, GIB)
-        mallopt(M_TRIM_THRESHOLD, 2 * GIB - 1)
-        mallopt(M_TOP_PAD, 64 * 2**20)
+        mallopt(M_MMAP_THRESHOLD, 32 * MIB)
+        mallopt(M_TRIM_THRESHOLD, 2047 * MIB)
+        mallopt(M_TOP_PAD, 64 * MIB)

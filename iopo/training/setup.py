@@ -26,7 +26,7 @@ from iopo.training.loop import Job, Reference
 from iopo.training.placement import Ranks
 from iopo.training.seeds import stream_seed
 
-FORWARD_TOKENS = 4  # times the tokens of a training micro-batch, where nothing is kept for backward
+FORWARD_TOKENS = 2  # times the tokens of a training micro-batch, where nothing is kept for backward
 TORCH_DTYPE = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32, Dtype.fp64: torch.float64}
 
 
