@@ -18,6 +18,7 @@ from rich.console import Console
 
 from iopo.config import TrainConfig, plain
 from iopo.evaluation import samples
+from iopo.model.memory import give_back_freed_memory
 from iopo.training import export, heldout, loop, optim, report, restore, setup, start, sweep
 from iopo.training.checkpoint import Checkpoints
 from iopo.training.checkpoint_tensors import gather_state
@@ -103,6 +104,7 @@ def train(cfg: TrainConfig, run: Path, ranks: Ranks, control: Control) -> None:
                 teller.start(*loop.check_start(job, policy, reference))
             samples.before(run, cfg, inputs, prepared, ranks)
             evaluate(0)
+        give_back_freed_memory()
         for result in loop.train_steps(job, prepared, optimizer, reference, first_step=done + 1):
             done, last = result.step, result.step == job.steps
             teller.step(result)

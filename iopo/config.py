@@ -204,7 +204,7 @@ class OptimConfig:
     max_steps: int | None = None
     global_batch_quads: int = 16
     micro_batch_quads: int | None = None
-    tokens_per_microbatch: int | None = 768
+    tokens_per_microbatch: int | None = 1024
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999

@@ -18,3 +18,10 @@ def keep_freed_memory() -> None:
         mallopt(M_MMAP_THRESHOLD, 32 * MIB)
         mallopt(M_TRIM_THRESHOLD, 2047 * MIB)
         mallopt(M_TOP_PAD, 64 * MIB)
+
+
+def give_back_freed_memory() -> None:
+    """Return what is free now: loading and generation leave holes of sizes that training lacks."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -186,6 +186,10 @@ def check_start(job: Job, policy: LogProbs, reference: Reference) -> tuple[float
     expected_E, _ = score(job, batch, rows, policy_EM, policy_EM)
     worst = (policy_EM - reference_EM).abs().max().item()
     loss, expected = loss_E.mean().item(), expected_E.mean().item()
+    if not math.isfinite(expected):
+        sums = policy_EM.sum(1).tolist()
+        bad = [row.id for row, x in zip(rows, sums, strict=True) if not math.isfinite(x)]
+        raise NonFiniteError(f"step 0: the starting weights give no finite log-prob for {bad}")
     if not abs(loss - expected) <= reference.tolerance:
         raise ValueError(
             f"step 0: loss {loss:.8f}, expected {expected:.8f} (policy equal to the reference) "
