@@ -22,6 +22,11 @@ from iopo.model.parallel import Prepared
 from iopo.training import metrics
 
 
+# Packed lengths are rounded up to this many tokens: compiled code and oneDNN, which keeps a kernel
+# of about a megabyte for every shape it has met, then meet few of them.
+LENGTH_STEP = 64
+
+
 @dataclass(frozen=True)
 class Reference:
     """Log-probs of the starting weights: how they are had, and how far off they may be.
@@ -54,8 +59,10 @@ class Job:
 
     def build(self, rows: Sequence[Example]) -> Batch:
         """Tensors of one micro-batch, in the run's layout, on its device."""
-        make = {"shared": build_shared, "packed": build_packed, "plain": build_plain}
-        return make[self.batching.layout](rows).to(self.device)
+        if self.batching.layout == "plain":
+            return build_plain(rows).to(self.device)
+        make = {"shared": build_shared, "packed": build_packed}[self.batching.layout]
+        return make(rows, multiple=LENGTH_STEP).to(self.device)
 
 
 @dataclass
