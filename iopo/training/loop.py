@@ -21,7 +21,6 @@ from iopo.logprobs import LogProbs
 from iopo.model.parallel import Prepared
 from iopo.training import metrics
 
-
 # Packed lengths are rounded up to this many tokens: compiled code and oneDNN, which keeps a kernel
 # of about a megabyte for every shape it has met, then meet few of them.
 LENGTH_STEP = 64
