@@ -78,3 +78,14 @@ def test_evaluate_folder_scores_everything(model, tmp_path):
     assert scores["constraint_accuracy_unseen_kinds"]["n"] == 2
     assert scores["group_accuracy"]["n"] == 3
     json.dumps(scores)
+
+
+def test_a_limit_is_spread_over_the_whole_file(tmp_path):
+    path = tmp_path / "quads.jsonl"
+    splits = ["seen"] * 6 + ["unseen_kinds"] * 3
+    rows = [{"id": f"q{i}", "x1": f"a{i}", "x2": f"b{i}", "y1": "y", "y2": "z", "split": split}
+            for i, split in enumerate(splits)]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = quads.read(path, 6)
+    assert [split for _, split in read] == ["seen"] * 4 + ["unseen_kinds"] * 2
+    assert len(quads.read(path, 99)) == 9

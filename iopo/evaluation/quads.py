@@ -63,8 +63,8 @@ def read(path: Path, limit: int | None = None) -> Rows:
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line) if line.strip() else {}
             splits[row.get("id", "")] = row.get("split", "heldout")
-    if limit is not None:
-        quads = quads[:: max(1, len(quads) // limit)][:limit]
+    if limit is not None and limit < len(quads):
+        quads = [quads[i * len(quads) // limit] for i in range(limit)]
     return [(quad, splits.get(quad.id, "heldout")) for quad in quads]
 
 
