@@ -1,14 +1,17 @@
-"""Make the demo set: `python -m iopo.construct` (keys: conf/construct.yaml)."""
+"""Make data: `python -m iopo.construct` the demo set, `+recipe=NAME` others (conf/recipe/)."""
 
 from __future__ import annotations
 
 import random
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from .demo import (
     HELDOUT,
@@ -24,8 +27,10 @@ from .demo import (
     write_rows,
 )
 from .quadruples import Draft
+from .relabelling import RelabelRecipe, relabel_file
 from .responses import Job, Response, Sampler, bare_jobs, sample_all, transformers_sampler
 from .tasks import read_tasks
+from .verified import VerifiedRecipe, build_verified
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -107,12 +112,52 @@ def report(train: Collection, heldout: Collection, tally: Tally, usable: Counter
     return "\n".join(lines)
 
 
-@hydra.main(version_base=None, config_path=str(CONF), config_name="construct")
-def main(cfg: DictConfig) -> None:
+def make_demo(cfg: DictConfig) -> None:
     train, heldout, tally, usable = build(cfg)
     write_rows(Path(cfg.out) / "train.jsonl", train.rows())
     write_rows(Path(cfg.out) / "heldout.jsonl", heldout.rows())
     print(report(train, heldout, tally, usable))
+
+
+def make_trace(cfg: DictConfig) -> None:
+    from .trace_config import TraceRecipe  # needs the extra `eval`, other recipes do not
+    from .trace_pipeline import run
+
+    run(settings(TraceRecipe, cfg))
+
+
+def make_relabelled(cfg: DictConfig) -> None:
+    relabel_file(settings(RelabelRecipe, cfg))
+
+
+def make_verified(cfg: DictConfig) -> None:
+    recipe = settings(VerifiedRecipe, cfg)
+    sampling = OmegaConf.merge(
+        cfg, {"responses": recipe.responses, "max_new_tokens": recipe.max_new_tokens}
+    )
+    assert isinstance(sampling, DictConfig)
+    print(build_verified(recipe, LazySampler(sampling)))
+
+
+RECIPES = {"trace": make_trace, "relabel": make_relabelled, "verified": make_verified}
+
+
+def settings(schema: type, cfg: DictConfig) -> Any:
+    """cfg.recipe as an object of the schema. Raises on unknown keys and on wrong values."""
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg.recipe))
+
+
+@hydra.main(version_base=None, config_path=str(CONF), config_name="construct")
+def main(cfg: DictConfig) -> None:
+    try:
+        if "recipe" not in cfg:
+            make_demo(cfg)
+        elif cfg.recipe.name in RECIPES:
+            RECIPES[cfg.recipe.name](cfg)
+        else:
+            raise ValueError(f"recipe.name is {cfg.recipe.name!r}; expected one of {list(RECIPES)}")
+    except (ValueError, OmegaConfBaseException, RuntimeError) as error:
+        sys.exit(f"construct: {error}")
 
 
 if __name__ == "__main__":

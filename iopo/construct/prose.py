@@ -6,13 +6,13 @@ import re
 
 from iopo.constraints import text as cut
 
-_PLAIN = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "."})
+PLAIN = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "."})
 REFUSAL = re.compile(
     r"\b(as an ai|i'm sorry|i am sorry|i cannot|i can't (?:help|assist)|language model"
     r"|hugging face|smollm)\b",
     re.I,
 )
-_ABOUT_THE_HINT = re.compile(r"\b(sentences?|fifty words)\b", re.I)
+ABOUT_THE_HINT = re.compile(r"\b(sentences?|fifty words)\b", re.I)
 _MARKUP = re.compile(r"[#*<>{}\[\]|`_]|(?:^|\s)\d\. |:$")
 
 
@@ -23,7 +23,7 @@ def whole_sentences(text: str, most_words: int) -> tuple[str, ...] | str:
     asked for, text that repeats itself and text that is not ASCII once curly quotes and dashes
     are made plain.
     """
-    text = text.translate(_PLAIN).strip()
+    text = text.translate(PLAIN).strip()
     if len(text) > 1 and text[0] == text[-1] == '"' and text.count('"') == 2:
         text = text[1:-1].strip()
     if not text.isascii():
@@ -32,7 +32,7 @@ def whole_sentences(text: str, most_words: int) -> tuple[str, ...] | str:
         return "several lines"
     if REFUSAL.search(text):
         return "refusal"
-    if _ABOUT_THE_HINT.search(text):
+    if ABOUT_THE_HINT.search(text):
         return "about the hint"
     if _MARKUP.search(text):
         return "markup"

@@ -105,20 +105,21 @@ class Balance:
 
     def order(self, kinds: Sequence[str], rng: random.Random) -> list[str]:
         """The kinds that are not full, rare ones first more often than not."""
-        most = self.most_share * (self.total + 40)  # a little room at the start
         counts = self.kinds
-        keyed = [
-            (rng.random() * (4 + counts[kind]), kind) for kind in kinds if counts[kind] + 2 < most
-        ]
+        keyed = [(rng.random() * (4 + counts[kind]), kind) for kind in kinds if self.has_room(kind)]
         return [kind for _, kind in sorted(keyed)]
+
+    def has_room(self, kind: str) -> bool:
+        """Whether both sides of a quad may have the kind without its share growing too large."""
+        return self.kinds[kind] + 2 <= self.most_share * max(self.total, 40)
 
     def would_tell(self, together: int) -> bool:
         """Whether one more quad of this sign lets lengths tell instructions apart."""
         return abs(self.together + together) > 3 + 0.5 * self.quads**0.5
 
-    def add(self, constraints: Sequence[Constraint], together: int) -> None:
-        self.kinds.update(c.kind for c in constraints)
-        self.total += len(constraints)
+    def add(self, kinds: Sequence[str], together: int) -> None:
+        self.kinds.update(kinds)
+        self.total += len(kinds)
         self.together += together
         self.quads += 1
 
@@ -131,18 +132,43 @@ class Relabeller:
         self.skipped: Counter[str] = Counter()
         self.made: Counter[str] = Counter()  # by split
         self.balances = {split: Balance(recipe.most_share) for split in SPLITS}
+        self.balances["heldout_kinds"].most_share = 1.0  # a few kinds share all of it
         self._seen: set[int] = set()  # digests of responses
 
-    def row(self, pair: Pair) -> dict[str, Any] | None:
-        """The quad of a pair, or None with the reason counted in `skipped`."""
-        row = self._made(pair)
+    def row(
+        self, pair: Pair, task: Task | None = None, split: str | None = None
+    ) -> dict[str, Any] | None:
+        """The quad of a pair, or None with the reason counted in `skipped`.
+
+        task, split: of the pair's prompt, where known; else it is a task without input, and its
+        hash decides the split.
+        """
+        row = self._made(
+            pair, task or Task(pair.x), split or split_of(pair.x, self.recipe.heldout_share)
+        )
         if isinstance(row, str):
             self.skipped[row] += 1
             return None
         self.made[row["split"]] += 1
         return row
 
-    def _made(self, pair: Pair) -> dict[str, Any] | str:
+    def join(self, row: dict[str, Any]) -> str | None:
+        """Let in a row that was made elsewhere; a str says why it must not."""
+        digests = {_digest(row["y1"]), _digest(row["y2"])}
+        if digests & self._seen or len(digests) < 2:
+            return "repeated response"
+        balance = self.balances[row["split"]]
+        kinds = [c["kind"] for c in (*row["c1"], *row["c2"])]
+        if not all(map(balance.has_room, kinds)):
+            return "kind is frequent enough"
+        together = _sign(row["x1"], row["x2"]) * _sign(row["y1"], row["y2"])
+        if balance.would_tell(together):
+            return "length would tell"
+        balance.add(kinds, together)
+        self._seen |= digests
+        return None
+
+    def _made(self, pair: Pair, task: Task, split: str) -> dict[str, Any] | str:
         language = LANGUAGE.get(script_of(pair.x))
         fault = unusable(pair, language, self.recipe.most_words)
         if fault is not None or language is None:
@@ -150,7 +176,6 @@ class Relabeller:
         digests = {_digest(pair.chosen), _digest(pair.rejected)}
         if digests & self._seen:
             return "repeated response"
-        split = split_of(pair.x, self.recipe.heldout_share)
         rng = random.Random(f"{self.recipe.seed}/{pair.id}")
         kinds = [
             kind
@@ -167,7 +192,7 @@ class Relabeller:
                 found, (pair.chosen, pair.rejected), numbers, strict=True
             )
         ]
-        row = self._written(pair, sides, language, split, rng)
+        row = self._written(pair, task, sides, language, split, rng)
         if not isinstance(row, str):
             self._seen |= digests
         return row
@@ -175,6 +200,7 @@ class Relabeller:
     def _written(
         self,
         pair: Pair,
+        task: Task,
         sides: list[list[Constraint]],
         language: str,
         split: str,
@@ -185,7 +211,7 @@ class Relabeller:
         if rng.random() < 0.5:
             c1, c2, y1, y2 = c2, c1, y2, y1
         texts = [[(c, c.render(language, rng)) for c in side] for side in (c1, c2)]
-        longer_y = (len(y1) > len(y2)) - (len(y1) < len(y2))
+        longer_y = _sign(y1, y2)
         balance = self.balances[split]
         # Each pass takes one constraint off the longer instruction, and may turn the sign around.
         while balance.would_tell(together := _longer(texts) * longer_y):
@@ -198,11 +224,11 @@ class Relabeller:
         c1, c2 = ([c for c, _ in side] for side in texts)
         if four_cells(c1, y1, c2, y2) != MATCH:
             return "four cells"
-        balance.add((*c1, *c2), together)
-        x1, x2 = (instruction(Task(pair.x), [text for _, text in side]) for side in texts)
+        balance.add([c.kind for c in (*c1, *c2)], together)
+        x1, x2 = (instruction(task, [text for _, text in side]) for side in texts)
         rows = [[{"kind": c.kind, "params": c.params, "text": t} for c, t in s] for s in texts]
         digest = hashlib.sha256("\x1f".join((x1, y1, x2, y2)).encode()).hexdigest()[:12]
-        row = {"id": digest, "task": pair.x, "x1": x1, "y1": y1, "x2": x2, "y2": y2}
+        row = {"id": digest, "task": task.line, "x1": x1, "y1": y1, "x2": x2, "y2": y2}
         if pair.system is not None:
             row["system"] = pair.system
         return {
@@ -231,14 +257,13 @@ def unusable(pair: Pair, language: str | None, most_words: int) -> str | None:
     return None
 
 
-def measured(kind: str, text: str, other: str) -> list[Constraint]:
-    """Constraints of a kind that hold for `text` and are worth asking for, in a fixed order."""
-    cls = MEASURED_KINDS[kind]
+def measured(kind: str, text: str, other: str) -> list[dict[str, Any]]:
+    """Parameters of a kind that hold for `text` and are worth asking for, in a fixed order."""
     if kind == "forbid_words":  # to avoid a word is a request only if someone would use it
         own = set(cut.lower_words(text))
-        params = MEASURED_KINDS["include_words"].measure(other)
-        return [cls(**p) for p in params if p["words"][0] not in own]
-    return [cls(**params) for params in cls.measure(text) if _worth_asking(params)]
+        found = MEASURED_KINDS["include_words"].measure(other)
+        return [params for params in found if params["words"][0] not in own]
+    return [params for params in MEASURED_KINDS[kind].measure(text) if _worth_asking(params)]
 
 
 def _worth_asking(params: dict[str, Any]) -> bool:
@@ -253,13 +278,22 @@ def tell_apart(
     """A constraint that only `first` follows and one that only `second` follows; None: none."""
     only: list[Constraint | None] = [None, None]
     for kind in kinds:
-        texts = ((first, second), (second, first))
-        for side, (text, other) in enumerate(texts):
+        for side, (text, other) in enumerate(((first, second), (second, first))):
             if only[side] is None:
-                own = [c for c in measured(kind, text, other) if not c.check(other)]
-                only[side] = rng.choice(own) if own else None
+                only[side] = _only(kind, text, other, rng)
         if only[0] is not None and only[1] is not None:
             return only[0], only[1]
+    return None
+
+
+def _only(kind: str, text: str, other: str, rng: random.Random) -> Constraint | None:
+    """A random constraint of the kind that `text` follows and `other` does not, if there is one."""
+    found = measured(kind, text, other)
+    rng.shuffle(found)
+    for params in found:
+        constraint = MEASURED_KINDS[kind](**params)
+        if not constraint.check(other):
+            return constraint
     return None
 
 
@@ -277,9 +311,9 @@ def fill(
             break
         if kind in taken or kind == "forbid_words" or CONFLICTS[kind] & taken:
             continue
-        found = [c for c in measured(kind, text, text) if c.params.get("number") != 0]
+        found = [params for params in measured(kind, text, text) if params.get("number") != 0]
         if found:
-            chosen.append(rng.choice(found))
+            chosen.append(MEASURED_KINDS[kind](**rng.choice(found)))
             taken.add(kind)
     return chosen
 
@@ -301,6 +335,11 @@ def _longer(texts: Sequence[Sequence[tuple[Constraint, str]]]) -> int:
     """+1 if the first instruction is the longer one, -1 if the second is."""
     sizes = [sum(len(text) + 4 for _, text in side) for side in texts]
     return (sizes[0] > sizes[1]) - (sizes[0] < sizes[1])
+
+
+def _sign(first: str, second: str) -> int:
+    """+1 if the first text is the longer one, -1 if the second is, 0 if neither."""
+    return (len(first) > len(second)) - (len(first) < len(second))
 
 
 def _digest(text: str) -> int:

@@ -138,7 +138,7 @@ async def _run_stage(
 
 
 async def _answer(ask: Ask, context: Context, servers: Servers) -> Any:
-    """The value of a reply, or the scores of a judgement.
+    """The value of a reply, or a judgement that has scores.
 
     Raises Unreadable when no attempt gave a reply of the form asked for, Rejected, RequestFailed.
     """
@@ -148,9 +148,7 @@ async def _answer(ask: Ask, context: Context, servers: Servers) -> Any:
             raise RequestFailed(judgement.reason)
         if judgement.scores is None:
             raise Unreadable(f"judge: {judgement.reason}")
-        if judgement.overall == 0:  # irrelevant, wrong in its facts or harmful
-            raise Rejected("overall score 0")
-        return judgement.scores
+        return judgement
     problem = ""
     for attempt in range(context.recipe.attempts):
         request = dataclasses.replace(ask.request, seed=(ask.request.seed or 0) + attempt)

@@ -34,7 +34,7 @@ class Prompt:
     reply_tokens: int  # a guess, for the estimate
 
 
-Ask = Prompt | Question  # a Question goes to the judge, and its answer is the scores
+Ask = Prompt | Question  # a Question goes to the judge; its answer is a Judgement with scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,9 @@ def _ask_score(c: str, y: str) -> Callable[[Row, Context], list[Ask]]:
 
 def _finish_score(key: str) -> Callable[[Row, list[Any], Context], Row]:
     def finish(row: Row, answers: list[Any], context: Context) -> Row:
-        scores = answers[0]
+        if answers[0].overall == 0:
+            raise Rejected("overall score 0", "irrelevant, wrong in its facts or harmful")
+        scores = answers[0].scores
         low = [str(i) for i, score in enumerate(scores, 1) if score < FULL_SCORE]
         if low:
             raise Rejected("not a full score", f"constraints {', '.join(low)} of {len(scores)}")
@@ -245,7 +247,8 @@ def _ask_cells(row: Row, context: Context) -> list[Ask]:
 
 def _finish_cells(row: Row, answers: list[Any], context: Context) -> Row:
     """Both mismatched members must clearly break a constraint. The paper does not score them."""
-    for scores, y, x in zip(answers, ("y2", "y1"), ("x1", "x2"), strict=True):
+    mismatched = [judgement.scores for judgement in answers]
+    for scores, y, x in zip(mismatched, ("y2", "y1"), ("x1", "x2"), strict=True):
         if min(scores) == FULL_SCORE:
             raise Rejected(f"{y} fits {x}")
         if min(scores) > context.recipe.mismatch_at_most:
@@ -261,7 +264,7 @@ def _finish_cells(row: Row, answers: list[Any], context: Context) -> Row:
         "c2": [_judged(c) for c in row["constraints2"]],
         "source": "trace",
         "match": [1, 0, 1, 0],
-        "scores": [row["scores1"], list(answers[0]), row["scores2"], list(answers[1])],
+        "scores": [row["scores1"], list(mismatched[0]), row["scores2"], list(mismatched[1])],
         "operation": row["operation"],
         "seed_id": row["id"],
         "gen": {"model": model, "judge": context.recipe.judge_section().model},

@@ -1,12 +1,15 @@
 """Re-check a file of quads: `python -m iopo.construct.verify FILE... [--against BENCHMARK...]`.
 
 Prints `file:line: [fault] what` for every violation, then a table by kind, and exits 1 if there was
-a violation. What code cannot check (a row without c1, c2) is a violation too.
+a violation. A row without c1, c2 is a violation too. Constraints of kind "judged", which a model
+scored (the TRACE pipeline), are counted: their cells are taken from the row, everything else is
+checked. Files are streamed.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import sys
@@ -19,14 +22,19 @@ from typing import Any
 from iopo.constraints import Constraint, from_dict
 from iopo.constraints.text import CJK
 
+from .leaks import SideGuesser
 from .prose import ends_a_sentence
 from .quadruples import MATCH, four_cells
+from .script import script_of
 
 MEMBERS = ("x1y1", "x1y2", "x2y2", "x2y1")
 TEXTS = ("x1", "y1", "x2", "y2")
 GRAM = 13  # words in a row that make an overlap with a benchmark
 _TOKEN = re.compile(rf"[{CJK}]|[^\W_{CJK}]+")
 _HAN = re.compile(f"[{CJK}]")
+JUDGED = "judged"  # the kind of a constraint that only a model can check
+# Asks for a script of its own, so that a response need not have its instruction's.
+_LANGUAGE_KINDS = {"language", "response_language", JUDGED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +53,7 @@ class Summary:
     """Counts over the rows that could be read."""
 
     rows: int = 0
+    judged: int = 0  # rows with a constraint that code cannot check
     kinds: Counter[str] = field(default_factory=Counter)
     sources: Counter[str] = field(default_factory=Counter)
     splits: Counter[str] = field(default_factory=Counter)
@@ -52,10 +61,14 @@ class Summary:
     words: Counter[int] = field(default_factory=Counter)  # response length, in tens of words
     longer_together: int = 0  # the longer instruction has the longer response
     longer_apart: int = 0
+    guesser: SideGuesser = field(default_factory=SideGuesser)
 
-    def add(self, row: dict[str, Any], c1: Sequence[Constraint], c2: Sequence[Constraint]) -> None:
+    def add(self, row: dict[str, Any], c1: Sequence[str], c2: Sequence[str]) -> None:
+        """Count a row whose constraints are of these kinds."""
         self.rows += 1
-        self.kinds.update(c.kind for c in (*c1, *c2))
+        self.guesser.add(row["y1"], row["y2"])
+        self.judged += JUDGED in c1 or JUDGED in c2
+        self.kinds.update((*c1, *c2))
         self.sources[str(row.get("source", "-"))] += 1
         self.splits[str(row.get("split", "-"))] += 1
         self.constraints.update((len(c1), len(c2)))
@@ -67,12 +80,27 @@ class Summary:
     def length_leak(self) -> float:
         """Standard deviations from chance of 'the longer instruction has the longer response'.
 
-        A scorer of y alone (its length, its style) is at chance on x-preference whatever the data:
-        it scores x1y1 and x2y1 alike. A scorer that matches lengths is at chance only if this is
-        near 0; beyond 3 the data let it guess.
+        A scorer that matches lengths is at chance on x-preference only if this is near 0; beyond 3
+        the data let it guess.
         """
         n = self.longer_together + self.longer_apart
         return (self.longer_together - self.longer_apart) / n**0.5 if n else 0.0
+
+
+class Seen:
+    """Where each id, response and task was met first, by a digest: a large file stays small."""
+
+    def __init__(self, files: Sequence[str]):
+        self.files = files
+        self._first: dict[bytes, tuple[int, int]] = {}
+
+    def first(self, what: str, text: str, here: tuple[int, int]) -> tuple[int, int]:
+        """(file, line) of the first use, which is `here` for new text."""
+        data = f"{what}\x1f{text}".encode("utf-8", "surrogatepass")
+        return self._first.setdefault(hashlib.blake2b(data, digest_size=12).digest(), here)
+
+    def name(self, where: tuple[int, int]) -> str:
+        return f"{self.files[where[0]]}:{where[1]}"
 
 
 def verify(files: Sequence[Path], against: Sequence[Path] = ()) -> tuple[list[Violation], Summary]:
@@ -80,18 +108,19 @@ def verify(files: Sequence[Path], against: Sequence[Path] = ()) -> tuple[list[Vi
     grams = benchmark_grams(against)
     found: list[Violation] = []
     summary = Summary()
-    seen: dict[str, dict[str, str]] = {"id": {}, "response": {}, "task": {}}
-    for path in files:
-        for number, line in enumerate(path.open(encoding="utf-8"), start=1):
-            for fault, detail in _check_line(line, f"{path}:{number}", seen, grams, summary):
-                found.append(Violation(str(path), number, fault, detail))
+    seen = Seen([str(path) for path in files])
+    for index, path in enumerate(files):
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for number, line in enumerate(file, start=1):
+                for fault, detail in _check_line(line, (index, number), seen, grams, summary):
+                    found.append(Violation(str(path), number, fault, detail))
     return found, summary
 
 
 def _check_line(
     line: str,
-    where: str,
-    seen: dict[str, dict[str, str]],
+    where: tuple[int, int],
+    seen: Seen,
     grams: dict[tuple[str, ...], str],
     summary: Summary,
 ) -> Iterator[tuple[str, str]]:
@@ -109,15 +138,21 @@ def _check_line(
         return
     yield from _repeated(row, where, seen)
     yield from _overlaps(row, grams)
-    broken = list(_texts(row))
+    kinds = [[_kind(c) for c in row.get(key) or ()] for key in ("c1", "c2")]
+    judged = JUDGED in kinds[0] or JUDGED in kinds[1]
+    broken = list(_texts(row, {*kinds[0], *kinds[1]}))
     yield from broken
     try:
-        c1, c2 = ([from_dict(c) for c in row.get(key) or ()] for key in ("c1", "c2"))
+        c1, c2 = (
+            [from_dict(c) for c in row.get(key) or () if _kind(c) != JUDGED] for key in ("c1", "c2")
+        )
     except (ValueError, TypeError, AttributeError) as error:
         yield "constraint", f"cannot be read: {error}"
         return
-    summary.add(row, c1, c2)
-    if not broken:
+    summary.add(row, *kinds)
+    if judged and row.get("match") != [int(cell) for cell in MATCH]:
+        yield "match", f"says {row.get('match')}; a judged row must say [1, 0, 1, 0]"
+    if not broken and not judged:
         yield from _cells(row, c1, c2)
     for x, key in (("x1", "c1"), ("x2", "c2")):
         for constraint in row.get(key) or ():
@@ -125,7 +160,12 @@ def _check_line(
                 yield "wording", f"{x} does not contain {constraint['text']!r} of {key}"
 
 
-def _texts(row: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _kind(constraint: Any) -> str:
+    """The kind of a constraint that may be anything; from_dict says what is wrong with it."""
+    return str(constraint.get("kind")) if isinstance(constraint, dict) else "?"
+
+
+def _texts(row: dict[str, Any], kinds: set[str]) -> Iterator[tuple[str, str]]:
     empty = [key for key in TEXTS if not row[key].strip()]
     if empty:
         yield "empty", f"{', '.join(empty)} without text"
@@ -135,11 +175,14 @@ def _texts(row: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if row["y1"] == row["y2"]:
         yield "y1=y2", "the responses are equal"
     for key in ("y1", "y2"):
-        if not ends_a_sentence(row[key]) and not _HAN.search(row[key]):
+        # a judged response was seen to stop by itself, and may be a table or a title
+        unfinished = not ends_a_sentence(row[key][-300:]) and not _HAN.search(row[key])
+        if unfinished and JUDGED not in kinds:
             yield "truncated", f"{key} ends in {row[key][-30:]!r}, expected the end of a sentence"
         x = "x" + key[1]
-        if _mostly_han(row[key]) != _mostly_han(row[x]):
-            yield "language", f"{key} is in another script than {x}"
+        scripts = script_of(row[x]), script_of(row[key])
+        if scripts[0] != scripts[1] and "none" not in scripts and not kinds & _LANGUAGE_KINDS:
+            yield "language", f"{key} is {scripts[1]}, {x} is {scripts[0]}"
 
 
 def _cells(
@@ -160,23 +203,20 @@ def _cells(
         yield "match", f"says {given}, the checks say {[int(cell) for cell in cells]}"
 
 
-def _repeated(
-    row: dict[str, Any], where: str, seen: dict[str, dict[str, str]]
-) -> Iterator[tuple[str, str]]:
-    file = where.rpartition(":")[0]
+def _repeated(row: dict[str, Any], where: tuple[int, int], seen: Seen) -> Iterator[tuple[str, str]]:
     if row.get("id") is not None:
-        first = seen["id"].setdefault(str(row["id"]), where)
+        first = seen.first("id", str(row["id"]), where)
         if first != where:
-            yield "id", f"{row['id']!r} is that of {first}"
+            yield "id", f"{row['id']!r} is that of {seen.name(first)}"
     for key in ("y1", "y2"):
         if row[key].strip() and row["y1"] != row["y2"]:
-            first = seen["response"].setdefault(row[key], where)
+            first = seen.first("response", row[key], where)
             if first != where:
-                yield "response", f"{key} is a response of {first}"
+                yield "response", f"{key} is a response of {seen.name(first)}"
     if row.get("task") is not None:
-        first = seen["task"].setdefault(row["task"], where)
-        if first.rpartition(":")[0] != file:
-            yield "task", f"the task is also in {first}; files must not share tasks"
+        first = seen.first("task", str(row["task"]), where)
+        if first[0] != where[0]:
+            yield "task", f"the task is also in {seen.name(first)}; files must not share tasks"
 
 
 def _overlaps(row: dict[str, Any], grams: dict[tuple[str, ...], str]) -> Iterator[tuple[str, str]]:
@@ -213,10 +253,6 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _mostly_han(text: str) -> bool:
-    return len(_HAN.findall(text)) * 4 > len(_TOKEN.findall(text))
-
-
 def report(summary: Summary) -> str:
     """The table by kind, the counts and the length scorer's verdict."""
     total = sum(summary.kinds.values())
@@ -237,8 +273,20 @@ def report(summary: Summary) -> str:
         f"{summary.longer_together} quads, the shorter one in {summary.longer_apart} "
         f"({leak:+.1f} standard deviations)"
     )
+    if summary.judged:
+        lines.append(f"{summary.judged} rows have judged constraints, which code cannot check")
     if abs(leak) > 3:
         lines.append("warning: lengths tell which response belongs to which instruction")
+    guesser = summary.guesser
+    lines.append(
+        f"length-only scorer: y1 is the longer one {guesser.length_only():+.1f} deviations"
+    )
+    lines.append(
+        f"y-only scorer: tells y1 from y2 in {guesser.right} of {guesser.guesses} rows "
+        f"({guesser.y_only():+.1f} standard deviations)"
+    )
+    if abs(guesser.length_only()) > 3 or guesser.y_only() > 3:
+        lines.append("warning: the responses alone tell y1 from y2; the data leak")
     return "\n".join(lines)
 
 

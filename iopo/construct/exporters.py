@@ -1,0 +1,104 @@
+"""Rows into other formats: `python -m iopo.construct.exporters FILE --to FORMAT --out OUT`.
+
+sharegpt     the authors' JSON list: conversations [x1, x2], chosen y1, rejected y2 (from quads)
+pairs        DPO pairs from both rows of each quad
+pairs_first  DPO pairs from the first row only, the authors' baseline
+sft          x and y from both rows of each quad, or from pairs
+trl          like pairs, with the keys prompt, chosen, rejected
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from iopo.data.formats import Pair, Quad, Row, Sft, read_rows, rows_for
+
+FORMATS = ("sharegpt", "pairs", "pairs_first", "sft", "trl")
+
+
+def export(rows: Sequence[Row], to: str) -> Iterator[dict[str, Any]]:
+    """The rows in another format. Raises ValueError where they hold less than it needs."""
+    if to not in FORMATS:
+        raise ValueError(f"format is {to!r}; expected one of {FORMATS}")
+    if to == "sharegpt":
+        for row in rows:
+            if not isinstance(row, Quad):
+                raise ValueError(f"row {row.id!r} is no quad; {to} needs x1, y1, x2, y2")
+            yield sharegpt(row)
+        return
+    kind = "sft" if to == "sft" else "pair"
+    for row in rows_for(kind, rows, "first" if to == "pairs_first" else "both"):
+        yield _trl(row) if to == "trl" and isinstance(row, Pair) else _plain(row)
+
+
+def sharegpt(quad: Quad) -> dict[str, Any]:
+    """One row of the authors' file. id and constraints stay as further keys, which it ignores."""
+    turns = [{"from": "human", "value": quad.x1}, {"from": "human", "value": quad.x2}]
+    if quad.system is not None:
+        turns.insert(0, {"from": "system", "value": quad.system})
+    row: dict[str, Any] = {
+        "conversations": turns,
+        "chosen": {"from": "gpt", "value": quad.y1},
+        "rejected": {"from": "gpt", "value": quad.y2},
+        "id": quad.id,
+    }
+    if quad.c1 is not None and quad.c2 is not None:
+        row |= {"c1": quad.c1, "c2": quad.c2}
+    return row
+
+
+def _trl(pair: Pair) -> dict[str, Any]:
+    row = {"prompt": pair.x, "chosen": pair.chosen, "rejected": pair.rejected}
+    return row if pair.system is None else {**row, "system": pair.system}
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    keys = ("id", "x", "chosen", "rejected") if isinstance(row, Pair) else ("id", "x", "y")
+    assert isinstance(row, Pair | Sft)
+    found = {key: getattr(row, key) for key in keys}
+    return found if row.system is None else {**found, "system": row.system}
+
+
+def write(path: Path, rows: Iterator[dict[str, Any]]) -> int:
+    """A JSON list for .json, JSON Lines for .jsonl; returns the number of rows.
+
+    Raises ValueError for other file names.
+    """
+    if path.suffix not in (".json", ".jsonl"):
+        raise ValueError(f"{path}: the name must end in .json or .jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = list(rows)
+    with path.open("w", encoding="utf-8") as file:
+        if path.suffix == ".json":
+            json.dump(found, file, ensure_ascii=False, indent=1)
+        else:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+    return len(found)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m iopo.construct.exporters",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", type=Path, help="quads or pairs")
+    parser.add_argument("--to", choices=FORMATS, required=True)
+    parser.add_argument("--out", type=Path, required=True, help=".json or .jsonl")
+    options = parser.parse_args(arguments)
+    try:
+        number = write(options.out, export(read_rows(options.file), options.to))
+    except ValueError as error:
+        print(f"export: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.out}: {number} rows")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

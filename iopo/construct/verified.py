@@ -1,0 +1,327 @@
+"""The set data/verified: quads by relabel and follow from a small model's own responses.
+
+Responses to bare tasks are asked for in several forms, so that lists, paragraphs and questions
+occur by themselves; the instructions do not contain that wish. Rule edits fill up what is rare, at
+most a fifth. The same seed and responses give the same files.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from iopo.constraints import text as cut
+from iopo.data.formats import Pair
+
+from . import report
+from .demo import Tally, follow_jobs, followed_drafts, is_heldout, write_rows
+from .proposals import SEEN_KINDS, UNSEEN_KINDS, propose
+from .prose import ABOUT_THE_HINT, PLAIN, REFUSAL, balanced, ends_a_sentence, repeats_itself
+from .quadruples import Choice, Draft, Refused, edit, to_row
+from .relabelling import SPLITS, Relabeller, RelabelRecipe
+from .responses import Job, Response, Sampler, sample_all
+from .tasks import Task, read_tasks
+from .verify import verify
+
+# What is asked after the bare task; half of them plain, so that prose prevails.
+FORMS = (
+    "Answer in two or three short sentences.",
+    "Answer in a list of three bullet points that start with a dash.",
+    "Answer in four sentences.",
+    "Answer in two short paragraphs.",
+    "Answer with excitement, in at most fifty words.",
+    "Answer in a numbered list of three short items.",
+)
+FOLLOW_KINDS = (
+    "words", "sentences", "bullets", "paragraphs", "end_phrase", "start_phrase", "case", "wrapped",
+)  # fmt: skip
+_LEAST_WORDS, _MOST_WORDS = 8, 90
+_SENTENCE_END = re.compile(r"[.!?]['\")]?(?=\s|$)")
+_BARE_MARKER = re.compile(r"\n[ \t]*(?:\d+[.)]|[-*])[ \t]*$")
+
+
+@dataclass
+class VerifiedRecipe:
+    """What may be set of the recipe `verified` (conf/recipe/verified.yaml)."""
+
+    name: str = "verified"
+    out: str = "data/verified"
+    responses: str = "data/verified/responses.jsonl"
+    seed: int = 0
+    samples_per_task: int = 6
+    follow_candidates: int = 500
+    follow_samples: int = 2
+    max_new_tokens: int = 96
+    train_quads: int = 1350
+    heldout_quads: int = 200
+    heldout_kinds_quads: int = 100
+    edit_share: float = 0.2  # of all quads, at most
+    most_share: float = 0.15  # of the constraints of train and heldout that one kind may have
+
+    def wanted(self) -> dict[str, int]:
+        sizes = (self.train_quads, self.heldout_quads, self.heldout_kinds_quads)
+        return dict(zip(SPLITS, sizes, strict=True))
+
+
+@dataclass
+class Making:
+    """The files so far, and why what is not in them is not."""
+
+    recipe: VerifiedRecipe
+    relabeller: Relabeller
+    rows: dict[str, list[dict[str, Any]]] = field(
+        default_factory=lambda: {split: [] for split in SPLITS}
+    )
+    outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    kinds: Counter[tuple[str, str]] = field(default_factory=Counter)  # accepted, by source
+
+    def full(self, split: str) -> bool:
+        return len(self.rows[split]) >= self.recipe.wanted()[split]
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows[row["split"]].append(row)
+        self.outcomes[row["source"], "accepted"] += 1
+        self.kinds.update((row["source"], c["kind"]) for c in (*row["c1"], *row["c2"]))
+
+    def edits(self) -> int:
+        return self.outcomes["edit", "accepted"]
+
+
+def build_verified(
+    recipe: VerifiedRecipe, sampler: Sampler, say: Callable[[str], None] = print
+) -> str:
+    """Sample what the cache lacks, write the three files and the page; returns the acceptance.
+
+    Raises ValueError if verify finds a fault in what was made.
+    """
+
+    def sampled(jobs: Sequence[Job]) -> dict[str, Response]:
+        return sample_all(
+            jobs,
+            Path(recipe.responses),
+            sampler,
+            seed=recipe.seed,
+            on_progress=lambda done, of: say(f"sampled {done} of {of}"),
+        )
+
+    tasks = read_tasks()
+    rng = random.Random(recipe.seed)
+    usable: Counter[str] = Counter()
+    texts = usable_texts(tasks, sampled(bare_jobs(tasks, recipe.samples_per_task)), usable)
+    relabel_recipe = RelabelRecipe(
+        seed=recipe.seed,
+        heldout_kinds=["numbered_items", "highlights"],
+        most_share=recipe.most_share,
+    )
+    making = Making(recipe, Relabeller(relabel_recipe))
+    _follow(making, tasks, sampled, rng)
+    _relabel(making, tasks, texts, rng)
+    _edit(making, tasks, texts, rng)
+    out = Path(recipe.out)
+    files = [out / f"{split}.jsonl" for split in SPLITS]
+    for path, split in zip(files, SPLITS, strict=True):
+        write_rows(path, making.rows[split])
+    found, summary = verify(files)
+    acceptance = table(making, usable)
+    report.write(out / "report.html", files, acceptance)
+    if found:
+        raise ValueError(f"{len(found)} faults in {out}, first: {found[0]}")
+    return acceptance
+
+
+def split_of(task: Task) -> str:
+    """A quarter of the tasks is held out, half of it for the held-out kinds."""
+    if not is_heldout(task):
+        return "train"
+    return "heldout" if int(task.key, 16) % 8 == 0 else "heldout_kinds"
+
+
+def bare_jobs(tasks: Sequence[Task], samples: int) -> list[Job]:
+    """The bare tasks, each `samples` times, with the forms in turn."""
+    return [
+        Job(
+            f"{task.digest}-{n}",
+            f"{task.description} {FORMS[n % len(FORMS)]}"
+            + ("" if task.input is None else f"\n# Inputs:\n{task.input}"),
+        )
+        for n in range(samples)
+        for task in tasks
+    ]
+
+
+def usable_texts(
+    tasks: Sequence[Task], responses: Mapping[str, Response], tally: Counter[str]
+) -> dict[str, list[str]]:
+    """Usable responses by task line; the tally says how many were not, and why."""
+    lines = {task.digest: task.line for task in tasks}
+    found: dict[str, list[str]] = {task.line: [] for task in tasks}
+    for response in responses.values():
+        text, fault = whole_text(response.text)
+        tally[fault or "usable"] += 1
+        if fault is None:
+            found[lines[response.key.partition("-")[0]]].append(text)
+    return found
+
+
+def whole_text(text: str) -> tuple[str, str | None]:
+    """The response up to its last whole sentence, line breaks kept, and what is wrong with it.
+
+    >>> whole_text("Bees make honey from nectar. They also dance. Then they")
+    ('Bees make honey from nectar. They also dance.', None)
+    """
+    text = text.translate(PLAIN).strip()
+    text = re.sub(r"[ \t]+\n", "\n", re.sub(r"\n{3,}", "\n\n", text))
+    if not ends_a_sentence(text) or _BARE_MARKER.search(text):
+        ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+        text = text[: ends[-1]] if ends else ""
+    while _BARE_MARKER.search(text):
+        text = _BARE_MARKER.sub("", text).strip()
+    if not text.isascii():
+        return text, "not ascii"
+    if REFUSAL.search(text):
+        return text, "refusal"
+    if ABOUT_THE_HINT.search(text) or "bullet" in text.lower():
+        return text, "about the hint"
+    if not _LEAST_WORDS <= len(cut.words(text)) <= _MOST_WORDS or not ends_a_sentence(text):
+        return text, "too short, too long or unfinished"
+    if not balanced(text) or repeats_itself(text):
+        return text, "repeats itself or is unbalanced"
+    return text, None
+
+
+def variants(text: str, rng: random.Random) -> list[str]:
+    """The text, and for prose of several sentences also its beginning."""
+    sentences = cut.sentences(text)
+    if "\n" in text or len(sentences) < 3:
+        return [text]
+    start = " ".join(sentences[: rng.randint(1, len(sentences) - 1)])
+    good = balanced(start) and ends_a_sentence(start) and len(cut.words(start)) >= _LEAST_WORDS
+    return [text, start] if good else [text]
+
+
+def _relabel(
+    making: Making, tasks: Sequence[Task], texts: Mapping[str, list[str]], rng: random.Random
+) -> None:
+    """Pairs of responses to one task; each response once, two beginnings of one text never."""
+    relabeller = making.relabeller
+    rounds: list[list[tuple[Task, str, str]]] = []
+    for task in rng.sample(tasks, len(tasks)):
+        sources = [variants(text, rng) for text in texts[task.line]]
+        pairs = [
+            (task, rng.choice(first), rng.choice(second))
+            for first, second in combinations(rng.sample(sources, len(sources)), 2)
+        ]
+        rng.shuffle(pairs)
+        for n, pair in enumerate(pairs):
+            if n == len(rounds):
+                rounds.append([])
+            rounds[n].append(pair)
+    for number, pairs in enumerate(rounds):  # each task once before any task twice
+        for task, first, second in pairs:
+            split = split_of(task)
+            if making.full(split):
+                continue
+            pair = Pair(f"{task.digest}-{number}", task.line, first, second)
+            row = relabeller.row(pair, task, split)
+            if row is not None:
+                making.add(row)
+    for reason, n in relabeller.skipped.items():
+        making.outcomes["relabel", reason] += n
+
+
+def follow_candidates(tasks: Sequence[Task], number: int, rng: random.Random) -> list[Draft]:
+    """Instruction pairs with one constraint each that exclude one another."""
+    found = []
+    for n in range(number):
+        task = tasks[n % len(tasks)]
+        first = propose(FOLLOW_KINDS[n % len(FOLLOW_KINDS)], rng, 3)
+        others = [c for c in first.alternatives(rng) if c.kind in SEEN_KINDS]
+        if others:
+            found.append(Draft(task, (first,), "", (rng.choice(others),), "", "follow"))
+    return found
+
+
+def _follow(
+    making: Making,
+    tasks: Sequence[Task],
+    sampled: Callable[[Sequence[Job]], dict[str, Response]],
+    rng: random.Random,
+) -> None:
+    recipe = making.recipe
+    train = [task for task in rng.sample(tasks, len(tasks)) if split_of(task) == "train"]
+    drafts = follow_candidates(train, recipe.follow_candidates, rng)
+    tally = Tally()
+    jobs = follow_jobs(drafts, recipe.follow_samples)
+    kept = followed_drafts(drafts, sampled(jobs), recipe.follow_samples, tally)
+    for (source, outcome), n in tally.outcomes.items():
+        if outcome != "accepted":
+            making.outcomes[source, outcome] += n
+    for draft in kept:
+        draft = draft.swapped() if rng.random() < 0.5 else draft
+        fault = making.relabeller.join(row := to_row(draft, "train"))
+        if fault is None and not making.full("train"):
+            making.add(row)
+        else:
+            making.outcomes["follow", fault or "full"] += 1
+
+
+def _edit(
+    making: Making, tasks: Sequence[Task], texts: Mapping[str, list[str]], rng: random.Random
+) -> None:
+    """Rule edits of what is left: first for the held-out kinds, which responses seldom have."""
+    most = int(making.recipe.edit_share * sum(making.recipe.wanted().values()))
+    for split in ("heldout_kinds", "heldout", "train"):
+        balance = making.relabeller.balances[split]
+        kinds = UNSEEN_KINDS if split == "heldout_kinds" else SEEN_KINDS
+        choice = Choice(
+            kinds,
+            lambda c, balance=balance: balance.has_room(c.kind),  # type: ignore[misc]
+            lambda kind, balance=balance: (4 + balance.kinds[kind]) ** -2.5,  # type: ignore[misc]
+        )
+        own = [task for task in tasks if split_of(task) == split and texts[task.line]]
+        for _ in range(30):  # rounds: a task gives at most one quad in each
+            for task in rng.sample(own, len(own)):
+                # a fifth of what there is, not of what was wished for
+                made = sum(map(len, making.rows.values())) + 1
+                share = making.edits() + 1 > making.recipe.edit_share * made
+                if making.full(split) or making.edits() >= most or share:
+                    break
+                prose = [t for t in texts[task.line] if "\n" not in t]
+                if not prose:
+                    continue
+                first, second = rng.choice(prose), rng.choice(prose)
+                result = edit(task, first, second, choice, rng)
+                if isinstance(result, Refused):
+                    making.outcomes["edit", result.reason] += 1
+                    continue
+                fault = making.relabeller.join(row := to_row(result, split))
+                if fault is None:
+                    making.add(row)
+                else:
+                    making.outcomes["edit", fault] += 1
+
+
+def table(making: Making, usable: Counter[str]) -> str:
+    """Acceptance by source and reason, and accepted constraints by kind, as markdown."""
+    lines = ["responses: " + ", ".join(f"{n} {why}" for why, n in usable.most_common()), ""]
+    lines += ["| source | outcome | draws | share |", "|---|---|---|---|"]
+    of: Counter[str] = Counter()
+    for (source, _), n in making.outcomes.items():
+        of[source] += n
+    for (source, outcome), n in sorted(making.outcomes.items()):
+        lines.append(f"| {source} | {outcome} | {n} | {n / of[source]:.1%} |")
+    sources = sorted(of)
+    lines += ["", "| kind | " + " | ".join(sources) + " | share of train |"]
+    lines.append("|---" * (2 + len(sources)) + "|")
+    train = Counter(c["kind"] for row in making.rows["train"] for c in (*row["c1"], *row["c2"]))
+    for kind in sorted({kind for _, kind in making.kinds}):
+        counts = " | ".join(str(making.kinds[source, kind]) for source in sources)
+        lines.append(f"| {kind} | {counts} | {train[kind] / max(1, train.total()):.1%} |")
+    sizes = ", ".join(f"{split} {len(rows)}" for split, rows in making.rows.items())
+    return "\n".join([*lines, "", f"quads: {sizes}; edits {making.edits()}"])
