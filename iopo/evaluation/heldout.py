@@ -31,7 +31,9 @@ from iopo.model.lora import load_adapter, merge_lora
 from iopo.objectives import iopo_margin
 from iopo.training.metrics import preferences
 
-TIE_NATS = 0.05  # a smaller difference of log-probs is rounding, not a preference
+# A smaller margin is rounding, not a preference: in bf16 the margins of 150 quads whose two
+# instructions were the same text had a standard deviation of 0.43 nats and reached 1.14.
+TIE_NATS = 1.5
 
 
 class Scorer:
