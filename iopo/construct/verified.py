@@ -227,8 +227,8 @@ def _relabel(
             split = split_of(task)
             if making.full(split):
                 continue
-            pair = Pair(f"{task.digest}-{number}", task.line, first, second)
-            row = relabeller.row(pair, task, split)
+            named = Pair(f"{task.digest}-{number}", task.line, first, second)
+            row = relabeller.row(named, task, split)
             if row is not None:
                 making.add(row)
     for reason, n in relabeller.skipped.items():
