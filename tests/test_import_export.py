@@ -186,7 +186,11 @@ def test_relabelled_pairs_pass_verify_and_splits_hold(tmp_path):
 
 
 def test_relabelling_leaves_out_what_is_no_use(tmp_path):
-    good = demo_pairs()[0]
+    good = {
+        "prompt": "Describe an old mill.",
+        "chosen": "The old mill was empty for years. Students repaired it, and it works again.",
+        "rejected": "A mill stands by the river! It makes bread possible for everyone here.",
+    }
     rows = [
         {**good, "rejected": "I'm sorry, but I cannot help you with this one today."},
         {**good, "rejected": "This one just stops in the middle of"},

@@ -2,7 +2,6 @@
 
 For each row (prompt, chosen, rejected) the constraints that hold for one response and not for the
 other become two instructions. Rows stream: memory holds a digest of each response and some counts.
-Kinds are measured one at a time, until both sides have what tells them apart.
 """
 
 from __future__ import annotations
@@ -10,19 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from iopo.constraints import MEASURED_KINDS, Constraint
+from iopo.constraints import Constraint
 from iopo.constraints import text as cut
-from iopo.constraints.compatibility import CONFLICTS
 from iopo.data.formats import Pair
 
 from . import importers
+from .contrast import KINDS, fill, tell_apart, unmentioned
 from .importers import Skipped
 from .prose import REFUSAL, ends_a_sentence
 from .quadruples import MATCH, four_cells
@@ -32,29 +30,8 @@ from .taxonomy import TRAINING_COUNTS
 
 SPLITS = ("train", "heldout", "heldout_kinds")
 LANGUAGE = {"latin": "en", "chinese": "zh"}  # a script that we can write instructions for
-_KINDS = {
-    "en": (
-        "words", "sentences", "lines", "paragraphs", "bullets", "numbered_items", "highlights",
-        "commas", "questions", "exclamations", "capital_words", "placeholders", "first_word",
-        "last_word", "start_phrase", "end_phrase", "include_words", "forbid_words",
-        "word_frequency", "layout", "wrapped", "case",
-    ),
-    "zh": (
-        "han_characters", "sentences", "lines", "paragraphs", "bullets", "numbered_items",
-        "highlights", "commas", "questions", "exclamations", "placeholders", "layout", "wrapped",
-    ),
-}  # fmt: skip
-# A prompt that speaks of it may ask for it already, and then for something else than we would.
-_MENTIONED = {
-    "words": r"words?\b", "sentences": r"sentences?\b", "paragraphs": r"paragraphs?\b",
-    "lines": r"lines?\b", "bullets": r"bullet|list", "numbered_items": r"list|number|step",
-    "layout": r"list|table|json|bullet|format|markdown", "case": r"case\b|capital",
-    "questions": r"questions?\b", "highlights": r"highlight|bold|markdown",
-    "placeholders": r"placeholder|template", "han_characters": "字", "include_words": r"words?\b",
-}  # fmt: skip
-_MENTION = {kind: re.compile(pattern, re.I) for kind, pattern in _MENTIONED.items()}
-_MOST_EXACT = 12  # nobody counts more exactly
 _LEAST_WORDS = 5
+_REFUSED_BY = 300  # characters: a refusal comes first
 
 
 @dataclass
@@ -75,7 +52,7 @@ class RelabelRecipe:
     limit: int | None = None  # quads
 
     def __post_init__(self) -> None:
-        unknown = set(self.heldout_kinds) - {kind for kinds in _KINDS.values() for kind in kinds}
+        unknown = set(self.heldout_kinds) - {kind for kinds in KINDS.values() for kind in kinds}
         if unknown:
             raise ValueError(f"recipe.heldout_kinds: {sorted(unknown)} is not measured")
         if not 0 <= self.heldout_share < 1:
@@ -90,7 +67,7 @@ class RelabelRecipe:
 
     def kinds(self, split: str, language: str) -> tuple[str, ...]:
         held = split == "heldout_kinds"
-        return tuple(k for k in _KINDS[language] if (k in self.heldout_kinds) == held)
+        return tuple(k for k in KINDS[language] if (k in self.heldout_kinds) == held)
 
 
 @dataclass
@@ -105,13 +82,16 @@ class Balance:
 
     def order(self, kinds: Sequence[str], rng: random.Random) -> list[str]:
         """The kinds that are not full, rare ones first more often than not."""
-        counts = self.kinds
-        keyed = [(rng.random() * (4 + counts[kind]), kind) for kind in kinds if self.has_room(kind)]
+        counts, most = self.kinds, self._most()
+        keyed = [(rng.random() * (4 + counts[k]), k) for k in kinds if counts[k] + 2 <= most]
         return [kind for _, kind in sorted(keyed)]
 
     def has_room(self, kind: str) -> bool:
         """Whether both sides of a quad may have the kind without its share growing too large."""
-        return self.kinds[kind] + 2 <= self.most_share * max(self.total, 40)
+        return self.kinds[kind] + 2 <= self._most()
+
+    def _most(self) -> float:
+        return self.most_share * max(self.total, 40)
 
     def would_tell(self, together: int) -> bool:
         """Whether one more quad of this sign lets lengths tell instructions apart."""
@@ -133,6 +113,7 @@ class Relabeller:
         self.made: Counter[str] = Counter()  # by split
         self.balances = {split: Balance(recipe.most_share) for split in SPLITS}
         self.balances["heldout_kinds"].most_share = 1.0  # a few kinds share all of it
+        self._kinds = {(s, lang): recipe.kinds(s, lang) for s in SPLITS for lang in KINDS}
         self._seen: set[int] = set()  # digests of responses
 
     def row(
@@ -177,19 +158,15 @@ class Relabeller:
         if digests & self._seen:
             return "repeated response"
         rng = random.Random(f"{self.recipe.seed}/{pair.id}")
-        kinds = [
-            kind
-            for kind in self.recipe.kinds(split, language)
-            if kind not in _MENTION or not _MENTION[kind].search(pair.x)
-        ]
-        found = tell_apart(pair.chosen, pair.rejected, self.balances[split].order(kinds, rng), rng)
+        orders = [self.balances[split].order(self._kinds[split, language], rng) for _ in range(2)]
+        found = tell_apart(pair.chosen, pair.rejected, unmentioned(orders[0], pair.x), rng)
         if found is None:
             return "nothing tells the responses apart"
         numbers = [draw_number(self.recipe.most_constraints, rng) for _ in (1, 2)]
         sides = [
-            fill(first, text, self.balances[split].order(kinds, rng), number, rng)
-            for first, text, number in zip(
-                found, (pair.chosen, pair.rejected), numbers, strict=True
+            fill(first, text, unmentioned(order, pair.x), number, rng)
+            for first, text, order, number in zip(
+                found, (pair.chosen, pair.rejected), orders, numbers, strict=True
             )
         ]
         row = self._written(pair, task, sides, language, split, rng)
@@ -252,70 +229,9 @@ def unusable(pair: Pair, language: str | None, most_words: int) -> str | None:
             return "too short or too long"
         if not ends_a_sentence(text[-200:]) and text[-1] not in "。！？”』」）":
             return "unfinished"
-        if REFUSAL.search(text):
+        if REFUSAL.search(text, 0, _REFUSED_BY):
             return "refusal"
     return None
-
-
-def measured(kind: str, text: str, other: str) -> list[dict[str, Any]]:
-    """Parameters of a kind that hold for `text` and are worth asking for, in a fixed order."""
-    if kind == "forbid_words":  # to avoid a word is a request only if someone would use it
-        own = set(cut.lower_words(text))
-        found = MEASURED_KINDS["include_words"].measure(other)
-        return [params for params in found if params["words"][0] not in own]
-    return [params for params in MEASURED_KINDS[kind].measure(text) if _worth_asking(params)]
-
-
-def _worth_asking(params: dict[str, Any]) -> bool:
-    if params.get("relation") == "exactly":
-        return params["number"] <= _MOST_EXACT
-    return len(params.get("word", "long")) > 1
-
-
-def tell_apart(
-    first: str, second: str, kinds: Sequence[str], rng: random.Random
-) -> tuple[Constraint, Constraint] | None:
-    """A constraint that only `first` follows and one that only `second` follows; None: none."""
-    only: list[Constraint | None] = [None, None]
-    for kind in kinds:
-        for side, (text, other) in enumerate(((first, second), (second, first))):
-            if only[side] is None:
-                only[side] = _only(kind, text, other, rng)
-        if only[0] is not None and only[1] is not None:
-            return only[0], only[1]
-    return None
-
-
-def _only(kind: str, text: str, other: str, rng: random.Random) -> Constraint | None:
-    """A random constraint of the kind that `text` follows and `other` does not, if there is one."""
-    found = measured(kind, text, other)
-    rng.shuffle(found)
-    for params in found:
-        constraint = MEASURED_KINDS[kind](**params)
-        if not constraint.check(other):
-            return constraint
-    return None
-
-
-def fill(
-    first: Constraint, text: str, kinds: Sequence[str], number: int, rng: random.Random
-) -> list[Constraint]:
-    """`first` and further constraints of other kinds that hold for the text, up to `number`.
-
-    That something does not occur at all (no bullets) holds for most texts and is no filler.
-    """
-    chosen = [first]
-    taken = {first.kind}
-    for kind in kinds:
-        if len(chosen) == number:
-            break
-        if kind in taken or kind == "forbid_words" or CONFLICTS[kind] & taken:
-            continue
-        found = [params for params in measured(kind, text, text) if params.get("number") != 0]
-        if found:
-            chosen.append(MEASURED_KINDS[kind](**rng.choice(found)))
-            taken.add(kind)
-    return chosen
 
 
 def draw_number(most: int, rng: random.Random) -> int:
