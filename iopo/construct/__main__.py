@@ -157,7 +157,7 @@ def main(cfg: DictConfig) -> None:
         else:
             raise ValueError(f"recipe.name is {cfg.recipe.name!r}; expected one of {list(RECIPES)}")
     except (ValueError, OmegaConfBaseException, RuntimeError) as error:
-        sys.exit(f"construct: {error}")
+        sys.exit("construct: " + str(error).removeprefix("construct: "))
 
 
 if __name__ == "__main__":

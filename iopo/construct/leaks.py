@@ -7,7 +7,7 @@ import zlib
 from iopo.constraints import text as cut
 
 _SLOTS = 1 << 15
-_WORDS = 80  # of a response that are looked at
+_WORDS = 40  # of a response that are looked at
 WARM_UP = 100  # rows that are learnt from before guesses count
 
 
