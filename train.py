@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from iopo.config import TrainConfig, plain
+from iopo.config import TrainConfig
 from iopo.evaluation import samples
 from iopo.model.memory import give_back_freed_memory
 from iopo.training import export, heldout, loop, optim, report, restore, setup, start, sweep
@@ -85,7 +85,7 @@ def train(cfg: TrainConfig, run: Path, ranks: Ranks, control: Control) -> None:
     policy = setup.policy_of(prepared)
     reference = setup.make_reference(cfg, inputs, job, ranks, prepared, teller.say, control.alive)
     optimizer = optim.make_optimizer(prepared.parameters, cfg.optim)
-    facts = restore.facts(cfg, inputs, plain(cfg), ranks.world_size)
+    facts = restore.facts(cfg, inputs, ranks.world_size)
     done = restore.restore(run, prepared, optimizer, ranks, teller.say)
 
     def evaluate(step: int) -> dict[str, float]:

@@ -13,9 +13,11 @@ import fcntl
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -78,9 +80,7 @@ class Cache:
             with np.load(path, allow_pickle=False) as file:
                 keys, logps, checksum = file["keys"], file["logps"], file["checksum"]
             intact = checksum.tobytes() == _checksum(keys, logps) and len(keys) == len(logps)
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise _damaged(path, str(error)) from error
-        except Exception as error:  # zipfile and zlib raise their own kinds on torn files
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
             raise _damaged(path, f"{type(error).__name__}: {error}") from error
         if not intact:
             raise _damaged(path, "its checksum does not match")

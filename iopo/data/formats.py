@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from iopo.data import checks, sharegpt
 from iopo.data.json_rows import read_objects
@@ -56,6 +56,7 @@ class Sft:
 
 
 Row = Quad | Pair | Sft
+T = TypeVar("T")
 CLASSES: dict[str, type[Quad] | type[Pair] | type[Sft]] = {"quad": Quad, "pair": Pair, "sft": Sft}
 
 
@@ -189,6 +190,13 @@ def _half(quad: Quad, kind: str, number: int) -> Pair | Sft:
     if kind == "pair":
         return Pair(row_id, x, y, other, quad.system)
     return Sft(row_id, x, y, quad.system)
+
+
+def spread(rows: Sequence[T], limit: int | None) -> list[T]:
+    """At most `limit` rows, evenly over their order, which often sorts them; the same each time."""
+    if limit is None or limit >= len(rows):
+        return list(rows)
+    return [rows[i * len(rows) // limit] for i in range(limit)]
 
 
 def file_hash(path: str | Path) -> str:

@@ -101,10 +101,3 @@ def require_unique(path: Path, items: list[Item]) -> list[Item]:
 def user_turn(text: str) -> tuple[dict[str, str], ...]:
     """A conversation of one user message."""
     return ({"role": "user", "content": text},)
-
-
-def thin(items: list[Item], limit: int | None) -> list[Item]:
-    """At most `limit` items, spread evenly over the file; the same ones each time."""
-    if limit is None or limit >= len(items):
-        return items
-    return [items[i * len(items) // limit] for i in range(limit)]

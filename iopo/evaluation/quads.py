@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from iopo.data.formats import Quad, read_rows
+from iopo.data.formats import Quad, read_rows, spread
 from iopo.data.tokenize import Chat, Limits, tokenize_rows
 from iopo.evaluation import heldout
 from iopo.evaluation.config import EvaluateConfig
@@ -63,9 +63,7 @@ def read(path: Path, limit: int | None = None) -> Rows:
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line) if line.strip() else {}
             splits[row.get("id", "")] = row.get("split", "heldout")
-    if limit is not None and limit < len(quads):
-        quads = [quads[i * len(quads) // limit] for i in range(limit)]
-    return [(quad, splits.get(quad.id, "heldout")) for quad in quads]
+    return [(quad, splits.get(quad.id, "heldout")) for quad in spread(quads, limit)]
 
 
 def evaluate_folder(

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import iopo
+from iopo.data.formats import spread
 from iopo.evaluation import judge, plan, quads, report, responses, scoring
 from iopo.evaluation.benchmarks import (
     cfbench,
@@ -26,7 +27,7 @@ from iopo.evaluation.benchmarks import (
 )
 from iopo.evaluation.config import EvaluateConfig
 from iopo.evaluation.endpoint import Endpoint, EndpointError, ReplyCache
-from iopo.evaluation.items import Item, file_sha256, locate, thin
+from iopo.evaluation.items import Item, file_sha256, locate
 from iopo.evaluation.jsonl import write_rows
 from iopo.evaluation.judge_prompts import VERSION, Question
 from iopo.evaluation.responses import Responses, Say
@@ -57,7 +58,7 @@ def evaluate(config: EvaluateConfig, say: Say = print) -> dict[str, Any]:
     module = benchmark(name)
     path = locate(module.SOURCE, config.data.path)
     everything = module.load(path)
-    items = thin(everything, config.limit)
+    items = spread(everything, config.limit)
     data = file_sha256(path)
     known_file = module.SOURCE.sha256 in (None, data)
     if not known_file:

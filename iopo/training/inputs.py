@@ -10,7 +10,7 @@ from pathlib import Path
 
 from iopo import objectives
 from iopo.config import Overlong, TrainConfig
-from iopo.data.formats import Quad, file_hash, read_rows, rows_for
+from iopo.data.formats import Quad, file_hash, read_rows, rows_for, spread
 from iopo.data.tokenize import Chat, Example, Limits, Report, tokenize_rows, tokenizer_hash
 from iopo.model.demo import cache_root
 from iopo.model.load import load_tokenizer, resolve_model
@@ -86,7 +86,7 @@ def _heldout_quads(cfg: TrainConfig) -> list[Quad]:
     if cfg.data.heldout is None:
         return []
     rows = read_rows(_path(cfg.data.heldout, "data.heldout"), kind="quad")
-    return [row for row in rows if isinstance(row, Quad)][: cfg.evaluation.quads]
+    return spread([row for row in rows if isinstance(row, Quad)], cfg.evaluation.quads)
 
 
 def _path(value: str | None, key: str) -> Path:

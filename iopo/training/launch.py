@@ -55,7 +55,7 @@ def launch(
         raise ValueError("launch() handles signals, so it must be called from the main thread")
     if not run_dir.is_dir():
         raise ValueError(f"run folder {run_dir} does not exist; make it with open_run()")
-    if backend == "gloo":  # oneDNN's default, 1024 kernels of about a megabyte, is another gigabyte
+    if backend == "gloo":  # kernels of past shapes; 1024 by default (docs/performance.md)
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     placement = find_placement(processes)
     if placement.adopted:

@@ -21,8 +21,8 @@ from iopo.logprobs import LogProbs
 from iopo.model.parallel import Prepared
 from iopo.training import metrics
 
-# Packed lengths are rounded up to this many tokens: compiled code and oneDNN, which keeps a kernel
-# of about a megabyte for every shape it has met, then meet few of them.
+# Packed lengths are rounded up to this many tokens: compiled code, and oneDNN, which keeps a kernel
+# for every shape it has met, then meet few of them (docs/performance.md, "Memory on a CPU").
 LENGTH_STEP = 64
 
 

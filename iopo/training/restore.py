@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from iopo.config import TrainConfig
+from iopo.config import TrainConfig, plain
 from iopo.model.parallel import Prepared
 from iopo.training import setup
 from iopo.training.checkpoint import latest, latest_intact
@@ -17,7 +17,7 @@ from iopo.training.placement import Ranks
 from iopo.training.resume import check_resume, truncate_metrics
 
 
-def facts(cfg: TrainConfig, inputs: Inputs, config: dict[str, Any], world_size: int) -> dict:
+def facts(cfg: TrainConfig, inputs: Inputs, world_size: int) -> dict[str, Any]:
     """What a checkpoint must agree with: the config, and hashes of what the run stands on."""
     device = "cuda" if setup.backend(cfg) == "nccl" else "cpu"
     reference = setup.manifest(cfg, inputs, device).hash()
@@ -26,7 +26,7 @@ def facts(cfg: TrainConfig, inputs: Inputs, config: dict[str, Any], world_size: 
         "tokenizer": inputs.tokenizer_hash,
         "reference and starting weights": reference,
     }
-    return {"config": config, "identity": identity, "world_size": world_size}
+    return {"config": plain(cfg), "identity": identity, "world_size": world_size}
 
 
 def refuse_or_note(run: Path, now: dict, *, resume: bool) -> list[str]:

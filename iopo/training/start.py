@@ -5,7 +5,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from iopo.config import TrainConfig, plain
+from iopo.config import TrainConfig
 from iopo.data.batching import plan_steps
 from iopo.training import restore, setup
 from iopo.training.environment import describe_environment
@@ -39,7 +39,7 @@ def start(cfg: TrainConfig, config_text: str, worker: Worker) -> int:
     batching = setup.batching(cfg, placement.world_size)
     inputs = load_inputs(cfg)
     plan = plan_steps(len(inputs.train), batching, cfg.optim.epochs, cfg.optim.max_steps)
-    now = restore.facts(cfg, inputs, plain(cfg), placement.world_size)
+    now = restore.facts(cfg, inputs, placement.world_size)
     notes = restore.refuse_or_note(run, now, resume=cfg.checkpoint.resume)
     if placement.is_main:
         for note in notes:

@@ -28,12 +28,13 @@ def collect(sweep: Path) -> list[dict[str, Any]]:
     Keys "run", "state" (complete | failed | unfinished), then dotted config keys, then MEASURES and
     "seconds", which are missing for runs that did not end.
     """
-    folders = sorted(path.parent for path in sweep.glob("*/config.yaml"))
+    # at any depth: a job's folder is named after its overrides, and paths among them nest it
+    folders = sorted(path.parent for path in sweep.rglob("config.yaml"))
     configs = [flatten(yaml.safe_load((f / "config.yaml").read_text())) for f in folders]
     keys = sorted({key for config in configs for key in config} - {"run"})
     differing = [key for key in keys if len({str(config.get(key)) for config in configs}) > 1]
     return [
-        {"run": folder.name, "state": _state(folder)}
+        {"run": str(folder.relative_to(sweep)), "state": _state(folder)}
         | {key: config.get(key) for key in differing}
         | _measures(folder)
         for folder, config in zip(folders, configs, strict=True)
@@ -144,7 +145,7 @@ def write_page(sweep: Path) -> Path:
     """SWEEP/sweep.html with sweep.csv and sweep.png; raises ValueError without run folders."""
     rows = collect(sweep)
     if not rows:
-        raise ValueError(f"{sweep}: no run folders (*/config.yaml) in it")
+        raise ValueError(f"{sweep}: no run folders (with a config.yaml) in it")
     write_csv(sweep, rows)
     image = embedded(plot(sweep, rows))
     page = PAGE.render(
