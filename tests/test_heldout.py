@@ -1,6 +1,7 @@
 """Held-out quads: shares, controls and the command, on a random tiny model."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from helpers_models import tiny_llama
 
 from iopo.data.formats import Quad
-from iopo.evaluation import heldout, quads
+from iopo.evaluation import heldout, plain_text, quads
+from iopo.model.load import load_causal_lm, load_tokenizer
 from iopo.model.tiny import byte_tokenizer
 
 LOWER = {"kind": "case", "params": {"style": "lower"}, "text": "Use lower case only."}
@@ -71,13 +73,32 @@ def test_health_sees_damage():
 
 def test_evaluate_folder_scores_everything(model, tmp_path):
     rows = [(quad(i), "seen" if i else "unseen_kinds") for i in range(3)]
-    scores, answers = quads.evaluate_folder(model, rows, reference=model, max_new_tokens=4)
+    scores, answers = quads.evaluate_folder(
+        model, rows, reference=model, max_new_tokens=4, details=tmp_path
+    )
     assert scores["margin"]["value"] == pytest.approx(0, abs=1e-3)
     assert scores["controls"]["constraints_blanked"]["value"] == 0.5
     assert [a.id for a in answers] == [f"q{i}/{side}" for i in range(3) for side in (1, 2)]
     assert scores["constraint_accuracy_unseen_kinds"]["n"] == 2
     assert scores["group_accuracy"]["n"] == 3
     json.dumps(scores)
+    logps = [json.loads(line) for line in (tmp_path / "logps.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in logps] == ["q0", "q1", "q2"]
+    right = [a + c > b + d for a, b, c, d in (row["logps"] for row in logps)]
+    assert sum(right) / 3 == pytest.approx(scores["group_accuracy"]["value"])
+
+
+def test_plain_text_is_scored_as_one_sequence_per_block(model):
+    """Against the model's own loss, whose labels are shifted inside transformers."""
+    causal_lm, tokenizer = load_causal_lm(model, torch.float32, "sdpa"), load_tokenizer(model)
+    found = plain_text.score(causal_lm.eval(), tokenizer)
+    ids = tokenizer(plain_text.reference_text(), add_special_tokens=False)["input_ids"]
+    first = torch.tensor([ids[: plain_text.BLOCK_TOKENS]])
+    expected = causal_lm(input_ids=first, labels=first).loss.item()
+    assert found["nats_per_token"][0] == pytest.approx(expected, rel=1e-5)
+    assert len(found["nats_per_token"]) == plain_text.BLOCKS
+    mean = sum(found["nats_per_token"]) / plain_text.BLOCKS
+    assert math.log(found["perplexity"]) == pytest.approx(mean)
 
 
 def test_a_limit_is_spread_over_the_whole_file(tmp_path):

@@ -29,6 +29,7 @@ class Structured(enum.Enum):
 class BenchmarkSection:
     name: str = "???"  # set by +benchmark=NAME
     reference: str | None = None  # quads only: a model folder to measure margins against
+    controls: bool = True  # quads only: score blanked and shuffled instructions too
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 
 from iopo.data.formats import Quad, read_rows, spread
 from iopo.data.tokenize import Chat, Limits, tokenize_rows
-from iopo.evaluation import heldout
+from iopo.evaluation import heldout, plain_text
 from iopo.evaluation.config import EvaluateConfig
 from iopo.evaluation.heldout import Answer
 from iopo.evaluation.jsonl import write_rows
@@ -24,8 +24,9 @@ DEFAULT = Path(__file__).resolve().parents[2] / "data" / "demo" / "heldout.jsonl
 def evaluate_quads(config: EvaluateConfig, say: Callable[[str], None]) -> dict[str, Any]:
     """Score config.model (and config.benchmark.reference) on config.data.path; write and return.
 
-    Writes scores.json and verdicts.jsonl (one row per answer) into the output folder. Raises
-    ValueError for a config without a model of its own: log-probs need the weights.
+    Writes scores.json, verdicts.jsonl (one row per answer) and logps.jsonl (one row per quad) into
+    the output folder. Raises ValueError for a config without a model of its own: log-probs need the
+    weights.
     """
     if config.model.path is None:
         raise ValueError("quads needs the weights: set model.path (an endpoint gives no log-probs)")
@@ -36,22 +37,24 @@ def evaluate_quads(config: EvaluateConfig, say: Callable[[str], None]) -> dict[s
     rows = read(Path(config.data.path or DEFAULT), config.limit)
     reference = config.benchmark.reference
     out = Path(config.out or Path("runs/evaluate/quads") / Path(config.model.path).name)
+    out.mkdir(parents=True, exist_ok=True)
     scores, answers = evaluate_folder(
         resolve_model(config.model.path),
         rows,
+        details=out,
+        controls=config.benchmark.controls,
         adapter=config.model.adapter,
         reference=None if reference is None else resolve_model(reference),
         max_new_tokens=config.generate.max_new_tokens,
         batch_size=config.generate.batch_size,
     )
     scores["made_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
     write_rows(out / "verdicts.jsonl", [asdict(answer) for answer in answers])
+    (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
     for name, cell in scores.items():
         if isinstance(cell, dict) and "low" in cell:
             say(f"{name:36s} {cell['value']:8.3f} [{cell['low']:.3f}, {cell['high']:.3f}]")
-    say(f"written: {out}/scores.json, verdicts.jsonl")
+    say(f"written: {out}/scores.json, verdicts.jsonl, logps.jsonl")
     return scores
 
 
@@ -70,6 +73,7 @@ def evaluate_folder(
     path: Path,
     rows: Rows,
     *,
+    details: Path | None = None,
     controls: bool = True,
     adapter: str | None = None,
     reference: Path | None = None,
@@ -79,7 +83,8 @@ def evaluate_folder(
     """Preferences, their controls, margins against a reference, following by greedy answers.
 
     Every share is {"value", "low", "high", "n"}. Following is left out for quads without
-    constraints that code can check.
+    constraints that code can check. details: a folder that gets logps.jsonl, {"id", "logps"} with
+    nats in the order of MEMBERS; plain text is scored too, then.
     """
     quads = [quad for quad, _ in rows]
     chat = Chat(load_tokenizer(path))
@@ -91,6 +96,9 @@ def evaluate_folder(
 
     policy_Q4 = logps(scorer, quads)
     out: dict[str, Any] = dict(heldout.preference_shares(policy_Q4))
+    if details is not None:
+        logps_Q = zip(quads, policy_Q4.tolist(), strict=True)
+        write_rows(details / "logps.jsonl", [{"id": q.id, "logps": row} for q, row in logps_Q])
     if controls:
         out["controls"] = {
             "constraints_blanked": heldout.group_share(logps(scorer, heldout.blanked(quads))),
@@ -98,10 +106,13 @@ def evaluate_folder(
         }
     if reference is not None:
         out |= heldout.margins(policy_Q4, logps(heldout.Scorer(reference), quads))
+    model = scorer.for_generation()
+    if details is not None:
+        out["plain_text"] = plain_text.score(model, chat.tokenizer)
     if not all(quad.c1 and quad.c2 for quad in quads):
         return out, []
     answers = heldout.answer_prompts(
-        scorer.for_generation(),
+        model,
         chat.tokenizer,
         quads,
         [split for _, split in rows],

@@ -53,8 +53,8 @@ def evaluate(config: EvaluateConfig, say: Say = print) -> dict[str, Any]:
     name = config.benchmark.name
     if name == "quads":  # it needs the model itself, and not only its answers
         return quads.evaluate_quads(config, say)
-    if config.benchmark.reference is not None:
-        raise ValueError("benchmark.reference is for +benchmark=quads only; remove it")
+    if config.benchmark.reference is not None or not config.benchmark.controls:
+        raise ValueError("benchmark.reference, benchmark.controls: +benchmark=quads only; remove")
     module = benchmark(name)
     path = locate(module.SOURCE, config.data.path)
     everything = module.load(path)
