@@ -123,10 +123,16 @@ def _decode(
 
     Rows that end leave the batch and the cache, so a straggler costs one row and not a batch.
     """
-    ids_SL, mask_SL = _left_pad([prompts[i] for i in batch], device=model.device)
-    position_S = mask_SL.sum(1)
-    positions_SL = (mask_SL.cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
+    shared = _shared_tokens([prompts[i] for i in batch])
+    ids_SL, mask_SL = _left_pad([prompts[i][shared:] for i in batch], device=model.device)
+    if shared:  # a system prompt, mostly: read once, not once a row
+        first = torch.tensor([prompts[batch[0]][:shared]], device=model.device)
+        model(input_ids=first, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(batch))
+        mask_SL = torch.cat([mask_SL.new_ones(len(batch), shared), mask_SL], dim=1)
+    position_S = mask_SL.sum(1)
+    positions_SL = (mask_SL.cumsum(1) - 1).clamp(min=0)[:, shared:]
     rows = list(range(len(batch)))  # row of the running batch -> row of `batch`
     out: list[list[int]] = [[] for _ in batch]
     for step in range(max_new_tokens):
@@ -162,6 +168,16 @@ def _decode(
         positions_SL = position_S[:, None]
         position_S = position_S + 1
         mask_SL = torch.cat([mask_SL, mask_SL.new_ones(len(rows), 1)], dim=1)
+
+
+def _shared_tokens(prompts: Sequence[list[int]]) -> int:
+    """How many leading tokens all prompts share, less one: each row keeps a token to go on from."""
+    if len(prompts) == 1:
+        return 0
+    low, high = min(prompts), max(prompts)  # as lists compare, these two differ first
+    pairs = zip(low, high, strict=False)
+    same = next((n for n, (a, b) in enumerate(pairs) if a != b), len(low))
+    return min(same, min(map(len, prompts)) - 1)
 
 
 def sample(scores_SV: Tensor, uniform_S: Tensor, top_p: float) -> Tensor:
