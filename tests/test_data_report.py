@@ -75,6 +75,10 @@ def test_side_guesser_finds_a_leak_and_no_other():
             "1. Bees make honey every day.\n2. They dance.\n3.",
             "1. Bees make honey every day.\n2. They dance.",
         ),
+        (
+            "Bees make honey every day. They dance well. Then bees make honey every day.",
+            "Bees make honey every day. They dance well.",
+        ),
     ],
 )  # fmt: skip
 def test_whole_text_keeps_lines(text, expected):
@@ -83,7 +87,11 @@ def test_whole_text_keeps_lines(text, expected):
 
 def test_whole_text_says_what_is_wrong():
     assert whole_text("As an AI I can not say what bees are doing.")[1] == "refusal"
-    assert whole_text("Bees.")[1] == "too short, too long or unfinished"
+    assert (
+        whole_text("Bees make honey and then")[1]
+        == whole_text("Bees.")[1]
+        == ("too short before it breaks off or repeats itself")
+    )
     assert whole_text("Été is the French word for the season of summer.")[1] == "not ascii"
 
 

@@ -22,7 +22,7 @@ from .demo import (
     collect,
     follow_candidates,
     follow_jobs,
-    followed_drafts,
+    followed,
     is_heldout,
     write_rows,
 )
@@ -75,13 +75,16 @@ def build(cfg: DictConfig) -> tuple[Collection, Collection, Tally, Counter[str]]
     heldout_tasks = [task for task in tasks if is_heldout(task)]
 
     tally = Tally()
-    followed: list[Draft] = []
+    drafts: list[Draft] = []
     if cfg.follow_candidates:
         candidates = follow_candidates(cfg.follow_candidates, train_tasks, bases, cfg.seed + 1)
         responses = sampled(follow_jobs(candidates, cfg.follow_samples))
-        followed = followed_drafts(candidates, responses, cfg.follow_samples, tally)
+        for result in followed(candidates, responses, cfg.follow_samples):
+            tally.count("follow", result)
+            if isinstance(result, Draft):
+                drafts.append(result)
     rng = random.Random(cfg.seed)
-    train = collect([TRAIN], train_tasks, bases, rng, tally, followed)
+    train = collect([TRAIN], train_tasks, bases, rng, tally, drafts)
     heldout = collect(HELDOUT, heldout_tasks, bases, rng, tally)
     return train, heldout, tally, usable
 

@@ -199,22 +199,18 @@ def follow_jobs(candidates: Sequence[Draft], samples: int) -> list[Job]:
     ]
 
 
-def followed_drafts(
-    candidates: Sequence[Draft], responses: Mapping[str, Response], samples: int, tally: Tally
-) -> list[Draft]:
-    """Candidates with the first pair of sampled responses that passes all four cells."""
+def followed(
+    candidates: Sequence[Draft], responses: Mapping[str, Response], samples: int
+) -> list[Draft | Refused]:
+    """Each candidate with the first pair of sampled responses that passes all four cells."""
     found = []
     for draft in candidates:
         side1, side2 = (
             [responses[_follow_key(prompt, n)].text.strip() for n in range(samples)]
             for prompt in _plain_instructions(draft)
         )
-        for first, second in product(side1, side2):
-            result = follow(draft, first, second)
-            tally.count("follow", result)
-            if isinstance(result, Draft):
-                found.append(result)
-                break
+        results = [follow(draft, first, second) for first, second in product(side1, side2)]
+        found.append(next((r for r in results if isinstance(r, Draft)), results[0]))
     return found
 
 

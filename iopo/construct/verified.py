@@ -20,16 +20,16 @@ from iopo.constraints import text as cut
 from iopo.data.formats import Pair
 
 from . import report
-from .demo import Tally, follow_jobs, followed_drafts, is_heldout, write_rows
+from .demo import Tally, follow_jobs, followed, is_heldout, write_rows
 from .proposals import SEEN_KINDS, UNSEEN_KINDS, propose
 from .prose import ABOUT_THE_HINT, PLAIN, REFUSAL, balanced, ends_a_sentence, repeats_itself
-from .quadruples import Choice, Draft, Refused, edit, to_row
+from .quadruples import Choice, Draft, Refused, edit, kinds_of, to_row
 from .relabelling import SPLITS, Relabeller, RelabelRecipe
 from .responses import Job, Response, Sampler, sample_all
 from .tasks import Task, read_tasks
 from .verify import verify
 
-# What is asked after the bare task; half of them plain, so that prose prevails.
+# What is asked after the bare task; most of them plain, so that prose prevails.
 FORMS = (
     "Answer in two or three short sentences.",
     "Answer in a list of three bullet points that start with a dash.",
@@ -37,13 +37,16 @@ FORMS = (
     "Answer in two short paragraphs.",
     "Answer with excitement, in at most fifty words.",
     "Answer in a numbered list of three short items.",
+    "Answer in at most fifty words, with a question at the end.",
+    "Answer in one sentence.",
 )
+SAMPLES_TO_EDIT = 3  # for tasks of the held-out kinds, most of whose quads are edits
 FOLLOW_KINDS = (
     "words", "sentences", "bullets", "paragraphs", "end_phrase", "start_phrase", "case", "wrapped",
 )  # fmt: skip
 _LEAST_WORDS, _MOST_WORDS = 8, 90
 _SENTENCE_END = re.compile(r"[.!?]['\")]?(?=\s|$)")
-_BARE_MARKER = re.compile(r"\n[ \t]*(?:\d+[.)]|[-*])[ \t]*$")
+_BARE_MARKER = re.compile(r"(?:\n[ \t]*(?:\d+[.)]|[-*])[ \t]*)+$")  # of items without text
 
 
 @dataclass
@@ -54,11 +57,11 @@ class VerifiedRecipe:
     out: str = "data/verified"
     responses: str = "data/verified/responses.jsonl"
     seed: int = 0
-    samples_per_task: int = 6
-    follow_candidates: int = 500
+    samples_per_task: int = 8
+    follow_candidates: int = 150
     follow_samples: int = 2
     max_new_tokens: int = 96
-    train_quads: int = 1350
+    train_quads: int = 1700
     heldout_quads: int = 200
     heldout_kinds_quads: int = 100
     edit_share: float = 0.2  # of all quads, at most
@@ -78,19 +81,23 @@ class Making:
     rows: dict[str, list[dict[str, Any]]] = field(
         default_factory=lambda: {split: [] for split in SPLITS}
     )
-    outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
-    kinds: Counter[tuple[str, str]] = field(default_factory=Counter)  # accepted, by source
+    tally: Tally = field(default_factory=Tally)
 
     def full(self, split: str) -> bool:
         return len(self.rows[split]) >= self.recipe.wanted()[split]
 
-    def add(self, row: dict[str, Any]) -> None:
-        self.rows[row["split"]].append(row)
-        self.outcomes[row["source"], "accepted"] += 1
-        self.kinds.update((row["source"], c["kind"]) for c in (*row["c1"], *row["c2"]))
+    def admit(self, source: str, result: Draft | Refused, split: str) -> None:
+        """Let a quad in if it fits among the others; count what became of it."""
+        refusal = None
+        if isinstance(result, Draft):
+            row = to_row(result, split)
+            refusal = "file is full" if self.full(split) else self.relabeller.join(row)
+            if refusal is None:
+                self.rows[split].append(row)
+        self.tally.count(source, result, refusal)
 
     def edits(self) -> int:
-        return self.outcomes["edit", "accepted"]
+        return self.tally.outcomes["edit", "accepted"]
 
 
 def build_verified(
@@ -120,14 +127,15 @@ def build_verified(
         most_share=recipe.most_share,
     )
     making = Making(recipe, Relabeller(relabel_recipe))
-    _follow(making, tasks, sampled, rng)
     _relabel(making, tasks, texts, rng)
+    _follow(making, tasks, sampled)  # few: last in, so that no kind is scarce enough to be refused
     _edit(making, tasks, texts, rng)
     out = Path(recipe.out)
     files = [out / f"{split}.jsonl" for split in SPLITS]
     for path, split in zip(files, SPLITS, strict=True):
-        write_rows(path, making.rows[split])
-    found, summary = verify(files)
+        rows = making.rows[split]
+        write_rows(path, rng.sample(rows, len(rows)))  # so that the first rows are a fair sample
+    found, _ = verify(files)
     acceptance = table(making, usable)
     report.write(out / "report.html", files, acceptance)
     if found:
@@ -143,7 +151,7 @@ def split_of(task: Task) -> str:
 
 
 def bare_jobs(tasks: Sequence[Task], samples: int) -> list[Job]:
-    """The bare tasks, each `samples` times, with the forms in turn."""
+    """The bare tasks, each `samples` times, with the forms in turn; some tasks need fewer."""
     return [
         Job(
             f"{task.digest}-{n}",
@@ -152,6 +160,7 @@ def bare_jobs(tasks: Sequence[Task], samples: int) -> list[Job]:
         )
         for n in range(samples)
         for task in tasks
+        if n < SAMPLES_TO_EDIT or split_of(task) != "heldout_kinds"
     ]
 
 
@@ -170,69 +179,71 @@ def usable_texts(
 
 
 def whole_text(text: str) -> tuple[str, str | None]:
-    """The response up to its last whole sentence, line breaks kept, and what is wrong with it.
+    """The longest beginning of whole sentences that is of use, line breaks kept, or what is wrong.
 
     >>> whole_text("Bees make honey from nectar. They also dance. Then they")
     ('Bees make honey from nectar. They also dance.', None)
     """
     text = text.translate(PLAIN).strip()
     text = re.sub(r"[ \t]+\n", "\n", re.sub(r"\n{3,}", "\n\n", text))
-    if not ends_a_sentence(text) or _BARE_MARKER.search(text):
-        ends = [match.end() for match in _SENTENCE_END.finditer(text)]
-        text = text[: ends[-1]] if ends else ""
-    while _BARE_MARKER.search(text):
-        text = _BARE_MARKER.sub("", text).strip()
     if not text.isascii():
         return text, "not ascii"
     if REFUSAL.search(text):
         return text, "refusal"
     if ABOUT_THE_HINT.search(text) or "bullet" in text.lower():
         return text, "about the hint"
-    if not _LEAST_WORDS <= len(cut.words(text)) <= _MOST_WORDS or not ends_a_sentence(text):
-        return text, "too short, too long or unfinished"
-    if not balanced(text) or repeats_itself(text):
-        return text, "repeats itself or is unbalanced"
-    return text, None
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    for end in (len(text), *reversed(ends)):
+        kept = _BARE_MARKER.sub("", text[:end]).strip()
+        size = len(cut.words(kept))
+        if size < _LEAST_WORDS:
+            break
+        finished = ends_a_sentence(kept) and not kept.endswith(":")
+        if size <= _MOST_WORDS and finished and balanced(kept) and not repeats_itself(kept):
+            return kept, None
+    return text, "too short before it breaks off or repeats itself"
 
 
-def variants(text: str, rng: random.Random) -> list[str]:
-    """The text, and for prose of several sentences also its beginning."""
+def beginning(text: str, rng: random.Random) -> str:
+    """Prose of several sentences up to one of them; other text as it is."""
     sentences = cut.sentences(text)
     if "\n" in text or len(sentences) < 3:
-        return [text]
+        return text
     start = " ".join(sentences[: rng.randint(1, len(sentences) - 1)])
     good = balanced(start) and ends_a_sentence(start) and len(cut.words(start)) >= _LEAST_WORDS
-    return [text, start] if good else [text]
+    return start if good else text
 
 
 def _relabel(
     making: Making, tasks: Sequence[Task], texts: Mapping[str, list[str]], rng: random.Random
 ) -> None:
-    """Pairs of responses to one task; each response once, two beginnings of one text never."""
-    relabeller = making.relabeller
+    """Pairs of responses to one task, half of them cut shorter; each response once."""
     rounds: list[list[tuple[Task, str, str]]] = []
     for task in rng.sample(tasks, len(tasks)):
-        sources = [variants(text, rng) for text in texts[task.line]]
-        pairs = [
-            (task, rng.choice(first), rng.choice(second))
-            for first, second in combinations(rng.sample(sources, len(sources)), 2)
-        ]
-        rng.shuffle(pairs)
+        sources = [beginning(t, rng) if rng.random() < 0.5 else t for t in texts[task.line]]
+        pairs = rng.sample(pool := list(combinations(sources, 2)), len(pool))
         for n, pair in enumerate(pairs):
             if n == len(rounds):
                 rounds.append([])
-            rounds[n].append(pair)
-    for number, pairs in enumerate(rounds):  # each task once before any task twice
-        for task, first, second in pairs:
+            rounds[n].append((task, *pair))
+    used: set[tuple[str, str]] = set()
+    tally = making.tally
+    for number, drawn in enumerate(rounds):  # each task once before any task twice
+        for task, first, second in drawn:
             split = split_of(task)
-            if making.full(split):
+            both = {(task.line, first), (task.line, second)}
+            if making.full(split) or both & used:
                 continue
             named = Pair(f"{task.digest}-{number}", task.line, first, second)
-            row = relabeller.row(named, task, split)
+            row = making.relabeller.row(named, task, split)
             if row is not None:
-                making.add(row)
-    for reason, n in relabeller.skipped.items():
-        making.outcomes["relabel", reason] += n
+                used |= both
+                making.rows[split].append(row)
+                tally.outcomes["relabel", "accepted"] += 1
+                kinds = {c["kind"] for c in (*row["c1"], *row["c2"])}
+                tally.accepted.update(("relabel", kind) for kind in kinds)
+    for reason, n in making.relabeller.skipped.items():
+        tally.outcomes["relabel", reason] += n
 
 
 def follow_candidates(tasks: Sequence[Task], number: int, rng: random.Random) -> list[Draft]:
@@ -248,27 +259,19 @@ def follow_candidates(tasks: Sequence[Task], number: int, rng: random.Random) ->
 
 
 def _follow(
-    making: Making,
-    tasks: Sequence[Task],
-    sampled: Callable[[Sequence[Job]], dict[str, Response]],
-    rng: random.Random,
+    making: Making, tasks: Sequence[Task], sampled: Callable[[Sequence[Job]], dict[str, Response]]
 ) -> None:
     recipe = making.recipe
+    rng = random.Random(recipe.seed)  # of its own: what is asked must not hang on other responses
     train = [task for task in rng.sample(tasks, len(tasks)) if split_of(task) == "train"]
     drafts = follow_candidates(train, recipe.follow_candidates, rng)
-    tally = Tally()
-    jobs = follow_jobs(drafts, recipe.follow_samples)
-    kept = followed_drafts(drafts, sampled(jobs), recipe.follow_samples, tally)
-    for (source, outcome), n in tally.outcomes.items():
-        if outcome != "accepted":
-            making.outcomes[source, outcome] += n
-    for draft in kept:
-        draft = draft.swapped() if rng.random() < 0.5 else draft
-        fault = making.relabeller.join(row := to_row(draft, "train"))
-        if fault is None and not making.full("train"):
-            making.add(row)
-        else:
-            making.outcomes["follow", fault or "full"] += 1
+    responses = sampled(follow_jobs(drafts, recipe.follow_samples))
+    for result in followed(drafts, responses, recipe.follow_samples):
+        if isinstance(result, Draft):
+            result = result.swapped() if rng.random() < 0.5 else result
+            if any(REFUSAL.search(y) or repeats_itself(y) for y in (result.y1, result.y2)):
+                result = Refused("refusal or repetition", tuple(kinds_of(result)))
+        making.admit("follow", result, "train")
 
 
 def _edit(
@@ -296,32 +299,26 @@ def _edit(
                 if not prose:
                     continue
                 first, second = rng.choice(prose), rng.choice(prose)
-                result = edit(task, first, second, choice, rng)
-                if isinstance(result, Refused):
-                    making.outcomes["edit", result.reason] += 1
-                    continue
-                fault = making.relabeller.join(row := to_row(result, split))
-                if fault is None:
-                    making.add(row)
-                else:
-                    making.outcomes["edit", fault] += 1
+                making.admit("edit", edit(task, first, second, choice, rng), split)
 
 
 def table(making: Making, usable: Counter[str]) -> str:
-    """Acceptance by source and reason, and accepted constraints by kind, as markdown."""
+    """Acceptance by source and reason, and by source and kind, as markdown."""
+    tally = making.tally
     lines = ["responses: " + ", ".join(f"{n} {why}" for why, n in usable.most_common()), ""]
     lines += ["| source | outcome | draws | share |", "|---|---|---|---|"]
     of: Counter[str] = Counter()
-    for (source, _), n in making.outcomes.items():
+    for (source, _), n in tally.outcomes.items():
         of[source] += n
-    for (source, outcome), n in sorted(making.outcomes.items()):
+    for (source, outcome), n in sorted(tally.outcomes.items()):
         lines.append(f"| {source} | {outcome} | {n} | {n / of[source]:.1%} |")
-    sources = sorted(of)
-    lines += ["", "| kind | " + " | ".join(sources) + " | share of train |"]
-    lines.append("|---" * (2 + len(sources)) + "|")
+    lines += ["", "| kind | relabel | follow | edit | share of train |", "|---|---|---|---|---|"]
     train = Counter(c["kind"] for row in making.rows["train"] for c in (*row["c1"], *row["c2"]))
-    for kind in sorted({kind for _, kind in making.kinds}):
-        counts = " | ".join(str(making.kinds[source, kind]) for source in sources)
-        lines.append(f"| {kind} | {counts} | {train[kind] / max(1, train.total()):.1%} |")
+    for kind in sorted({kind for _, kind in tally.accepted}):
+        # to a kind that relabelling does not choose there is no attempt: it measures all of them
+        cells = [str(tally.accepted["relabel", kind])]
+        cells += [f"{tally.accepted[s, kind]}/{tally.tried[s, kind]}" for s in ("follow", "edit")]
+        share = train[kind] / max(1, train.total())
+        lines.append(f"| {kind} | {' | '.join(cells)} | {share:.1%} |")
     sizes = ", ".join(f"{split} {len(rows)}" for split, rows in making.rows.items())
     return "\n".join([*lines, "", f"quads: {sizes}; edits {making.edits()}"])
