@@ -19,7 +19,18 @@ from rich.console import Console
 from iopo.config import TrainConfig
 from iopo.evaluation import samples
 from iopo.model.memory import give_back_freed_memory
-from iopo.training import export, heldout, loop, optim, report, restore, setup, start, sweep
+from iopo.training import (
+    export,
+    heldout,
+    loop,
+    optim,
+    references,
+    report,
+    restore,
+    setup,
+    start,
+    sweep,
+)
 from iopo.training.checkpoint import Checkpoints
 from iopo.training.checkpoint_tensors import gather_state
 from iopo.training.inputs import load_inputs
@@ -83,7 +94,9 @@ def train(cfg: TrainConfig, run: Path, ranks: Ranks, control: Control) -> None:
     # The reference comes before any checkpoint: it is the starting weights, never trained ones.
     prepared = setup.make_policy(cfg, inputs, ranks)
     policy = setup.policy_of(prepared)
-    reference = setup.make_reference(cfg, inputs, job, ranks, prepared, teller.say, control.alive)
+    reference = references.make_reference(
+        cfg, inputs, job, ranks, prepared, teller.say, control.alive
+    )
     optimizer = optim.make_optimizer(prepared.parameters, cfg.optim)
     facts = restore.facts(cfg, inputs, ranks.world_size)
     done = restore.restore(run, prepared, optimizer, ranks, teller.say)
@@ -114,6 +127,8 @@ def train(cfg: TrainConfig, run: Path, ranks: Ranks, control: Control) -> None:
             period = cfg.checkpoint.save_every_steps
             if every(period, done) or stop or (last and period is not None):
                 teller.flush()
+                if reference is not None:
+                    reference.store()
                 state = gather_state(prepared.parameters, optimizer, ranks.rank)
                 checkpoints.save(done, state, facts | {"metrics": measured})
             if stop and not last:

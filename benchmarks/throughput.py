@@ -1,11 +1,13 @@
 """Throughput and memory of a step, row by row from a plain preference trainer to this one.
 
     python -m benchmarks.throughput [--quick] [--json FILE] [--shapes demo,1000/500]
+        [--tuning lora,full] [--only times|memory]
 
 Every row takes the same optimizer step on the same quads (see throughput_variants.LADDER). Times
 are medians of rounds in which the rows take turns; memory, loss and operations come from one step
 in a fresh process per row. Results go to JSON as {"shapes": {shape: [row, ...]}}, the plain row
-first, everything on last; full fine-tuning is under "full".
+first, everything on last; full fine-tuning is under "full". A FILE that exists is added to, so that
+shapes, and times and memory, can be measured one after the other.
 """
 
 import argparse
@@ -24,47 +26,63 @@ import torch
 import transformers
 
 from benchmarks.throughput_child import Task, measure
-from benchmarks.throughput_data import SHAPES, useful_tokens
+from benchmarks.throughput_data import SHAPES, shortened, useful_tokens
 from benchmarks.throughput_flops import Weights, ledger, processed_tokens
-from benchmarks.throughput_variants import LADDER, Trainer, Variant
+from benchmarks.throughput_variants import FAST, LADDER, PLAIN, SHARED_LIVE, Trainer, Variant
 from iopo.data.example import Example
 from iopo.model.load import default_dtype, resolve_model
 
 COLUMNS = (
-    ("row", "name", "{:<20}"),
-    ("quads/s", "quads_per_s", "{:8.3f}"),
-    ("x plain", "speedup", "{:8.2f}"),
-    ("useful tok/s", "useful_tokens_per_s", "{:12.0f}"),
-    ("processed", "processed_tokens", "{:9d}"),
-    ("TFLOP", "tflop", "{:7.3f}"),
-    ("/ledger", "flops_over_ledger", "{:7.3f}"),
-    ("peak GB", "peak_memory_gb", "{:8.2f}"),
-    ("step GB", "step_memory_gb", "{:8.2f}"),
-    ("loss off by", "loss_difference", "{:11.1e}"),
+    ("row", "name", "{}"),
+    ("quads/s", "quads_per_s", "{:.3f}"),
+    ("x plain", "speedup", "{:.2f}"),
+    ("useful tok/s", "useful_tokens_per_s", "{:.0f}"),
+    ("processed", "processed_tokens", "{}"),
+    ("TFLOP", "tflop", "{:.3f}"),
+    ("/ledger", "flops_over_ledger", "{:.3f}"),
+    ("peak GB", "peak_memory_gb", "{:.2f}"),
+    ("step GB", "step_memory_gb", "{:.2f}"),
+    ("x plain", "memory_ratio", "{:.2f}"),
+    ("loss off by", "loss_difference", "{:.1e}"),
 )
+QUICK = (PLAIN, SHARED_LIVE, FAST)
+QUICK_QUADS = {"demo": 4, "1000/500": 1}  # in a step of a quick run
+NAMES = {"lora": "LoRA", "full": "full fine-tuning"}
 
 
-def ladder(task: Task, rows: Sequence[Variant], rounds: int) -> list[dict[str, Any]]:
-    """Results of the rows at the task's shape, in their order."""
+def times(task: Task, rows: Sequence[Variant], rounds: int) -> list[dict[str, Any]]:
+    """Speed of the rows at the task's shape, in their order."""
     examples = task.examples()
     trainer = task.trainer(live=any(row.live for row in rows))
     cache = trainer.cache(examples)
-    weights = Weights.of(trainer.policy.causal_lm)
     seconds = interleaved(trainer, rows, examples, cache, rounds)
-    useful = useful_tokens(examples)
+    medians = {name: statistics.median(found) for name, found in seconds.items()}
+    return [
+        {
+            "name": row.name,
+            "quads_per_s": len(examples) / medians[row.name],
+            "seconds": seconds[row.name],
+            "useful_tokens_per_s": useful_tokens(examples) / medians[row.name],
+        }
+        for row in rows
+    ]
+
+
+def one_step_each(task: Task, rows: Sequence[Variant]) -> list[dict[str, Any]]:
+    """Memory, losses and operations of the rows, in their order."""
+    examples = task.examples()
+    trainer = task.trainer(live=False)
+    cache = trainer.cache(examples)
+    weights = Weights.of(trainer.policy.causal_lm)
     results: list[dict[str, Any]] = []
     for row in rows:
         alone = measure(task, row, cache)
         batches = trainer.micro_batches(examples, row)
         expected = ledger(weights, batches, row, full=task.full)
-        median = statistics.median(seconds[row.name])
         counted = expected if alone["flops"] is None else alone["flops"]
         results.append(
             {
                 "name": row.name,
-                "quads_per_s": len(examples) / median,
-                "seconds": seconds[row.name],
-                "useful_tokens_per_s": useful / median,
                 "processed_tokens": processed_tokens(batches, row),
                 "tflop": counted / 1e12,
                 "flops_over_ledger": counted / expected,
@@ -73,7 +91,7 @@ def ladder(task: Task, rows: Sequence[Variant], rounds: int) -> list[dict[str, A
                 "losses": alone["losses"],
             }
         )
-    return compared(results)
+    return results
 
 
 def interleaved(
@@ -83,37 +101,67 @@ def interleaved(
     cache: dict[str, list[float]],
     rounds: int,
 ) -> dict[str, list[float]]:
-    """Seconds of each round by row; the rows take turns, and their first step is not counted."""
+    """Seconds of each round by row; the rows take turns.
+
+    A step on a short example comes before, or a whole one where something is to be compiled.
+    """
     seconds: dict[str, list[float]] = {row.name: [] for row in rows}
-    for timed in range(-1, rounds):
+    short = [shortened(examples[0])]
+    known = cache | trainer.cache(short)
+    for row in rows:
+        trainer.use(row)
+        trainer.step(examples if row.compile else short, row, cache=known)
+    for _ in range(rounds):
         for row in rows:
             trainer.use(row)
             started = time.perf_counter()
             trainer.step(examples, row, cache=cache)
-            if timed >= 0:
-                seconds[row.name].append(time.perf_counter() - started)
+            seconds[row.name].append(time.perf_counter() - started)
     return seconds
 
 
-def compared(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same with speed, memory and loss against the first row."""
+def joined(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the same names put together, with speed, memory and loss against the first row."""
+    before = {row["name"]: row for row in old}
+    results = [before.get(row["name"], {}) | row for row in new]
     first = results[0]
     for row in results:
-        off = [abs(a - b) for a, b in zip(row["losses"], first["losses"], strict=True)]
-        row["speedup"] = row["quads_per_s"] / first["quads_per_s"]
-        row["memory_ratio"] = row["peak_memory_gb"] / first["peak_memory_gb"]
-        row["loss_difference"] = max(off)
+        if "quads_per_s" in row:
+            row["speedup"] = row["quads_per_s"] / first["quads_per_s"]
+        if "losses" in row:
+            row["memory_ratio"] = row["peak_memory_gb"] / first["peak_memory_gb"]
+            off = [abs(a - b) for a, b in zip(row["losses"], first["losses"], strict=True)]
+            row["loss_difference"] = max(off)
     return results
 
 
 def show(title: str, results: Sequence[dict[str, Any]]) -> None:
-    """Print one table."""
+    """Print one table; what was not measured is a dash."""
     print(f"\n{title}")
-    head = [f"{label:<20}" if key == "name" else label for label, key, _ in COLUMNS]
-    widths = [len(form.format(results[0][key])) for _, key, form in COLUMNS]
-    print("  ".join(label.rjust(width) for label, width in zip(head, widths, strict=True)))
+    lines = [[label for label, _, _ in COLUMNS]]
     for row in results:
-        print("  ".join(form.format(row[key]) for _, key, form in COLUMNS), flush=True)
+        lines.append([form.format(row[key]) if key in row else "-" for _, key, form in COLUMNS])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *others in lines:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *cells]), flush=True)
+
+
+def opened(file: Path | None, here: dict[str, Any]) -> dict[str, Any]:
+    """The report in `file`, if there is one, under the facts of this run.
+
+    Raises ValueError if it was measured on another machine or with other versions.
+    """
+    if file is None or not file.exists():
+        return here
+    report = json.loads(file.read_text())
+    for key in ("machine", "torch", "transformers", "model", "dtype", "shape"):
+        if report.get(key) != here.get(key):
+            raise ValueError(
+                f"{file}: measured with {key} {report.get(key)!r}, here it is {here.get(key)!r}; "
+                "the two cannot stand in one table: write to another file"
+            )
+    return report | here
 
 
 def facts(model: Path, dtype: str, threads: int) -> dict[str, Any]:
@@ -121,7 +169,8 @@ def facts(model: Path, dtype: str, threads: int) -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
         "command": "python -m " + " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]]),
-        "machine": f"{_processor()}, {threads} threads",
+        "machine": _processor(),
+        "threads": threads,
         "amx": torch.cpu._is_amx_tile_supported(),
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
@@ -141,30 +190,35 @@ def _processor() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two shapes, LoRA, no compile")
-    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--quick", action="store_true", help="few quads, rows and rounds, LoRA")
+    parser.add_argument("--json", type=Path, help="write the results here, beside those there")
     parser.add_argument("--shapes", help=f"some of {','.join(SHAPES)}")
+    parser.add_argument("--tuning", default="lora,full", help="lora, full or both")
+    parser.add_argument("--only", choices=("times", "memory"), help="default: both")
     parser.add_argument("--model", default="demo", help="model folder, or demo")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: what is fast")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, help="timed steps per row (2 if quick, else 5)")
+    parser.add_argument("--rounds", type=int, help="timed steps per row (1 if quick, else 3)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = resolve_model(args.model)
     dtype = args.dtype or str(default_dtype("cpu")).removeprefix("torch.")
-    shapes = ["demo", "1000/500"] if args.quick else list(SHAPES)
-    if args.shapes:
-        shapes = args.shapes.split(",")
-    rows = LADDER[:-1] if args.quick else LADDER
-    rounds = args.rounds or (2 if args.quick else 5)
-    report: dict[str, Any] = facts(model, dtype, args.threads) | {"shapes": {}, "full": {}}
-    for full in (False,) if args.quick else (False, True):
+    shapes = args.shapes.split(",") if args.shapes else [*(QUICK_QUADS if args.quick else SHAPES)]
+    rows = QUICK if args.quick else LADDER
+    rounds = args.rounds or (1 if args.quick else 3)
+    report = {"shapes": {}, "full": {}} | opened(args.json, facts(model, dtype, args.threads))
+    for tuning in ["lora"] if args.quick else args.tuning.split(","):
+        tables = report["full" if tuning == "full" else "shapes"]
         for shape in shapes:
-            task = Task(str(model), dtype, full, shape, "iopo", args.threads)
-            results = ladder(task, rows, rounds)
-            how = "full fine-tuning" if full else "LoRA"
-            show(f"{how}, prompt/response tokens {shape}, {dtype}", results)
-            report["full" if full else "shapes"][shape] = results
+            few = QUICK_QUADS.get(shape) if args.quick else None
+            task = Task(str(model), dtype, tuning == "full", shape, "iopo", args.threads, few)
+            results = tables.get(shape, [])
+            if args.only != "memory":
+                results = joined(results, times(task, rows, rounds))
+            if args.only != "times":
+                results = joined(results, one_step_each(task, rows))
+            show(f"{NAMES[tuning]}, prompt/response tokens {shape}, {dtype}", results)
+            tables[shape] = results
             if args.json:
                 args.json.parent.mkdir(parents=True, exist_ok=True)
                 args.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -24,7 +24,10 @@ from iopo.model.load import load_causal_lm, load_tokenizer
 
 @dataclass(frozen=True)
 class Task:
-    """What a step is taken on: the model folder, dtype of the computation, shape and objective."""
+    """What a step is taken on: the model folder, dtype of the computation, shape and objective.
+
+    quads: in the step; None: as many as the shape says.
+    """
 
     model: str
     dtype: str  # bfloat16 | float32
@@ -32,10 +35,11 @@ class Task:
     shape: str
     objective: str
     threads: int
+    quads: int | None = None
 
     def examples(self) -> list[Example]:
         """The rows of the step: quads, or the pairs or sft rows that the quads began as."""
-        quads = make_quads(self.shape, demo_examples(load_tokenizer(self.model)))
+        quads = make_quads(self.shape, demo_examples(load_tokenizer(self.model)))[: self.quads]
         rows = objectives.KINDS[self.objective].rows
         return as_pairs(quads) if rows == "pair" else as_sft(quads) if rows == "sft" else quads
 

@@ -53,6 +53,16 @@ def quads_of_lengths(text: np.ndarray, prompt: int, response: int, count: int) -
     return quads
 
 
+def shortened(example: Example) -> Example:
+    """The first few tokens of every prompt and response, for a step that only warms up."""
+    return replace(
+        example,
+        id=f"{example.id} shortened",
+        prompts=tuple(prompt[:32] for prompt in example.prompts),
+        responses=tuple(tuple(y[:16] for y in ys) for ys in example.responses),
+    )
+
+
 def as_pairs(quads: Sequence[Example]) -> list[Example]:
     """The preference pair that each quad began as: x1, y1 preferred to y2."""
     return [replace(q, prompts=q.prompts[:1], responses=q.responses[:1]) for q in quads]

@@ -55,7 +55,7 @@ LADDER = (
     Variant("+ no checkpointing", "shared", fused=True, live=False, checkpoint_every=0),
     Variant("+ compile", "shared", fused=True, live=False, checkpoint_every=0, compile=True),
 )
-PLAIN, CACHED, FAST = LADDER[0], LADDER[4], LADDER[5]
+PLAIN, SHARED_LIVE, CACHED, FAST = LADDER[0], LADDER[3], LADDER[4], LADDER[5]
 
 
 class Trainer:

@@ -3,14 +3,16 @@
     python -m benchmarks.trl_peer [--json FILE] [--shape demo]
 
 Both fine-tune all weights with AdamW and TRL's defaults elsewhere (activation checkpointing, live
-reference). Makes an environment with TRL in the user's cache on first use (about 1 GB).
+reference). Makes an environment with TRL in the user's cache on first use; --install stops there.
 """
 
 import argparse
+import configparser
 import json
 import statistics
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 from typing import Any
@@ -30,20 +32,29 @@ from iopo.model.attention import SHARED
 from iopo.model.demo import cache_root
 from iopo.model.load import default_dtype, load_causal_lm, resolve_model
 
-TRL = "trl==1.16.0"
 ROOT = Path(__file__).parent.parent
 LOSS_TARGET = 1e-3
 
 
+def trl_version() -> str:
+    """As setup.cfg's extra `bench` pins it."""
+    package = configparser.ConfigParser()
+    package.read(ROOT / "setup.cfg")
+    return package["options.extras_require"]["bench"].strip()
+
+
 def environment() -> Path:
-    """Python of an environment that has TRL and our versions of torch and transformers."""
-    folder = cache_root() / ("bench-" + TRL.replace("==", "-"))
+    """Python of an environment that has TRL, over this one's packages, and so the same PyTorch."""
+    wanted = trl_version()
+    folder = cache_root() / ("bench-" + wanted.replace("==", "-"))
     python = folder / "bin" / "python"
     if not (folder / "COMPLETE").exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        torch_version = torch.__version__.partition("+")[0]
-        wanted = [f"torch=={torch_version}", f"transformers=={transformers.__version__}", TRL]
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True)
+        where = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+        site = Path(subprocess.check_output(where, text=True).strip())
+        (site / "ours.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        kept = [f"torch=={torch.__version__}", f"transformers=={transformers.__version__}"]
+        subprocess.run([python, "-m", "pip", "install", "--quiet", wanted, *kept], check=True)
         (folder / "COMPLETE").touch()
     return python
 
@@ -120,7 +131,7 @@ def ours() -> None:
 def compare(python: Path, task: dict[str, Any]) -> list[dict[str, Any]]:
     """One result per side; the first step, which allocates, is left out of the median."""
     sides = {
-        f"TRL ({TRL})": [str(python), "-m", "benchmarks.trl_peer_child"],
+        f"TRL ({trl_version()})": [str(python), "-m", "benchmarks.trl_peer_child"],
         "here": [sys.executable, "-m", "benchmarks.trl_peer", "--ours"],
     }
     rows = []
@@ -137,17 +148,23 @@ def main() -> None:
     parser.add_argument("--shape", default="demo", choices=SHAPES)
     parser.add_argument("--model", default="demo", help="model folder, or demo")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--pairs", type=int, help="in a step; default: as the shape says")
+    parser.add_argument("--install", action="store_true", help="only make TRL's environment")
     parser.add_argument("--ours", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.ours:
-        ours()
+    if args.ours or args.install:
+        ours() if args.ours else environment()
         return
     model = resolve_model(args.model)
     speed = str(default_dtype("cpu")).removeprefix("torch.")
-    examples = Task(str(model), speed, True, args.shape, "dpo", args.threads).examples()
+    task = Task(str(model), speed, True, args.shape, "dpo", args.threads, args.pairs)
+    examples = task.examples()
     python = environment()
-    report: dict[str, Any] = facts(model, speed, args.threads) | {"trl": TRL, "shape": args.shape}
+    report: dict[str, Any] = facts(model, speed, args.threads) | {
+        "trl": trl_version(),
+        "shape": args.shape,
+    }
     # losses in fp32, where both sides should agree; speed in what is fast here
     for dtype in dict.fromkeys(("float32", speed)):
         rows = compare(python, task_of(model, dtype, args.threads, examples, args.steps, 1e-5))

@@ -1,5 +1,7 @@
 """Reference log-probs: named by a manifest, computed once, kept on disk, never from live weights.
 
+    python -m iopo.reference [+experiment=NAME] [key=value ...]     fills the cache of a run alone
+
 A reference is the policy's starting point. Its log-probs never change, so they are computed once
 per (weights, data) and shared by every run that starts there: four float32 numbers a quad. The
 manifest says which weights, tokenizer, truncation, dtype and code made them; its hash names the
@@ -13,8 +15,9 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from zipfile import BadZipFile
@@ -26,7 +29,11 @@ import transformers
 from torch import Tensor
 
 import iopo
+from iopo.data.layout import Batch
 from iopo.data.tokenize import Example, content_key
+
+STORE_EVERY_ROUNDS = 64  # of fill: what a kill loses
+STORE_EVERY_S = 60.0  # of FillingReference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +101,12 @@ class Cache:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
 
-    def add(self, members: int, rows: dict[str, np.ndarray]) -> None:
-        """Merge rows into the file, atomically. Call with the lock held."""
-        merged = self.read(members) | rows
+    def add(self, members: int, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Merge rows into the file, atomically, and return all. Call with the lock held.
+
+        A row that is there already stays as it is: the runs that read it go on with its bits.
+        """
+        merged = rows | self.read(members)
         keys = np.array([np.frombuffer(bytes.fromhex(key), dtype=np.uint8) for key in merged])
         logps = np.array(list(merged.values()), dtype=np.float32)
         if not np.isfinite(logps).all():
@@ -106,6 +116,7 @@ class Cache:
         np.savez(temporary, keys=keys, logps=logps, checksum=checksum)
         (self.folder / "manifest.json").write_text(json.dumps(self.manifest.to_dict(), indent=2))
         os.replace(temporary, self.path(members))
+        return merged
 
 
 def _checksum(keys: np.ndarray, logps: np.ndarray) -> bytes:
@@ -134,6 +145,66 @@ class CachedReference:
         return torch.from_numpy(np.stack([row for row in found if row is not None]))
 
 
+class FillingReference:
+    """Looks log-probs up; computes those that are missing when they are met, and stores them.
+
+    For a frozen base under adapters: with the adapters off, the model is the reference at any time,
+    so the first epoch can fill the cache on its way. Ranks and runs may fill one cache together:
+    each stores its rows and takes over what the others have stored. What a killed run had not
+    stored is computed again when it is met again.
+
+    rows: those known at the start, for lookups of any members. members: of the rows to be added.
+    score: batch -> float32 [E, M] of the reference, without gradient. expected: what this rank
+    meets in the first epoch; when it has met all, the rows are stored at once, before any other
+    rank asks for them in the second.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        members: int,
+        rows: dict[str, np.ndarray],
+        score: Callable[[Batch], Tensor],
+        expected: Iterable[Example],
+    ):
+        self.cache, self.members, self.rows, self.score = cache, members, rows, score
+        self.expected = {content_key(example) for example in expected} - rows.keys()
+        self.fresh: dict[str, np.ndarray] = {}
+        self.seen, self.stored_at = self._version(), time.monotonic()
+
+    def __call__(self, examples: Sequence[Example], batch: Batch) -> Tensor:
+        """float32 [E, M] on the CPU; batch: of the examples, in the run's layout."""
+        keys = [content_key(example) for example in examples]
+        self.expected -= set(keys)
+        if not self.rows.keys() >= set(keys) and self._version() != self.seen:
+            self.seen = self._version()
+            self.rows |= self.cache.read(self.members)
+        if not self.rows.keys() >= set(keys):
+            logps_EM = self.score(batch).float().cpu().numpy()
+            for key, row in zip(keys, logps_EM, strict=True):
+                if key not in self.rows:
+                    self.rows[key] = self.fresh[key] = row
+        if not self.expected or time.monotonic() - self.stored_at > STORE_EVERY_S:
+            self.store()
+        return torch.from_numpy(np.stack([self.rows[key] for key in keys]))
+
+    def store(self) -> None:
+        """Write what was computed since the last time; does nothing if that is nothing."""
+        if self.fresh:
+            with self.cache.lock():
+                self.rows |= self.cache.add(self.members, self.fresh)
+                self.seen = self._version()
+            self.fresh, self.stored_at = {}, time.monotonic()
+
+    def _version(self) -> tuple[int, int] | None:
+        """Changes with every replacement of the file."""
+        try:
+            status = self.cache.path(self.members).stat()
+        except FileNotFoundError:
+            return None
+        return status.st_mtime_ns, status.st_ino
+
+
 def missing_examples(rows: dict[str, np.ndarray], examples: Sequence[Example]) -> list[Example]:
     """The examples whose content is not among `rows`, each content once."""
     wanted = {content_key(example): example for example in examples}
@@ -152,7 +223,8 @@ def fill(
 
     score: examples -> float32 [E, M] with the reference weights, no gradient. batches: examples ->
     index lists that fit in memory; equal lists on every rank. Rank 0 holds the lock while all
-    ranks compute their share; another run that wants the same rows waits and then finds them.
+    ranks compute their share; another run that wants the same rows waits and then finds them. Rows
+    are stored every STORE_EVERY_ROUNDS batches a rank, so that a killed fill goes on from there.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if rank != 0:
@@ -180,6 +252,14 @@ def _fill_share(cache, examples, members, score, batches, progress, rank, world)
         if index < len(groups):
             mine |= {content_key(e): row for e, row in zip(group, logps_EM, strict=True)}
         progress(i + 1, rounds)
+        if (i + 1) % STORE_EVERY_ROUNDS == 0 or i + 1 == rounds:
+            rows |= _exchange(cache, members, mine, rank, world)
+            mine = {}
+    return rows
+
+
+def _exchange(cache, members, mine, rank, world) -> dict[str, np.ndarray]:
+    """What all ranks have computed, stored by rank 0."""
     if world > 1:
         shares: list = [None] * world
         dist.all_gather_object(shares, mine)
@@ -188,7 +268,7 @@ def _fill_share(cache, examples, members, score, batches, progress, rank, world)
         cache.add(members, mine)
     if world > 1:
         dist.barrier()
-    return rows | mine
+    return mine
 
 
 def recheck(
@@ -209,3 +289,10 @@ def recheck(
             f"nats (tolerance {tolerance:.3g}); delete the cache, or use reference.source=live"
         )
     return difference
+
+
+if __name__ == "__main__":
+    # An entry point, as train.py is: it may use what stands below this module.
+    from iopo.training.fill import main
+
+    main()

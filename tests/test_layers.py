@@ -8,12 +8,16 @@ ORDER = [
     "config", "constraints", "data", "model", "kernels", "logprobs", "reference", "objectives",
     "training", "evaluation", "construct",
 ]  # fmt: skip
-HYDRA_ONLY_IN = {"train.py", "evaluate.py", "construct/__main__.py"}
+HYDRA_ONLY_IN = {"train.py", "evaluate.py", "construct/__main__.py", "training/fill.py"}
 
 
 def imports_of(path: Path) -> set[str]:
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    last = tree.body[-1] if tree.body else None
+    if isinstance(last, ast.If) and ast.unparse(last.test) == "__name__ == '__main__'":
+        tree.body.pop()  # run as a program, a module is an entry point, above all others
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from iopo import reference as module
 from iopo.data.tokenize import Example, content_key
-from iopo.reference import Cache, CachedReference, Manifest, fill, recheck
+from iopo.reference import Cache, CachedReference, FillingReference, Manifest, fill, recheck
 
 MANIFEST = Manifest(
     weights="w", tokenizer="t", data="d", truncation="p", dtype="fp32", layout="shared",
@@ -105,3 +106,81 @@ def test_recheck_finds_foreign_numbers(tmp_path):
         recheck(reference, examples, lambda e: score(e) + 0.01, tolerance=1e-3)
     with pytest.raises(ValueError, match="differ"):
         recheck(reference, examples, lambda e: score(e) * float("nan"), tolerance=1e-3)
+
+
+def test_a_killed_fill_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "STORE_EVERY_ROUNDS", 2)
+    examples = [example(i) for i in range(5)]
+
+    def until_the_fourth(rows):
+        if rows[0].id == "q3":
+            raise KeyboardInterrupt
+        return score(rows)
+
+    with pytest.raises(KeyboardInterrupt):
+        filled(tmp_path, examples, until_the_fourth)
+    kept = Cache(tmp_path, MANIFEST).read(4)
+    assert kept.keys() == {content_key(e) for e in examples[:2]}
+    _, reference = filled(tmp_path, examples)
+    torch.testing.assert_close(reference(examples), score(examples))
+
+
+class Filler:
+    """A run, or a rank, that fills the cache in tmp_path; `seen` are the ids it has computed."""
+
+    def __init__(self, tmp_path, expected, score=score):
+        self.cache, self.seen = Cache(tmp_path, MANIFEST), []
+        rows = self.cache.read(4)
+
+        def counting(batch):  # a list of examples stands for their tensors
+            self.seen += [e.id for e in batch]
+            return score(batch)
+
+        self.call = FillingReference(self.cache, 4, rows, counting, expected)
+
+    def __call__(self, *examples):
+        return self.call(examples, list(examples))
+
+
+def test_filling_computes_each_row_once_and_stores_them_after_the_first_epoch(tmp_path):
+    examples = [example(i) for i in range(4)]
+    run = Filler(tmp_path, examples)
+    torch.testing.assert_close(run(*examples[:2]), score(examples[:2]))
+    assert run.cache.read(4) == {}
+    run(*examples[2:])
+    assert run.cache.read(4).keys() == {content_key(e) for e in examples}
+    torch.testing.assert_close(run(*examples[::-1]), score(examples[::-1]))
+    assert run.seen == ["q0", "q1", "q2", "q3"]
+    later = Filler(tmp_path, examples)
+    torch.testing.assert_close(later(*examples), score(examples))
+    assert later.seen == []
+
+
+def test_ranks_and_runs_take_over_each_others_rows(tmp_path):
+    examples = [example(i) for i in range(4)]
+    ranks = Filler(tmp_path, examples[:2]), Filler(tmp_path, examples[2:])
+    ranks[0](*examples[:2])
+    ranks[1](*examples[2:])
+    torch.testing.assert_close(ranks[0](*examples[2:]), score(examples[2:]))
+    torch.testing.assert_close(ranks[1](*examples[:2]), score(examples[:2]))
+    assert [rank.seen for rank in ranks] == [["q0", "q1"], ["q2", "q3"]]
+
+
+def test_rows_that_a_kill_lost_are_computed_again_and_stored_ones_keep_their_bits(tmp_path):
+    examples = [example(i) for i in range(3)]
+    killed = Filler(tmp_path, examples)
+    killed(examples[0])
+    killed.call.store()  # as before a checkpoint
+    killed(examples[1])  # lost
+    resumed = Filler(tmp_path, examples, score=lambda rows: score(rows) + 1e-5)
+    resumed(*examples[1:])
+    again = resumed(*examples)
+    assert resumed.seen == ["q1", "q2"]
+    assert torch.equal(again[0], score(examples[:1])[0])
+    assert not torch.equal(again[1], score(examples[1:2])[0])
+    late = FillingReference(resumed.cache, 4, {}, lambda rows: score(rows) + 1, examples)
+    late.rows = {}
+    late.seen = late._version()  # it began before the rows were stored, and has computed its own
+    assert torch.equal(late(examples[:1], examples[:1])[0], score(examples[:1])[0] + 1)
+    late.store()
+    assert torch.equal(late(examples[:1], examples[:1])[0], score(examples[:1])[0])

@@ -31,13 +31,15 @@ class Reference:
     """Log-probs of the starting weights: how they are had, and how far off they may be.
 
     call: (examples, their batch) -> float32 [E, M] without gradient. tolerance: largest difference
-    of the loss at step 0 from its value at policy == reference.
+    of the loss at step 0 from its value at policy == reference. store: write down what call has
+    computed; before a checkpoint, so that a resumed run looks up the same bits.
     """
 
     call: Callable[[Sequence[Example], Batch], Tensor]
     source: str  # cache | live | adapter_off
     where: str
     tolerance: float
+    store: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)

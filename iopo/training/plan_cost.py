@@ -137,7 +137,7 @@ def states(cfg: TrainConfig, sizes: Sizes, layout: Layout) -> dict[str, float]:
     rows["gradients"] = w * t / layout.shard
     rows["optimizer (two moments)"] = 2 * w * t / layout.shard
     if reference_source(cfg) is ReferenceSource.live:
-        # setup._frozen_copy divides it only beside a policy that trains whole
+        # references._frozen_copy divides it only beside a policy that trains whole
         divided = layout.shard if cfg.model.lora.rank == 0 else 1
         rows["live reference"] = c * (t + f if cfg.model.lora.rank == 0 else f) / divided
     return rows

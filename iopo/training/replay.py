@@ -9,7 +9,7 @@ from pathlib import Path
 from iopo import objectives
 from iopo.config import TrainConfig
 from iopo.data.batching import quads_of_step
-from iopo.training import loop, optim, setup
+from iopo.training import loop, optim, references, setup
 from iopo.training.checkpoint_files import complete_folders, read_state
 from iopo.training.checkpoint_tensors import load_state
 from iopo.training.inputs import load_inputs
@@ -34,7 +34,7 @@ def replay(cfg: TrainConfig, scratch: Path, ranks: Ranks, control: Control) -> N
             "process (parallel.processes=1)"
         )
     prepared = setup.make_policy(cfg, inputs, ranks)
-    reference = setup.make_reference(cfg, inputs, job, ranks, prepared, print, control.alive)
+    reference = references.make_reference(cfg, inputs, job, ranks, prepared, print, control.alive)
     optimizer = optim.make_optimizer(prepared.parameters, cfg.optim)
     done = 0
     folders = [f for f in complete_folders(run)[0] if read_state(f)["step"] < step]

@@ -8,7 +8,7 @@ import torch
 
 from iopo.config import TrainConfig, plain
 from iopo.model.parallel import Prepared
-from iopo.training import setup
+from iopo.training import references, setup
 from iopo.training.checkpoint import latest, latest_intact
 from iopo.training.checkpoint_files import read_state
 from iopo.training.checkpoint_tensors import load_state
@@ -20,7 +20,7 @@ from iopo.training.resume import check_resume, truncate_metrics
 def facts(cfg: TrainConfig, inputs: Inputs, world_size: int) -> dict[str, Any]:
     """What a checkpoint must agree with: the config, and hashes of what the run stands on."""
     device = "cuda" if setup.backend(cfg) == "nccl" else "cpu"
-    reference = setup.manifest(cfg, inputs, device).hash()
+    reference = references.manifest(cfg, inputs, device).hash()
     identity = {
         "data": inputs.data_hash,
         "tokenizer": inputs.tokenizer_hash,
