@@ -11,6 +11,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from iopo import objectives
+from iopo.data.batching import Batching, micro_batches, oversize, token_counts
 from iopo.data.example import Example
 from iopo.data.layout import build_packed, build_plain, build_shared
 from iopo.logprobs import LogProbs
@@ -116,6 +118,42 @@ def test_shared_equals_plain_in_float32(family):
     assert shared.dtype == torch.float32
     torch.testing.assert_close(shared, plain, rtol=1e-5, atol=1e-5)
     assert_same(gradients(model, shared), gradients(model, plain), 1e-5)
+
+
+def loss_and_gradients(model, examples, build, cut: Batching):
+    """IOPO's loss per example, and the gradient of their mean, summed over micro-batches."""
+    model.zero_grad()
+    losses = {}
+    for indices in micro_batches(token_counts(examples, cut.layout), cut, 0, 0):
+        batch = build([examples[i] for i in indices])
+        logp_E4 = LogProbs(model)(batch)
+        tokens_E4 = batch.scored_M.view(batch.examples, 4)
+        reference_E4 = -3.5 * tokens_E4 - torch.tensor([0.0, 3.0, -5.0, 1.0], dtype=logp_E4.dtype)
+        loss_E = objectives.compute(
+            "iopo", logp_E4, reference_E4, tokens_E4, torch.zeros(batch.examples),
+            objectives.Options(),
+        )  # fmt: skip
+        (loss_E.sum() / len(examples)).backward()
+        losses |= dict(zip(batch.ids, loss_E.detach(), strict=True))
+    grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return torch.stack([losses[e.id] for e in examples]), grads
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_the_loss_and_its_gradient_do_not_depend_on_layout_and_packing(dtype, tolerance):
+    """One plain quad at a time, against all packed, and a budget that quad b exceeds alone."""
+    examples = QUADS + EMPTY_TAILS
+    model = tiny("llama", dtype=dtype)
+    one = Batching(5, 1, seed=0, layout="plain", micro_batch_quads=1)
+    loss_E, grads = loss_and_gradients(model, examples, build_plain, one)
+    assert (loss_E - np.log(2)).abs().min() > 1e-3  # every quad has a weight of its own
+    for budget in (1000, 35):
+        cut = Batching(5, 1, seed=0, tokens_per_microbatch=budget)
+        over = oversize(token_counts(examples, "shared"), cut)
+        assert over == ([] if budget == 1000 else [1])
+        packed_E, packed = loss_and_gradients(model, examples, build_shared, cut)
+        torch.testing.assert_close(packed_E, loss_E, rtol=tolerance, atol=tolerance)
+        assert_same(packed, grads, tolerance)
 
 
 @pytest.mark.parametrize("build", [build_shared, build_packed, build_plain])
