@@ -7,7 +7,7 @@ Every row takes the same optimizer step on the same quads (see throughput_varian
 are medians of rounds in which the rows take turns; memory, loss and operations come from one step
 in a fresh process per row. Results go to JSON as {"shapes": {shape: [row, ...]}}, the plain row
 first, everything on last; full fine-tuning is under "full". A FILE that exists is added to, so that
-shapes, and times and memory, can be measured one after the other.
+shapes, rounds, and times and memory, can be measured one after the other.
 """
 
 import argparse
@@ -50,22 +50,28 @@ QUICK_QUADS = {"demo": 4, "1000/500": 1}  # in a step of a quick run
 NAMES = {"lora": "LoRA", "full": "full fine-tuning"}
 
 
-def times(task: Task, rows: Sequence[Variant], rounds: int) -> list[dict[str, Any]]:
-    """Speed of the rows at the task's shape, in their order."""
+def times(
+    task: Task, rows: Sequence[Variant], rounds: int, old: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Speed of the rows at the task's shape, in their order; rounds are added to those of `old`."""
     examples = task.examples()
     trainer = task.trainer(live=any(row.live for row in rows))
     cache = trainer.cache(examples)
     seconds = interleaved(trainer, rows, examples, cache, rounds)
-    medians = {name: statistics.median(found) for name, found in seconds.items()}
-    return [
-        {
-            "name": row.name,
-            "quads_per_s": len(examples) / medians[row.name],
-            "seconds": seconds[row.name],
-            "useful_tokens_per_s": useful_tokens(examples) / medians[row.name],
-        }
-        for row in rows
-    ]
+    results = []
+    before = {row["name"]: row.get("seconds", []) for row in old}
+    for row in rows:
+        found = [*before.get(row.name, []), *seconds[row.name]]
+        median = statistics.median(found)
+        results.append(
+            {
+                "name": row.name,
+                "quads_per_s": len(examples) / median,
+                "seconds": found,
+                "useful_tokens_per_s": useful_tokens(examples) / median,
+            }
+        )
+    return results
 
 
 def one_step_each(task: Task, rows: Sequence[Variant]) -> list[dict[str, Any]]:
@@ -214,7 +220,7 @@ def main() -> None:
             task = Task(str(model), dtype, tuning == "full", shape, "iopo", args.threads, few)
             results = tables.get(shape, [])
             if args.only != "memory":
-                results = joined(results, times(task, rows, rounds))
+                results = joined(results, times(task, rows, rounds, results))
             if args.only != "times":
                 results = joined(results, one_step_each(task, rows))
             show(f"{NAMES[tuning]}, prompt/response tokens {shape}, {dtype}", results)

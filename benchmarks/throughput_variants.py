@@ -26,7 +26,7 @@ from iopo.model.parallel import blocks, prepare, wrap_blocks
 
 BUILD = {"plain": build_plain, "packed": build_packed, "shared": build_shared}
 LORA_RANK = 16
-TOKENS_PER_MICROBATCH = 4096  # as in conf/optim/default.yaml
+TOKENS_PER_MICROBATCH = 1024  # as in conf/optim/default.yaml
 
 
 @dataclass(frozen=True)
