@@ -73,6 +73,7 @@ def evaluate_folder(
     path: Path,
     rows: Rows,
     *,
+    scored: int | None = None,
     details: Path | None = None,
     controls: bool = True,
     adapter: str | None = None,
@@ -83,7 +84,8 @@ def evaluate_folder(
     """Preferences, their controls, margins against a reference, following by greedy answers.
 
     Every share is {"value", "low", "high", "n"}. Following is left out for quads without
-    constraints that code can check. details: a folder that gets logps.jsonl, {"id", "logps"} with
+    constraints that code can check. scored: how many of the rows, spread evenly, are scored by
+    log-prob; None: all. details: a folder that gets logps.jsonl, {"id", "logps"} with
     nats in the order of MEMBERS; plain text is scored too, then.
     """
     quads = [quad for quad, _ in rows]
@@ -94,18 +96,19 @@ def evaluate_folder(
     def logps(scorer: heldout.Scorer, of: Sequence[Quad]) -> torch.Tensor:
         return scorer.score(tokenize_rows(of, chat, limits)[0])
 
-    policy_Q4 = logps(scorer, quads)
+    few = spread(quads, scored)
+    policy_Q4 = logps(scorer, few)
     out: dict[str, Any] = dict(heldout.preference_shares(policy_Q4))
     if details is not None:
-        logps_Q = zip(quads, policy_Q4.tolist(), strict=True)
+        logps_Q = zip(few, policy_Q4.tolist(), strict=True)
         write_rows(details / "logps.jsonl", [{"id": q.id, "logps": row} for q, row in logps_Q])
     if controls:
         out["controls"] = {
-            "constraints_blanked": heldout.group_share(logps(scorer, heldout.blanked(quads))),
-            "instructions_shuffled": heldout.group_share(logps(scorer, heldout.shuffled(quads))),
+            "constraints_blanked": heldout.group_share(logps(scorer, heldout.blanked(few))),
+            "instructions_shuffled": heldout.group_share(logps(scorer, heldout.shuffled(few))),
         }
     if reference is not None:
-        out |= heldout.margins(policy_Q4, logps(heldout.Scorer(reference), quads))
+        out |= heldout.margins(policy_Q4, logps(heldout.Scorer(reference), few))
     model = scorer.for_generation()
     if details is not None:
         out["plain_text"] = plain_text.score(model, chat.tokenizer)
