@@ -230,11 +230,12 @@ def health(answers: Sequence[Answer]) -> dict[str, float]:
         "words": float(np.mean([len(text.split()) for text in texts])),
         "empty": float(np.mean([not text.strip() for text in texts])),
         "cut_off": float(np.mean([answer.finish_reason == "length" for answer in answers])),
-        "repetitive": float(np.mean([_repeats(text) for text in texts])),
+        "repetitive": float(np.mean([repeats(text) for text in texts])),
     }
 
 
-def _repeats(text: str) -> bool:
+def repeats(text: str) -> bool:
+    """Whether some four words occur twice, in any case."""
     words = text.lower().split()
     grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
     return len(set(grams)) < len(grams)

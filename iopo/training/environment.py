@@ -28,6 +28,7 @@ def describe_environment(repository: Path) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": _versions(),
         "host": platform.node(),
+        "cpu": _cpu(),
         "cpu_cores": len(os.sched_getaffinity(0)),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
@@ -37,6 +38,15 @@ def describe_environment(repository: Path) -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     installed = {d.metadata["Name"].lower() for d in metadata.distributions()}
     return {name: metadata.version(name) for name in _PACKAGES if name in installed}
+
+
+def _cpu() -> str:
+    """The processor's name, on Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "")
 
 
 def _git(repository: Path, *arguments: str) -> str | None:
