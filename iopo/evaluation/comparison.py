@@ -100,8 +100,7 @@ class Comparison:
             f"data.path={self.run}/data/{rows}.jsonl", "benchmark.controls=false",
             f"generate.max_new_tokens={QUADS_TOKENS}",
         ]  # fmt: skip
-        name = f"{out.relative_to(self.run)} quads"
-        return self.runner.job(Job(name, command, out / "scores.json"))
+        return self.runner.job(Job(str(out.relative_to(self.run)), command, out / "scores.json"))
 
     def measure(self, model: str | Path, folder: Path) -> None:
         """Everything that the table needs of one model."""
@@ -114,8 +113,7 @@ class Comparison:
             f"data.path={self.args.ifeval}", f"generate.max_new_tokens={IFEVAL_TOKENS}",
             "generate.batch_size=50",
         ]  # fmt: skip
-        name = f"{out.relative_to(self.run)} ifeval"
-        self.runner.job(Job(name, command, out / "scores.json"))
+        self.runner.job(Job(str(out.relative_to(self.run)), command, out / "scores.json"))
 
     def grid_points(self) -> Iterator[tuple[str, Path, list[str]]]:
         """(method, folder, overrides) of every point, the lower learning rate first."""
