@@ -36,8 +36,9 @@ from iopo.training.checkpoint_tensors import gather_state
 from iopo.training.inputs import load_inputs
 from iopo.training.placement import Ranks
 from iopo.training.runfolder import mark_complete
+from iopo.training.secrets import redact
 from iopo.training.seeds import seed_process
-from iopo.training.signals import Control
+from iopo.training.signals import INTERRUPTED, OK, SAVED_REQUEUE, Control
 from iopo.training.teller import Teller
 
 ConfigStore.instance().store(name="base_config", node=TrainConfig)
@@ -55,9 +56,10 @@ def main(composed: DictConfig) -> float | None:
     if multirun:  # the table grows with every job; the last one printed is whole
         rows = sweep.collect(Path(hydra_config.sweep.dir))
         Console(width=150).print(sweep.table(rows))
-        if code != 0:  # said above; the other jobs go on, and Hydra exits with 1 at the end
+        # A failure was said above; the other jobs go on, and Hydra exits with 1 at the end.
+        if code not in (OK, SAVED_REQUEUE, INTERRUPTED):
             raise RuntimeError(f"{composed.run}: exit code {code}")
-    if code != 0:
+    if code != OK:  # in a sweep: stopped from outside, and so are the jobs that would follow
         sys.exit(code)
     summary = Path(composed.run) / "summary.json"
     return json.loads(summary.read_text())["metric"] if summary.exists() else None
@@ -69,19 +71,25 @@ def run(composed: DictConfig) -> int:
     from train import train as worker
 
     try:
-        if composed.replay_step is not None:  # with the run's own config, whatever else was given
-            saved = OmegaConf.load(Path(composed.run) / "config.yaml")
-            changes = {"run": composed.run, "replay_step": composed.replay_step}
-            cfg = OmegaConf.to_object(
-                OmegaConf.merge(OmegaConf.structured(TrainConfig), saved, changes)
-            )
-        else:
-            cfg = OmegaConf.to_object(composed)
+        if composed.replay_step is not None or composed.export_step is not None:
+            composed = config_of_run(composed)
+        cfg = OmegaConf.to_object(composed)
         assert isinstance(cfg, TrainConfig)
         return start.start(cfg, OmegaConf.to_yaml(composed), worker)
     except (ValueError, FileNotFoundError) as error:
-        print(f"refused: {error}", file=sys.stderr, flush=True)
+        print(f"refused: {redact(str(error))}", file=sys.stderr, flush=True)
         return REFUSED
+
+
+def config_of_run(asked: DictConfig) -> DictConfig:
+    """The config that the run wrote down, whatever else is asked for."""
+    path = Path(asked.run) / "config.yaml"
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; give run= the folder of a run")
+    changes = {key: asked[key] for key in ("run", "replay_step", "export_step")}
+    merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(path), changes)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def train(cfg: TrainConfig, run: Path, ranks: Ranks, control: Control) -> None:
@@ -109,7 +117,10 @@ def train(cfg: TrainConfig, run: Path, ranks: Ranks, control: Control) -> None:
     with (
         teller.tracking(done, job.steps),
         Checkpoints(
-            run, keep=cfg.checkpoint.keep, asynchronous=cfg.checkpoint.asynchronous
+            run,
+            keep=cfg.checkpoint.keep,
+            asynchronous=cfg.checkpoint.asynchronous,
+            best_metric=cfg.checkpoint.best_metric,
         ) as checkpoints,
     ):
         if done == 0:
@@ -138,7 +149,7 @@ def train(cfg: TrainConfig, run: Path, ranks: Ranks, control: Control) -> None:
     if ranks.is_main:
         report.write_summary(run)
         report.write_report(run)
-        mark_complete(run, done)
+        mark_complete(run, facts | {"step": done})
 
 
 def every(period: int | None, step: int) -> bool:

@@ -13,6 +13,8 @@ OBJECTIVES = (
     "iopo", "input_preference", "output_preference", "iopo_three", "dpo", "simpo", "orpo", "sft",
 )  # fmt: skip
 
+HELDOUT_MEASURES = ("loss", "group_accuracy", "x_preference", "y_preference")  # of any objective
+
 
 class Link(Enum):
     sigmoid = "sigmoid"
@@ -63,6 +65,12 @@ class Checkpointing(Enum):
     none = "none"
     every_k = "every_k"
     full = "full"
+
+
+class Resume(Enum):
+    auto = "auto"
+    must = "must"
+    never = "never"
 
 
 class Device(Enum):
@@ -267,8 +275,9 @@ class ReferenceConfig:
 class CheckpointConfig:
     save_every_steps: int | None = None
     keep: int = 2
+    best_metric: str | None = "group_accuracy"
     asynchronous: bool = True
-    resume: bool = True
+    resume: Resume = Resume.auto
 
     def __post_init__(self):
         _require(
@@ -276,6 +285,12 @@ class CheckpointConfig:
             "checkpoint.keep",
             self.keep,
             "2 or more: with one, a crash inside a save would leave none",
+        )
+        _require(
+            self.best_metric in (None, *HELDOUT_MEASURES),
+            "checkpoint.best_metric",
+            self.best_metric,
+            "null, or one of " + ", ".join(HELDOUT_MEASURES),
         )
         _require(
             self.save_every_steps is None or self.save_every_steps >= 1,
@@ -330,6 +345,7 @@ class TrainConfig:
     seed: int = 0
     plan: bool = False
     replay_step: int | None = None
+    export_step: int | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from iopo.training import checkpoint_files as files
-from iopo.training.checkpoint import Best, CheckpointError, Checkpoints, latest, latest_intact
+from iopo.training.checkpoint import CheckpointError, Checkpoints, latest, latest_intact
 from iopo.training.checkpoint_tensors import gather_state, load_state, read_whole
 from iopo.training.launch import launch
 from iopo.training.seeds import rng_state, seed_process, set_rng_state
@@ -94,9 +94,11 @@ def alone(tmp_path):
     dist.destroy_process_group()
 
 
-def save_steps(run_dir: Path, *steps: int, keep: int = 9, best: Best | None = None, metrics=None):
+def save_steps(run_dir: Path, *steps: int, keep: int = 9, best_metric=None, metrics=None):
     toy = Toy("lora")
-    with Checkpoints(run_dir, keep=keep, asynchronous=False, best=best) as checkpoints:
+    with Checkpoints(
+        run_dir, keep=keep, asynchronous=False, best_metric=best_metric
+    ) as checkpoints:
         for step in steps:
             toy.step(step)
             meta = META | {"metrics": {} if metrics is None else metrics[step]}
@@ -152,9 +154,12 @@ def test_state_json_can_be_read_and_holds_no_secret(alone, monkeypatch):
     assert state["config"] == {"note": "<redacted:HUB_TOKEN>"}
 
 
-def test_newest_and_best_are_kept(alone):
-    metrics = {1: {"acc": 0.2}, 2: {"acc": 0.9}, 3: {"acc": float("nan")}, 4: {}, 5: {"acc": 0.5}}
-    save_steps(alone, 1, 2, 3, 4, 5, keep=2, best=Best("acc", True), metrics=metrics)
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+def test_newest_and_best_are_kept(alone, metric):
+    best, worse = (0.9, 0.2) if metric == "accuracy" else (0.2, 0.9)
+    values = {1: worse, 2: best, 3: float("nan"), 5: 0.5}
+    metrics = {step: {metric: values[step]} if step in values else {} for step in range(1, 6)}
+    save_steps(alone, 1, 2, 3, 4, 5, keep=2, best_metric=metric, metrics=metrics)
     assert names(alone) == [2, 4, 5]
 
 

@@ -185,7 +185,7 @@ def test_a_signal_to_the_program_stops_all_ranks_at_one_step(tmp_path, number, c
     program = start_program(tmp_path, "step_until_stopped", 2)
     wait_for(tmp_path / "pid-0"), wait_for(tmp_path / "pid-1")
     program.send_signal(number)
-    assert program.wait(30) == code
+    assert program.wait(120) == code
     assert (tmp_path / "stopped-0").read_text() == (tmp_path / "stopped-1").read_text()
     assert not (tmp_path / "FAILED").exists()
 
@@ -195,7 +195,7 @@ def test_a_signal_to_one_rank_stops_all(tmp_path):
     program = start_program(tmp_path, "step_until_stopped", 2)
     pid = int(wait_for(tmp_path / "pid-1"))
     os.kill(pid, signal.SIGTERM)
-    assert program.wait(30) == 75
+    assert program.wait(120) == 75
     assert (tmp_path / "stopped-0").read_text() == (tmp_path / "stopped-1").read_text()
 
 
@@ -207,7 +207,7 @@ def test_a_second_ctrl_c_ends_ranks_that_do_not_listen(tmp_path):
     time.sleep(0.3)
     assert program.poll() is None
     program.send_signal(signal.SIGINT)
-    assert program.wait(30) == 130
+    assert program.wait(120) == 130
     assert all(is_gone(pid) for pid in pids)
 
 
@@ -215,7 +215,7 @@ def test_ranks_die_with_a_killed_parent(tmp_path):
     program = start_program(tmp_path, "never_stops", 2)
     pids = [int(wait_for(tmp_path / f"pid-{rank}")) for rank in range(2)]
     program.kill()
-    program.wait(30)
+    program.wait(120)
     assert all(is_gone(pid) for pid in pids)
 
 
@@ -231,7 +231,7 @@ def test_torchrun_ranks_are_adopted(tmp_path):
         tmp_path, "step_until_stopped", 1, *torchrun("--standalone", "--nproc-per-node", "2")
     )
     os.kill(int(wait_for(tmp_path / "pid-1")), signal.SIGUSR1)
-    program.wait(60)
+    program.wait(120)
     assert (tmp_path / "stopped-0").read_text() == (tmp_path / "stopped-1").read_text()
 
 
@@ -252,7 +252,7 @@ def test_two_torchrun_agents_on_loopback(tmp_path):
     ]
     os.kill(int(wait_for(tmp_path / "pid-1")), signal.SIGUSR1)
     for agent in agents:
-        agent.wait(60)
+        agent.wait(120)
     assert (tmp_path / "stopped-0").read_text() == (tmp_path / "stopped-1").read_text()
 
 

@@ -3,7 +3,9 @@
 import os
 import random
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -97,3 +99,73 @@ def test_eight_processes_do_what_one_does(tmp_path):
         runs.append([row["loss"] for row in faults.read_rows(run) if row["split"] == "train"])
     assert len(runs[0]) == len(runs[1]) == 200
     assert runs[0] == pytest.approx(runs[1], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_torchrun_agents_train_as_one_process_does(tmp_path):
+    """A new folder, two machines: rank 1 must wait for the folder that rank 0's machine makes."""
+    plain, spread = folder(tmp_path, "plain"), folder(tmp_path, "spread")
+    faults.finish(plain, Setting(1, lora=False, asynchronous=True), 12)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    agents = []
+    for node in range(2):
+        torchrun = [
+            *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}"),
+            *("--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}"),
+        ]
+        command = faults.command(spread, Setting(1, lora=False, asynchronous=True), 12)
+        environ = {"OMP_NUM_THREADS": "1", **os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        agents.append(subprocess.Popen(torchrun + command[1:], cwd=faults.ROOT, env=environ))
+    assert [agent.wait(300) for agent in agents] == [0, 0]
+    losses = [
+        [row["loss"] for row in faults.read_rows(run) if row["split"] == "train"]
+        for run in (plain, spread)
+    ]
+    assert len(losses[1]) == 12 and losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert (spread / "COMPLETE").exists()
+
+
+@pytest.mark.slow
+def test_a_finished_run_goes_on_only_for_more_of_the_same(tmp_path):
+    setting = Setting(processes=1, lora=False, asynchronous=True)
+    run, plain = folder(tmp_path, "run"), folder(tmp_path, "plain")
+
+    def output_of(code: int, steps: int, *overrides: str) -> str:
+        command = [*faults.command(run, setting, steps), *overrides]
+        environ = {"OMP_NUM_THREADS": "1", **os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        done = subprocess.run(command, cwd=faults.ROOT, env=environ, capture_output=True, text=True)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stdout + done.stderr
+
+    assert "holds no complete checkpoint" in output_of(2, 6, "checkpoint.resume=must")
+    output_of(0, 6)
+    assert "is complete: nothing to do" in output_of(0, 6)
+    assert "objective.beta: 0.1 -> 0.5" in output_of(2, 6, "objective.beta=0.5")
+    assert "checkpoint.resume is never" in output_of(2, 12, "checkpoint.resume=never")
+    assert "step 6 is done" in output_of(0, 12)
+    faults.finish(plain, setting, 12)
+    assert faults.find_difference(plain, run, 12) is None  # tiny_random's rate is constant
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_replayed_step_has_the_losses_that_it_had(tmp_path, processes):
+    """Two quads a step: their mean is the loss in metrics.jsonl, for every topology."""
+    run, steps = folder(tmp_path, "run"), 7
+    command = faults.command(run, Setting(processes, lora=False, asynchronous=True), steps)
+    environ = {"OMP_NUM_THREADS": "1", **os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    options = {"cwd": faults.ROOT, "env": environ, "check": True, "timeout": 300}
+    subprocess.run([*command, "optim.global_batch_quads=2", "checkpoint.keep=3"], **options)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    replay = [sys.executable, "train.py", f"run={run}", "replay_step=5"]
+    output = subprocess.run(replay, **options, capture_output=True, text=True).stdout
+    assert "step-00000003, then 1 steps" in output
+    lines = [line.split() for line in output.splitlines() if "gradient norm" in line]
+    mean = sum(float(words[2]) for words in lines) / len(lines)
+    expected = next(row["loss"] for row in faults.read_rows(run) if row["step"] == 5)
+    assert len(lines) == 2 and mean == pytest.approx(expected, abs=1e-5)
+    assert output.count("x2y1") == 2
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}

@@ -2,10 +2,15 @@
 
 import json
 from enum import Enum
+from pathlib import Path
 
 import pytest
 
+from iopo.config import Resume
+from iopo.training.checkpoint_files import folder_of
+from iopo.training.restore import is_finished, refuse_or_note
 from iopo.training.resume import check_resume, flatten, plain, truncate_metrics
+from iopo.training.runfolder import mark_complete
 
 META = {
     "config": {
@@ -118,3 +123,55 @@ def test_metrics_end_with_the_step_of_the_checkpoint(tmp_path, text, step, kept,
 
 def test_no_metrics_yet(tmp_path):
     assert truncate_metrics(tmp_path / "metrics.jsonl", 3) == 0
+
+
+# ---- what a run folder allows, from its files alone -------------------------------------------
+
+
+def save(run: Path, step: int) -> Path:
+    folder = folder_of(run, step)
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(json.dumps(META | {"step": step}))
+    facts = {"bytes": (folder / "state.json").stat().st_size, "sha256": ""}
+    (folder / "COMPLETE").write_text(json.dumps({"files": {"state.json": facts}}))
+    return folder
+
+
+def test_an_empty_folder_begins_unless_it_must_go_on(tmp_path):
+    assert refuse_or_note(tmp_path, META, resume=Resume.auto) == []
+    with pytest.raises(ValueError, match="holds no complete checkpoint.*nothing to resume"):
+        refuse_or_note(tmp_path, META, resume=Resume.must)
+    folder_of(tmp_path, 3).with_suffix(".partial").mkdir(parents=True)
+    assert refuse_or_note(tmp_path, META, resume=Resume.auto) == []
+    with pytest.raises(ValueError, match="was being written when the run ended"):
+        refuse_or_note(tmp_path, META, resume=Resume.must)
+
+
+def test_a_saved_run_goes_on_unless_it_must_not(tmp_path):
+    save(tmp_path, 3)
+    assert refuse_or_note(tmp_path, META, resume=Resume.auto) == []
+    assert refuse_or_note(tmp_path, META, resume=Resume.must) == []
+    with pytest.raises(ValueError, match="step-00000003 and checkpoint.resume is never"):
+        refuse_or_note(tmp_path, META, resume=Resume.never)
+
+
+def test_a_run_with_nothing_but_damaged_checkpoints_does_not_begin_anew(tmp_path):
+    for step in (3, 6):
+        (save(tmp_path, step) / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match="none of them is intact") as caught:
+        refuse_or_note(tmp_path, META, resume=Resume.auto)
+    assert "step-00000003 is damaged" in str(caught.value) and "begin at step 1" in str(
+        caught.value
+    )
+
+
+def test_a_finished_run_is_finished_for_the_same_config_and_no_more_steps(tmp_path):
+    assert not is_finished(tmp_path, META, 6)
+    mark_complete(tmp_path, META | {"step": 6})
+    assert is_finished(tmp_path, META, 6) and is_finished(tmp_path, META, 5)
+    with pytest.raises(ValueError, match="objective.beta: 0.1 -> 0.2"):
+        is_finished(tmp_path, changed(config__objective__beta=0.2), 6)
+    with pytest.raises(ValueError, match="ended after 6 steps and left no checkpoint"):
+        is_finished(tmp_path, META, 9)
+    save(tmp_path, 6)
+    assert not is_finished(tmp_path, META, 9)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from iopo.training.environment import describe_environment
-from iopo.training.runfolder import is_complete, mark_complete, open_run
+from iopo.training.runfolder import mark_complete, open_run, read_complete
 from iopo.training.secrets import redact
 
 ROOT = Path(__file__).parent.parent
@@ -55,10 +55,10 @@ def test_reopening_keeps_earlier_configs_and_attempts_and_clears_the_verdict(tmp
     (tmp_path / "a" / "FAILED").write_text("why")
     (tmp_path / "a" / "errors").mkdir()
     (tmp_path / "a" / "errors" / "rank-0.txt").write_text("why")
-    mark_complete(tmp_path / "a", 7)
-    assert is_complete(tmp_path / "a")
+    mark_complete(tmp_path / "a", {"step": 7})
+    assert read_complete(tmp_path / "a") == {"step": 7}
     open_and_close(tmp_path / "a", "lr: 2\n", {"n": 2})
-    assert not is_complete(tmp_path / "a")
+    assert read_complete(tmp_path / "a") is None
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
         "config.1.yaml",
         "config.yaml",

@@ -125,3 +125,29 @@ def test_multirun_gives_six_folders_and_a_table(tiny, tmp_path):
     assert len(list((tmp_path / "sweep").rglob("COMPLETE"))) == 6
     table = done.stdout[done.stdout.rindex("┏") :]
     assert table.count("complete") == 6 and "group_accuracy" in table
+
+
+def test_planted_secrets_reach_no_file_and_no_output(tiny, tmp_path, monkeypatch):
+    """From the environment, the config, argv and an error's message; also what wandb keeps."""
+    planted = {"MY_SERVICE_TOKEN": "correct-horse-battery", "WANDB_API_KEY": "0123456789abcdef" * 2}
+    for name, value in planted.items():
+        monkeypatch.setenv(name, value)
+    secrets = [*planted.values(), "sk-abcdefghijklmnop1234", "hunter2hunter2"]
+    arguments = (
+        *("tracker.wandb=offline", f"tracker.project=key-{secrets[2]}", "optim.max_steps=1"),
+        *(
+            f"tracker.tags=['password={secrets[3]}','{secrets[0]}']",
+            "checkpoint.save_every_steps=1",
+        ),
+    )
+    done = tiny(*arguments)
+    assert done.returncode == 0, done.stderr
+    refused = tiny(*arguments, f"data.train=/nowhere/{secrets[0]}/password={secrets[3]}")
+    assert refused.returncode == 2 and "no such file" in refused.stderr
+    printed = done.stdout + done.stderr + refused.stdout + refused.stderr
+    assert [secret for secret in secrets if secret in printed] == []
+    written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in written)
+    for path in written:
+        content = path.read_bytes()
+        assert [secret for secret in secrets if secret.encode() in content] == [], path

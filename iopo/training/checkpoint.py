@@ -5,6 +5,8 @@ it is renamed and its COMPLETE file written last. See checkpoint_files.py for th
 """
 
 import json
+import os
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +21,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from iopo.training import checkpoint_files as files
-from iopo.training.checkpoint_files import Best
 from iopo.training.resume import plain
 from iopo.training.runfolder import write_atomically
 
@@ -31,24 +32,25 @@ class CheckpointError(OSError):
 class Checkpoints:
     """Writes the checkpoints of one run. Every rank has one and calls its methods together.
 
-    keep: complete checkpoints to keep, >= 2. best: one more to keep, by a metric.
+    keep: newest complete checkpoints to keep, >= 2. best_metric: keep the best by this name in the
+        metrics of `save` as well (loss: the lowest, others: the highest).
     asynchronous: `save` returns once the state is copied to host memory; a thread writes it while
         training goes on, over a process group of its own. At most one write is under way: the next
         `save`, `wait` and the end of the context wait for it and raise its error.
     """
 
     def __init__(
-        self, run_dir: Path, *, keep: int, asynchronous: bool, best: Best | None = None
+        self, run_dir: Path, *, keep: int, asynchronous: bool, best_metric: str | None = None
     ) -> None:
         if keep < 2:
             raise ValueError(f"checkpoint.keep is {keep}; expected 2 or more")
-        self.run_dir, self.keep, self.best = run_dir, keep, best
+        self.run_dir, self.keep, self.best_metric = run_dir, keep, best_metric
         self.asynchronous = asynchronous
         self.last_step: int | None = None  # of the last `save`, complete or under way
         self._group = dist.new_group(backend="gloo")
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._pending: Future[None] | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_step_aside)
         cuda = torch.cuda.is_available()
         self._stager = DefaultStager(
             StagingOptions(
@@ -63,7 +65,7 @@ class Checkpoints:
         """Write the checkpoint of `step` (steps done so far).
 
         state: tensors by name, from `gather_state`. meta: config, identity and metrics, what
-            `check_resume` and `Best` look at; written to state.json, secrets redacted.
+            `check_resume` and `best_metric` look at; written to state.json, secrets redacted.
         Raises CheckpointError on every rank if any rank could not write.
         """
         self.wait()
@@ -123,7 +125,7 @@ class Checkpoints:
             if self._rank == 0:
                 listed = {name: facts for some in all_described for name, facts in some.items()}
                 files.publish(self.run_dir, step, listed)
-                files.prune(self.run_dir, self.keep, self.best)
+                files.prune(self.run_dir, self.keep, self.best_metric)
 
         self._together(step, write_shard)
         gathered: list[dict[str, Any]] = [{} for _ in range(self._world)]
@@ -150,6 +152,11 @@ class Checkpoints:
             f"the checkpoint of step {step} could not be written to {self.run_dir}: {problem}; "
             f"{last}. Make room or make the folder writable, then start the run again"
         )
+
+
+def _step_aside() -> None:
+    """Give the calling thread the lowest priority: it writes in the time that training leaves."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _cause(error: BaseException) -> str:

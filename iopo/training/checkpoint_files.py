@@ -14,7 +14,6 @@ import math
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,6 @@ from iopo.training.runfolder import write_atomically
 COMPLETE_FILE = "COMPLETE"
 STATE_FILE = "state.json"
 _PARTIAL = ".partial"
-
-
-@dataclass(frozen=True, slots=True)
-class Best:
-    """Which checkpoint to keep besides the newest: by a name in its metrics."""
-
-    metric: str
-    higher_is_better: bool
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -110,22 +101,24 @@ def publish(run_dir: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
     _sync_folder(folder)
 
 
-def prune(run_dir: Path, keep: int, best: Best | None) -> None:
+def prune(run_dir: Path, keep: int, best_metric: str | None) -> None:
     """Remove complete checkpoints but the newest `keep` and the best one."""
     folders, _ = complete_folders(run_dir)
-    kept = set(folders[-keep:])
-    best_folder = None if best is None else _best(folders, best)
+    kept: set[Path | None] = set(folders[-keep:])
+    if best_metric is not None:
+        kept.add(best_folder(folders, best_metric))
     for folder in folders:
-        if folder not in kept and folder != best_folder:
+        if folder not in kept:
             remove(folder)
 
 
-def _best(folders: Iterable[Path], best: Best) -> Path | None:
+def best_folder(folders: Iterable[Path], metric: str) -> Path | None:
+    """The one with the best `metric` (loss: lowest), the later of equals; None if none has it."""
     scored = []
     for folder in folders:
-        value = read_state(folder)["metrics"].get(best.metric, math.nan)
+        value = read_state(folder)["metrics"].get(metric, math.nan)
         if math.isfinite(value):
-            scored.append((value if best.higher_is_better else -value, step_of(folder), folder))
+            scored.append((-value if metric == "loss" else value, step_of(folder), folder))
     return max(scored)[2] if scored else None
 
 

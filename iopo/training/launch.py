@@ -53,11 +53,11 @@ def launch(
     """
     if threading.current_thread() is not threading.main_thread():
         raise ValueError("launch() handles signals, so it must be called from the main thread")
-    if not run_dir.is_dir():
+    placement = find_placement(processes)
+    if placement.is_main and not run_dir.is_dir():
         raise ValueError(f"run folder {run_dir} does not exist; make it with open_run()")
     if backend == "gloo":  # kernels of past shapes; 1024 by default (docs/performance.md)
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-    placement = find_placement(processes)
     if placement.adopted:
         ranks = placement.ranks(placement.local_rank, backend)
         return _run_adopted(worker, cfg, run_dir, ranks, backend, timeout_s)
@@ -66,15 +66,32 @@ def launch(
         store = dist.TCPStore(
             placement.address, placement.port, is_master=True, wait_for_workers=False
         )
+    else:
+        _await_folder(run_dir, timeout_s)
     port = store.port if store is not None else placement.port
     children: list[SpawnProcess] = []
-    with _forward_signals(children) as interrupts:
+    with _forward_signals(children) as received:
         for local_rank in range(placement.local_world_size):
             ranks = placement.ranks(local_rank, backend)
             arguments = (worker, cfg, run_dir, ranks, backend, timeout_s, placement.address, port)
             children.append(_start(ranks.rank, arguments))
         codes = _supervise(children, min(timeout_s, _GRACE_S))
-    return _conclude(run_dir, placement, codes, killed_by_hand=len(interrupts) > 1)
+    code = _conclude(run_dir, placement, codes, killed_by_hand=received.count(signal.SIGINT) > 1)
+    if code == SAVED_REQUEUE:
+        _tell_earlier_handlers(received)
+    return code
+
+
+def _await_folder(run_dir: Path, timeout_s: float) -> None:
+    """Wait until the folder, which rank 0's machine makes, can be seen from this process."""
+    end = time.monotonic() + timeout_s
+    while not run_dir.is_dir():
+        if time.monotonic() > end:
+            raise ValueError(
+                f"run folder {run_dir} did not appear within {timeout_s:g} s; rank 0's machine "
+                "makes it: it must be on a file system that all machines see"
+            )
+        time.sleep(0.1)
 
 
 def _start(rank: int, arguments: tuple) -> SpawnProcess:
@@ -93,26 +110,37 @@ def _start(rank: int, arguments: tuple) -> SpawnProcess:
 def _forward_signals(children: list[SpawnProcess]) -> Iterator[list[int]]:
     """Pass stop signals on to all ranks (their own sessions hide them from the terminal).
 
-    A second SIGINT kills them. Yields the list of SIGINTs received so far.
+    A second SIGINT kills them. SIGUSR2, with which submitit warns, is passed on as SIGUSR1: a rank
+    would take it for another request. Yields the list of signals received so far.
     """
-    interrupts: list[int] = []
+    received: list[int] = []
 
     def forward(number: int, frame: Any) -> None:
-        if number == signal.SIGINT:
-            interrupts.append(number)
+        received.append(number)
+        if received.count(signal.SIGINT) > 1:
+            number = signal.SIGKILL
         for child in children:
             if child.is_alive() and child.pid is not None:
-                os.kill(child.pid, signal.SIGKILL if len(interrupts) > 1 else number)
+                os.kill(child.pid, signal.SIGUSR1 if number == signal.SIGUSR2 else number)
 
-    previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    numbers = (*STOP_SIGNALS, signal.SIGUSR2)
+    previous = {number: signal.signal(number, forward) for number in numbers}
     try:
-        yield interrupts
+        yield received
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
         for child in children:  # only an exception in the parent leaves any alive
             if child.is_alive():
                 child.kill()
+
+
+def _tell_earlier_handlers(received: list[int]) -> None:
+    """Call whoever listened before `launch` did: submitit's handler requeues the job, and exits."""
+    for number in dict.fromkeys(received):
+        handler = signal.getsignal(number)
+        if callable(handler):
+            handler(number, None)
 
 
 def _supervise(children: list[SpawnProcess], grace_s: float) -> dict[int, int]:
@@ -178,11 +206,13 @@ def _run_spawned(
     if parent is None or os.getppid() != parent.pid:
         os._exit(FAILED)
 
-    def join_group() -> None:
+    try:
         store = dist.TCPStore(address, port, timeout=timedelta(seconds=timeout_s))
         _init_group(ranks, backend, timeout_s, dist.PrefixStore("ranks", store))
-
-    code = _run_rank(worker, cfg, run_dir, ranks, timeout_s, join_group, announce=False)
+    except (RuntimeError, OSError) as error:
+        failures.record_error(run_dir, ranks.rank, error)
+        _leave(FAILED)
+    code = _run_rank(worker, cfg, run_dir, ranks, timeout_s, announce=False)
     if code == FAILED:
         _leave(code)
     sys.exit(code)
@@ -200,7 +230,8 @@ def _run_adopted(
     shared = [str(run_dir)]
     dist.broadcast_object_list(shared, src=0)
     run_dir = Path(shared[0])
-    code = _run_rank(worker, cfg, run_dir, ranks, timeout_s, lambda: None, announce=True)
+    _await_folder(run_dir, timeout_s)
+    code = _run_rank(worker, cfg, run_dir, ranks, timeout_s, announce=True)
     if code == FAILED:
         _leave(code)  # other ranks may hang: no orderly end of the process group
     return code
@@ -226,11 +257,13 @@ def _run_rank(
     run_dir: Path,
     ranks: Ranks,
     timeout_s: float,
-    join_group: Callable[[], None],
     *,
     announce: bool,
 ) -> int:
-    """Run the worker; turn its end, good or bad, into an exit code and files in the run folder."""
+    """Run the worker; turn its end, good or bad, into an exit code and files in the run folder.
+
+    Only once the group exists: then rank 0 has cleared errors/ of an earlier attempt.
+    """
     stacks = failures.stacks_path(run_dir, ranks.rank)
     stacks.parent.mkdir(exist_ok=True)
     control = Control(stacks, timeout_s)
@@ -238,7 +271,6 @@ def _run_rank(
     if ranks.device.type == "cpu":
         keep_freed_memory()
     try:
-        join_group()
         worker(cfg, run_dir, ranks, control)
         control.alive()
         dist.destroy_process_group()

@@ -1,7 +1,7 @@
 """`python train.py run=DIR replay_step=N`: step N again, example by example, to see what was wrong.
 
 Weights are those that step N met: the newest checkpoint before it, trained on to step N - 1 (the
-same numbers, on the same topology). Nothing in the run folder is changed.
+same numbers, on the same topology). Nothing in the run folder is changed. One machine only.
 """
 
 from pathlib import Path
@@ -9,6 +9,7 @@ from pathlib import Path
 from iopo import objectives
 from iopo.config import TrainConfig
 from iopo.data.batching import quads_of_step
+from iopo.model.parallel import Prepared
 from iopo.training import loop, optim, references, setup
 from iopo.training.checkpoint_files import complete_folders, read_state
 from iopo.training.checkpoint_tensors import load_state
@@ -21,49 +22,65 @@ from iopo.training.signals import Control
 def replay(cfg: TrainConfig, scratch: Path, ranks: Ranks, control: Control) -> None:
     """Print loss, gradient norm and every member's log-probs of each example of the step.
 
-    A worker for `launch`; scratch takes its error files. One process only. Raises ValueError for a
-    step that the run does not have.
+    A worker for `launch`; scratch takes its error files. Every rank computes every example, since
+    sharded weights are gathered together. Raises ValueError for a step that the run does not have.
     """
     run = Path(cfg.run)
     inputs = load_inputs(cfg)
     job = setup.make_job(cfg, inputs, ranks)
     step = cfg.replay_step
-    if step is None or not 1 <= step <= job.steps or ranks.world_size != 1:
-        raise ValueError(
-            f"replay_step={step} on {ranks.world_size} processes; expected 1 to {job.steps} on one "
-            "process (parallel.processes=1)"
-        )
+    if step is None or not 1 <= step <= job.steps:
+        raise ValueError(f"replay_step: found {step}, expected 1 to {job.steps}")
+
+    def say(text: str) -> None:
+        if ranks.is_main:
+            print(text, flush=True)
+
     prepared = setup.make_policy(cfg, inputs, ranks)
-    reference = references.make_reference(cfg, inputs, job, ranks, prepared, print, control.alive)
+    reference = references.make_reference(cfg, inputs, job, ranks, prepared, say, control.alive)
     optimizer = optim.make_optimizer(prepared.parameters, cfg.optim)
     done = 0
     folders = [f for f in complete_folders(run)[0] if read_state(f)["step"] < step]
     if folders:
-        load_state(folders[-1], prepared.parameters, optimizer, rank=0, same_world=True)
+        saved = read_state(folders[-1])
+        same_world = saved["world_size"] == ranks.world_size
+        load_state(
+            folders[-1],
+            prepared.parameters,
+            optimizer,
+            rank=ranks.rank,
+            same_world=same_world,
+        )
         prepared.refresh()
-        done = read_state(folders[-1])["step"]
-    print(f"weights: {folders[-1] if folders else 'the start'}, then {step - 1 - done} steps")
+        done = saved["step"]
+    say(f"weights: {folders[-1] if folders else 'the start'}, then {step - 1 - done} steps")
     if done < step - 1:
         for result in loop.train_steps(job, prepared, optimizer, reference, first_step=done + 1):
             control.alive()
             if result.step == step - 1:
                 break
     for index in quads_of_step(len(job.tokens_N), job.batching, step - 1):
-        _print_example(job, prepared, reference, int(index))
+        control.alive()
+        say(describe_example(job, prepared, reference, int(index), ranks.world_size))
 
 
-def _print_example(job: loop.Job, prepared, reference, index: int) -> None:
+def describe_example(
+    job: loop.Job, prepared: Prepared, reference: loop.Reference | None, index: int, world: int
+) -> str:
+    """Id, loss and gradient norm of one example alone, and a line per member."""
     rows = [job.examples[index]]
     batch = job.build(rows)
     policy_EM = prepared.model(batch)
     reference_EM = None if reference is None else reference.call(rows, batch)
     loss_E, _ = loop.score(job, batch, rows, policy_EM, reference_EM)
-    loss_E.sum().backward()
+    prepared.set_sync(True)
+    (loss_E.sum() / world).backward()  # gradients are summed over ranks, and all do the same
     norm = prepared.reduce_and_clip(float("inf")).item()
     prepared.zero_grad()
-    print(f"{rows[0].id}  loss {loss_E.item():.6g}  gradient norm {norm:.6g}")
+    lines = [f"{rows[0].id}  loss {loss_E.item():.6g}  gradient norm {norm:.6g}"]
     names = NAMES[objectives.KINDS[job.objective].members]
     ours = policy_EM[0].tolist()
     theirs = [float("nan")] * len(ours) if reference_EM is None else reference_EM[0].tolist()
     for name, tokens, a, b in zip(names, batch.scored_M.tolist(), ours, theirs, strict=True):
-        print(f"  {name:9s} {tokens:5d} tokens  policy {a:12.4f}  reference {b:12.4f} nats")
+        lines.append(f"  {name:9s} {tokens:5d} tokens  policy {a:12.4f}  reference {b:12.4f} nats")
+    return "\n".join(lines)

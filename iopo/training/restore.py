@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 
-from iopo.config import TrainConfig, plain
+from iopo.config import Resume, TrainConfig, plain
 from iopo.model.parallel import Prepared
 from iopo.training import references, setup
 from iopo.training.checkpoint import latest, latest_intact
-from iopo.training.checkpoint_files import read_state
+from iopo.training.checkpoint_files import COMPLETE_FILE, read_state
 from iopo.training.checkpoint_tensors import load_state
 from iopo.training.inputs import Inputs
 from iopo.training.placement import Ranks
 from iopo.training.resume import check_resume, truncate_metrics
+from iopo.training.runfolder import read_complete
 
 
 def facts(cfg: TrainConfig, inputs: Inputs, world_size: int) -> dict[str, Any]:
@@ -29,20 +30,57 @@ def facts(cfg: TrainConfig, inputs: Inputs, world_size: int) -> dict[str, Any]:
     return {"config": plain(cfg), "identity": identity, "world_size": world_size}
 
 
-def refuse_or_note(run: Path, now: dict, *, resume: bool) -> list[str]:
+def refuse_or_note(run: Path, now: dict, *, resume: Resume) -> list[str]:
     """Before anything is written: may this run folder be resumed by this config?
 
-    Returns sentences for the person. Raises ValueError, naming keys, if it may not, or if there is
-    a checkpoint and checkpoint.resume is off.
+    Returns sentences for the person. Raises ValueError, naming keys, if it may not, if there is a
+    checkpoint and checkpoint.resume is never, and if there is none and it is must.
     """
-    folder, _ = latest(run)
+    folder, remarks = latest(run)
     if folder is None:
+        _refuse_if_all_damaged(run, remarks)
+        if resume is Resume.must:
+            found = "; ".join(remarks) or "nothing to resume"
+            raise ValueError(
+                f"{run} holds no complete checkpoint and checkpoint.resume is must ({found}); give "
+                "run= the folder of the run that is to go on"
+            )
         return []
-    if not resume:
+    if resume is Resume.never:
         raise ValueError(
-            f"{run} holds {folder.name} and checkpoint.resume is false; choose another run="
+            f"{run} holds {folder.name} and checkpoint.resume is never; choose another run="
         )
     return check_resume(read_state(folder), now)
+
+
+def is_finished(run: Path, now: dict, steps: int) -> bool:
+    """Whether the run in this folder reached its end, and `steps`, what is asked for now.
+
+    Raises ValueError, naming keys, if it reached it with another objective, data, reference or
+    model; and if more steps are asked for than it made, but it left no checkpoint to go on from.
+    """
+    ended = read_complete(run)
+    if ended is None:
+        return False
+    check_resume(ended, now)
+    if steps <= ended["step"]:
+        return True
+    if latest(run)[0] is None:
+        raise ValueError(
+            f"{run} ended after {ended['step']} steps and left no checkpoint, so it cannot go on "
+            f"to {steps} (checkpoint.save_every_steps was null); choose another run="
+        )
+    return False
+
+
+def _refuse_if_all_damaged(run: Path, remarks: list[str]) -> None:
+    """A run that was saved is never begun again in silence: someone must decide that."""
+    if any((run / "checkpoints").glob(f"step-*/{COMPLETE_FILE}")):
+        raise ValueError(
+            f"{run} has checkpoints, but none of them is intact:\n  "
+            + "\n  ".join(remarks)
+            + f"\nPut one back from a copy, or delete {run / 'checkpoints'} to begin at step 1"
+        )
 
 
 def restore(
@@ -55,11 +93,14 @@ def restore(
     """Load the newest intact checkpoint, if any, and return the number of steps done.
 
     metrics.jsonl is cut to that step, so that no step stands in it twice. Every rank calls it.
+    Raises ValueError if there are checkpoints, and all of them are damaged.
     """
     folder, remarks = latest_intact(run)
+    step = 0
+    if folder is None:
+        _refuse_if_all_damaged(run, remarks)
     for remark in remarks:
         say(remark)
-    step = 0
     if folder is not None:
         saved = read_state(folder)
         step = saved["step"]
@@ -69,5 +110,9 @@ def restore(
         say(f"resuming from {folder}: step {step} is done, the starting weights are ignored")
     if ranks.is_main:
         # Without a checkpoint nothing counts: the run begins again, and so does its record.
-        truncate_metrics(run / "metrics.jsonl", step if folder is not None else -1)
+        cut = truncate_metrics(run / "metrics.jsonl", step if folder is not None else -1)
+        if cut and folder is None:
+            say(f"{run} holds no complete checkpoint: beginning again at step 1")
+        elif cut:
+            say(f"{cut} rows of metrics.jsonl are of later steps, which are now made again: cut")
     return step

@@ -16,6 +16,7 @@ HARMLESS = (
     "plan",
     "plan_for",
     "replay_step",
+    "export_step",
     "parallel",
     "checkpoint",
     "evaluation",

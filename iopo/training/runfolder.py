@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from iopo.training.resume import plain
 from iopo.training.secrets import redact
 
 COMPLETE_FILE = "COMPLETE"
@@ -45,14 +46,18 @@ def open_run(run_dir: Path, *, config_text: str, environment: dict[str, Any]) ->
         yield
 
 
-def is_complete(run_dir: Path) -> bool:
-    """True if the run in this folder reached its last step: a resumed sweep skips it."""
-    return (run_dir / COMPLETE_FILE).exists()
+def read_complete(run_dir: Path) -> dict[str, Any] | None:
+    """What `mark_complete` wrote, if the run in this folder reached its last step."""
+    path = run_dir / COMPLETE_FILE
+    return json.loads(path.read_text()) if path.exists() else None
 
 
-def mark_complete(run_dir: Path, step: int) -> None:
-    """Say that the run reached its last step. Called by rank 0 once everything is on disk."""
-    write_atomically(run_dir / COMPLETE_FILE, json.dumps({"step": step}) + "\n")
+def mark_complete(run_dir: Path, facts: dict[str, Any]) -> None:
+    """Say that the run reached its last step. Called by rank 0 once everything is on disk.
+
+    facts: "step", and what `check_resume` compares; secrets are redacted.
+    """
+    write_atomically(run_dir / COMPLETE_FILE, json.dumps(plain(facts), indent=1) + "\n")
 
 
 def write_atomically(path: Path, text: str) -> None:

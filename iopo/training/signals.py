@@ -2,7 +2,7 @@
 
 SIGTERM (schedulers) and SIGUSR1 (SLURM's warning before the time limit) ask for a save and exit
 with code 75, on which a scheduler may requeue. SIGINT (Ctrl-C) asks for the same with code 130; a
-second SIGINT stops at once. SIGUSR2 writes every thread's stack to the rank's stacks file and
+second SIGINT stops at once. SIGUSR2 to a rank writes every thread's stack to its stacks file and
 changes nothing else.
 """
 

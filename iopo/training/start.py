@@ -9,12 +9,13 @@ from iopo.config import TrainConfig
 from iopo.data.batching import plan_steps
 from iopo.training import restore, setup
 from iopo.training.environment import describe_environment
+from iopo.training.export_step import export_step
 from iopo.training.inputs import load_inputs
 from iopo.training.launch import Worker, launch
 from iopo.training.placement import find_placement
 from iopo.training.plan import plan_report
 from iopo.training.replay import replay
-from iopo.training.runfolder import is_complete, open_run
+from iopo.training.runfolder import open_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -29,17 +30,19 @@ def start(cfg: TrainConfig, config_text: str, worker: Worker) -> int:
         print(plan_report(cfg))
         return 0
     run = Path(cfg.run)
-    if cfg.replay_step is not None:
+    if cfg.replay_step is not None or cfg.export_step is not None:
+        look_back = replay if cfg.replay_step is not None else export_step
         with tempfile.TemporaryDirectory() as scratch:
-            return _launch(replay, cfg, Path(scratch))
-    if is_complete(run):
-        print(f"{run} is complete: nothing to do (delete it, or choose another run=)")
-        return 0
+            return _launch(look_back, cfg, Path(scratch))
     placement = find_placement(setup.processes(cfg))
     batching = setup.batching(cfg, placement.world_size)
     inputs = load_inputs(cfg)
     plan = plan_steps(len(inputs.train), batching, cfg.optim.epochs, cfg.optim.max_steps)
     now = restore.facts(cfg, inputs, placement.world_size)
+    if restore.is_finished(run, now, plan.steps):
+        if placement.is_main:
+            print(f"{run} is complete: nothing to do (delete it, or choose another run=)")
+        return 0
     notes = restore.refuse_or_note(run, now, resume=cfg.checkpoint.resume)
     if placement.is_main:
         for note in notes:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from iopo.config import TrackerConfig, Wandb
+from iopo.training.secrets import redact
 
 
 class Tracker:
@@ -55,14 +56,16 @@ def _start_wandb(run: Path, cfg: TrackerConfig, config: dict[str, Any]):
     if not id_file.exists():
         id_file.write_text(uuid.uuid4().hex[:8])
     return wandb.init(
-        project=cfg.project,
+        project=redact(cfg.project),
         name=run.name,
         id=id_file.read_text(),
         resume="allow" if cfg.wandb is Wandb.online else None,
         mode="online" if cfg.wandb is Wandb.online else "offline",
         dir=str(run),
-        tags=cfg.tags,
-        config=config,
+        tags=[redact(tag) for tag in cfg.tags],
+        config=json.loads(redact(json.dumps(config))),
+        # argv, git diff and console would go unredacted; environment.json has the first two
+        settings=wandb.Settings(x_disable_meta=True, disable_git=True, console="off"),
     )
 
 

@@ -1,0 +1,172 @@
+"""What saves and restarts cost on the demo model (SmolLM2-135M, all weights, fp32 state).
+
+    python -m benchmarks.checkpoint [--rounds 4] [--restarts 3] [--json FILE]
+
+Saves: the same optimizer step is taken with and without an asynchronous save before it, in turn
+and in alternating order; a step with a save ends when its upload has. Medians; "added" is what a
+save before every step costs, so a save every N steps costs one N-th of that.
+Restarts: `python train.py` is killed with SIGKILL after a save and started again; the time runs
+from the start of the program to the start of its first step.
+"""
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from benchmarks.faults import ROOT, read_rows
+from benchmarks.throughput import facts
+from iopo.config import TrainConfig
+from iopo.training import loop, optim, references, restore, setup
+from iopo.training.checkpoint import Checkpoints, latest
+from iopo.training.checkpoint_tensors import gather_state
+from iopo.training.inputs import load_inputs
+from iopo.training.launch import launch
+from iopo.training.placement import Ranks
+from iopo.training.signals import Control
+
+OVERRIDES = (
+    *("data.heldout=null", "data.limit_rows=32", "parallel.device=cpu", "evaluation.samples=0"),
+    *("checkpoint.save_every_steps=1", "export.model=false", "optim.epochs=100"),
+)
+
+
+def config(run: Path) -> TrainConfig:
+    """The default experiment with OVERRIDES."""
+    ConfigStore.instance().store(name="base_config", node=TrainConfig)
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        cfg = OmegaConf.to_object(compose("config", overrides=[*OVERRIDES, f"run={run}"]))
+    assert isinstance(cfg, TrainConfig)
+    return cfg
+
+
+def time_steps(cfg: TrainConfig, run: Path, ranks: Ranks, control: Control) -> None:
+    """A worker for `launch`: seconds of every step and save to RUN/times.json."""
+    rounds = int(os.environ["CHECKPOINT_ROUNDS"])
+    inputs = load_inputs(cfg)
+    job = setup.make_job(cfg, inputs, ranks)
+    prepared = setup.make_policy(cfg, inputs, ranks)
+    reference = references.make_reference(cfg, inputs, job, ranks, prepared, print, control.alive)
+    optimizer = optim.make_optimizer(prepared.parameters, cfg.optim)
+    meta = restore.facts(cfg, inputs, ranks.world_size) | {"metrics": {}}
+    times: dict[str, list[float]] = {"plain": [], "saving": [], "staging": [], "sync": []}
+
+    def step() -> None:  # always the first one: the same quads, the same work
+        next(loop.train_steps(job, prepared, optimizer, reference, first_step=1))
+        control.alive()
+
+    def save(checkpoints: Checkpoints, number: int) -> float:
+        started = time.perf_counter()
+        checkpoints.save(number, gather_state(prepared.parameters, optimizer, ranks.rank), meta)
+        return time.perf_counter() - started
+
+    with Checkpoints(run, keep=2, asynchronous=True) as checkpoints:
+        step()
+        save(checkpoints, 1)  # the first allocates what the others use again
+        for number in range(2, rounds + 2):
+            for saving in (False, True) if number % 2 else (True, False):
+                checkpoints.wait()
+                started = time.perf_counter()
+                if saving:
+                    times["staging"].append(save(checkpoints, number))
+                step()
+                checkpoints.wait()
+                times["saving" if saving else "plain"].append(time.perf_counter() - started)
+    with Checkpoints(run, keep=2, asynchronous=False) as checkpoints:
+        times["sync"] = [save(checkpoints, rounds + 2 + i) for i in range(3)]
+    folder, _ = latest(run)
+    assert folder is not None
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    (run / "times.json").write_text(json.dumps(times | {"checkpoint_gb": size / 1e9}))
+
+
+def measure_saves(folder: Path, rounds: int) -> dict[str, Any]:
+    """Medians of seconds, and the share of a step that an asynchronous save adds to it."""
+    from benchmarks.checkpoint import time_steps as worker  # spawned ranks find it by this name
+
+    run = folder / "saves"
+    run.mkdir()
+    os.environ["CHECKPOINT_ROUNDS"] = str(rounds)
+    code = launch(worker, config(run), run, processes=1, backend="gloo", timeout_s=1800)
+    if code != 0:
+        sys.exit(code)
+    times = json.loads((run / "times.json").read_text())
+    median = {k: statistics.median(times[k]) for k in ("plain", "saving", "staging", "sync")}
+    added = median["saving"] / median["plain"] - 1
+    return {"checkpoint_gb": times["checkpoint_gb"], "median_s": median, "added": added} | {
+        "seconds": {k: [round(x, 3) for x in v] for k, v in times.items() if isinstance(v, list)}
+    }
+
+
+def measure_restarts(folder: Path, count: int) -> dict[str, Any]:
+    """Kill and start again `count` times; restart_s ends where the first step begins."""
+    run = folder / "restarts"
+    restarts, steps = [], []
+    program = start(run)
+    try:
+        wait_for(run, program, lambda: latest(run)[0] is not None)
+        for _ in range(count):
+            program.send_signal(signal.SIGKILL)
+            program.wait()
+            (run / "metrics.jsonl").write_text("")  # so that the next row is the new program's
+            started = time.time()
+            program = start(run)
+            wait_for(run, program, lambda: len(read_rows(run)) > 0)
+            seen = time.time()
+            steps.append(read_rows(run)[0]["step_s"])
+            restarts.append(round(seen - started - steps[-1], 2))
+    finally:
+        program.kill()
+        program.wait()
+    return {"restart_s": restarts, "first_step_s": steps, "median_s": statistics.median(restarts)}
+
+
+def start(run: Path) -> subprocess.Popen:
+    command = [sys.executable, "train.py", *OVERRIDES, f"run={run}"]
+    with open(run.parent / "output.txt", "a") as output:
+        return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+
+
+def wait_for(run: Path, program: subprocess.Popen, condition: Callable[[], bool]) -> None:
+    while not condition():
+        if program.poll() is not None:
+            raise RuntimeError((run.parent / "output.txt").read_text()[-3000:])
+        time.sleep(0.01)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=4, help="steps with a save, and without")
+    parser.add_argument("--restarts", type=int, default=3)
+    parser.add_argument("--json", type=Path, default=None, help="also write the results here")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        saves = measure_saves(Path(folder), arguments.rounds)
+        restarts = measure_restarts(Path(folder), arguments.restarts)
+    s = saves["median_s"]
+    print(
+        f"step {s['plain']:.2f} s, with an asynchronous save {s['saving']:.2f} s: "
+        f"{100 * saves['added']:.1f} % added, {s['staging']:.2f} s of it before the step; "
+        f"a synchronous save takes {s['sync']:.2f} s ({saves['checkpoint_gb']:.2f} GB)"
+    )
+    print(f"restart to first step {restarts['median_s']:.1f} s, of {restarts['restart_s']}")
+    if arguments.json is not None:
+        config_facts = facts(Path("SmolLM2-135M-Instruct"), "float32", os.cpu_count() or 1)
+        text = json.dumps(config_facts | {"saves": saves, "restarts": restarts}, indent=1)
+        arguments.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""`python train.py run=DIR export_step=N`: a checkpoint of a run as a model that others can load.
+
+Writes DIR/exported/step-0000000N/export (and export-merged, where the run's config asks for it).
+"""
+
+from pathlib import Path
+
+from iopo.config import TrainConfig
+from iopo.training import export, optim, setup
+from iopo.training.checkpoint_files import complete_folders, step_of
+from iopo.training.checkpoint_tensors import load_state
+from iopo.training.inputs import load_inputs
+from iopo.training.placement import Ranks
+from iopo.training.signals import Control
+
+
+def export_step(cfg: TrainConfig, scratch: Path, ranks: Ranks, control: Control) -> None:
+    """A worker for `launch`; scratch takes its error files. The rest of the run stays as it is.
+
+    Raises ValueError if the run has no complete checkpoint of that step.
+    """
+    run, step = Path(cfg.run), cfg.export_step
+    folders = {step_of(folder): folder for folder in complete_folders(run)[0]}
+    if step not in folders:
+        raise ValueError(
+            f"export_step: {run} has no complete checkpoint of step {step}, expected one of "
+            f"{sorted(folders)}"
+        )
+    inputs = load_inputs(cfg)
+    prepared = setup.make_policy(cfg, inputs, ranks)
+    optimizer = optim.make_optimizer(prepared.parameters, cfg.optim)
+    load_state(folders[step], prepared.parameters, optimizer, rank=ranks.rank, same_world=False)
+    prepared.refresh()
+    control.alive()
+    place = run / "exported" / folders[step].name
+    if ranks.is_main:
+        place.mkdir(parents=True, exist_ok=True)
+    cfg.export.model = True
+    export.export(cfg, place, prepared, inputs, ranks)
+    if ranks.is_main:
+        print(f"{folders[step]} -> {place}", flush=True)
