@@ -154,7 +154,12 @@ def _filling(
 ) -> Reference:
     """Held-out rows are needed at once and filled; training rows as the first epoch meets them."""
     members = objectives.KINDS[cfg.objective.name].members
-    rows = cache.read(members) | fill_rows(cache, job, job.heldout, len(MEMBERS), prepared, alive)
+
+    def progress(done: int, total: int) -> None:
+        alive()
+
+    filled = fill_rows(cache, job, job.heldout, len(MEMBERS), prepared, progress)
+    rows = cache.read(members) | filled
     missing = missing_examples(rows, job.examples)
     if missing:
         say(
@@ -200,7 +205,7 @@ def fill_rows(
     examples: Sequence[Example],
     members: int,
     prepared: Prepared,
-    progress: Callable[..., None],
+    progress: Callable[[int, int], None],
 ) -> dict[str, np.ndarray]:
     """All rows of the cache after those of `examples` are in it; every rank calls it together."""
     if not examples:
