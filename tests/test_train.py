@@ -142,7 +142,7 @@ def test_planted_secrets_reach_no_file_and_no_output(tiny, tmp_path, monkeypatch
     )
     done = tiny(*arguments)
     assert done.returncode == 0, done.stderr
-    refused = tiny(*arguments, f"data.train=/nowhere/{secrets[0]}/password={secrets[3]}")
+    refused = tiny(*arguments, f"data.train=/nowhere/{secrets[0]}/{secrets[2]}")
     assert refused.returncode == 2 and "no such file" in refused.stderr
     printed = done.stdout + done.stderr + refused.stdout + refused.stderr
     assert [secret for secret in secrets if secret in printed] == []
