@@ -83,11 +83,11 @@ def test_gradcheck():
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1.0, 8.0])
 def test_error_is_below_that_of_log_softmax_in_the_same_dtype(dtype, scale):
     hidden, weight, targets, _ = problem(64, 96, 500, dtype, scale=scale)
-    upstream = torch.randn(64)
+    upstream = torch.linspace(-1, 2, 64)
     wide = (hidden.double(), weight.double(), targets, None, upstream.double())
     truth = values_and_gradients(definition.linear_logprob, *wide)
 
@@ -96,9 +96,14 @@ def test_error_is_below_that_of_log_softmax_in_the_same_dtype(dtype, scale):
 
     ours = values_and_gradients(linear_logprob, hidden, weight, targets, None, upstream)
     theirs = values_and_gradients(plain, hidden, weight, targets, None, upstream)
-    for name, one, other, exact in zip(["logp", "dH", "dW"], ours, theirs, truth, strict=True):
+    frozen = frozen_head(hidden, weight, targets, None, upstream)[1]
+    # In float32 the products, which both round alike, leave little else: 10% is a draw.
+    allowed = 1.1 if dtype == torch.float32 else 0.9
+    names = ["logp", "dH", "dW", "dH of a frozen head"]
+    compared = zip(names, [*ours, frozen], [*theirs, theirs[1]], [*truth, truth[1]], strict=True)
+    for name, one, other, exact in compared:
         error, peer = ((x.double() - exact).norm() / exact.norm() for x in (one, other))
-        assert error <= peer * 1.05, f"{name}: {error:.2e} against {peer:.2e}"
+        assert error <= peer * allowed, f"{name}: {error:.2e} against {peer:.2e}"
     assert ours[0].dtype == torch.float32
 
 

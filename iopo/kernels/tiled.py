@@ -150,14 +150,19 @@ def backward(
 def log_probability(
     reference_R: Tensor, sum_R: Tensor, target_R: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp, shift, scale) from the target's logit and the other words' sum of exponentials."""
+    """(logp, shift, scale) from the target's logit and the other words' sum of exponentials.
+
+    In float64 and rounded once: a few numbers per row, whose rounding would show in the result.
+    """
+    wide, sum_R = reference_R.dtype, sum_R.double()
     shift_R = torch.maximum(reference_R, target_R)
-    others_R = sum_R * torch.exp(reference_R - shift_R)
-    hit_R = torch.exp(target_R - shift_R)
-    scale_R = 1 / (others_R + hit_R)
-    unlikely_R = (target_R - shift_R) + scale_R.log()
-    logp_R = torch.where(hit_R > others_R, -torch.log1p(others_R / hit_R), unlikely_R)
-    return logp_R, shift_R, scale_R
+    others_R = sum_R * torch.exp(reference_R.double() - shift_R)
+    log_hit_R = target_R.double() - shift_R
+    hit_R = torch.exp(log_hit_R)
+    total_R = others_R + hit_R
+    likely_R = -torch.log1p(others_R / hit_R)
+    logp_R = torch.where(hit_R > others_R, likely_R, log_hit_R - total_R.log())
+    return logp_R.to(wide), shift_R, (1 / total_R).to(wide)
 
 
 @contextmanager
