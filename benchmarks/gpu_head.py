@@ -140,6 +140,8 @@ def device() -> dict:
 
 
 def default_path() -> Path:
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks.gpu_head: no CUDA device; use benchmarks.linear_logprob")
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
     return Path("benchmarks/results") / f"{name}.json"
 
@@ -186,8 +188,6 @@ def main() -> None:
     if arguments.table:
         print(table(json.loads(arguments.table.read_text())))
         return
-    if not torch.cuda.is_available():
-        raise SystemExit("benchmarks.gpu_head: no CUDA device; use benchmarks.linear_logprob")
     deadline = time.monotonic() + 60 * arguments.minutes
     path = arguments.json or default_path()
     path.parent.mkdir(parents=True, exist_ok=True)
