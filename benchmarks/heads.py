@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from iopo.kernels.linear_logprob import linear_logprob, linear_logprob_sums
+from iopo.kernels.linear_logprob import linear_logprob
 
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
-OURS = ("linear_logprob", "linear_logprob_sums")
+OURS = "linear_logprob"
+WHOLE = ("plain", "compile", "linear_cross_entropy")  # these keep R x V numbers
 CHUNK_ROWS = {"cpu": 512, "cuda": 2048}
 
 
@@ -44,17 +45,10 @@ def linear_cross_entropy_chunked(hidden_RD: Tensor, weight_VD: Tensor, targets_R
     )
 
 
-def one_member(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> Tensor:
-    member_R = torch.zeros_like(targets_R)
-    return linear_logprob_sums(hidden_RD, weight_VD, targets_R, member_R, 1)
-
-
-def heads(*, trainable: bool) -> dict[str, Head]:
-    """Name -> head, for a trainable or a frozen weight; what this PyTorch lacks is left out."""
-    found: dict[str, Head] = {"linear_logprob": linear_logprob}
-    if not trainable:
-        found["linear_logprob_sums"] = one_member
-    found |= {
+def heads() -> dict[str, Head]:
+    """Name -> head; what this PyTorch lacks is left out."""
+    found: dict[str, Head] = {
+        OURS: linear_logprob,
         "plain": plain,
         "chunked_checkpoint": chunked_checkpoint,
         "compile": torch.compile(plain, dynamic=False),
@@ -65,15 +59,16 @@ def heads(*, trainable: bool) -> dict[str, Head]:
     return found
 
 
-def step(head: Head, pass_name: str, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+def step(head: Head, pass_name: str, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """One forward pass, or one forward and backward pass, from gradients that are None."""
     hidden_RD, weight_VD, targets_R = inputs
     if pass_name == "forward":
         with torch.no_grad():
-            head(hidden_RD, weight_VD, targets_R)
-        return
+            return head(hidden_RD, weight_VD, targets_R)
     hidden_RD.grad = weight_VD.grad = None
-    head(hidden_RD, weight_VD, targets_R).sum().backward()
+    logp = head(hidden_RD, weight_VD, targets_R)
+    logp.sum().backward()
+    return logp.detach()
 
 
 def make_inputs(
@@ -95,22 +90,31 @@ def make_inputs(
     return hidden, weight, targets
 
 
-def errors(head: Head, inputs: tuple[Tensor, Tensor, Tensor], *, rows: int) -> dict[str, float]:
-    """Against float64 on the first rows, in nats: error of the sum per row, largest of a row."""
+def exact(inputs: tuple[Tensor, Tensor, Tensor], *, rows: int) -> Tensor:
+    """Log-probabilities of the first rows in float64."""
     hidden_RD, weight_VD, targets_R = (x.detach() for x in inputs)
-    hidden_RD, targets_R = hidden_RD[:rows], targets_R[:rows]
-    exact_R = torch.full(
-        (len(hidden_RD),), -torch.inf, dtype=torch.float64, device=hidden_RD.device
-    )
-    target_R = torch.linalg.vecdot(hidden_RD.double(), weight_VD[targets_R].double())
+    hidden_RD, targets_R = hidden_RD[:rows].double(), targets_R[:rows]
+    total_R = torch.full_like(hidden_RD[:, 0], -torch.inf)
     for weight_vD in weight_VD.split(8192):
-        logits_Rv = hidden_RD.double() @ weight_vD.double().t()
-        exact_R = torch.logaddexp(exact_R, logits_Rv.logsumexp(1))
-    exact_R = target_R - exact_R
-    with torch.no_grad():
-        logp = head(hidden_RD, weight_VD, targets_R).double()
-    found = {"sum_per_row": float((logp.sum() - exact_R.sum()).abs() / len(exact_R))}
-    if logp.shape == exact_R.shape:
-        found["largest"] = float((logp - exact_R).abs().max())
-        found["above_zero"] = int((logp > 0).sum())
-    return found
+        total_R = torch.logaddexp(total_R, (hidden_RD @ weight_vD.double().t()).logsumexp(1))
+    return torch.linalg.vecdot(hidden_RD, weight_VD[targets_R].double()) - total_R
+
+
+def errors(
+    head: Head, logp: Tensor, exact_R: Tensor, inputs: tuple[Tensor, Tensor, Tensor]
+) -> dict[str, float]:
+    """Of logp, which head returned for these inputs, in nats: largest of a row, and of the mean.
+
+    A head that returns one sum is called once more, with the rows of exact_R alone.
+    """
+    rows = len(exact_R)
+    if logp.dim() == 0:
+        hidden_RD, weight_VD, targets_R = (x.detach() for x in inputs)
+        mean = head(hidden_RD[:rows], weight_VD, targets_R[:rows]).double() / rows
+        return {"mean": float((mean - exact_R.mean()).abs())}
+    error_R = logp[:rows].double() - exact_R
+    return {
+        "largest": float(error_R.abs().max()),
+        "mean": float(error_R.mean().abs()),
+        "above_zero": int((logp > 0).sum()),
+    }

@@ -77,8 +77,9 @@ def _dense_backward(grad_shape, query_shape, *args, **kwargs) -> int:
 
 
 @_raw
-def _head(hidden_RD, weight_VD, *_args, **_: Any) -> int:
-    return 2 * hidden_RD.shape[0] * weight_VD.numel()
+def _head(hidden_RD, weight_VD, *args, **_: Any) -> int:
+    with_gradient = args[-1]
+    return (4 if with_gradient else 2) * hidden_RD.shape[0] * weight_VD.numel()
 
 
 @_raw
@@ -125,7 +126,8 @@ def ledger(
 
     Passes over the trunk: forward, the reference's forward if live, recomputation, gradients of
     the inputs and, under full fine-tuning, of the weights. The head meets every token in the stock
-    model and the response tokens in the fused one, which computes its logits twice.
+    model and the response tokens in the fused one, which computes its logits twice if it is
+    trained.
     """
     w, live = weights, int(variant.live)
     again = 1 / variant.checkpoint_every if variant.checkpoint_every else 0
@@ -134,7 +136,7 @@ def ledger(
     trunk = w.trunk * (1 + live + 1 + full) + w.recomputed * again
     low = w.adapters * (1 + again + 2)
     head_tokens = scored if variant.fused else processed
-    head = w.head * (1 + live + 1 + full + variant.fused)
+    head = w.head * (1 + live + 1 + full + (variant.fused and full))
     attention = 4 * w.attention * (1 + live + again + ATTENTION_BACKWARD)
     return 2.0 * processed * (trunk + low) + 2.0 * head_tokens * head + pairs * attention
 

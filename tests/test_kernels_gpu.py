@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from iopo.kernels import definition
-from iopo.kernels.linear_logprob import linear_logprob, linear_logprob_sums
+from iopo.kernels.linear_logprob import linear_logprob
 
 pytestmark = pytest.mark.gpu
 
@@ -51,18 +51,21 @@ def test_values_and_gradients(shape, dtype, options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sums_with_the_gradient_in_the_forward_pass(dtype):
-    hidden, weight, targets, _ = problem(700, 256, 5003, dtype, scale=4.0)
-    member = torch.arange(700, device="cuda") % 4
-    upstream = torch.tensor([1.0, -1.0, 0.5, 2.0], device="cuda")
-    logp, grad, _ = exact(hidden, weight, targets, None, upstream[member], None)
+@pytest.mark.parametrize("options", [{}, {"bias": True, "softcap": 5.0}])
+def test_frozen_head_with_the_gradient_in_the_forward_pass(dtype, options):
+    softcap, bias = options.get("softcap"), options.get("bias", False)
+    hidden, weight, targets, bias_V = problem(700, 256, 5003, dtype, scale=4.0, bias=bias)
+    upstream = torch.randn(700, device="cuda")
+    expected, truth, *_ = exact(hidden, weight, targets, bias_V, upstream, softcap)
     hidden.requires_grad_()
-    sums = linear_logprob_sums(hidden, weight, targets, member, 4)
-    expected = torch.zeros(4, dtype=torch.float64, device="cuda").index_add_(0, member, logp)
-    torch.testing.assert_close(sums.detach().double(), expected, rtol=1e-5, atol=1e-3)
-    (ours,) = torch.autograd.grad(sums, hidden, upstream)
+    logp = linear_logprob(hidden, weight, targets, bias_V=bias_V, softcap=softcap)
+    torch.testing.assert_close(logp.detach().double(), expected, rtol=1e-5, atol=5e-5)
+    with torch.no_grad():
+        again = linear_logprob(hidden, weight, targets, bias_V=bias_V, softcap=softcap)
+    torch.testing.assert_close(logp.detach(), again, rtol=0, atol=1e-6)
+    (grad,) = torch.autograd.grad(logp, hidden, upstream)
     tolerance = 1e-5 if dtype == torch.float32 else 8e-3
-    assert (ours.double() - grad).norm() <= tolerance * grad.norm()
+    assert (grad.double() - truth).norm() <= tolerance * truth.norm()
 
 
 def test_weight_gradient_over_several_chunks_of_rows():

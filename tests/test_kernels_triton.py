@@ -57,7 +57,8 @@ def compile_for(capability, kernel, dtype, *, error, bias=False, softcap=None):
     constants |= {key: None for key in ("bias_ptr", "error_ptr") if signature[key] == "constexpr"}
     function = {"forward": triton_gemm.forward_kernel, "error": triton_gemm.error_kernel}[kernel]
     order = list(signature)
-    aligned = [key for key in order if signature[key].startswith("*") or key in "VD error_stride"]
+    pointers = [key for key in order if signature[key].startswith("*")]
+    aligned = [*pointers, "D", "error_stride"]
     attributes = {(order.index(key),): [["tt.divisibility", 16]] for key in aligned}
     compiled = triton.compile(
         ASTSource(function, signature, constants, attributes),

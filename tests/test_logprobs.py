@@ -202,6 +202,25 @@ def test_a_head_with_bias():
     assert_same(gradients(model, logp), gradients(stock, expected), 1e-10)
 
 
+@pytest.mark.parametrize("family", ["llama", "smollm2", "gemma3"])
+def test_a_frozen_head_gives_the_rest_the_same_gradients(family):
+    """And the values of a pass without gradient, bit for bit: a policy starts at its reference."""
+    model = tiny(family)
+    log_probs, batch = LogProbs(model), build_shared(QUADS)
+    expected = log_probs(batch)
+    wanted = gradients(model, expected)
+    model.get_output_embeddings().requires_grad_(False)
+    logp = log_probs(batch)
+    assert torch.equal(logp, expected)
+    with torch.no_grad():
+        assert torch.equal(log_probs(batch), logp)
+    model.zero_grad()
+    weights_EM = torch.linspace(-1, 2, logp.numel(), dtype=logp.dtype).view(logp.shape)
+    (logp * weights_EM).sum().backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert_same(found, {name: wanted[name] for name in found}, 1e-10)
+
+
 def test_checkpointed_blocks_give_the_same_gradients():
     model = tiny("llama")
     expected = gradients(model, LogProbs(model)(build_shared(QUADS)))

@@ -1,15 +1,21 @@
 """Log-probabilities of target tokens from hidden states: the operator that the project uses.
 
-Shapes: R response rows, M members, D width, V vocabulary.
-Two entry points, both traced through by torch.compile: `linear_logprob`, one value per row, any
-upstream gradient; and `linear_logprob_sums`, one value per member, for a head that is not trained.
-On CUDA with Triton the work is in triton_gemm.py, elsewhere in tiled.py.
+Shapes: R response rows, D width, V vocabulary.
+`linear_logprob` is traced through by torch.compile. On CUDA with Triton the work is in
+triton_gemm.py, elsewhere in tiled.py.
+
+A row's upstream gradient is one number, so it commutes with the rest: d logp / d hidden can be
+computed in the forward pass, while the logits are there, and multiplied afterwards. That is exact
+for any upstream, and 4RDV operations instead of 6RDV with the logits computed again. The gradient
+of the weight sums over rows and must wait for the upstream: a trained head computes its logits
+again.
 """
 
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from iopo.kernels import tiled
@@ -39,58 +45,15 @@ def linear_logprob(
     float32 and the sums are rounded to nothing narrower. Not summed over tokens, no length
     normalisation.
     Gradient reaches hidden, weight and bias (each only if it needs one), in their dtype; it is not
-    differentiable twice. Equal inputs give equal bits on the same device and thread count.
+    differentiable twice. If only hidden needs one, it is computed here: call under torch.no_grad()
+    where no gradient is wanted. Equal inputs give equal bits on the same device and thread count.
     Raises ValueError on other shapes and dtypes and on sharded weights; targets out of range are a
     ValueError on CPU and a device-side assertion on CUDA, where asking would stall the queue.
     """
     _check(hidden_RD, weight_VD, targets_R, bias_V, softcap)
-    return _forward(hidden_RD, weight_VD, targets_R, bias_V, softcap)[0]
-
-
-def linear_logprob_sums(
-    hidden_RD: Tensor,
-    weight_VD: Tensor,
-    targets_R: Tensor,
-    member_R: Tensor,
-    members: int,
-    *,
-    bias_V: Tensor | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """Sum of log-probabilities per member, its gradient computed in the forward pass.
-
-    sums[m] = sum of linear_logprob over the rows with member_R == m. The upstream gradient is then
-    one number per member, which multiplies d sums / d hidden after the fact: the logits are
-    computed once and not again in the backward pass (4RDV operations, not 6RDV), for one
-    [R, D] tensor in hidden's dtype kept until then.
-
-    member_R: int64 [R], in [0, members), in any order. Other arguments as in linear_logprob.
-    Returns sums_M float32 (float64 for float64) in nats; 0 for a member without rows.
-    Raises ValueError also if weight or bias want a gradient: use linear_logprob for those.
-    """
-    _check(hidden_RD, weight_VD, targets_R, bias_V, softcap)
-    if member_R.shape != targets_R.shape or member_R.dtype != torch.int64:
-        raise ValueError(
-            f"linear_logprob_sums: member_R must be int64 {list(targets_R.shape)}, one entry per "
-            f"row, found {member_R.dtype} {list(member_R.shape)}"
-        )
-    with_gradient = torch.is_grad_enabled() and hidden_RD.requires_grad
-    if torch.is_grad_enabled() and (
-        weight_VD.requires_grad or (bias_V is not None and bias_V.requires_grad)
-    ):
-        raise ValueError(
-            "linear_logprob_sums: the weight or bias of the head wants a gradient, which cannot be "
-            "computed before the upstream gradient is known; freeze the head or use linear_logprob"
-        )
-    return _sums(
-        hidden_RD, weight_VD, targets_R, member_R, members, bias_V, softcap, with_gradient
-    )[0]
-
-
-def sum_by_member(value_R: Tensor, member_R: Tensor, members: int) -> Tensor:
-    """Sum the rows of each member, in a fixed order: index_add_ is not repeatable on CUDA."""
-    belongs_MR = member_R == torch.arange(members, device=member_R.device)[:, None]
-    return torch.where(belongs_MR, value_R, 0).sum(1)
+    trained = weight_VD.requires_grad or (bias_V is not None and bias_V.requires_grad)
+    in_forward = torch.is_grad_enabled() and hidden_RD.requires_grad and not trained
+    return _forward(hidden_RD, weight_VD, targets_R, bias_V, softcap, in_forward)[0]
 
 
 def _check(
@@ -133,14 +96,14 @@ def _check(
         raise ValueError(f"linear_logprob: softcap must be above 0, or None, found {softcap}")
 
 
-def _check_range(name: str, index_R: Tensor, stop: int) -> None:
-    """Inside the operators, where the values exist even under torch.compile."""
-    wrong_R = (index_R < 0) | (index_R >= stop)
-    if index_R.is_cuda:
-        torch._assert_async(~wrong_R.any(), f"linear_logprob: {name} outside [0, {stop})")
+def _check_targets(targets_R: Tensor, words: int) -> None:
+    """Inside the operator, where the values exist even under torch.compile."""
+    wrong_R = (targets_R < 0) | (targets_R >= words)
+    if targets_R.is_cuda:
+        torch._assert_async(~wrong_R.any(), f"linear_logprob: targets outside [0, {words})")
     elif wrong_R.any():
         raise ValueError(
-            f"linear_logprob: {name} must be in [0, {stop}), found {int(index_R[wrong_R][0])}; "
+            f"linear_logprob: targets must be in [0, {words}), found {int(targets_R[wrong_R][0])}; "
             "select the rows to score before the call, masked ones (-100) are not skipped"
         )
 
@@ -161,18 +124,26 @@ def _forward(
     targets_R: Tensor,
     bias_V: Tensor | None,
     softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp_R, shift_R, scale_R): softmax = scale * exp(z - shift)."""
-    _check_range("targets", targets_R, weight_VD.shape[0])
-    forward = _backend(hidden_RD).forward
-    return forward(hidden_RD, weight_VD, targets_R, bias_V, softcap)[:3]
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logp_R, shift_R, scale_R, unit_RD): softmax = scale * exp(z - shift).
+
+    unit_RD is d logp_R / d hidden_RD in hidden's dtype, empty unless with_gradient.
+    """
+    _check_targets(targets_R, weight_VD.shape[0])
+    logp_R, shift_R, scale_R, unit_RD = _backend(hidden_RD).forward(
+        hidden_RD, weight_VD, targets_R, bias_V, softcap, with_gradient=with_gradient
+    )
+    unit_RD = hidden_RD.new_empty(0) if unit_RD is None else unit_RD.to(hidden_RD.dtype)
+    return logp_R, shift_R, scale_R, unit_RD
 
 
 @_forward.register_fake
-def _(hidden_RD, weight_VD, targets_R, bias_V, softcap):
+def _(hidden_RD, weight_VD, targets_R, bias_V, softcap, with_gradient):
     wide = torch.promote_types(hidden_RD.dtype, torch.float32)
     logp_R = hidden_RD.new_empty(hidden_RD.shape[0], dtype=wide)
-    return logp_R, torch.empty_like(logp_R), torch.empty_like(logp_R)
+    unit_RD = hidden_RD.new_empty(hidden_RD.shape if with_gradient else 0)
+    return logp_R, torch.empty_like(logp_R), torch.empty_like(logp_R), unit_RD
 
 
 @torch.library.custom_op("iopo::linear_logprob_backward", mutates_args=())
@@ -214,61 +185,26 @@ def _(grad_R, hidden_RD, weight_VD, targets_R, logp_R, shift_R, scale_R, bias_V,
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    hidden_RD, weight_VD, targets_R, bias_V, ctx.softcap = inputs
+    hidden_RD, weight_VD, targets_R, bias_V, ctx.softcap, ctx.with_gradient = inputs
+    *per_row, unit_RD = output
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(hidden_RD, weight_VD, targets_R, *output, bias_V)
+    if ctx.with_gradient:
+        ctx.save_for_backward(unit_RD)
+    else:
+        ctx.save_for_backward(hidden_RD, weight_VD, targets_R, *per_row, bias_V)
 
 
-def _differentiate(ctx, grad_R, _grad_shift_R, _grad_scale_R):
-    _, weight_needed, _, bias_needed, _ = ctx.needs_input_grad
+@once_differentiable
+def _differentiate(ctx, grad_R, *_):
+    if ctx.with_gradient:
+        (unit_RD,) = ctx.saved_tensors
+        return (unit_RD * grad_R[:, None]).to(unit_RD.dtype), *[None] * 5
+    _, weight_needed, _, bias_needed, *_ = ctx.needs_input_grad
     hidden, weight, bias = _backward(
         grad_R, *ctx.saved_tensors, ctx.softcap, weight_needed, bias_needed
     )
-    return hidden, weight if weight_needed else None, None, bias if bias_needed else None, None
+    weight, bias = weight if weight_needed else None, bias if bias_needed else None
+    return hidden, weight, None, bias, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save_for_backward)
-
-
-@torch.library.custom_op("iopo::linear_logprob_sums", mutates_args=())
-def _sums(
-    hidden_RD: Tensor,
-    weight_VD: Tensor,
-    targets_R: Tensor,
-    member_R: Tensor,
-    members: int,
-    bias_V: Tensor | None,
-    softcap: float | None,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """(sums_M, d logp_R / d hidden_RD, empty unless with_gradient)."""
-    _check_range("targets", targets_R, weight_VD.shape[0])
-    _check_range("member_R", member_R, members)
-    forward = _backend(hidden_RD).forward
-    logp_R, _, _, unit_RD = forward(
-        hidden_RD, weight_VD, targets_R, bias_V, softcap, with_gradient=with_gradient
-    )
-    unit_RD = hidden_RD.new_empty(0) if unit_RD is None else unit_RD.to(hidden_RD.dtype)
-    return sum_by_member(logp_R, member_R, members), unit_RD
-
-
-@_sums.register_fake
-def _(hidden_RD, weight_VD, targets_R, member_R, members, bias_V, softcap, with_gradient):
-    wide = torch.promote_types(hidden_RD.dtype, torch.float32)
-    unit = hidden_RD.new_empty(hidden_RD.shape if with_gradient else 0)
-    return hidden_RD.new_empty(members, dtype=wide), unit
-
-
-def _save_unit_gradient(ctx, inputs, output) -> None:
-    sums_M, unit_RD = output
-    ctx.mark_non_differentiable(unit_RD)
-    ctx.save_for_backward(unit_RD, inputs[3])
-
-
-def _scale_unit_gradient(ctx, grad_M, _grad_unit_RD):
-    unit_RD, member_R = ctx.saved_tensors
-    grad_hidden_RD = (unit_RD * grad_M[member_R][:, None]).to(unit_RD.dtype)
-    return grad_hidden_RD, None, None, None, None, None, None, None
-
-
-_sums.register_autograd(_scale_unit_gradient, setup_context=_save_unit_gradient)

@@ -20,8 +20,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-ROWS = 512
-WORDS = 2048  # a tile of 512 x 2048 float32 is 4 MB: it stays in the L2 caches of two cores
+ROWS, WORDS = 2048, 1024  # a tile of float32 is 8 MB at most and stays in the caches
 SLACK = 16.0  # the reference of the exponentials moves only if a logit passes it by this much
 
 
@@ -119,6 +118,7 @@ def backward(
     logits_buffer, weight_buffer = _buffers(hidden_RD, weight_VD)
     narrow = dtype if _multiplies(dtype) else wide
     kept_rows = len(hidden_RD) if need_weight else 0  # dW needs all rows of a tile: one product
+    in_place = need_weight and narrow == wide
     errors_buffer = hidden_RD.new_empty(kept_rows * len(weight_buffer), dtype=narrow)
     scaled_RD = (hidden_RD * factor_R[:, None]).to(narrow) if need_weight else hidden_RD
     with _products_of(dtype):
@@ -126,7 +126,8 @@ def backward(
             weight_vD = _widened(weight_VD[words], weight_buffer)
             errors_Rv = errors_buffer[: kept_rows * len(weight_vD)].view(kept_rows, len(weight_vD))
             for rows in _spans(hidden_RD.shape[0], ROWS):
-                error_rv = _product(hidden_RD[rows], weight_vD, logits_buffer)
+                buffer = errors_Rv[rows].view(-1) if in_place else logits_buffer
+                error_rv = _product(hidden_RD[rows], weight_vD, buffer)
                 slope_rv = _finish_logits(error_rv, bias_V, words, softcap)
                 error_rv.sub_(shift_R[rows, None]).exp_()
                 here_r, column_r1 = _targets_in(targets_R[rows], words)
@@ -135,7 +136,7 @@ def backward(
                 if slope_rv is not None:
                     error_rv.mul_(slope_rv)
                 grad_hidden_RD[rows].addmm_(error_rv, weight_vD)
-                if need_weight:
+                if need_weight and not in_place:
                     errors_Rv[rows] = error_rv
                 if grad_bias_V is not None:
                     grad_bias_V[words] += factor_R[rows] @ error_rv
@@ -150,14 +151,19 @@ def backward(
 def log_probability(
     reference_R: Tensor, sum_R: Tensor, target_R: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp, shift, scale) from the target's logit and the other words' sum of exponentials."""
+    """(logp, shift, scale) from the target's logit and the other words' sum of exponentials.
+
+    In float64 and rounded once: a few numbers per row, whose rounding would show in the result.
+    """
+    wide, sum_R = reference_R.dtype, sum_R.double()
     shift_R = torch.maximum(reference_R, target_R)
-    others_R = sum_R * torch.exp(reference_R - shift_R)
-    hit_R = torch.exp(target_R - shift_R)
-    scale_R = 1 / (others_R + hit_R)
-    unlikely_R = (target_R - shift_R) + scale_R.log()
-    logp_R = torch.where(hit_R > others_R, -torch.log1p(others_R / hit_R), unlikely_R)
-    return logp_R, shift_R, scale_R
+    others_R = sum_R * torch.exp(reference_R.double() - shift_R)
+    log_hit_R = target_R.double() - shift_R
+    hit_R = torch.exp(log_hit_R)
+    total_R = others_R + hit_R
+    likely_R = -torch.log1p(others_R / hit_R)
+    logp_R = torch.where(hit_R > others_R, likely_R, log_hit_R - total_R.log())
+    return logp_R.to(wide), shift_R, (1 / total_R).to(wide)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ it. The partial results [B, R] are merged in a fixed order: no atomics, no locks
 the target stays out of the sums.
 Backward: the same product again in chunks of rows; its epilogue writes d loss / d logits in the
 inputs' dtype, and cuBLAS multiplies that with the weight and, if wanted, with the hidden rows.
+R changes with every batch: the kernels are not compiled anew for its value or its alignment.
 """
 
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ def blocks_for(capability: int, itemsize: int, softcap: float | None) -> Blocks:
     """Block sizes by compute capability (80, 90, 100, ...) and bytes per input element.
 
     They fill the chip's shared memory (163 KB on sm_80, 227 KB on sm_90 and sm_100, 99 KB on the
-    others) and its registers, of which a soft cap needs more: test_kernels_compile.py looks.
+    others) and its registers, of which a soft cap needs more: test_kernels_triton.py looks.
     """
     if itemsize == 4:  # no tensor cores: float32 is multiplied as float32
         return Blocks(rows=64, words=64, width=32, warps=4, stages=2, descriptors=False)
@@ -94,7 +95,7 @@ def _logits(hidden, weight, bias_ptr, row, word, R, V, D, SOFTCAP: tl.constexpr,
     return logits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "V"])
 def forward_kernel(hidden, weight, bias_ptr, targets_ptr, top_ptr, sum_ptr, target_ptr, error_ptr,
                    R, V, D, error_stride, SOFTCAP: tl.constexpr, ROWS: tl.constexpr,
                    WORDS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
@@ -128,7 +129,7 @@ def forward_kernel(hidden, weight, bias_ptr, targets_ptr, top_ptr, sum_ptr, targ
         tl.store(error_ptr + place, exps.to(error_ptr.dtype.element_ty), mask=inside[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "V"])
 def error_kernel(hidden, weight, bias_ptr, targets_ptr, shift_ptr, factor_ptr, miss_ptr, error_ptr,
                  R, V, D, error_stride, SOFTCAP: tl.constexpr, ROWS: tl.constexpr,
                  WORDS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,

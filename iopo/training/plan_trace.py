@@ -83,9 +83,8 @@ def trace(policy: Prepared, examples: Sequence[Example], device_type: str) -> Tr
     formulas = {
         OPS.segment_attention: lambda q, *_, **__: 4 * pairs * q.shape[1] * q.shape[2],
         OPS.segment_attention_backward: lambda g, *_, **__: 10 * pairs * g.shape[1] * g.shape[2],
-        OPS.linear_logprob: lambda h, w, *_, **__: 2 * h.shape[0] * w.numel(),
+        OPS.linear_logprob: _head_flops,
         OPS.linear_logprob_backward: _head_backward_flops,
-        OPS.linear_logprob_sums: _head_sums_flops,
     }
     watch = Watch(own, formulas, device_type)
     with watch:
@@ -134,7 +133,7 @@ class Watch(TorchDispatchMode):
             self.flops[op] += self.formulas[op](*args, **(kwargs or {}))
         elif op in flop_registry:
             self.flops[op] += flop_registry[op](*args, **(kwargs or {}), out_val=out)
-        if op in (OPS.linear_logprob_backward, OPS.linear_logprob_sums):
+        if op is OPS.linear_logprob_backward or (op is OPS.linear_logprob and args[-1]):
             workspace = head_workspace(op, args, self.device_type)
             self.peak = max(self.peak, self.live + workspace)
         return out
@@ -154,7 +153,7 @@ class Watch(TorchDispatchMode):
 
 
 def head_workspace(op: Any, args: tuple[Any, ...], device_type: str) -> int:
-    """Bytes that the head's operator takes inside and returns before it ends.
+    """Bytes that a head operator which computes a gradient takes inside and returns.
 
     A chunk of d loss / d logits on CUDA (triton_gemm.py); wide copies of the rows and some tiles
     elsewhere (tiled.py).
@@ -170,15 +169,16 @@ def head_workspace(op: Any, args: tuple[Any, ...], device_type: str) -> int:
     return wide * (rows * width * (copies + int(need_weight)) + tiles)
 
 
+def _head_flops(hidden_RD: Tensor, weight_VD: Tensor, *rest: Any) -> int:
+    """The logits and, with a frozen head, the gradient of the hidden rows."""
+    with_gradient = rest[-1]
+    return (2 if with_gradient else 1) * 2 * hidden_RD.shape[0] * weight_VD.numel()
+
+
 def _head_backward_flops(grad_R: Tensor, hidden_RD: Tensor, weight_VD: Tensor, *rest: Any) -> int:
     """The logits again, the gradient of the hidden rows and, if it is wanted, of the weight."""
     need_weight = rest[-2]
     return (3 if need_weight else 2) * 2 * hidden_RD.shape[0] * weight_VD.numel()
-
-
-def _head_sums_flops(hidden_RD: Tensor, weight_VD: Tensor, *rest: Any) -> int:
-    with_gradient = rest[-1]
-    return (2 if with_gradient else 1) * 2 * hidden_RD.shape[0] * weight_VD.numel()
 
 
 def _parts(flops: Counter[Any]) -> dict[str, float]:
