@@ -13,7 +13,7 @@ from typing import Any
 
 import iopo
 from iopo.data.formats import spread
-from iopo.evaluation import judge_check, judging, plan, quads, report, responses, scoring
+from iopo.evaluation import judge_check, judging, plan, report, responses, scoring
 from iopo.evaluation.benchmarks import (
     cfbench,
     complexbench,
@@ -48,6 +48,8 @@ def evaluate(config: EvaluateConfig, say: Say = print) -> dict[str, Any]:
     """
     name = config.benchmark.name
     if name == "quads":  # it needs the model itself, and not only its answers
+        from iopo.evaluation import quads  # with torch, which costs other benchmarks seconds
+
         return quads.evaluate_quads(config, say)
     if config.benchmark.reference is not None or not config.benchmark.controls:
         raise ValueError("benchmark.reference, benchmark.controls: +benchmark=quads only; remove")
