@@ -154,6 +154,8 @@ def oddities(answers: Responses) -> list[str]:
             f"answers to {len(answers.unknown)} ids that the data lacks "
             f"({responses.some(answers.unknown)}): ignored"
         )
+    if answers.repeated:
+        lines.append(f"{answers.repeated} answers are there twice, word for word: counted once")
     if counts["empty"]:
         lines.append(f"{counts['empty']} empty answers: scored as following nothing")
     if answers.cut:
