@@ -150,11 +150,17 @@ def test_odd_answers_are_counted_not_fatal(data: Path, tmp_path: Path) -> None:
     said: list[str] = []
     scores = evaluate(settings(data, answers), said.append)
     assert scores["responses"] == {
-        "answers": 3, "empty": 1, "missing": 1, "unknown": 1, "failed": 0, "cut_at_token_limit": 0,
+        "answers": 3, "empty": 1, "missing": 1, "unknown": 1, "repeated": 1, "failed": 0,
+        "cut_at_token_limit": 0,
     }  # fmt: skip
     assert scores["scores"]["prompt_strict"]["n"] == 4, "missing answers stay in the denominator"
     text = "\n".join(said)
-    for part in ("no answer to 1 items (1012)", "1 ids that the data lacks (9999)", "1 empty"):
+    for part in (
+        "no answer to 1 items (1012)",
+        "1 ids that the data lacks (9999)",
+        "1 empty",
+        "1 answers are there twice",
+    ):
         assert part in text
     assert (data.parent / "out" / "report.html").stat().st_size < 200_000
 
@@ -172,7 +178,7 @@ def test_odd_answers_are_counted_not_fatal(data: Path, tmp_path: Path) -> None:
             "row 2: a second, different answer to 1000",
         ),
         (b'{"key": 1, "response": "a"}\n', "none of 1 ids is in the data"),
-        (b"", "none of 0 ids"),
+        (b"\n", "no answers in it"),
     ],
 )
 def test_answers_that_cannot_be_read(
@@ -182,6 +188,13 @@ def test_answers_that_cannot_be_read(
     answers.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         evaluate(settings(data, answers), lambda _: None)
+    with pytest.raises(ValueError, match="no such file"):
+        evaluate(settings(data, tmp_path / "mistyped.jsonl"), lambda _: None)
+
+
+def test_scoring_answers_does_not_wait_for_torch() -> None:
+    code = "import sys, evaluate; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_the_report_escapes_what_answers_hold(data: Path, tmp_path: Path) -> None:

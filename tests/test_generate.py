@@ -5,8 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.cache_utils import DynamicLayer
 
 from iopo.evaluation.generate import (
+    GrowingLayer,
     encode_prompt,
     end_of_turn_ids,
     generate,
@@ -42,8 +44,8 @@ def one_by_one(model, tokenizer, conversation, max_new_tokens, choose):
             logits_V = model(torch.tensor([ids + out])).logits[0, -1]
         out.append(choose(logits_V, step))
         if out[-1] in end_of_turn_ids(model, tokenizer):
-            return tokenizer.decode(out[:-1], skip_special_tokens=True).strip(), "stop", len(out)
-    return tokenizer.decode(out, skip_special_tokens=True).strip(), "length", len(out)
+            return tokenizer.decode(out[:-1], skip_special_tokens=True), "stop", len(out)
+    return tokenizer.decode(out, skip_special_tokens=True), "length", len(out)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 50])
@@ -116,6 +118,22 @@ def test_progress_and_modes(tokenizer):
     with pytest.raises(RuntimeError, match="planned"), inference(model):
         raise RuntimeError("planned")
     assert model.training
+
+
+def test_the_growing_cache_holds_what_transformers_own_holds():
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = GrowingLayer(), DynamicLayer()
+    for length in (5, 1, 1, 140, 1):  # past its room, and on
+        new = torch.randn(2, 4, 3, length, 8, generator=generator)
+        kept = [layer.update(*new) for layer in (ours, theirs)]
+        assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
+        assert ours.get_seq_length() == theirs.get_seq_length()
+    for layer in (ours, theirs):
+        layer.batch_select_indices(torch.tensor([3]))
+        layer.batch_repeat_interleave(2)
+    new = torch.randn(2, 2, 3, 1, 8, generator=generator)
+    kept = [layer.update(*new) for layer in (ours, theirs)]
+    assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
 
 
 def test_no_conversations(tokenizer):

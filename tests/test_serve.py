@@ -72,7 +72,7 @@ def test_a_stream_joins_to_the_same_answer(address, messages) -> None:
         )
     )
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-    assert text.strip() == in_process(messages).text
+    assert text == in_process(messages).text
     assert len(chunks) > 3
     reasons = [chunk.choices[0].finish_reason for chunk in chunks]
     assert reasons[-1] in ("stop", "length") and not any(reasons[:-1])

@@ -142,6 +142,6 @@ def transformers_sampler(
             batch_size=CHUNK,
             seed=seed,
         )
-        return [(answer.text, answer.finish_reason) for answer in answers]
+        return [(answer.text.strip(), answer.finish_reason) for answer in answers]
 
     return sampler

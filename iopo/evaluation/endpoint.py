@@ -177,13 +177,11 @@ class Endpoint:
                 reply = await self._send(request)
             except _Transient as error:
                 last = error
+                if self.usage.replies == 0 and attempt >= 2 and error.hopeless:
+                    raise EndpointError(f"{self.section.base_url}: {error}") from error
                 if attempt < self.section.max_retries:
                     self.usage.retries += 1
                     await self._back_off(attempt, error)
-                if self.usage.replies == 0 and attempt >= 2 and error.no_connection:
-                    raise EndpointError(
-                        f"cannot connect to {self.section.base_url}: {error}; is the server up?"
-                    ) from error
                 continue
             self._failed_in_a_row = 0
             return reply
@@ -250,7 +248,8 @@ class Endpoint:
             # By name: the client has changed the HTTP library below it, and may again.
             cause = error.__cause__ or error
             refused = type(cause).__name__ == "ConnectError"
-            raise _Transient(f"connection failed: {cause}", no_connection=refused) from error
+            hint = "; is the server up?" if refused else ""
+            raise _Transient(f"connection failed: {cause}{hint}", hopeless=refused) from error
         text, finish_reason, usage = _completion(raw.text)
         self.usage.replies += 1
         reply = Reply(
@@ -295,11 +294,11 @@ class _Transient(Exception):
     """Worth another attempt."""
 
     def __init__(
-        self, text: str, *, retry_after_s: float | None = None, no_connection: bool = False
+        self, text: str, *, retry_after_s: float | None = None, hopeless: bool = False
     ):
         super().__init__(text)
         self.retry_after_s = retry_after_s
-        self.no_connection = no_connection
+        self.hopeless = hopeless  # where no request has ever succeeded
 
 
 def _completion(body: str) -> tuple[str, str, tuple[int, int]]:
@@ -316,7 +315,8 @@ def _completion(body: str) -> tuple[str, str, tuple[int, int]]:
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise _Transient(
             f"not a chat completion ({type(error).__name__}: {error}); does the server speak "
-            f"OpenAI's schema? It sent: {body[:200]!r}"
+            f"OpenAI's schema? It sent: {body[:200]!r}",
+            hopeless=True,
         ) from error
 
 

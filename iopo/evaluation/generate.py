@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 Conversation = Sequence[dict[str, str]]  # [{"role": ..., "content": ...}, ...], last turn: user
 
@@ -21,7 +22,7 @@ Conversation = Sequence[dict[str, str]]  # [{"role": ..., "content": ...}, ...],
 class Generation:
     """One answer. `finish_reason` is "stop" (end of turn) or "length" (cut at max_new_tokens)."""
 
-    text: str
+    text: str  # as decoded, blanks at its ends included: a benchmark may count lines
     finish_reason: str
     tokens: int  # generated tokens, the end-of-turn token included
 
@@ -123,7 +124,7 @@ def _decode(
 
     Rows that end leave the batch and the cache, so a straggler costs one row and not a batch.
     """
-    cache = DynamicCache(config=model.config)
+    cache = growing_cache(model)
     shared = _shared_tokens([prompts[i] for i in batch])
     ids_SL, mask_SL = _left_pad([prompts[i][shared:] for i in batch], device=model.device)
     if shared:  # a system prompt, mostly: read once, not once a row
@@ -180,6 +181,58 @@ def _shared_tokens(prompts: Sequence[list[int]]) -> int:
     return min(same, min(map(len, prompts)) - 1)
 
 
+class GrowingLayer(DynamicLayer):
+    """Keys and values in buffers with room ahead.
+
+    transformers' own layer copies all earlier positions for every new token, which on a CPU costs
+    more than attention itself once answers are long.
+    """
+
+    ROOM = 128  # positions
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffers: list[Tensor] = []  # keys, values
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
+        """Append positions; returns all so far, as views [S, heads, L, head width]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = (key_states, value_states)
+        start = self.get_seq_length()
+        stop = start + key_states.shape[2]
+        if not self._buffers or stop > self._buffers[0].shape[2]:
+            grown = [x.new_empty(*x.shape[:2], stop + self.ROOM, x.shape[3]) for x in new]
+            for buffer, old in zip(grown, self._buffers, strict=False):
+                buffer[:, :, :start] = old[:, :, :start]
+            self._buffers = grown
+        for buffer, x in zip(self._buffers, new, strict=True):
+            buffer[:, :, start:stop] = x
+        self.keys, self.values = (buffer[:, :, :stop] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences."""
+        length = self.get_seq_length()
+        self._buffers = [buffer[indices] for buffer in self._buffers]
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every sequence so many times."""
+        length = self.get_seq_length()
+        self._buffers = [buffer.repeat_interleave(repeats, dim=0) for buffer in self._buffers]
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+
+
+def growing_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty cache; layers with a sliding window stay transformers' own."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [GrowingLayer() if type(x) is DynamicLayer else x for x in cache.layers]
+    return cache
+
+
 def sample(scores_SV: Tensor, uniform_S: Tensor, top_p: float) -> Tensor:
     """Tokens, int64 [S], where softmax(scores) cumulates past `uniform_S` in [0, 1).
 
@@ -226,7 +279,7 @@ def _finish(
 ) -> Generation:
     stopped = tokens[-1] in stops
     text = str(tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True))
-    return Generation(text.strip(), "stop" if stopped else "length", len(tokens))
+    return Generation(text, "stop" if stopped else "length", len(tokens))
 
 
 def _check_arguments(max_new_tokens: int, temperature: float, top_p: float, batch: int) -> None:

@@ -185,14 +185,15 @@ def _judge(
     name: str, prompt: str, split: str, rows: list[dict[str, Any]], generation: Generation
 ) -> Answer:
     checks = [constraints.from_dict(row) for row in rows]
+    text = generation.text.strip()
     return Answer(
         id=name,
         prompt=prompt,
-        text=generation.text,
+        text=text,
         finish_reason=generation.finish_reason,
         split=split,
         kinds=tuple(check.kind for check in checks),
-        follows=tuple(constraints.follows(checks, generation.text)),
+        follows=tuple(constraints.follows(checks, text)),
         texts=tuple(row["text"] for row in rows),
     )
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from iopo.evaluation import judge_parse, judge_prompts
+from iopo.evaluation import judge_parse, judge_prompts, passages
 from iopo.evaluation.config import JudgeSection, Structured, Style
 from iopo.evaluation.endpoint import Endpoint, Reply, Request, RequestFailed, run_together
 from iopo.evaluation.judge_parse import Parsed, Unreadable
@@ -40,8 +40,18 @@ class Judgement:
     cut: bool = False  # the answer was too long and was cut for the judge
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A question that is asked in one request, and which criteria of the whole it holds."""
+
+    places: list[int]
+    question: Question
+
+
 def prompt(question: Question, style: Style) -> str:
     """The text that is sent to the judge."""
+    if _rule(question) is not None:
+        return passages.prompt(question, style)
     if style is Style.robust:
         return judge_prompts.robust(question)
     return _PAPER[question.format](question)
@@ -51,6 +61,9 @@ def parse(question: Question, style: Style, reply: Reply) -> Parsed:
     """The scores in a reply. Raises Unreadable, also when the reply was cut off."""
     if reply.finish_reason == "length":
         raise Unreadable("the reply was cut off at the token limit")
+    rule = _rule(question)
+    if rule is not None:
+        return Parsed((float(rule.holds(passages.parse(question, style, reply.text))),))
     count = len(question.criteria)
     if style is Style.robust:
         return judge_parse.parse_indexed(
@@ -68,17 +81,25 @@ def parse(question: Question, style: Style, reply: Reply) -> Parsed:
     return parsers[question.format](reply.text, count=count)
 
 
+def _rule(question: Question) -> judge_prompts.PassageRule | None:
+    """The rule of a question with one criterion that code scores (see `split`)."""
+    return question.rules[0] if len(question.rules) == 1 else None
+
+
 def first_request(question: Question, section: JudgeSection) -> Request:
     """The request that opens a question."""
     structured = section.structured is not Structured.off and section.style is Style.robust
+    coded = _rule(question) is not None
+    schema = passages.schema if coded else judge_prompts.robust_schema
+    form = "passages" if coded else question.format
     return Request(
         model=section.model or "",
         messages=({"role": "user", "content": prompt(question, section.style)},),
         temperature=section.temperature,
         max_tokens=section.max_tokens,
         extra=section.extra,
-        version=f"{question.format}-{section.style.value}-{judge_prompts.VERSION}",
-        response_format=judge_prompts.robust_schema(question) if structured else None,
+        version=f"{form}-{section.style.value}-{judge_prompts.VERSION}",
+        response_format=schema(question) if structured else None,
     )
 
 
@@ -129,32 +150,53 @@ def prepare(question: Question, section: JudgeSection) -> tuple[Question, bool]:
     return dataclasses.replace(question, response=response), True
 
 
-def split(question: Question, *, per_criterion: bool, style: Style) -> list[Question]:
-    """The questions that are really asked: one, or one for each constraint."""
+def split(question: Question, *, per_criterion: bool, style: Style) -> list[Part]:
+    """What is really asked, with the places of its criteria in the question.
+
+    One part, or one for each criterion; a criterion that code scores is always a part of its own.
+    """
+    count = len(question.criteria)
+    coded = {place for place, rule in enumerate(question.rules) if rule is not None}
+    judged = [place for place in range(count) if place not in coded]
     one_only = style is Style.paper and question.format == "yes_no"
-    if len(question.criteria) <= 1 or not (per_criterion or one_only):
-        return [question]
-    if style is Style.paper and question.format == "list":
-        return [question]  # its constraints have no text of their own to ask for
+    # the constraints of the published list format have no text of their own to ask for
+    together = style is Style.paper and question.format == "list"
+    apart = (per_criterion or one_only) and not together
+    groups = [[place] for place in (range(count) if apart else sorted(coded))]
+    if judged and not apart:
+        groups.insert(0, judged)
+    if len(groups) == 1:
+        return [Part(groups[0], question)]
     return [
-        dataclasses.replace(question, id=f"{question.id}#{number}", criteria=(criterion,))
-        for number, criterion in enumerate(question.criteria, 1)
+        Part(
+            places,
+            dataclasses.replace(
+                question,
+                id=f"{question.id}#{places[0] + 1}",
+                criteria=tuple(question.criteria[p] for p in places),
+                rules=(question.rules[places[0]],) if places[0] in coded else (),
+            ),
+        )
+        for places in groups
     ]
 
 
-def merge(question: Question, parts: list[Judgement]) -> Judgement:
+def merge(question: Question, parts: list[Part], found: list[Judgement]) -> Judgement:
     """One judgement from those of its parts; unread parts leave the whole unread."""
-    if len(parts) == 1:
-        return dataclasses.replace(parts[0], id=question.id)
-    bad = [p for p in parts if p.scores is None]
-    replies = tuple(key for p in parts for key in p.replies)
-    cut = any(p.cut for p in parts)
+    if len(found) == 1:
+        return dataclasses.replace(found[0], id=question.id)
+    bad = [j for j in found if j.scores is None]
+    replies = tuple(key for j in found for key in j.replies)
+    cut = any(j.cut for j in found)
     if bad:
-        status = "failed" if any(p.status == "failed" for p in bad) else "unparsed"
-        reason = f"{len(bad)} of {len(parts)} constraints: {bad[0].reason}"
+        status = "failed" if any(j.status == "failed" for j in bad) else "unparsed"
+        reason = f"{len(bad)} of {len(found)} parts: {bad[0].reason}"
         return Judgement(question.id, status, None, None, reason, replies, cut)
-    scores = tuple(score for p in parts for score in p.scores or ())
-    return Judgement(question.id, parts[0].status, scores, None, "", replies, cut)
+    scores = [0.0] * len(question.criteria)
+    for part, judgement in zip(parts, found, strict=True):
+        for place, score in zip(part.places, judgement.scores or (), strict=True):
+            scores[place] = score
+    return Judgement(question.id, found[0].status, tuple(scores), None, "", replies, cut)
 
 
 async def judge_all(
@@ -171,8 +213,8 @@ async def judge_all(
 
     async def one(question: Question) -> None:
         parts = split(question, per_criterion=section.per_criterion, style=section.style)
-        judged = [await judge_one(endpoint, part, section) for part in parts]
-        results[question.id] = merge(question, judged)
+        found = [await judge_one(endpoint, part.question, section) for part in parts]
+        results[question.id] = merge(question, parts, found)
         on_done(len(results), len(questions))
 
     await run_together([one(question) for question in questions])

@@ -49,7 +49,7 @@ def parse_indexed(text: str, *, count: int, maximum: int, token: str) -> Parsed:
     The last JSON object that carries the token counts. Every id 1 .. count must be there once;
     ids and scores may be strings ("3", "8/10"). Raises Unreadable.
     """
-    verdicts = [row for row in _objects(text[-MAX_CHARS:]) if "constraints" in row]
+    verdicts = [row for row in json_objects(text[-MAX_CHARS:]) if "constraints" in row]
     ours = [row for row in verdicts if row.get("check") == token]
     if not ours:
         raise Unreadable(
@@ -154,7 +154,7 @@ def parse_yes_no(text: str, *, count: int) -> Parsed:
     return Parsed((_yes_no(words.pop()),))
 
 
-def _objects(text: str) -> list[dict[str, Any]]:
+def json_objects(text: str) -> list[dict[str, Any]]:
     """All JSON objects of a text that are not inside another, in order."""
     decoder = json.JSONDecoder()
     found = []

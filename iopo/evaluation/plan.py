@@ -64,8 +64,8 @@ def _judge_plan(
             parts = judge.split(whole, per_criterion=section.per_criterion, style=section.style)
             for part in parts:
                 requests += 1
-                prompt += tokens(judge.prompt(part, section.style))
-                completion += REPLY_TOKENS + REPLY_TOKENS_PER_CRITERION * len(part.criteria)
+                prompt += tokens(judge.prompt(part.question, section.style))
+                completion += REPLY_TOKENS + REPLY_TOKENS_PER_CRITERION * len(part.places)
     cost = cost_usd(section, prompt, completion)
     return {
         "judge_requests": requests,

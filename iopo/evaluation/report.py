@@ -1,6 +1,7 @@
 """Scores for people: lines on the terminal and one page that needs no other file."""
 
 import html
+import json
 from typing import Any
 
 from iopo.evaluation.items import Item
@@ -22,6 +23,11 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f7fa; paddi
   border-radius: 4px; margin: .4rem 0; font-size: 13px; } .ok { color: #1d7a46; }
 .no { color: #b3261e; } .big td { font-size: 1.05rem; }
 """
+
+
+def plain(value: Any) -> Any:
+    """Enums as their values, so that it can be JSON."""
+    return json.loads(json.dumps(value, default=lambda member: member.value))
 
 
 def percent(entry: dict[str, Any]) -> str:

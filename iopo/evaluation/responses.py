@@ -28,6 +28,7 @@ class Responses:
     text: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)  # scored as not following anything
     unknown: list[str] = field(default_factory=list)  # ids in the file that the data lacks
+    repeated: int = 0  # rows that give an answer once more, word for word
     failed: dict[str, str] = field(default_factory=dict)  # the server gave no answer, and why
     cut: int = 0  # ended at the token limit
 
@@ -37,6 +38,7 @@ class Responses:
             "empty": sum(not text.strip() for text in self.text.values()),
             "missing": len(self.missing),
             "unknown": len(self.unknown),
+            "repeated": self.repeated,
             "failed": len(self.failed),
             "cut_at_token_limit": self.cut,
         }
@@ -51,9 +53,11 @@ def read_responses(path: str | Path, items: list[Item], known: set[str]) -> Resp
     """Answers from JSON Lines {"key" or "id", "response"}, joined by id.
 
     items: what is scored; known: all ids of the data file. Missing answers and unknown ids are
-    reported, not fatal. Raises ValueError on rows of another form, on two different answers to one
-    item, and if no id fits.
+    reported, not fatal. Raises ValueError without a file or rows, on rows of another form, on two
+    different answers to one item, and if no id fits.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"responses.path={path}: no such file")
     rows = read_rows(path)
     texts: dict[str, str] = {}
     reasons: list[str] = []
@@ -69,6 +73,8 @@ def read_responses(path: str | Path, items: list[Item], known: set[str]) -> Resp
     if reasons:
         more = [f"... and {len(reasons) - 10} more"] if len(reasons) > 10 else []
         raise ValueError("\n".join(reasons[:10] + more))
+    if not texts:
+        raise ValueError(f"{path}: no answers in it")
     unknown = [name for name in texts if name not in known]
     if len(unknown) == len(texts):
         raise ValueError(
@@ -77,7 +83,8 @@ def read_responses(path: str | Path, items: list[Item], known: set[str]) -> Resp
         )
     kept = {item.id: texts[item.id] for item in items if item.id in texts}
     missing = [item.id for item in items if item.id not in texts]
-    return Responses(text=kept, missing=missing, unknown=unknown)
+    repeated = len(rows) - len(texts)
+    return Responses(text=kept, missing=missing, unknown=unknown, repeated=repeated)
 
 
 def some(names: list[str]) -> str:

@@ -3,10 +3,8 @@
 Every stage keeps its results in the output folder, so the same command goes on after a kill.
 """
 
-import asyncio
 import json
 import time
-from collections import Counter
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 
 import iopo
 from iopo.data.formats import spread
-from iopo.evaluation import judge, plan, quads, report, responses, scoring
+from iopo.evaluation import judge_check, judging, plan, report, responses, scoring
 from iopo.evaluation.benchmarks import (
     cfbench,
     complexbench,
@@ -26,10 +24,8 @@ from iopo.evaluation.benchmarks import (
     trace,
 )
 from iopo.evaluation.config import EvaluateConfig
-from iopo.evaluation.endpoint import Endpoint, EndpointError, ReplyCache
 from iopo.evaluation.items import Item, file_sha256, locate
 from iopo.evaluation.jsonl import write_rows
-from iopo.evaluation.judge_prompts import VERSION, Question
 from iopo.evaluation.responses import Responses, Say
 
 # Scored by a language model, or by code. Each module: SOURCE, HEADLINE, load, measures; judged ones
@@ -52,9 +48,13 @@ def evaluate(config: EvaluateConfig, say: Say = print) -> dict[str, Any]:
     """
     name = config.benchmark.name
     if name == "quads":  # it needs the model itself, and not only its answers
+        from iopo.evaluation import quads  # with torch, which costs other benchmarks seconds
+
         return quads.evaluate_quads(config, say)
     if config.benchmark.reference is not None or not config.benchmark.controls:
         raise ValueError("benchmark.reference, benchmark.controls: +benchmark=quads only; remove")
+    if name == "judge_check":  # the judge is scored, not the answers
+        return judge_check.check_judge(config, say)
     module = benchmark(name)
     path = locate(module.SOURCE, config.data.path)
     everything = module.load(path)
@@ -67,7 +67,7 @@ def evaluate(config: EvaluateConfig, say: Say = print) -> dict[str, Any]:
         texts = _plan_texts(config, everything, items)
         return plan.show(config, module, name in JUDGED, items, texts, say)
     if name in JUDGED:
-        _require_judge(config)
+        judging.require_judge(config.judge, name)
     out = Path(config.out or default_out(config))
     out.mkdir(parents=True, exist_ok=True)
     answers = get_responses(config, everything, items, data, out, say)
@@ -75,7 +75,7 @@ def evaluate(config: EvaluateConfig, say: Say = print) -> dict[str, Any]:
         say(f"note: {line}")
     judged: dict[str, Any] = {}
     if name in JUDGED:
-        verdicts, judged = judge_items(config, module, items, answers, out, say)
+        verdicts, judged = judging.judge_items(config.judge, module, items, answers.text, out, say)
     else:
         verdicts = module.score(items, answers.text)
     scores = total(config, module, items, verdicts)
@@ -83,7 +83,7 @@ def evaluate(config: EvaluateConfig, say: Say = print) -> dict[str, Any]:
         "responses": answers.counts(),
         "judge": judged,
         "data": {"path": str(path), "sha256": data, "known": known_file},
-        "config": _plain(asdict(config)),
+        "config": report.plain(asdict(config)),
         "versions": {"iopo": iopo.__version__, "python_openai": version("openai")},
         "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -154,81 +154,13 @@ def oddities(answers: Responses) -> list[str]:
             f"answers to {len(answers.unknown)} ids that the data lacks "
             f"({responses.some(answers.unknown)}): ignored"
         )
+    if answers.repeated:
+        lines.append(f"{answers.repeated} answers are there twice, word for word: counted once")
     if counts["empty"]:
         lines.append(f"{counts['empty']} empty answers: scored as following nothing")
     if answers.cut:
         lines.append(f"{answers.cut} answers ended at the token limit")
     return lines
-
-
-def judge_items(
-    config: EvaluateConfig,
-    module: ModuleType,
-    items: list[Item],
-    answers: Responses,
-    out: Path,
-    say: Say,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Verdicts of the judge (and of code, where the benchmark has rules), in the data's order."""
-    asked = {i.id: module.questions(i, answers.text.get(i.id, "")) for i in items}
-    questions = [question for group in asked.values() for question in group]
-    cache = ReplyCache(config.judge.cache or out / "judge.jsonl")
-    say(f"judging {len(questions)} answers; {len(cache)} replies are there already")
-    try:
-        judgements, usage = asyncio.run(_ask_judge(config, questions, cache, say))
-    finally:
-        cache.close()
-    by_id = {judgement.id: judgement for judgement in judgements}
-    verdicts = []
-    for item in items:
-        if asked[item.id]:
-            row = {"by": "judge", **asdict(by_id[item.id])}
-        else:
-            scores = module.by_code(item, answers.text.get(item.id, ""))
-            row = {"by": "code", "id": item.id, "status": "judged", "scores": scores}
-        verdicts.append(row)
-    status = Counter(row["status"] for row in verdicts)
-    info = {
-        "model": config.judge.model,
-        "style": config.judge.style.value,
-        "prompt_version": VERSION,
-        "status": dict(status),
-        "answers_cut": sum(row.get("cut", False) for row in verdicts),
-        "unread": {r["id"]: r["reason"] for r in verdicts if r["scores"] is None},
-        "usage": usage,
-    }
-    for kind in ("unparsed", "failed"):
-        if status[kind]:
-            say(f"note: {status[kind]} judgements {kind}; see scores.json and verdicts.jsonl")
-    cost = plan.cost_usd(config.judge, usage["prompt_tokens"], usage["completion_tokens"])
-    say(
-        f"judge: {usage['requests']} requests, {usage['cached']} from the cache, "
-        f"{usage['prompt_tokens']} + {usage['completion_tokens']} tokens"
-        + ("" if cost is None else f", {cost:.2f} USD")
-    )
-    return verdicts, info
-
-
-async def _ask_judge(
-    config: EvaluateConfig, questions: list[Question], cache: ReplyCache, say: Say
-) -> tuple[list[judge.Judgement], dict[str, Any]]:
-    endpoint = Endpoint(config.judge, cache)
-    started = last = time.monotonic()
-
-    def on_done(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if done == total or now - last > 5:
-            last = now
-            say(f"{done} of {total} judged, {done / (now - started):.1f}/s")
-
-    try:
-        found = await judge.judge_all(endpoint, questions, config.judge, on_done)
-    except EndpointError as error:
-        raise EndpointError(f"{error} ({len(cache)} replies are kept in the cache)") from error
-    finally:
-        await endpoint.close()
-    return found, asdict(endpoint.usage)
 
 
 def total(
@@ -290,14 +222,6 @@ def write(
     (out / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
-def _require_judge(config: EvaluateConfig) -> None:
-    if config.judge.base_url is None or config.judge.model is None:
-        raise ValueError(
-            f"{config.benchmark.name} needs a judge: set judge.base_url and judge.model "
-            "(plan=true shows what it will cost)"
-        )
-
-
 def _plan_texts(
     config: EvaluateConfig, everything: list[Item], items: list[Item]
 ) -> dict[str, str] | None:
@@ -305,8 +229,3 @@ def _plan_texts(
         return None
     known = {item.id for item in everything}
     return responses.read_responses(config.responses.path, items, known).text
-
-
-def _plain(value: Any) -> Any:
-    """Enums as their values, so that it can be JSON."""
-    return json.loads(json.dumps(value, default=lambda member: member.value))

@@ -82,8 +82,8 @@ def answer(
         {
             "id": quad.id,
             "prompt": quad.x1,
-            "text": generation.text,
-            "constraints": _verdicts(quad.c1 or [], generation.text),
+            "text": generation.text.strip(),
+            "constraints": _verdicts(quad.c1 or [], generation.text.strip()),
         }
         for quad, generation in zip(quads, generations, strict=True)
     ]

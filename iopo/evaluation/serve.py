@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iopo.config import Dtype
 from iopo.evaluation.config import ModelSection
@@ -26,6 +26,7 @@ from iopo.evaluation.generate import (
     encode_prompt,
     end_of_turn_ids,
     generate,
+    growing_cache,
     inference,
     sample,
 )
@@ -71,7 +72,7 @@ class Served:
         return found
 
     def stream(self, request: "ChatRequest") -> Iterator[tuple[str, str | None]]:
-        """(further text, finish reason or None); the joined text is that of `answer`, unstripped.
+        """(further text, finish reason or None); the joined text is that of `answer`.
 
         At a temperature above 0 the draws are others than those of `answer`.
         """
@@ -79,7 +80,7 @@ class Served:
         stops = end_of_turn_ids(self._model, self._tokenizer)
         limit = self._room(request)
         generator = torch.Generator().manual_seed(request.seed)
-        cache = DynamicCache(config=self._model.config)
+        cache = growing_cache(self._model)
         tokens: list[int] = []
         sent = ""
         with self._lock, inference(self._model):

@@ -3,14 +3,15 @@
 A question counts as failed if one it depends on fails. The published code looks one step back, on
 the raw answers: that is DRFR here; DRFR_transitive follows the chain to its end.
 
-Questions with a published `rule` are checked there by code on a passage that a model picks out.
-Here the judge answers them like the others; their share is shown apart, as rule_questions.
+Questions with a `rule` are scored by code (complexbench_rules) on passages that the judge picks
+out; their share is shown apart, as rule_questions. A rule that is not known is left to the judge.
 """
 
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from iopo.evaluation.benchmarks import complexbench_rules
 from iopo.evaluation.items import (
     Item,
     Measures,
@@ -53,14 +54,18 @@ def load(path: Path) -> list[Item]:
 
 def questions(item: Item, response: str) -> list[Question]:
     """All scoring questions of an item."""
+    asked = item.row["scoring_questions"]
     return [
         Question(
             id=item.id,
             task=item.row["instruction"],
-            criteria=tuple(q["question"] for q in item.row["scoring_questions"]),
+            criteria=tuple(q["question"] for q in asked),
             response=response,
             maximum=MAXIMUM,
             format="yes_no",
+            rules=tuple(
+                complexbench_rules.parse(q.get("rule")) for q in item.row["scoring_questions"]
+            ),
         )
     ]
 
