@@ -338,6 +338,30 @@ def test_verify_finds_every_planted_fault_and_no_other(tmp_path, train):
     assert summary.rows == 196
 
 
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"c1": 3}, "constraint"),
+        ({"c2": [None]}, "constraint"),
+        ({"c1": [{"kind": [], "params": {}}]}, "constraint"),
+        ({"match": 3}, "match"),
+        ({"match": [1, 0, 1]}, "match"),
+        ({"y1": None}, "keys"),
+        ({"y1": "\ud800 это ответ."}, "language"),
+    ],
+)
+def test_verify_survives_strange_rows(tmp_path, train, change, fault):
+    path = tmp_path / "strange.jsonl"
+    path.write_text(json.dumps({**train[0], **change}) + "\n" + "[" * 100_000 + "\n[1]\n")
+    found, _ = verify.verify([path])
+    assert (1, fault) in {(v.line, v.fault) for v in found}
+    assert [(v.line, v.fault) for v in found if v.line > 1] == [(2, "json"), (3, "keys")]
+    row = json.loads(json.dumps(train[0]))
+    row["c1"][0]["text"] = 7
+    path.write_text(json.dumps(row) + "\n")
+    assert [v.fault for v in verify.verify([path])[0]] == ["wording"]
+
+
 def test_verify_compares_with_benchmarks_and_other_files(tmp_path, train, capsys):
     bench = tmp_path / "bench.jsonl"
     prompt = " ".join(train[3]["y1"].split()[:20])

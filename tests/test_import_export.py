@@ -51,12 +51,20 @@ def turn(role: str, text: str) -> dict:
         ({"prompt": "P", "chosen": "A", "rejected": "A "}, "chosen = rejected"),
         ({"prompt": "P", "chosen": "A"}, "no chosen or no rejected"),
         ({"prompt": "P", "chosen": "A", "rejected": " "}, "empty text"),
-        ({"chosen": "A", "rejected": "B"}, "no prompt or several turns"),
+        ({"chosen": "A", "rejected": "B"}, "no prompt"),
         (
             {"chosen": [turn("user", "P"), turn("assistant", "Q"), turn("user", "R"),
                         turn("assistant", "A")], "rejected": "B"},
             "several turns",
         ),
+        (
+            {"prompt": [turn("user", "P"), turn("assistant", "Q"), turn("user", "R")],
+             "chosen": [turn("user", "R"), turn("assistant", "A")], "rejected": "B"},
+            "several turns",
+        ),
+        ({"prompt": "P", "chosen": [turn("assistant", "A"), turn("tool", "T")],
+          "rejected": "B"}, "several turns"),
+        ({"prompt": "P", "system": "S", "chosen": "A", "rejected": "B"}, ("P", "A", "B", "S")),
         (
             {"prompt": "P", "chosen": [turn("user", "Q"), turn("assistant", "A")], "rejected": "B"},
             "the two sides answer different prompts",

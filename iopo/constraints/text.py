@@ -21,6 +21,7 @@ _SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’)\]*]*+(?=\s|$)|[�
 _ABBREVIATION = re.compile(
     r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|No|p|pp|approx|e\.g|i\.e|a\.m|p\.m|U\.S|[A-Z]))\.$"
 )
+_LONGEST_ABBREVIATION = len("approx.")
 
 
 @lru_cache(maxsize=8)
@@ -56,7 +57,8 @@ def sentences(text: str) -> tuple[str, ...]:
     for line in _LIST_MARKER.sub("", text).split("\n"):
         start = 0
         for end in _SENTENCE_END.finditer(line):
-            if _ABBREVIATION.search(line, start, end.end()) and end.end() < len(line.rstrip()):
+            near = max(start, end.end() - _LONGEST_ABBREVIATION)
+            if _ABBREVIATION.search(line, near, end.end()) and end.end() < len(line.rstrip()):
                 continue
             found.append(line[start : end.end()].strip())
             start = end.end()

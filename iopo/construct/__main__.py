@@ -159,7 +159,7 @@ def main(cfg: DictConfig) -> None:
             RECIPES[cfg.recipe.name](cfg)
         else:
             raise ValueError(f"recipe.name is {cfg.recipe.name!r}; expected one of {list(RECIPES)}")
-    except (ValueError, OmegaConfBaseException, RuntimeError) as error:
+    except (ValueError, OmegaConfBaseException, RuntimeError, OSError) as error:
         sys.exit("construct: " + str(error).removeprefix("construct: "))
 
 

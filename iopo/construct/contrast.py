@@ -15,7 +15,6 @@ from iopo.constraints import MEASURED_KINDS, Constraint
 from iopo.constraints import text as cut
 from iopo.constraints.base import RELATIONS
 from iopo.constraints.compatibility import CONFLICTS
-from iopo.constraints.keywords import WordFrequency
 
 KINDS = {
     "en": (
@@ -51,8 +50,12 @@ def measured(kind: str, text: str, other: str) -> list[dict[str, Any]]:
     if kind == "word_frequency":  # of the words used most; to count all of them takes long
         uses = Counter(word for word in cut.lower_words(text) if len(word) > 4)
         most = [(word, n) for word, n in uses.most_common(_FREQUENT) if 1 < n <= _MOST_EXACT]
-        found = [{"relation": r, "number": n, "word": word} for word, n in most for r in RELATIONS]
-        return [params for params in found if WordFrequency(**params).check(text)]
+        return [
+            {"relation": r, "number": n, "word": word}
+            for word, n in most
+            if n == len(cut.word_spans(text, word))  # not beside an apostrophe or a digit
+            for r in RELATIONS
+        ]
     return [params for params in MEASURED_KINDS[kind].measure(text) if _worth_asking(params)]
 
 

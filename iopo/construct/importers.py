@@ -81,21 +81,25 @@ def _pair(number: int, row: Mapping[str, Any]) -> Pair | Skipped:
     if any(side is None for side in sides):
         return Skipped(number, "no chosen or no rejected")
     system, asked = _prompt(prompt)
-    last = []
+    if prompt is not None and asked is None:
+        return Skipped(number, SKIPPED_TURNS)
+    if isinstance(row.get("system"), str):
+        system = row["system"]
+    answers = []
     for side in sides:
         assert side is not None
-        users = [text for role, text in side if role == "user"]
-        if len(users) > 1 or len([1 for role, _ in side if role == "assistant"]) != 1:
+        turns = [(role, text) for role, text in side if role != "system"]
+        if [role for role, _ in turns] not in (["assistant"], ["user", "assistant"]):
             return Skipped(number, SKIPPED_TURNS)
-        if asked is None and users:
-            asked = users[0]
-        if users and users[0] != asked:
-            return Skipped(number, "the two sides answer different prompts")
+        if len(turns) == 2:
+            asked = asked or turns[0][1]
+            if turns[0][1] != asked:
+                return Skipped(number, "the two sides answer different prompts")
         system = system or next((text for role, text in side if role == "system"), None)
-        last.append(side[-1][1])
+        answers.append(turns[-1][1])
     if asked is None:
-        return Skipped(number, "no prompt or several turns")
-    chosen, rejected = (text.strip() for text in last)
+        return Skipped(number, "no prompt")
+    chosen, rejected = (text.strip() for text in answers)
     if not asked.strip() or not chosen or not rejected:
         return Skipped(number, "empty text")
     if chosen == rejected:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from functools import lru_cache
 
 from iopo.constraints import text as cut
 
@@ -58,4 +59,9 @@ def _slots(text: str) -> list[int]:
     words = cut.words(text[:1000])[:_WORDS]
     features = {word.lower() for word in words}
     features |= {f"length {len(text).bit_length()}", f"first {text[:1]}", f"last {text[-1:]}"}
-    return [zlib.crc32(feature.encode()) % _SLOTS for feature in features]
+    return [_slot(feature) for feature in features]
+
+
+@lru_cache(maxsize=1 << 16)
+def _slot(feature: str) -> int:
+    return zlib.crc32(feature.encode("utf-8", "surrogatepass")) % _SLOTS

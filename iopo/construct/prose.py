@@ -63,7 +63,10 @@ def ends_a_sentence(text: str) -> bool:
     >>> ends_a_sentence('He said "no."'), ends_a_sentence("And then the")
     (True, False)
     """
-    return re.search(r"[.!?:;][^\w]*$|[\])}>]\W*$", text) is not None
+    end = len(text)
+    while end and not (text[end - 1].isalnum() or text[end - 1] == "_"):
+        end -= 1
+    return any(mark in ".!?:;])}>" for mark in text[end:])
 
 
 def repeats_itself(text: str) -> bool:

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,10 @@ class VerifiedRecipe:
     out: str = "data/verified"
     responses: str = "data/verified/responses.jsonl"
     seed: int = 0
-    samples_per_task: int = 8
-    follow_candidates: int = 150
+    samples_per_task: int = 4
+    follow_candidates: int = 100
     follow_samples: int = 2
-    max_new_tokens: int = 96
+    max_new_tokens: int = 64
     train_quads: int = 1700
     heldout_quads: int = 200
     heldout_kinds_quads: int = 100
@@ -151,15 +151,18 @@ def split_of(task: Task) -> str:
 
 
 def bare_jobs(tasks: Sequence[Task], samples: int) -> list[Job]:
-    """The bare tasks, each `samples` times, with the forms in turn; some tasks need fewer."""
+    """The bare tasks, each `samples` times, with the forms in turn; some tasks need fewer.
+
+    Neighbours begin with different forms, so that few samples a task have all forms too.
+    """
     return [
         Job(
             f"{task.digest}-{n}",
-            f"{task.description} {FORMS[n % len(FORMS)]}"
+            f"{task.description} {FORMS[(place + n) % len(FORMS)]}"
             + ("" if task.input is None else f"\n# Inputs:\n{task.input}"),
         )
         for n in range(samples)
-        for task in tasks
+        for place, task in enumerate(tasks)
         if n < SAMPLES_TO_EDIT or split_of(task) != "heldout_kinds"
     ]
 
@@ -204,28 +207,30 @@ def whole_text(text: str) -> tuple[str, str | None]:
     return text, "too short before it breaks off or repeats itself"
 
 
-def beginning(text: str, rng: random.Random) -> str:
-    """Prose of several sentences up to one of them; other text as it is."""
-    sentences = cut.sentences(text)
-    if "\n" in text or len(sentences) < 3:
-        return text
-    start = " ".join(sentences[: rng.randint(1, len(sentences) - 1)])
-    good = balanced(start) and ends_a_sentence(start) and len(cut.words(start)) >= _LEAST_WORDS
-    return start if good else text
+def beginning(text: str, rng: random.Random) -> str | None:
+    """Some of its sentences or, where it has several lines, of its lines; None: too little left."""
+    if "\n" in text:
+        ends = [match.start() for match in re.finditer(r"\n", text)]
+    else:
+        ends = [match.end() for match in _SENTENCE_END.finditer(text)][:-1]
+    if not ends:
+        return None
+    start, fault = whole_text(text[: rng.choice(ends)])
+    return start if fault is None and start != text else None
 
 
 def _relabel(
     making: Making, tasks: Sequence[Task], texts: Mapping[str, list[str]], rng: random.Random
 ) -> None:
-    """Pairs of responses to one task, half of them cut shorter; each response once."""
+    """Pairs of responses to one task. A response may serve twice: whole, and cut shorter."""
     rounds: list[list[tuple[Task, str, str]]] = []
     for task in rng.sample(tasks, len(tasks)):
-        sources = [beginning(t, rng) if rng.random() < 0.5 else t for t in texts[task.line]]
-        pairs = rng.sample(pool := list(combinations(sources, 2)), len(pool))
-        for n, pair in enumerate(pairs):
+        sources = [[t, *filter(None, [beginning(t, rng)])] for t in texts[task.line]]
+        pairs = [p for two in combinations(sources, 2) for p in product(*two)]
+        for n, (first, second) in enumerate(rng.sample(pairs, len(pairs))):
             if n == len(rounds):
                 rounds.append([])
-            rounds[n].append((task, *pair))
+            rounds[n].append((task, first, second))
     used: set[tuple[str, str]] = set()
     tally = making.tally
     for number, drawn in enumerate(rounds):  # each task once before any task twice

@@ -127,7 +127,7 @@ def _check_line(
     """(fault, detail) for all that is wrong with a row; what follows from a fault is left out."""
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         yield "json", f"cannot be read: {error}"
         return
     missing = [
@@ -138,6 +138,10 @@ def _check_line(
         return
     yield from _repeated(row, where, seen)
     yield from _overlaps(row, grams)
+    no_list = [key for key in ("c1", "c2") if not isinstance(row.get(key) or [], list)]
+    if no_list:
+        yield "constraint", f"{', '.join(no_list)} is no list of constraints"
+        return
     kinds = [[_kind(c) for c in row.get(key) or ()] for key in ("c1", "c2")]
     judged = JUDGED in kinds[0] or JUDGED in kinds[1]
     broken = list(_texts(row, {*kinds[0], *kinds[1]}))
@@ -156,8 +160,9 @@ def _check_line(
         yield from _cells(row, c1, c2)
     for x, key in (("x1", "c1"), ("x2", "c2")):
         for constraint in row.get(key) or ():
-            if constraint.get("text", "") not in row[x]:
-                yield "wording", f"{x} does not contain {constraint['text']!r} of {key}"
+            text = constraint.get("text")
+            if not isinstance(text, str) or text not in row[x]:
+                yield "wording", f"{x} does not contain the text {text!r} of {key}"
 
 
 def _kind(constraint: Any) -> str:
@@ -199,7 +204,7 @@ def _cells(
             kinds = ", ".join(c["kind"] for c in constraints)
             yield member, f"{member[2:]} {verb} c{member[1]} ({kinds})"
     given = row.get("match")
-    if given is not None and [bool(bit) for bit in given] != list(cells):
+    if given is not None and given != list(cells):  # 1 equals True
         yield "match", f"says {given}, the checks say {[int(cell) for cell in cells]}"
 
 
