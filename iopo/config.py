@@ -62,7 +62,9 @@ class Wandb(Enum):
 class Checkpointing(Enum):
     none = "none"
     every_k = "every_k"
+    selective = "selective"
     full = "full"
+    auto = "auto"
 
 
 class Device(Enum):
@@ -353,6 +355,12 @@ class TrainConfig:
             raise ValueError(
                 "export.merged=true has no effect without adapters (model.lora.rank is 0); the "
                 "export is the whole model already"
+            )
+        if self.parallel.checkpointing is Checkpointing.auto and self.data.layout is Layout.plain:
+            raise ValueError(
+                "parallel.checkpointing=auto plans the memory of a run, which is modelled for "
+                "data.layout=shared only; with data.layout=plain expected none, every_k, selective "
+                "or full"
             )
 
 

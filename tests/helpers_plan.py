@@ -32,9 +32,9 @@ def resident(key: str) -> int:
 def train(cfg, rows) -> None:
     policy = LogProbs(tiny_causal_lm(cfg.model.tiny, seed=0, dtype=torch.float32, attention=SHARED))
     setup.adapt(cfg, policy)
-    every = setup.checkpoint_every(cfg)
     cpu = torch.device("cpu")
-    prepared = prepare(policy, device=cpu, dtype=torch.float32, mesh=None, checkpoint_every=every)
+    how = setup.recomputation(cfg)
+    prepared = prepare(policy, device=cpu, dtype=torch.float32, mesh=None, **how)
     optimizer = optim.make_optimizer(prepared.parameters, cfg.optim)
     batch = build_shared(rows)
     for _step in range(2):

@@ -102,13 +102,10 @@ def layout_of(cfg: TrainConfig, ranks: int) -> Layout:
     return Layout(ranks, shard, sharded)
 
 
-def gpu_memory(
-    cfg: TrainConfig, sizes: Sizes, layout: Layout, trace: Trace, micro_batches: int
-) -> dict[str, float]:
+def gpu_memory(cfg: TrainConfig, sizes: Sizes, layout: Layout, trace: Trace) -> dict[str, float]:
     """Bytes on one GPU at the worst moment of a step, by purpose; their sum is the peak.
 
-    trace: of the largest micro-batch. micro_batches: per rank and step; with more than one, FSDP2
-        keeps whole, not divided gradients until the last one sends them.
+    trace: of the largest micro-batch.
     """
     w, c, t = sizes.wide, sizes.compute, sizes.trained
     rows: dict[str, float] = {} if cfg.parallel.offload else states(cfg, sizes, layout)
@@ -119,8 +116,6 @@ def gpu_memory(
         rows["gathered weights"] = c * (sizes.root + GATHERED_BLOCKS * sizes.block)
         leaving = (REDUCED_BLOCKS * w + c) * sizes.block_trained + w * sizes.root_trained
         rows["gradients on their way"] = leaving
-        if micro_batches > 1:
-            rows["whole gradients until the last micro-batch"] = w * t
         at_end = held + c * sizes.root + 2 * w * sizes.root_trained
     else:
         at_end = held + (w * t if layout.ranks > 1 else 0)  # buckets of the all-reduce
@@ -180,7 +175,7 @@ def communication(
 
     replicated   all-reduce of gradients          2 (N-1)/N w t
     sharded      gathers, every micro-batch       (S-1)/S c (2 P_blocks + P_rest)
-                 reduce-scatter of gradients      (S-1)/S w t
+                 reduce-scatter, every micro-batch  (S-1)/S w t
                  all-reduce over replicas (HSDP)  2 (N/S-1)/(N/S) w t / S
     """
     plan, w, c, t = cfg.plan_for, sizes.wide, sizes.compute, sizes.trained
@@ -192,9 +187,10 @@ def communication(
     gathered = _others(layout.shard) * c * (2 * (sizes.total - sizes.root) + sizes.root)
     if reference_source(cfg) is ReferenceSource.live and cfg.model.lora.rank == 0:
         gathered += _others(layout.shard) * c * sizes.total
+    scattered = _others(layout.shard) * w * t
     transfers = [
         _transfer("gathers of weights", micro_batches * gathered, layout.shard, plan),
-        _transfer("reduce-scatter of gradients", _others(layout.shard) * w * t, layout.shard, plan),
+        _transfer("reduce-scatter of gradients", micro_batches * scattered, layout.shard, plan),
     ]
     if layout.replicas > 1:
         volume = 2 * _others(layout.replicas) * w * t / layout.shard

@@ -50,11 +50,16 @@ class Work:
     steps: int | None
 
 
-def work(cfg: TrainConfig, batching: Batching) -> Work:
-    """The work of a step on batching.ranks ranks, by the lengths of the data if it can be read."""
+def work(cfg: TrainConfig, batching: Batching, examples: Sequence[Example] | None = None) -> Work:
+    """The work of a step on batching.ranks ranks, by the lengths of the data if it can be read.
+
+    examples: the training data, if it is at hand.
+    """
+    if examples is not None:
+        return _from_data(cfg, batching, examples)
     missing = _missing(cfg)
     if missing is None:
-        return _from_data(cfg, batching)
+        return _from_data(cfg, batching, load_inputs(cfg).train)
     return _assumed(cfg, batching, missing)
 
 
@@ -110,9 +115,8 @@ def _per_batch(batching: Batching, example: Example, share: int) -> int:
     return max(map(len, bins))
 
 
-def _from_data(cfg: TrainConfig, batching: Batching) -> Work:
+def _from_data(cfg: TrainConfig, batching: Batching, examples: Sequence[Example]) -> Work:
     """The lengths of the data; micro-batches as they will be, in the first steps."""
-    examples = load_inputs(cfg).train
     tokens_N = token_counts(examples, batching.layout)
     steps = plan_steps(len(examples), batching, cfg.optim.epochs, cfg.optim.max_steps).steps
     heaviest: tuple[int, ...] = (int(tokens_N.argmax()),)

@@ -13,6 +13,7 @@ from iopo.training import loop, optim, references, setup
 from iopo.training.checkpoint_files import complete_folders, read_state
 from iopo.training.checkpoint_tensors import load_state
 from iopo.training.inputs import load_inputs
+from iopo.training.memory_fit import settle
 from iopo.training.metrics import NAMES
 from iopo.training.placement import Ranks
 from iopo.training.signals import Control
@@ -33,7 +34,7 @@ def replay(cfg: TrainConfig, scratch: Path, ranks: Ranks, control: Control) -> N
             f"replay_step={step} on {ranks.world_size} processes; expected 1 to {job.steps} on one "
             "process (parallel.processes=1)"
         )
-    prepared = setup.make_policy(cfg, inputs, ranks)
+    prepared = setup.make_policy(settle(cfg, inputs, ranks, scratch, print), inputs, ranks)
     reference = references.make_reference(cfg, inputs, job, ranks, prepared, print, control.alive)
     optimizer = optim.make_optimizer(prepared.parameters, cfg.optim)
     done = 0

@@ -1,5 +1,7 @@
 """From a config to a policy on its device."""
 
+from typing import Any
+
 import torch
 
 from iopo import objectives
@@ -120,10 +122,15 @@ def shards(cfg: TrainConfig, world_size: int) -> bool:
     return world_size > 1 and (cfg.model.lora.rank == 0 or asked)
 
 
-def checkpoint_every(cfg: TrainConfig) -> int:
-    """Recompute the activations of every k-th decoder block in backward; 0 for none."""
-    every = {Checkpointing.none: 0, Checkpointing.full: 1}
-    return every.get(cfg.parallel.checkpointing, cfg.parallel.checkpoint_every_k)
+def recomputation(cfg: TrainConfig) -> dict[str, Any]:
+    """parallel.checkpointing as arguments of `prepare`. `auto` must have been settled before."""
+    kind = cfg.parallel.checkpointing
+    assert kind is not Checkpointing.auto, "memory_fit.settle comes first"
+    every = {Checkpointing.none: 0, Checkpointing.every_k: cfg.parallel.checkpoint_every_k}
+    return {
+        "checkpoint_every": every.get(kind, 1),
+        "selective": kind is Checkpointing.selective,
+    }
 
 
 def make_policy(cfg: TrainConfig, inputs: Inputs, ranks: Ranks) -> Prepared:
@@ -141,8 +148,8 @@ def make_policy(cfg: TrainConfig, inputs: Inputs, ranks: Ranks) -> Prepared:
         dtype=dtype,
         mesh=make_mesh(ranks.device.type, p.shard_processes) if shard else None,
         offload=p.offload,
-        checkpoint_every=checkpoint_every(cfg),
         compile_blocks=p.compile,
+        **recomputation(cfg),
     )
 
 
