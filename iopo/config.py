@@ -239,6 +239,7 @@ class ParallelConfig:
     offload: bool = False
     checkpointing: Checkpointing = Checkpointing.none
     checkpoint_every_k: int = 2
+    split_quads: bool = False
     compile: bool = False
     timeout_s: float = 1800.0
 
@@ -362,6 +363,16 @@ class TrainConfig:
                 "data.layout=shared only; with data.layout=plain expected none, every_k, selective "
                 "or full"
             )
+        if self.parallel.split_quads:
+            self._check_split_quads()
+
+    def _check_split_quads(self) -> None:
+        name, budget = self.objective.name, self.optim.tokens_per_microbatch
+        dropout, so = self.model.lora.dropout, "with parallel.split_quads=true"
+        two_prompts = name in ("iopo", "input_preference", "output_preference", "iopo_three")
+        _require(two_prompts, "objective.name", name, f"an objective on quads {so}: two prompts")
+        _require(budget is not None, "optim.tokens_per_microbatch", None, f"a number {so}")
+        _require(dropout == 0, "model.lora.dropout", dropout, f"0 {so}: other elements would drop")
 
 
 def plain(cfg: Any) -> Any:

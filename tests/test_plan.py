@@ -37,12 +37,20 @@ SMALL = (  # 35 M parameters
 )  # fmt: skip
 
 
+# a quad of 2 * 240 + 4 * 80 tokens, above its budget
+ONE_LONG = [
+    "optim.micro_batch_quads=null", "optim.tokens_per_microbatch=500",
+    "plan_for.prompt_tokens=240", "plan_for.response_tokens=80",
+    "data.max_prompt_tokens=240", "data.max_response_tokens=80",
+]  # fmt: skip
 VARIANTS = [
     [],
     ["parallel.checkpointing=full"],
     ["parallel.checkpointing=selective"],
     ["model.lora.rank=8"],
     ["model.lora.rank=8", "parallel.checkpointing=selective"],
+    ["parallel.split_quads=true", *ONE_LONG],
+    ["model.lora.rank=8", "parallel.split_quads=true", *ONE_LONG],
 ]
 
 
@@ -215,6 +223,27 @@ def test_auto_takes_the_least_recomputation_that_fits(gpu_gb, kind, refused, fit
     assert (len(plan.refused), plan.fits) == (refused, fits)
     assert f"checkpointing {kind}" in str(plan)
     assert ("too large: none 0.8 GB" in str(plan)) == (refused > 0)
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_a_split_quad_needs_less_memory_and_if_it_goes_twice_a_forward_more(rank):
+    lora = f"model.lora.rank={rank}"
+    whole = plan_report(small_config(*ONE_LONG, lora))
+    split = plan_report(small_config(*ONE_LONG, lora, "parallel.split_quads=true"))
+    assert (whole.trace.tokens, split.trace.tokens) == (800, 400)
+    assert split.memory["activations"] < 0.52 * whole.memory["activations"]
+    more = sum(split.flops.values()) / sum(whole.flops.values())
+    assert more == pytest.approx(1.0 if rank else 4 / 3, rel=0.02)
+    assert ("gradients of a split quad" in split.memory) == (rank > 0)
+    assert "split by prompt: quads with 100% of the tokens" in str(split)
+
+
+def test_splitting_is_advised_where_the_longest_quad_is_what_does_not_fit():
+    sizes = ["data.max_prompt_tokens=2000", "data.max_response_tokens=600"]
+    tight = plan_report(small_config(*ONE_LONG, *sizes, "plan_for.gpu_gb=1.15"))
+    assert not tight.fits
+    expected = f"{FULL} parallel.split_quads=true optim.tokens_per_microbatch=3200"
+    assert any(line.startswith(expected) for line in tight.advice)
 
 
 def test_lengths_come_from_the_data_if_it_is_here():

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from transformers import AutoConfig, PretrainedConfig
 
+from iopo import objectives
 from iopo.config import Checkpointing, Device, TrainConfig
 from iopo.data.example import Example
 from iopo.model import load
@@ -87,7 +88,7 @@ def evaluate(
 ) -> Plan:
     """The plan without advice. config: of the model. examples: the training data, if at hand."""
     ranks = cfg.plan_for.gpus
-    amount = work(cfg, setup.batching(cfg, ranks), examples)
+    amount = work(cfg, setup.batching(cfg, ranks), setup.splitting(cfg, ranks), examples)
     layout = plan_cost.layout_of(cfg, ranks)
     if cfg.parallel.offload and not layout.sharded:
         raise ValueError(
@@ -124,9 +125,9 @@ def _costs(cfg: TrainConfig, config: PretrainedConfig, amount: Work, layout: Lay
         layout=layout,
         work=amount,
         trace=traced,
-        memory=plan_cost.gpu_memory(cfg, sizes, layout, traced),
+        memory=plan_cost.gpu_memory(cfg, sizes, layout, traced, split=amount.split > 0),
         host=host,
-        flops=plan_cost.step_flops(cfg, amount, traced),
+        flops=plan_cost.step_flops(cfg, layout, amount, traced),
         transfers=plan_cost.communication(cfg, sizes, layout, amount.micro_batches),
         advice=[],
         refused={},
@@ -163,6 +164,12 @@ def _changes(plan: Plan) -> Iterator[tuple[str, TrainConfig]]:
             both = key if kind is parallel.checkpointing else f"{words} {key}"
             yield both, replace(with_it, optim=optim)
     full = replace(parallel, checkpointing=Checkpointing.full)
+    budget = max(plan.work.longest_part, SMALLEST_BUDGET)
+    if budget < plan.work.longest and cfg.optim.tokens_per_microbatch and _may_split(cfg):
+        optim = replace(cfg.optim, tokens_per_microbatch=budget)
+        words = "parallel.checkpointing=full parallel.split_quads=true"
+        with_split = replace(cfg, parallel=replace(full, split_quads=True), optim=optim)
+        yield f"{words} optim.tokens_per_microbatch={budget}", with_split
     ranks = cfg.plan_for.gpus
     if ranks > 1 and not plan.layout.sharded:
         words = f"parallel.checkpointing=full parallel.shard_processes={ranks}"
@@ -179,6 +186,11 @@ def _changes(plan: Plan) -> Iterator[tuple[str, TrainConfig]]:
             "parallel.checkpointing=full parallel.offload=true",
             replace(cfg, parallel=replace(full, offload=True)),
         )
+
+
+def _may_split(cfg: TrainConfig) -> bool:
+    two_prompts = objectives.KINDS[cfg.objective.name].rows in ("quad", "three")
+    return two_prompts and cfg.model.lora.dropout == 0 and not cfg.parallel.split_quads
 
 
 def _smaller_budgets(budget: int | None, longest: int) -> list[int]:
@@ -211,9 +223,11 @@ def _head(plan: Plan) -> Iterator[str]:
     too_large = [f"{kind.value} {peak / GB:.1f} GB" for kind, peak in plan.refused.items()]
     why = f" (auto; too large: {', '.join(too_large)})" if too_large else ""
     yield (
-        f"the largest micro-batch: {len(amount.heaviest)} examples, {plan.trace.tokens:,} tokens; "
+        f"the largest forward: {len(amount.heaviest)} examples, {plan.trace.tokens:,} tokens; "
         f"checkpointing {cfg.parallel.checkpointing.value}{why}"
     )
+    if amount.split:
+        yield f"split by prompt: quads with {amount.split:.0%} of the tokens"
 
 
 def _memory(plan: Plan) -> Iterator[str]:

@@ -102,16 +102,20 @@ def layout_of(cfg: TrainConfig, ranks: int) -> Layout:
     return Layout(ranks, shard, sharded)
 
 
-def gpu_memory(cfg: TrainConfig, sizes: Sizes, layout: Layout, trace: Trace) -> dict[str, float]:
+def gpu_memory(
+    cfg: TrainConfig, sizes: Sizes, layout: Layout, trace: Trace, *, split: bool = False
+) -> dict[str, float]:
     """Bytes on one GPU at the worst moment of a step, by purpose; their sum is the peak.
 
-    trace: of the largest micro-batch.
+    trace: of the largest forward. split: there are quads that are split.
     """
     w, c, t = sizes.wide, sizes.compute, sizes.trained
     rows: dict[str, float] = {} if cfg.parallel.offload else states(cfg, sizes, layout)
     held = sum(rows.values())
     rows["activations"] = trace.saved_bytes
     rows["working memory"] = trace.peak_bytes - trace.saved_bytes
+    if split and splits_once(cfg, layout):
+        rows["gradients of a split quad"] = w * t
     if layout.sharded:
         rows["gathered weights"] = c * (sizes.root + GATHERED_BLOCKS * sizes.block)
         leaving = (REDUCED_BLOCKS * w + c) * sizes.block_trained + w * sizes.root_trained
@@ -138,6 +142,12 @@ def states(cfg: TrainConfig, sizes: Sizes, layout: Layout) -> dict[str, float]:
     return rows
 
 
+def splits_once(cfg: TrainConfig, layout: Layout) -> bool:
+    """Whether a split quad goes through the model once: training/split.py."""
+    splitting = setup.splitting(cfg, layout.ranks)
+    return splitting is not None and splitting.direction is not None
+
+
 def reference_source(cfg: TrainConfig) -> ReferenceSource | None:
     """Where reference log-probs come from in a step; None if the objective has no reference."""
     if not objectives.KINDS[cfg.objective.name].reference:
@@ -146,7 +156,7 @@ def reference_source(cfg: TrainConfig) -> ReferenceSource | None:
     return ReferenceSource.cache if source is ReferenceSource.auto else source
 
 
-def step_flops(cfg: TrainConfig, work: Work, trace: Trace) -> dict[str, float]:
+def step_flops(cfg: TrainConfig, layout: Layout, work: Work, trace: Trace) -> dict[str, float]:
     """FLOPs of one step on all ranks together, by part.
 
     The trace gives the price of a token (trunk), a pair of query and key (attention) and a response
@@ -163,6 +173,8 @@ def step_flops(cfg: TrainConfig, work: Work, trace: Trace) -> dict[str, float]:
         for part, amount in amounts.items()
     }
     once = examples * sum(amounts[part] * trace.forward[part] for part in amounts)
+    if work.split and not splits_once(cfg, layout):
+        parts["split quads, first pass"] = work.split * once
     if reference_source(cfg) in (ReferenceSource.live, ReferenceSource.adapter_off):
         parts["reference"] = once
     return parts

@@ -16,6 +16,7 @@ from iopo.training.inputs import Inputs
 from iopo.training.loop import Job
 from iopo.training.placement import Ranks
 from iopo.training.seeds import stream_seed
+from iopo.training.split import Splitting
 
 TORCH_DTYPE = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32, Dtype.fp64: torch.float64}
 
@@ -79,7 +80,19 @@ def make_job(cfg: TrainConfig, inputs: Inputs, ranks: Ranks) -> Job:
         clip_norm=cfg.optim.clip_norm,
         rank=ranks.rank,
         device=ranks.device,
+        splitting=splitting(cfg, ranks.world_size),
     )
+
+
+def splitting(cfg: TrainConfig, world_size: int) -> Splitting | None:
+    """How quads above the token budget are split; None if they run whole."""
+    if not cfg.parallel.split_quads:
+        return None
+    assert cfg.optim.tokens_per_microbatch is not None  # checked in the config
+    sharded = shards(cfg, world_size)
+    once = cfg.model.lora.rank > 0 and not sharded and cfg.objective.sft_weight == 0
+    direction = objectives.KINDS[cfg.objective.name].direction if once else None
+    return Splitting(cfg.optim.tokens_per_microbatch, sharded, direction)
 
 
 def load_model(cfg: TrainConfig, inputs: Inputs, dtype: torch.dtype) -> LogProbs:
