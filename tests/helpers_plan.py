@@ -45,7 +45,8 @@ def train(cfg, rows) -> None:
                 prepared.model(batches[0]).sum().backward()
                 continue
             parts = PromptByPrompt(prepared, batches, splitting.direction)
-            parts.backward(torch.ones_like(parts.log_probs()), last=True)
+            parts.log_probs().sum().backward()
+            parts.backward(last=True)
         prepared.reduce_and_clip(1.0)
         optimizer.step()
         prepared.zero_grad()

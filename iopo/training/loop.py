@@ -151,7 +151,7 @@ def train_steps(
             loss_E, values_EK = score(job, batch, rows, policy_EM, reference_EM)
             (loss_E.sum() / total).backward()
             if parts is not None:  # that reached the log-probs, not yet the model
-                parts.backward(policy_EM.grad, last=last)
+                parts.backward(last=last)
             sums += values_EK.sum(0)
             rows_of_step += rows
         grad_norm = prepared.reduce_and_clip(job.clip_norm).item()

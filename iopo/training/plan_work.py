@@ -55,17 +55,22 @@ class Work:
     steps: int | None
 
 
-def work(cfg: TrainConfig, batching: Batching, examples: Sequence[Example] | None = None) -> Work:
+def work(
+    cfg: TrainConfig,
+    batching: Batching,
+    splitting: Splitting | None,
+    examples: Sequence[Example] | None = None,
+) -> Work:
     """The work of a step on batching.ranks ranks, by the lengths of the data if it can be read.
 
     examples: the training data, if it is at hand.
     """
     if examples is not None:
-        return _from_data(cfg, batching, examples)
+        return _from_data(cfg, batching, splitting, examples)
     missing = _missing(cfg)
     if missing is None:
-        return _from_data(cfg, batching, load_inputs(cfg).train)
-    return _assumed(cfg, batching, missing)
+        return _from_data(cfg, batching, splitting, load_inputs(cfg).train)
+    return _assumed(cfg, batching, splitting, missing)
 
 
 def example_of(kind: str, prompt_tokens: int, response_tokens: int) -> Example:

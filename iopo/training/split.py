@@ -73,25 +73,30 @@ class PromptByPrompt:
         assert direction is None or batches[0].examples == 1, "one scalar for several examples"
         self.prepared, self.batches, self.direction = prepared, batches, direction
         self.before: list[Tensor | None] = []  # gradients of the micro-batches before this one
+        self.logp_EM = torch.empty(0)
 
     def log_probs(self) -> Tensor:
         """[E, M]; a leaf: the loss is back-propagated to it, and then `backward` takes its grad."""
+        parts = []
         if self.direction is None:
             with torch.no_grad():
                 parts = [self.prepared.model(batch) for batch in self.batches]
-            return torch.cat(parts, dim=1).requires_grad_()
-        self.before = [p.grad for p in self.prepared.parameters.values()]
-        self._set_gradients([None] * len(self.before))
-        whole = torch.tensor([self.direction], device=self.batches[0].input_ids.device)
-        parts = []
-        for batch, signs_EM in zip(self.batches, self._by_prompt(whole), strict=True):
-            logp_EM = self.prepared.model(batch)
-            (logp_EM * signs_EM).sum().backward()
-            parts.append(logp_EM.detach())
-        return torch.cat(parts, dim=1).requires_grad_()
+        else:
+            self.before = [p.grad for p in self.prepared.parameters.values()]
+            self._set_gradients([None] * len(self.before))
+            whole = torch.tensor([self.direction], device=self.batches[0].input_ids.device)
+            for batch, signs_EM in zip(self.batches, self._by_prompt(whole), strict=True):
+                logp_EM = self.prepared.model(batch)
+                (logp_EM * signs_EM).sum().backward()
+                parts.append(logp_EM.detach())
+        self.logp_EM = torch.cat(parts, dim=1).requires_grad_()
+        return self.logp_EM
 
-    def backward(self, factor_EM: Tensor, *, last: bool) -> None:
-        """Add sum_m factor_m dlogp_m/dtheta to the gradients. last: of the step's micro-batches."""
+    def backward(self, *, last: bool) -> None:
+        """Add sum_m f_m dlogp_m/dtheta to the gradients. last: of the step's micro-batches."""
+        factor_EM = self.logp_EM.grad
+        if factor_EM is None:  # no loss
+            factor_EM = torch.zeros_like(self.logp_EM)
         if self.direction is None:
             factors = self._by_prompt(factor_EM)
             for i, (batch, part_EM) in enumerate(zip(self.batches, factors, strict=True)):
@@ -105,7 +110,8 @@ class PromptByPrompt:
 
     def idle(self, *, last: bool) -> None:
         """Take part in a micro-batch that only other ranks have; adds zero to the gradients."""
-        self.backward(torch.zeros_like(self.log_probs()), last=last)
+        self.log_probs()
+        self.backward(last=last)
 
     def _by_prompt(self, value_EM: Tensor) -> tuple[Tensor, ...]:
         return value_EM.split([batch.members for batch in self.batches], dim=1)
