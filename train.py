@@ -34,6 +34,7 @@ from iopo.training import (
 from iopo.training.checkpoint import Checkpoints
 from iopo.training.checkpoint_tensors import gather_state
 from iopo.training.inputs import load_inputs
+from iopo.training.memory_fit import settle
 from iopo.training.placement import Ranks
 from iopo.training.runfolder import mark_complete
 from iopo.training.secrets import redact
@@ -100,7 +101,7 @@ def train(cfg: TrainConfig, run: Path, ranks: Ranks, control: Control) -> None:
     teller = Teller(run, cfg, main=ranks.is_main)
 
     # The reference comes before any checkpoint: it is the starting weights, never trained ones.
-    prepared = setup.make_policy(cfg, inputs, ranks)
+    prepared = setup.make_policy(settle(cfg, inputs, ranks, run, teller.say), inputs, ranks)
     policy = setup.policy_of(prepared)
     reference = references.make_reference(
         cfg, inputs, job, ranks, prepared, teller.say, control.alive

@@ -64,7 +64,9 @@ class Wandb(Enum):
 class Checkpointing(Enum):
     none = "none"
     every_k = "every_k"
+    selective = "selective"
     full = "full"
+    auto = "auto"
 
 
 class Resume(Enum):
@@ -245,6 +247,7 @@ class ParallelConfig:
     offload: bool = False
     checkpointing: Checkpointing = Checkpointing.none
     checkpoint_every_k: int = 2
+    split_quads: bool = False
     compile: bool = False
     timeout_s: float = 1800.0
 
@@ -370,6 +373,22 @@ class TrainConfig:
                 "export.merged=true has no effect without adapters (model.lora.rank is 0); the "
                 "export is the whole model already"
             )
+        if self.parallel.checkpointing is Checkpointing.auto and self.data.layout is Layout.plain:
+            raise ValueError(
+                "parallel.checkpointing=auto plans the memory of a run, which is modelled for "
+                "data.layout=shared only; with data.layout=plain expected none, every_k, selective "
+                "or full"
+            )
+        if self.parallel.split_quads:
+            self._check_split_quads()
+
+    def _check_split_quads(self) -> None:
+        name, budget = self.objective.name, self.optim.tokens_per_microbatch
+        dropout, so = self.model.lora.dropout, "with parallel.split_quads=true"
+        two_prompts = name in ("iopo", "input_preference", "output_preference", "iopo_three")
+        _require(two_prompts, "objective.name", name, f"an objective on quads {so}: two prompts")
+        _require(budget is not None, "optim.tokens_per_microbatch", None, f"a number {so}")
+        _require(dropout == 0, "model.lora.dropout", dropout, f"0 {so}: other elements would drop")
 
 
 def plain(cfg: Any) -> Any:

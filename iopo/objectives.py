@@ -197,18 +197,23 @@ def sft_anchor(policy_Q4: Tensor, tokens_Q4: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Kind:
-    """What an objective needs: which rows, how many members each, and whether a reference."""
+    """What an objective needs: which rows, how many members each, and whether a reference.
+
+    direction: dloss/dpolicy of an example is one scalar times this, whatever the log-probs are;
+        None where there is more than one scalar to it.
+    """
 
     rows: str  # quad | three | pair | sft
     members: int
     reference: bool
+    direction: tuple[int, ...] | None = None
 
 
 KINDS = {
-    "iopo": Kind("quad", 4, True),
+    "iopo": Kind("quad", 4, True, (1, -1, 1, -1)),
     "input_preference": Kind("quad", 4, True),
     "output_preference": Kind("quad", 4, True),
-    "iopo_three": Kind("three", 3, True),
+    "iopo_three": Kind("three", 3, True, (2, -1, -1)),
     "dpo": Kind("pair", 2, True),
     "simpo": Kind("pair", 2, False),
     "orpo": Kind("pair", 2, False),

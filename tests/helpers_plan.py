@@ -19,6 +19,7 @@ from iopo.model.load import tiny_causal_lm
 from iopo.model.parallel import prepare
 from iopo.training import optim, setup
 from iopo.training.plan_work import example_of
+from iopo.training.split import PromptByPrompt, by_prompt
 
 
 def resident(key: str) -> int:
@@ -32,14 +33,20 @@ def resident(key: str) -> int:
 def train(cfg, rows) -> None:
     policy = LogProbs(tiny_causal_lm(cfg.model.tiny, seed=0, dtype=torch.float32, attention=SHARED))
     setup.adapt(cfg, policy)
-    every = setup.checkpoint_every(cfg)
     cpu = torch.device("cpu")
-    prepared = prepare(policy, device=cpu, dtype=torch.float32, mesh=None, checkpoint_every=every)
+    how = setup.recomputation(cfg)
+    prepared = prepare(policy, device=cpu, dtype=torch.float32, mesh=None, **how)
     optimizer = optim.make_optimizer(prepared.parameters, cfg.optim)
-    batch = build_shared(rows)
+    splitting = setup.splitting(cfg, 1)
+    batches = [build_shared(part) for part in (by_prompt(rows) if splitting else [rows])]
     for _step in range(2):
         for _micro_batch in range(2):
-            prepared.model(batch).sum().backward()
+            if splitting is None:
+                prepared.model(batches[0]).sum().backward()
+                continue
+            parts = PromptByPrompt(prepared, batches, splitting.direction)
+            parts.log_probs().sum().backward()
+            parts.backward(last=True)
         prepared.reduce_and_clip(1.0)
         optimizer.step()
         prepared.zero_grad()
@@ -51,7 +58,7 @@ def rise(overrides: list[str]) -> int:
     prompt, response = cfg.plan_for.prompt_tokens, cfg.plan_for.response_tokens
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    train(cfg, [example_of("quad", prompt, response)] * cfg.optim.micro_batch_quads)
+    train(cfg, [example_of("quad", prompt, response)] * (cfg.optim.micro_batch_quads or 1))
     return resident("VmHWM") - before
 
 

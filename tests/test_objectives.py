@@ -123,6 +123,22 @@ def test_gradients_match_finite_differences(name, options):
     )
 
 
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
+def test_direction_is_that_of_the_gradient(name, options):
+    """A long quad is back-propagated with these signs before its scalar is known."""
+    if O.KINDS[name].direction is None or options.sft_weight:
+        return
+    direction = torch.tensor(O.KINDS[name].direction, dtype=torch.float64)
+    torch.manual_seed(0)
+    policy = (-20 * torch.rand(3, len(direction), dtype=torch.float64)).requires_grad_()
+    reference = -20 * torch.rand(3, len(direction), dtype=torch.float64)
+    loss = compute(name, policy, reference, torch.ones(3, 1), torch.tensor([1, 2, 0]), options)
+    loss.sum().backward()
+    scalar = policy.grad[:, :1] / direction[0]
+    assert (scalar != 0).all()
+    torch.testing.assert_close(policy.grad, scalar * direction)
+
+
 def test_links_by_hand():
     m, zero = torch.tensor([3.0]), torch.tensor([0.0])
     assert O.hinge(m, beta=0.1).item() == pytest.approx(0.7)

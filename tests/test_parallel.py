@@ -118,10 +118,12 @@ def worker(rank, folder):
             again, _ = gradients(root, prepared, forwards)
             weights = {n: whole(p) for n, p in prepared.parameters.items()}
             results[kind, how] = {"grads": grads, "norm": norm, "again": again, "weights": weights}
-    root, prepared = spread("full", "shard")
-    prepared.set_sync(False)
-    root(sequences()[0]).sum().backward()
-    results["early"] = [name for name, p in prepared.parameters.items() if p.grad is not None]
+    for how in ("shard", "hsdp"):
+        root, prepared = spread("full", how)
+        prepared.set_sync(False)
+        root(sequences()[0]).sum().backward()
+        early = [p.grad for p in prepared.parameters.values() if p.grad is not None]
+        results["early", how] = sum(grad.to_local().numel() for grad in early)
     for how in SPREADS:
         bf16 = spread("full", how, dtype=torch.bfloat16)
         results["bf16", how] = gradients(*bf16, forwards)[0]
@@ -167,8 +169,12 @@ def test_second_step_starts_clean(two_ranks, kind, how):
     assert_same(two_ranks[0][kind, how]["again"], expected, 2e-5)
 
 
-def test_nothing_is_sent_before_the_last_micro_batch(two_ranks):
-    assert two_ranks[0]["early"] == two_ranks[1]["early"] == []
+def test_gradients_are_divided_at_once_and_copies_of_the_model_meet_at_the_last_micro_batch(
+    two_ranks,
+):
+    parameters = sum(p.numel() for p in make("full").parameters())
+    assert sum(rank["early", "shard"] for rank in two_ranks) == parameters
+    assert [rank["early", "hsdp"] for rank in two_ranks] == [0, 0]
 
 
 def test_all_processes_hold_the_same_bits(two_ranks):
@@ -200,13 +206,22 @@ def test_buckets_keep_order_and_size(monkeypatch):
     assert [[g.numel() for g in b] for b in parallel._buckets(grads)] == [[4, 6], [1], [20], [2]]
 
 
-@pytest.mark.parametrize("every", [1, 2])
-def test_checkpointing_changes_no_bit(every):
-    def grads(checkpoint_every):
-        root, prepared = spread("full", "replicate", checkpoint_every=checkpoint_every)
-        return gradients(root.train(), prepared, range(8))[0]
+HOW = {"full": {"checkpoint_every": 1}, "every 2nd": {"checkpoint_every": 2}}
+HOW["selective"] = {"checkpoint_every": 1, "selective": True}
 
-    plain, recomputed = grads(0), grads(every)
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("how", HOW)
+def test_checkpointing_changes_no_bit(kind, how, dtype):
+    def grads(**options):
+        root = make(kind).train()
+        if dtype is torch.float64:
+            root.to(dtype)
+        prepared = parallel.prepare(root, device=CPU, dtype=dtype, mesh=None, **options)
+        return gradients(root, prepared, range(8))[0]
+
+    plain, recomputed = grads(), grads(**HOW[how])
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
 
 

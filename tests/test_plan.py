@@ -37,9 +37,21 @@ SMALL = (  # 35 M parameters
 )  # fmt: skip
 
 
-VARIANTS = [
-    [], ["parallel.checkpointing=full"], ["model.lora.rank=8"],
+# a quad of 2 * 240 + 4 * 80 tokens, above its budget
+ONE_LONG = [
+    "optim.micro_batch_quads=null", "optim.tokens_per_microbatch=500",
+    "plan_for.prompt_tokens=240", "plan_for.response_tokens=80",
+    "data.max_prompt_tokens=240", "data.max_response_tokens=80",
 ]  # fmt: skip
+VARIANTS = [
+    [],
+    ["parallel.checkpointing=full"],
+    ["parallel.checkpointing=selective"],
+    ["model.lora.rank=8"],
+    ["model.lora.rank=8", "parallel.checkpointing=selective"],
+    ["parallel.split_quads=true", *ONE_LONG],
+    ["model.lora.rank=8", "parallel.split_quads=true", *ONE_LONG],
+]
 
 
 def test_predicted_memory_is_what_runs_take():
@@ -63,7 +75,10 @@ def small_config(*overrides: str) -> TrainConfig:
     return config(*SMALL, *overrides)
 
 
-@pytest.mark.parametrize("overrides", [[], ["parallel.checkpointing=full"], ["model.lora.rank=4"]])
+FULL, SELECTIVE = "parallel.checkpointing=full", "parallel.checkpointing=selective"
+
+
+@pytest.mark.parametrize("overrides", [[], [FULL], [SELECTIVE], ["model.lora.rank=4"]])
 def test_flops_are_those_that_pytorch_counts(overrides):
     """Plain model, plain attention, one sequence: every product is one that FlopCounterMode sees.
 
@@ -78,24 +93,42 @@ def test_flops_are_those_that_pytorch_counts(overrides):
 
     eager = LogProbs(tiny_causal_lm(cfg.model.tiny, seed=0, dtype=torch.float32, attention="eager"))
     setup.adapt(cfg, eager)
-    every = setup.checkpoint_every(cfg)
     cpu = torch.device("cpu")
-    run = prepare(eager, device=cpu, dtype=torch.float32, mesh=None, checkpoint_every=every)
+    how = setup.recomputation(cfg)
+    run = prepare(eager, device=cpu, dtype=torch.float32, mesh=None, **how)
     batch = build_plain(rows)
     with FlopCounterMode(display=False) as counter:
         run.model(batch).sum().backward()
     counts = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
     linear = sum(n for op, n in counts.items() if not op.endswith("bmm"))
     n = 64
-    # a forward has 2 products and a backward 4; flash attention's has a fifth, the scores again
-    needed = counts["aten.bmm"] * (n + 1) / (2 * n)
-    recomputed = needed / (8 if every else 6)
+    # a forward has 2 products, a backward 4; flash attention's a fifth, the scores again
+    products = 2 + 4 + (2 if overrides in ([FULL], [SELECTIVE]) else 0)
+    product = counts["aten.bmm"] / products * (n + 1) / (2 * n)
+    # kept by `selective` with segments, where it is one operator
+    planned_products = 2 + 5 + (2 if overrides == [FULL] else 0)
     assert planned.forward["trunk"] + planned.backward["trunk"] == pytest.approx(linear, rel=0.02)
     attention = planned.forward["attention"] + planned.backward["attention"]
-    assert attention == pytest.approx(needed + recomputed, rel=0.02)
+    assert attention == pytest.approx(planned_products * product, rel=0.02)
     V, D, R = 512, 32, 41
     head = 2 * R * V * D * (3 if overrides == ["model.lora.rank=4"] else 4)
     assert planned.forward["head"] + planned.backward["head"] == head
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_selective_computes_no_dear_product_again(rank):
+    """Only the thin products of adapters, and none without adapters, for a third less memory."""
+
+    def of(kind):
+        cfg = small_config(f"parallel.checkpointing={kind}", f"model.lora.rank={rank}")
+        traced = plan_report(cfg).trace
+        return sum(traced.backward.values()), traced.saved_bytes
+
+    (none, kept), (selective, kept_selective), (full, kept_full) = map(
+        of, ("none", "selective", "full")
+    )
+    assert none <= selective <= (1.01 if rank else 1.0) * none < 0.9 * full
+    assert kept_full < kept_selective < 0.67 * kept
 
 
 def test_pairs_are_those_of_the_mask():
@@ -142,14 +175,11 @@ def test_full_fine_tuning_is_divided_by_the_ranks():
     layout = layout_of(cfg, 8)
     assert (layout.sharded, layout.shard, layout.replicas) == (True, 8, 1)
     assert sum(states(cfg, sizes, layout).values()) == 16 * sizes.total / 8
-    one = gpu_memory(cfg, sizes, layout, NOTHING, 1)
-    more = gpu_memory(cfg, sizes, layout, NOTHING, 3)
-    # FSDP2 keeps fp32 gradients whole while micro-batches accumulate
-    assert more["whole gradients until the last micro-batch"] == 4 * sizes.total
-    assert "whole gradients until the last micro-batch" not in one
+    # no row is as large as the whole fp32 gradient, which each micro-batch divides
+    assert max(gpu_memory(cfg, sizes, layout, NOTHING).values()) < 4 * sizes.total
     gathers, scatter = communication(cfg, sizes, layout, 3)
     assert gathers.bytes == 3 * 7 / 8 * 2 * (2 * 28 * sizes.block + sizes.root)
-    assert scatter.bytes == 7 / 8 * 4 * sizes.total
+    assert scatter.bytes == 3 * 7 / 8 * 4 * sizes.total
     assert (gathers.path, scatter.path) == ("machine", "machine")
 
 
@@ -165,19 +195,55 @@ def test_hybrid_sharding_sends_only_gradients_between_machines():
 def test_adapters_are_replicated_and_send_little():
     cfg, sizes = seven_b()
     assert sizes.trained == 20_185_088 and not layout_of(cfg, 8).sharded
-    rows = gpu_memory(cfg, sizes, layout_of(cfg, 8), NOTHING, 3)
+    rows = gpu_memory(cfg, sizes, layout_of(cfg, 8), NOTHING)
     assert sum(rows.values()) == 2 * sizes.frozen + (16 + 4) * sizes.trained
     (reduce,) = communication(cfg, sizes, layout_of(cfg, 8), 3)
     assert reduce.bytes == 2 * 7 / 8 * 4 * sizes.trained
 
 
 def test_what_does_not_fit_gets_advice_that_does():
-    plan = plan_report(small_config("plan_for.gpu_gb=0.7"))
+    plan = plan_report(small_config("plan_for.gpu_gb=0.65"))
     assert not plan.fits
-    assert any("parallel.checkpointing=full" in line for line in plan.advice)
+    assert FULL in plan.advice[0]
     assert "does NOT fit" in str(plan)
-    again = plan_report(small_config("plan_for.gpu_gb=0.7", "parallel.checkpointing=full"))
+    again = plan_report(small_config("plan_for.gpu_gb=0.65", FULL))
     assert again.fits and "fits: " in str(again)
+    assert SELECTIVE in plan_report(small_config("plan_for.gpu_gb=0.72")).advice[0]
+
+
+@pytest.mark.parametrize(
+    ("gpu_gb", "kind", "refused", "fits"),
+    [(0.86, "none", 0, True), (0.80, "selective", 1, True), (0.72, "full", 2, True),
+     (0.5, "full", 2, False)],
+)  # fmt: skip
+def test_auto_takes_the_least_recomputation_that_fits(gpu_gb, kind, refused, fits):
+    """none takes 0.767 GB, selective 0.705, full 0.629; auto fills nine tenths."""
+    plan = plan_report(small_config("parallel.checkpointing=auto", f"plan_for.gpu_gb={gpu_gb}"))
+    assert plan.cfg.parallel.checkpointing.value == kind
+    assert (len(plan.refused), plan.fits) == (refused, fits)
+    assert f"checkpointing {kind}" in str(plan)
+    assert ("too large: none 0.8 GB" in str(plan)) == (refused > 0)
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_a_split_quad_needs_less_memory_and_if_it_goes_twice_a_forward_more(rank):
+    lora = f"model.lora.rank={rank}"
+    whole = plan_report(small_config(*ONE_LONG, lora))
+    split = plan_report(small_config(*ONE_LONG, lora, "parallel.split_quads=true"))
+    assert (whole.trace.tokens, split.trace.tokens) == (800, 400)
+    assert split.memory["activations"] < 0.52 * whole.memory["activations"]
+    more = sum(split.flops.values()) / sum(whole.flops.values())
+    assert more == pytest.approx(1.0 if rank else 4 / 3, rel=0.02)
+    assert ("gradients of a split quad" in split.memory) == (rank > 0)
+    assert "split by prompt: quads with 100% of the tokens" in str(split)
+
+
+def test_splitting_is_advised_where_the_longest_quad_is_what_does_not_fit():
+    sizes = ["data.max_prompt_tokens=2000", "data.max_response_tokens=600"]
+    tight = plan_report(small_config(*ONE_LONG, *sizes, "plan_for.gpu_gb=1.15"))
+    assert not tight.fits
+    expected = f"{FULL} parallel.split_quads=true optim.tokens_per_microbatch=3200"
+    assert any(line.startswith(expected) for line in tight.advice)
 
 
 def test_lengths_come_from_the_data_if_it_is_here():

@@ -154,7 +154,14 @@ def micro_batches(
 ) -> list[MicroBatch]:
     """What `rank` processes in `step`: indices into the data set per micro-batch, longest quads
     first. None is a micro-batch of other ranks in which this one has nothing."""
-    return _shared_out(tokens_N, quads_of_step(len(tokens_N), batching, step), batching)[rank]
+    return micro_batches_of_ranks(tokens_N, batching, step)[rank]
+
+
+def micro_batches_of_ranks(
+    tokens_N: np.ndarray, batching: Batching, step: int
+) -> list[list[MicroBatch]]:
+    """`micro_batches` of every rank."""
+    return _shared_out(tokens_N, quads_of_step(len(tokens_N), batching, step), batching)
 
 
 def pass_micro_batches(tokens_N: np.ndarray, batching: Batching, rank: int) -> list[MicroBatch]:

@@ -3,7 +3,7 @@
 Two ways, one interface (Prepared):
 
 - sharded: FSDP2, one group per decoder block and one for the rest; parameters, gradients and
-  optimizer state are divided over the processes of a mesh.
+  optimizer state are divided over the processes of a mesh, gradients after every micro-batch.
 - replicated: every process holds the model; gradients are summed over the processes after the last
   micro-batch. For adapters, whose gradients are small, and for one process, where FSDP2 only copies
   (SmolLM2-135M on a CPU with AMX, 400 tokens: 2.8 s of CPU time a step with it, 2.0 s without).
@@ -14,7 +14,6 @@ number of quads in the step.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,8 +29,9 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+
+from iopo.model.recompute import checkpointed
 
 BUCKET_BYTES = 64 * 2**20  # of fp32 gradients per all-reduce
 
@@ -56,9 +56,13 @@ class Prepared:
         return isinstance(self.model, FSDPModule)
 
     def set_sync(self, last: bool) -> None:
-        """Before each micro-batch's forward: whether it is the step's last on this process."""
+        """Before each micro-batch's forward: whether it is the step's last on this process.
+
+        Shards get their sums after every micro-batch, replicas of them after the last: kept until
+        then, the gradients of a process would be whole, 4 bytes a parameter.
+        """
         if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(last)
+            self.model.set_requires_all_reduce(last)
 
     def empty_backward(self, forward: Callable[[Any], Tensor], batch: Any) -> None:
         """Take part in a micro-batch that only other processes have; adds zero to the gradients.
@@ -133,6 +137,7 @@ def prepare(
     mesh: DeviceMesh | None,
     offload: bool = False,
     checkpoint_every: int = 0,
+    selective: bool = False,
     compile_blocks: bool = False,
 ) -> Prepared:
     """Place, shard or replicate a model (changed in place) whose root's forward does all its work.
@@ -143,6 +148,7 @@ def prepare(
     offload: keep sharded parameters and optimizer state in host memory.
     checkpoint_every: keep no activations of every k-th decoder block but its input, and recompute
         them in backward; 1 for all blocks, 0 for none.
+    selective: of those blocks keep matrix products and attention too (recompute.py).
     compile_blocks: torch.compile each decoder block.
     """
     if offload and mesh is None:
@@ -150,7 +156,7 @@ def prepare(
     frozen = any(not p.requires_grad for p in model.parameters())
     wide = dtype if torch.finfo(dtype).bits >= 32 else torch.float32
     _exact_embedding_gradient(language_model(model))
-    wrap_blocks(model, checkpoint_every, compile_blocks)
+    wrap_blocks(model, checkpoint_every, compile_blocks, selective=selective)
     if mesh is None:
         return _replicate(model, device, dtype, wide, adapters=frozen)
     for parameter in model.parameters():
@@ -179,15 +185,18 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def wrap_blocks(model: nn.Module, checkpoint_every: int, compile_blocks: bool) -> None:
-    """Compile and checkpoint inside `forward`, so that FSDP's hooks stay outside of both."""
+def wrap_blocks(
+    model: nn.Module, checkpoint_every: int, compile_blocks: bool, *, selective: bool = False
+) -> None:
+    """Checkpoint and compile inside `forward`, so that FSDP's hooks stay outside of both."""
+    width = language_model(model).config.get_text_config().hidden_size
     for index, block in enumerate(blocks(model)):
-        if compile_blocks:
-            block.forward = torch.compile(block.forward, dynamic=True)  # type: ignore[method-assign]
+        forward = block.forward
         if checkpoint_every and index % checkpoint_every == 0:
-            block.forward = partial(  # type: ignore[method-assign]
-                checkpoint, block.forward, use_reentrant=False
-            )
+            forward = checkpointed(forward, selective=selective, width=width)
+        if compile_blocks:
+            forward = torch.compile(forward, dynamic=True)
+        block.forward = forward  # type: ignore[method-assign]
 
 
 def _replicate(

@@ -14,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from iopo import objectives
-from iopo.config import ReferenceSource, TrainConfig
+from iopo.config import Checkpointing, ReferenceSource, TrainConfig
 from iopo.training import references, setup
 from iopo.training.inputs import load_inputs
 from iopo.training.launch import launch
@@ -66,6 +66,7 @@ def start(cfg: TrainConfig) -> int:
 def worker(cfg: TrainConfig, scratch: Path, ranks: Ranks, control: Control) -> None:
     """One rank: the policy at its start, which is the reference, over its share of the rows."""
     cfg.reference.source = ReferenceSource.cache
+    cfg.parallel.checkpointing = Checkpointing.none  # there is no backward
     inputs = load_inputs(cfg)
     job = setup.make_job(cfg, inputs, ranks)
     prepared = setup.make_policy(cfg, inputs, ranks)

@@ -20,6 +20,7 @@ from iopo.data.tokenize import Example
 from iopo.logprobs import LogProbs
 from iopo.model.parallel import Prepared
 from iopo.training import metrics
+from iopo.training.split import PromptByPrompt, Splitting, by_prompt
 
 # Packed lengths are rounded up to this many tokens: compiled code, and oneDNN, which keeps a kernel
 # for every shape it has met, then meet few of them (docs/performance.md, "Memory on a CPU").
@@ -57,6 +58,7 @@ class Job:
     clip_norm: float
     rank: int
     device: torch.device
+    splitting: Splitting | None = None  # of quads above the token budget
 
     def build(self, rows: Sequence[Example]) -> Batch:
         """Tensors of one micro-batch, in the run's layout, on its device."""
@@ -64,6 +66,18 @@ class Job:
             return build_plain(rows).to(self.device)
         make = {"shared": build_shared, "packed": build_packed}[self.batching.layout]
         return make(rows, multiple=LENGTH_STEP).to(self.device)
+
+    def split(self, prepared: Prepared, rows: Sequence[Example]) -> PromptByPrompt:
+        """The same micro-batch, one prompt at a time."""
+        assert self.splitting is not None
+        batches = [self.build(part) for part in by_prompt(rows)]
+        return PromptByPrompt(prepared, batches, self.splitting.direction)
+
+    def turns(self, step: int) -> set[int]:
+        """Numbers of this rank's micro-batches of `step` (from 0) that are split."""
+        if self.splitting is None:
+            return set()
+        return self.splitting.turns(self.tokens_N, self.batching, step, self.rank)
 
 
 @dataclass
@@ -118,18 +132,26 @@ def train_steps(
         sums = torch.zeros(len(names), device=job.device)
         rows_of_step: list[Example] = []
         batches = micro_batches(job.tokens_N, job.batching, step - 1, job.rank)
+        split = job.turns(step - 1)
         total = len(quads_of_step(len(job.tokens_N), job.batching, step - 1))
         for i, indices in enumerate(batches):
-            prepared.set_sync(i == len(batches) - 1)
+            last = i == len(batches) - 1
+            prepared.set_sync(last)
             if indices is None:  # only other ranks have this micro-batch
-                prepared.empty_backward(prepared.model, job.build(job.examples[:1]))
+                if i in split:
+                    job.split(prepared, job.examples[:1]).idle(last=last)
+                else:
+                    prepared.empty_backward(prepared.model, job.build(job.examples[:1]))
                 continue
             rows = [job.examples[j] for j in indices]
             batch = job.build(rows)
-            policy_EM = prepared.model(batch)
+            parts = job.split(prepared, rows) if i in split else None
+            policy_EM = prepared.model(batch) if parts is None else parts.log_probs()
             reference_EM = None if reference is None else reference.call(rows, batch)
             loss_E, values_EK = score(job, batch, rows, policy_EM, reference_EM)
             (loss_E.sum() / total).backward()
+            if parts is not None:  # that reached the log-probs, not yet the model
+                parts.backward(last=last)
             sums += values_EK.sum(0)
             rows_of_step += rows
         grad_norm = prepared.reduce_and_clip(job.clip_norm).item()

@@ -5,12 +5,14 @@ the meta device (plan_trace), the lengths from the data or from plan_for (plan_w
 arithmetic (plan_cost). docs/scaling.md reads the tables.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from transformers import AutoConfig, PretrainedConfig
 
+from iopo import objectives
 from iopo.config import Checkpointing, Device, TrainConfig
+from iopo.data.example import Example
 from iopo.model import load
 from iopo.training import plan_cost, setup
 from iopo.training.plan_cost import Layout, Sizes, Transfer
@@ -18,6 +20,10 @@ from iopo.training.plan_trace import Trace, meta_policy, trace
 from iopo.training.plan_work import Work, work
 
 GB = 1e9
+# What parallel.checkpointing=auto chooses from. every_k is not among them: it recomputes more than
+# `selective` for about the same memory.
+LADDER = (Checkpointing.none, Checkpointing.selective, Checkpointing.full)
+HEADROOM = 0.9  # of the memory is what `auto` fills: a plan knows no allocator and no NCCL buffers
 SMALLEST_BUDGET = 2048  # tokens of a micro-batch below which a GPU has too little to do
 
 
@@ -26,6 +32,8 @@ class Plan:
     """What plan_report found. memory: bytes on one GPU by purpose. host: bytes per machine.
 
     flops: of one step on all GPUs. advice: changes that make it fit, best first; empty if it does.
+    refused: peak bytes of the kinds of checkpointing that `auto` found too large; cfg has the one
+        that it took.
     """
 
     cfg: TrainConfig
@@ -38,6 +46,7 @@ class Plan:
     flops: dict[str, float]
     transfers: list[Transfer]
     advice: list[str]
+    refused: dict[Checkpointing, float]
 
     @property
     def peak(self) -> float:
@@ -62,7 +71,7 @@ def plan_report(cfg: TrainConfig) -> Plan:
             "plan: found data.layout=plain, expected shared; only that one is modelled"
         )
     config = architecture(cfg)
-    plan = _evaluate(cfg, config)
+    plan = evaluate(cfg, config)
     return plan if plan.fits else replace(plan, advice=list(_advice(plan, config)))
 
 
@@ -74,21 +83,41 @@ def architecture(cfg: TrainConfig) -> PretrainedConfig:
     return AutoConfig.for_model(keys.pop("model_type"), **keys)
 
 
-def _evaluate(cfg: TrainConfig, config: PretrainedConfig) -> Plan:
-    device_type = "cpu" if cfg.parallel.device is Device.cpu else "cuda"
-    dtype = setup.compute_dtype(cfg, device_type)
+def evaluate(
+    cfg: TrainConfig, config: PretrainedConfig, examples: Sequence[Example] | None = None
+) -> Plan:
+    """The plan without advice. config: of the model. examples: the training data, if at hand."""
     ranks = cfg.plan_for.gpus
-    amount = work(cfg, setup.batching(cfg, ranks))
-    policy = meta_policy(cfg, config, dtype)
-    sizes, layout = plan_cost.sizes_of(policy, dtype), plan_cost.layout_of(cfg, ranks)
+    amount = work(cfg, setup.batching(cfg, ranks), setup.splitting(cfg, ranks), examples)
+    layout = plan_cost.layout_of(cfg, ranks)
     if cfg.parallel.offload and not layout.sharded:
         raise ValueError(
             "parallel.offload needs a sharded model: plan_for.gpus is 1, expected more"
         )
+    if cfg.parallel.checkpointing is not Checkpointing.auto:
+        return _costs(cfg, config, amount, layout)
+    refused: dict[Checkpointing, float] = {}
+    for kind in LADDER:
+        plan = _costs(_with_checkpointing(cfg, kind), config, amount, layout)
+        if plan.peak <= HEADROOM * cfg.plan_for.gpu_gb * GB or kind is LADDER[-1]:
+            break
+        refused[kind] = plan.peak
+    return replace(plan, refused=refused)
+
+
+def _with_checkpointing(cfg: TrainConfig, kind: Checkpointing) -> TrainConfig:
+    return replace(cfg, parallel=replace(cfg.parallel, checkpointing=kind))
+
+
+def _costs(cfg: TrainConfig, config: PretrainedConfig, amount: Work, layout: Layout) -> Plan:
+    device_type = "cpu" if cfg.parallel.device is Device.cpu else "cuda"
+    dtype = setup.compute_dtype(cfg, device_type)
+    policy = meta_policy(cfg, config, dtype)
+    sizes = plan_cost.sizes_of(policy, dtype)
     traced = trace(policy, amount.heaviest, device_type)
     host = 0.0
     if cfg.parallel.offload:
-        on_machine = min(ranks, cfg.plan_for.gpus_per_machine)
+        on_machine = min(layout.ranks, cfg.plan_for.gpus_per_machine)
         host = on_machine * sum(plan_cost.states(cfg, sizes, layout).values())
     return Plan(
         cfg=cfg,
@@ -96,11 +125,12 @@ def _evaluate(cfg: TrainConfig, config: PretrainedConfig) -> Plan:
         layout=layout,
         work=amount,
         trace=traced,
-        memory=plan_cost.gpu_memory(cfg, sizes, layout, traced, amount.micro_batches),
+        memory=plan_cost.gpu_memory(cfg, sizes, layout, traced, split=amount.split > 0),
         host=host,
-        flops=plan_cost.step_flops(cfg, amount, traced),
+        flops=plan_cost.step_flops(cfg, layout, amount, traced),
         transfers=plan_cost.communication(cfg, sizes, layout, amount.micro_batches),
         advice=[],
+        refused={},
     )
 
 
@@ -108,7 +138,7 @@ def _advice(plan: Plan, config: PretrainedConfig) -> Iterator[str]:
     """Changes, tried one after the other by planning them, that would make the run fit."""
     found = 0
     for what, cfg in _changes(plan):
-        tried = _evaluate(cfg, config)
+        tried = evaluate(cfg, config)
         if tried.fits:
             yield f"{what}: {tried.peak / GB:.1f} GB"
             found += 1
@@ -122,17 +152,24 @@ def _changes(plan: Plan) -> Iterator[tuple[str, TrainConfig]]:
     """Cheapest first: smaller micro-batches, recomputing activations, sharding, more GPUs."""
     cfg, parallel = plan.cfg, plan.cfg.parallel
     smaller = _smaller_budgets(cfg.optim.tokens_per_microbatch, plan.work.longest)
-    for checkpointing in (parallel.checkpointing, Checkpointing.every_k, Checkpointing.full):
-        with_it = replace(cfg, parallel=replace(parallel, checkpointing=checkpointing))
-        words = f"parallel.checkpointing={checkpointing.value}"
-        if checkpointing is not parallel.checkpointing:
+    at = LADDER.index(parallel.checkpointing) if parallel.checkpointing in LADDER else 0
+    for kind in (parallel.checkpointing, *LADDER[at + 1 :]):
+        with_it = _with_checkpointing(cfg, kind)
+        words = f"parallel.checkpointing={kind.value}"
+        if kind is not parallel.checkpointing:
             yield words, with_it
         for value in smaller:
             key = f"optim.tokens_per_microbatch={value}"
             optim = replace(cfg.optim, tokens_per_microbatch=value)
-            both = key if checkpointing is parallel.checkpointing else f"{words} {key}"
+            both = key if kind is parallel.checkpointing else f"{words} {key}"
             yield both, replace(with_it, optim=optim)
     full = replace(parallel, checkpointing=Checkpointing.full)
+    budget = max(plan.work.longest_part, SMALLEST_BUDGET)
+    if budget < plan.work.longest and cfg.optim.tokens_per_microbatch and _may_split(cfg):
+        optim = replace(cfg.optim, tokens_per_microbatch=budget)
+        words = "parallel.checkpointing=full parallel.split_quads=true"
+        with_split = replace(cfg, parallel=replace(full, split_quads=True), optim=optim)
+        yield f"{words} optim.tokens_per_microbatch={budget}", with_split
     ranks = cfg.plan_for.gpus
     if ranks > 1 and not plan.layout.sharded:
         words = f"parallel.checkpointing=full parallel.shard_processes={ranks}"
@@ -149,6 +186,11 @@ def _changes(plan: Plan) -> Iterator[tuple[str, TrainConfig]]:
             "parallel.checkpointing=full parallel.offload=true",
             replace(cfg, parallel=replace(full, offload=True)),
         )
+
+
+def _may_split(cfg: TrainConfig) -> bool:
+    two_prompts = objectives.KINDS[cfg.objective.name].rows in ("quad", "three")
+    return two_prompts and cfg.model.lora.dropout == 0 and not cfg.parallel.split_quads
 
 
 def _smaller_budgets(budget: int | None, longest: int) -> list[int]:
@@ -178,10 +220,14 @@ def _head(plan: Plan) -> Iterator[str]:
         f"a step: {cfg.optim.global_batch_quads} examples of {amount.tokens:,.0f} processed tokens "
         f"({amount.rows:,.0f} scored), {amount.micro_batches} micro-batches per GPU{of_run}"
     )
+    too_large = [f"{kind.value} {peak / GB:.1f} GB" for kind, peak in plan.refused.items()]
+    why = f" (auto; too large: {', '.join(too_large)})" if too_large else ""
     yield (
-        f"the largest micro-batch: {len(amount.heaviest)} examples, {plan.trace.tokens:,} tokens; "
-        f"checkpointing {cfg.parallel.checkpointing.value}"
+        f"the largest forward: {len(amount.heaviest)} examples, {plan.trace.tokens:,} tokens; "
+        f"checkpointing {cfg.parallel.checkpointing.value}{why}"
     )
+    if amount.split:
+        yield f"split by prompt: quads with {amount.split:.0%} of the tokens"
 
 
 def _memory(plan: Plan) -> Iterator[str]:

@@ -103,24 +103,23 @@ def layout_of(cfg: TrainConfig, ranks: int) -> Layout:
 
 
 def gpu_memory(
-    cfg: TrainConfig, sizes: Sizes, layout: Layout, trace: Trace, micro_batches: int
+    cfg: TrainConfig, sizes: Sizes, layout: Layout, trace: Trace, *, split: bool = False
 ) -> dict[str, float]:
     """Bytes on one GPU at the worst moment of a step, by purpose; their sum is the peak.
 
-    trace: of the largest micro-batch. micro_batches: per rank and step; with more than one, FSDP2
-        keeps whole, not divided gradients until the last one sends them.
+    trace: of the largest forward. split: there are quads that are split.
     """
     w, c, t = sizes.wide, sizes.compute, sizes.trained
     rows: dict[str, float] = {} if cfg.parallel.offload else states(cfg, sizes, layout)
     held = sum(rows.values())
     rows["activations"] = trace.saved_bytes
     rows["working memory"] = trace.peak_bytes - trace.saved_bytes
+    if split and splits_once(cfg, layout):
+        rows["gradients of a split quad"] = w * t
     if layout.sharded:
         rows["gathered weights"] = c * (sizes.root + GATHERED_BLOCKS * sizes.block)
         leaving = (REDUCED_BLOCKS * w + c) * sizes.block_trained + w * sizes.root_trained
         rows["gradients on their way"] = leaving
-        if micro_batches > 1:
-            rows["whole gradients until the last micro-batch"] = w * t
         at_end = held + c * sizes.root + 2 * w * sizes.root_trained
     else:
         at_end = held + (w * t if layout.ranks > 1 else 0)  # buckets of the all-reduce
@@ -143,6 +142,12 @@ def states(cfg: TrainConfig, sizes: Sizes, layout: Layout) -> dict[str, float]:
     return rows
 
 
+def splits_once(cfg: TrainConfig, layout: Layout) -> bool:
+    """Whether a split quad goes through the model once: training/split.py."""
+    splitting = setup.splitting(cfg, layout.ranks)
+    return splitting is not None and splitting.direction is not None
+
+
 def reference_source(cfg: TrainConfig) -> ReferenceSource | None:
     """Where reference log-probs come from in a step; None if the objective has no reference."""
     if not objectives.KINDS[cfg.objective.name].reference:
@@ -151,7 +156,7 @@ def reference_source(cfg: TrainConfig) -> ReferenceSource | None:
     return ReferenceSource.cache if source is ReferenceSource.auto else source
 
 
-def step_flops(cfg: TrainConfig, work: Work, trace: Trace) -> dict[str, float]:
+def step_flops(cfg: TrainConfig, layout: Layout, work: Work, trace: Trace) -> dict[str, float]:
     """FLOPs of one step on all ranks together, by part.
 
     The trace gives the price of a token (trunk), a pair of query and key (attention) and a response
@@ -168,6 +173,8 @@ def step_flops(cfg: TrainConfig, work: Work, trace: Trace) -> dict[str, float]:
         for part, amount in amounts.items()
     }
     once = examples * sum(amounts[part] * trace.forward[part] for part in amounts)
+    if work.split and not splits_once(cfg, layout):
+        parts["split quads, first pass"] = work.split * once
     if reference_source(cfg) in (ReferenceSource.live, ReferenceSource.adapter_off):
         parts["reference"] = once
     return parts
@@ -180,7 +187,7 @@ def communication(
 
     replicated   all-reduce of gradients          2 (N-1)/N w t
     sharded      gathers, every micro-batch       (S-1)/S c (2 P_blocks + P_rest)
-                 reduce-scatter of gradients      (S-1)/S w t
+                 reduce-scatter, every micro-batch  (S-1)/S w t
                  all-reduce over replicas (HSDP)  2 (N/S-1)/(N/S) w t / S
     """
     plan, w, c, t = cfg.plan_for, sizes.wide, sizes.compute, sizes.trained
@@ -192,9 +199,10 @@ def communication(
     gathered = _others(layout.shard) * c * (2 * (sizes.total - sizes.root) + sizes.root)
     if reference_source(cfg) is ReferenceSource.live and cfg.model.lora.rank == 0:
         gathered += _others(layout.shard) * c * sizes.total
+    scattered = _others(layout.shard) * w * t
     transfers = [
         _transfer("gathers of weights", micro_batches * gathered, layout.shard, plan),
-        _transfer("reduce-scatter of gradients", _others(layout.shard) * w * t, layout.shard, plan),
+        _transfer("reduce-scatter of gradients", micro_batches * scattered, layout.shard, plan),
     ]
     if layout.replicas > 1:
         volume = 2 * _others(layout.replicas) * w * t / layout.shard

@@ -65,8 +65,7 @@ def meta_policy(cfg: TrainConfig, config: PretrainedConfig, dtype: torch.dtype) 
     loaded = dtype if cfg.model.lora.rank > 0 else wide
     policy = LogProbs(load.meta_causal_lm(config, loaded, SHARED))
     setup.adapt(cfg, policy)
-    every = setup.checkpoint_every(cfg)
-    return prepare(policy, device=META, dtype=dtype, mesh=None, checkpoint_every=every)
+    return prepare(policy, device=META, dtype=dtype, mesh=None, **setup.recomputation(cfg))
 
 
 def trace(policy: Prepared, examples: Sequence[Example], device_type: str) -> Trace:

@@ -11,8 +11,7 @@ from iopo.config import TrainConfig
 from iopo.data.batching import (
     Batching,
     first_fit,
-    micro_batches,
-    microbatch_tokens,
+    micro_batches_of_ranks,
     plan_steps,
     token_counts,
     tokens,
@@ -22,6 +21,7 @@ from iopo.data.layout import build_shared
 from iopo.model.demo import cache_root
 from iopo.training.inputs import load_inputs
 from iopo.training.plan_trace import attended_pairs
+from iopo.training.split import Splitting, by_prompt
 
 STEPS_LOOKED_AT, RANKS_LOOKED_AT = 50, 8  # rank 0 gets the longest example of a step
 # (prompts, responses under each) of an example, by the kind of rows
@@ -33,9 +33,12 @@ class Work:
     """A step and its largest micro-batch.
 
     source: where the lengths come from, in words.
-    heaviest: the examples of the micro-batch with the most tokens.
+    heaviest: the examples of the forward with the most tokens: of a micro-batch, or the part of one
+        that is split.
     longest: tokens of the longest single example: no micro-batch can be smaller.
+    longest_part: tokens of the longest prompt with its responses: no split quad's forward can be.
     micro_batches: per rank and step, at most.
+    split: share of the tokens that are in split micro-batches.
     tokens, rows, pairs: means per example; processed tokens, response rows, attended pairs.
     steps: optimizer steps of the run; None if the data is not here.
     """
@@ -43,19 +46,31 @@ class Work:
     source: str
     heaviest: list[Example]
     longest: int
+    longest_part: int
     micro_batches: int
+    split: float
     tokens: float
     rows: float
     pairs: float
     steps: int | None
 
 
-def work(cfg: TrainConfig, batching: Batching) -> Work:
-    """The work of a step on batching.ranks ranks, by the lengths of the data if it can be read."""
+def work(
+    cfg: TrainConfig,
+    batching: Batching,
+    splitting: Splitting | None,
+    examples: Sequence[Example] | None = None,
+) -> Work:
+    """The work of a step on batching.ranks ranks, by the lengths of the data if it can be read.
+
+    examples: the training data, if it is at hand.
+    """
+    if examples is not None:
+        return _from_data(cfg, batching, splitting, examples)
     missing = _missing(cfg)
     if missing is None:
-        return _from_data(cfg, batching)
-    return _assumed(cfg, batching, missing)
+        return _from_data(cfg, batching, splitting, load_inputs(cfg).train)
+    return _assumed(cfg, batching, splitting, missing)
 
 
 def example_of(kind: str, prompt_tokens: int, response_tokens: int) -> Example:
@@ -81,7 +96,9 @@ def _missing(cfg: TrainConfig) -> str | None:
     return f"the tokenizer of {cfg.model.path} is not here"
 
 
-def _assumed(cfg: TrainConfig, batching: Batching, missing: str) -> Work:
+def _assumed(
+    cfg: TrainConfig, batching: Batching, splitting: Splitting | None, missing: str
+) -> Work:
     """Every example of the assumed lengths; the heaviest micro-batch may be the longest allowed."""
     kind = objectives.KINDS[cfg.objective.name].rows
     prompt, response = cfg.plan_for.prompt_tokens, cfg.plan_for.response_tokens
@@ -90,14 +107,31 @@ def _assumed(cfg: TrainConfig, batching: Batching, missing: str) -> Work:
     share = -(-batching.global_batch_quads // batching.ranks)
     per_batch, longest_per_batch = (_per_batch(batching, e, share) for e in (usual, longest))
     choices = [[usual] * per_batch, [longest] * longest_per_batch]
+    parts = [_forward(rows, splitting) for rows in choices]
     return Work(
         source=f"assumed: prompts of {prompt} tokens, responses of {response} ({missing})",
-        heaviest=max(choices, key=lambda rows: sum(token_counts(rows, "shared"))),
+        heaviest=max(parts, key=_total),
         longest=tokens(longest, "shared"),
+        longest_part=_total(_longest_part([longest])),
         micro_batches=-(-share // per_batch),
+        split=float(parts[0] is not choices[0]),
         **_means([usual]),
         steps=None,
     )
+
+
+def _forward(rows: list[Example], splitting: Splitting | None) -> list[Example]:
+    """What is processed at once of a micro-batch: all of it, or its longest part if it is split."""
+    above = splitting is not None and max(token_counts(rows, "shared")) > splitting.budget
+    return _longest_part(rows) if above else rows
+
+
+def _longest_part(rows: Sequence[Example]) -> list[Example]:
+    return max(by_prompt(rows), key=_total)
+
+
+def _total(rows: Sequence[Example]) -> int:
+    return int(sum(token_counts(rows, "shared")))
 
 
 def _per_batch(batching: Batching, example: Example, share: int) -> int:
@@ -110,26 +144,35 @@ def _per_batch(batching: Batching, example: Example, share: int) -> int:
     return max(map(len, bins))
 
 
-def _from_data(cfg: TrainConfig, batching: Batching) -> Work:
+def _from_data(
+    cfg: TrainConfig,
+    batching: Batching,
+    splitting: Splitting | None,
+    examples: Sequence[Example],
+) -> Work:
     """The lengths of the data; micro-batches as they will be, in the first steps."""
-    examples = load_inputs(cfg).train
     tokens_N = token_counts(examples, batching.layout)
     steps = plan_steps(len(examples), batching, cfg.optim.epochs, cfg.optim.max_steps).steps
-    heaviest: tuple[int, ...] = (int(tokens_N.argmax()),)
-    count = 0
+    heaviest = _forward([examples[int(tokens_N.argmax())]], splitting)
+    count = seen = apart = 0
     for step in range(min(steps, STEPS_LOOKED_AT)):
-        for rank in range(min(batching.ranks, RANKS_LOOKED_AT)):
-            batches = micro_batches(tokens_N, batching, step, rank)
+        for rank, batches in enumerate(micro_batches_of_ranks(tokens_N, batching, step)):
+            if rank >= RANKS_LOOKED_AT:
+                break
             count = max(count, len(batches))
-            filled = [batch for batch in batches if batch is not None]
-            heaviest = max(
-                [heaviest, *filled], key=lambda b: microbatch_tokens(tokens_N, b, batching.layout)
-            )
+            turns = splitting.turns(tokens_N, batching, step, rank) if splitting else set()
+            for i, batch in enumerate(batches):
+                rows = [examples[j] for j in batch or ()]
+                seen += _total(rows)
+                apart += _total(rows) if i in turns else 0
+                heaviest = max(heaviest, _forward(rows, splitting) if rows else [], key=_total)
     return Work(
         source=f"{cfg.data.train}: {len(examples)} examples",
-        heaviest=[examples[i] for i in heaviest],
+        heaviest=heaviest,
         longest=int(tokens_N.max()),
+        longest_part=max(_total(_longest_part([example])) for example in examples),
         micro_batches=count,
+        split=apart / seen,
         **_means(examples),
         steps=steps,
     )

@@ -14,6 +14,7 @@ from iopo.training import loop, optim, references, setup
 from iopo.training.checkpoint_files import complete_folders, read_state
 from iopo.training.checkpoint_tensors import load_state
 from iopo.training.inputs import load_inputs
+from iopo.training.memory_fit import settle
 from iopo.training.metrics import NAMES
 from iopo.training.placement import Ranks
 from iopo.training.signals import Control
@@ -36,7 +37,7 @@ def replay(cfg: TrainConfig, scratch: Path, ranks: Ranks, control: Control) -> N
         if ranks.is_main:
             print(text, flush=True)
 
-    prepared = setup.make_policy(cfg, inputs, ranks)
+    prepared = setup.make_policy(settle(cfg, inputs, ranks, scratch, say), inputs, ranks)
     reference = references.make_reference(cfg, inputs, job, ranks, prepared, say, control.alive)
     optimizer = optim.make_optimizer(prepared.parameters, cfg.optim)
     done = 0

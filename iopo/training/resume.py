@@ -33,6 +33,7 @@ CONSEQUENCES = {
     "optim.max_steps": "the learning-rate schedule now ends elsewhere",
     "optim.micro_batch_quads": "other sums of the same numbers: equal up to rounding only",
     "optim.tokens_per_microbatch": "other sums of the same numbers: equal up to rounding only",
+    "parallel.split_quads": "other sums of the same numbers: equal up to rounding only",
 }
 
 

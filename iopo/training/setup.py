@@ -1,5 +1,7 @@
 """From a config to a policy on its device."""
 
+from typing import Any
+
 import torch
 
 from iopo import objectives
@@ -14,6 +16,7 @@ from iopo.training.inputs import Inputs
 from iopo.training.loop import Job
 from iopo.training.placement import Ranks
 from iopo.training.seeds import stream_seed
+from iopo.training.split import Splitting
 
 TORCH_DTYPE = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32, Dtype.fp64: torch.float64}
 
@@ -77,7 +80,19 @@ def make_job(cfg: TrainConfig, inputs: Inputs, ranks: Ranks) -> Job:
         clip_norm=cfg.optim.clip_norm,
         rank=ranks.rank,
         device=ranks.device,
+        splitting=splitting(cfg, ranks.world_size),
     )
+
+
+def splitting(cfg: TrainConfig, world_size: int) -> Splitting | None:
+    """How quads above the token budget are split; None if they run whole."""
+    if not cfg.parallel.split_quads:
+        return None
+    assert cfg.optim.tokens_per_microbatch is not None  # checked in the config
+    sharded = shards(cfg, world_size)
+    once = cfg.model.lora.rank > 0 and not sharded and cfg.objective.sft_weight == 0
+    direction = objectives.KINDS[cfg.objective.name].direction if once else None
+    return Splitting(cfg.optim.tokens_per_microbatch, sharded, direction)
 
 
 def load_model(cfg: TrainConfig, inputs: Inputs, dtype: torch.dtype) -> LogProbs:
@@ -120,10 +135,15 @@ def shards(cfg: TrainConfig, world_size: int) -> bool:
     return world_size > 1 and (cfg.model.lora.rank == 0 or asked)
 
 
-def checkpoint_every(cfg: TrainConfig) -> int:
-    """Recompute the activations of every k-th decoder block in backward; 0 for none."""
-    every = {Checkpointing.none: 0, Checkpointing.full: 1}
-    return every.get(cfg.parallel.checkpointing, cfg.parallel.checkpoint_every_k)
+def recomputation(cfg: TrainConfig) -> dict[str, Any]:
+    """parallel.checkpointing as arguments of `prepare`. `auto` must have been settled before."""
+    kind = cfg.parallel.checkpointing
+    assert kind is not Checkpointing.auto, "memory_fit.settle comes first"
+    every = {Checkpointing.none: 0, Checkpointing.every_k: cfg.parallel.checkpoint_every_k}
+    return {
+        "checkpoint_every": every.get(kind, 1),
+        "selective": kind is Checkpointing.selective,
+    }
 
 
 def make_policy(cfg: TrainConfig, inputs: Inputs, ranks: Ranks) -> Prepared:
@@ -141,8 +161,8 @@ def make_policy(cfg: TrainConfig, inputs: Inputs, ranks: Ranks) -> Prepared:
         dtype=dtype,
         mesh=make_mesh(ranks.device.type, p.shard_processes) if shard else None,
         offload=p.offload,
-        checkpoint_every=checkpoint_every(cfg),
         compile_blocks=p.compile,
+        **recomputation(cfg),
     )
 
 

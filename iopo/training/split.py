@@ -1,0 +1,129 @@
+"""A quad that is too long for one backward pass: one prompt, with its responses, at a time.
+
+The loss of a quad needs the log-probs of all its members; its gradient is a sum over them,
+    dloss/dtheta = sum_m f_m dlogp_m/dtheta,    f_m = dloss/dlogp_m,
+so the activations of one prompt can go before the next prompt is processed, if the factors f are
+known by then. Two ways, both exact:
+
+once   IOPO's factors are one scalar per quad times signs that are known before (Kind.direction in
+       objectives.py). Each prompt is back-propagated with the signs as factors, into gradients of
+       their own, which the scalar multiplies at the end. For adapters on ranks that hold the whole
+       model: there these gradients are small, and not yet summed over ranks.
+twice  A forward without gradient gives the log-probs, the loss gives the factors, and every prompt
+       is processed again, with gradient. For everything else; costs one more forward.
+
+Letters: E examples, M members per example, N examples of the data set.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iopo.data.batching import Batching, MicroBatch, micro_batches_of_ranks
+from iopo.data.example import Example
+from iopo.data.layout import Batch
+from iopo.model.parallel import Prepared
+
+
+@dataclass(frozen=True)
+class Splitting:
+    """Which quads are split, and how.
+
+    budget: tokens; a quad above it runs alone (batching.py) and is split.
+    together: sharded models communicate in every forward, so that all ranks split their micro-batch
+        when one does.
+    direction: of dloss/dlogp_M, to go through each prompt once; None to go twice.
+    """
+
+    budget: int
+    together: bool
+    direction: tuple[int, ...] | None
+
+    def turns(self, tokens_N: np.ndarray, batching: Batching, step: int, rank: int) -> set[int]:
+        """Numbers of the micro-batches of `step` that `rank` splits."""
+        per_rank = micro_batches_of_ranks(tokens_N, batching, step)
+        seen = per_rank if self.together else [per_rank[rank]]
+        return {i for i, at in enumerate(zip(*seen, strict=True)) if self._any_above(tokens_N, at)}
+
+    def _any_above(self, tokens_N: np.ndarray, batches: Sequence[MicroBatch]) -> bool:
+        return any(tokens_N[quad] > self.budget for batch in batches for quad in batch or ())
+
+
+def by_prompt(rows: Sequence[Example]) -> list[list[Example]]:
+    """For each prompt of an example, all rows reduced to that prompt and its responses."""
+    return [
+        [replace(row, prompts=(row.prompts[i],), responses=(row.responses[i],)) for row in rows]
+        for i in range(len(rows[0].prompts))
+    ]
+
+
+class PromptByPrompt:
+    """Log-probs of a micro-batch, and their gradient, one prompt at a time.
+
+    batches: by prompt (by_prompt), in member order. direction: see Splitting; with it a micro-batch
+    is one example, because each example has a scalar of its own.
+    """
+
+    def __init__(
+        self, prepared: Prepared, batches: Sequence[Batch], direction: tuple[int, ...] | None
+    ):
+        assert direction is None or batches[0].examples == 1, "one scalar for several examples"
+        self.prepared, self.batches, self.direction = prepared, batches, direction
+        self.before: list[Tensor | None] = []  # gradients of the micro-batches before this one
+        self.logp_EM = torch.empty(0)
+
+    def log_probs(self) -> Tensor:
+        """[E, M]; a leaf: the loss is back-propagated to it, and then `backward` takes its grad."""
+        parts = []
+        if self.direction is None:
+            with torch.no_grad():
+                parts = [self.prepared.model(batch) for batch in self.batches]
+        else:
+            self.before = [p.grad for p in self.prepared.parameters.values()]
+            self._set_gradients([None] * len(self.before))
+            whole = torch.tensor([self.direction], device=self.batches[0].input_ids.device)
+            for batch, signs_EM in zip(self.batches, self._by_prompt(whole), strict=True):
+                logp_EM = self.prepared.model(batch)
+                (logp_EM * signs_EM).sum().backward()
+                parts.append(logp_EM.detach())
+        self.logp_EM = torch.cat(parts, dim=1).requires_grad_()
+        return self.logp_EM
+
+    def backward(self, *, last: bool) -> None:
+        """Add sum_m f_m dlogp_m/dtheta to the gradients. last: of the step's micro-batches."""
+        factor_EM = self.logp_EM.grad
+        if factor_EM is None:  # no loss
+            factor_EM = torch.zeros_like(self.logp_EM)
+        if self.direction is None:
+            factors = self._by_prompt(factor_EM)
+            for i, (batch, part_EM) in enumerate(zip(self.batches, factors, strict=True)):
+                self.prepared.set_sync(last and i == len(self.batches) - 1)
+                (self.prepared.model(batch) * part_EM).sum().backward()
+            return
+        scalar = factor_EM[0, 0] / self.direction[0]
+        own = [p.grad for p in self.prepared.parameters.values()]
+        pairs = zip(own, self.before, strict=True)
+        self._set_gradients([_scaled_sum(scalar, a, b) for a, b in pairs])
+
+    def idle(self, *, last: bool) -> None:
+        """Take part in a micro-batch that only other ranks have; adds zero to the gradients."""
+        self.log_probs()
+        self.backward(last=last)
+
+    def _by_prompt(self, value_EM: Tensor) -> tuple[Tensor, ...]:
+        return value_EM.split([batch.members for batch in self.batches], dim=1)
+
+    def _set_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        for parameter, gradient in zip(self.prepared.parameters.values(), gradients, strict=True):
+            parameter.grad = gradient
+
+
+def _scaled_sum(scalar: Tensor, own: Tensor | None, before: Tensor | None) -> Tensor | None:
+    """scalar * own + before, in place where there is one."""
+    if own is None:
+        return before
+    own *= scalar
+    return own if before is None else before.add_(own)
