@@ -96,7 +96,7 @@ def test_the_ledger_by_hand():
     plain = 2 * tokens * (4 * 6_524_239_872 + 3 * 3584 * 152064) + 5.5 * attention
     assert ledger(QWEN2_7B, [quad], PLAIN, full=False) == pytest.approx(plain)
     tokens, pairs = 4000, 2 * (1500**2 / 2 + 1000 * 500 + 500**2 / 2)
-    shared = 2 * tokens * 2 * 6_524_239_872 + 2 * 2000 * 3 * 3584 * 152064
+    shared = 2 * tokens * 2 * 6_524_239_872 + 2 * 2000 * 2 * 3584 * 152064
     shared += 3.5 * pairs * 4 * 28 * 3584
     assert ledger(QWEN2_7B, [quad], ROWS[-1], full=False) == pytest.approx(shared)
 

@@ -105,14 +105,16 @@ def test_end_to_end(tmp_path):
 
 
 def test_beginning_is_a_part_that_stands_alone():
-    prose = "Bees make honey from flowers all summer. They also dance for one another. Nobody knows."
+    prose = "Bees make honey from flowers all day. They also dance for one another. Nobody knows."
     lines = "- Bees make honey from flowers all summer.\n- They also dance for one another."
     for seed in range(20):
         rng = random.Random(seed)
         for text in (prose, lines):
             start = beginning(text, rng)
-            assert start is None or (text.startswith(start) and start.endswith(".") and start < text)
-    assert beginning("Bees make honey from flowers all summer long, and then.", random.Random(0)) is None
+            if start is not None:
+                assert text.startswith(start) and start.endswith(".") and start < text
+    alone = "Bees make honey from flowers all summer long, and then."
+    assert beginning(alone, random.Random(0)) is None
 
 
 def test_few_samples_have_all_forms_and_held_out_kinds_fewer():

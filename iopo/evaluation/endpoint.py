@@ -293,9 +293,7 @@ class Endpoint:
 class _Transient(Exception):
     """Worth another attempt."""
 
-    def __init__(
-        self, text: str, *, retry_after_s: float | None = None, hopeless: bool = False
-    ):
+    def __init__(self, text: str, *, retry_after_s: float | None = None, hopeless: bool = False):
         super().__init__(text)
         self.retry_after_s = retry_after_s
         self.hopeless = hopeless  # where no request has ever succeeded
