@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -198,3 +199,14 @@ def test_a_checkpoint_becomes_a_model(tmp_path):
     name = "model.layers.0.mlp.up_proj.weight"
     (key,) = [key for key in saved if key.startswith("parameters/") and key.endswith(name)]
     assert torch.equal(saved[key], exported[name])
+
+
+@pytest.mark.slow
+def test_a_warm_reference_cache_changes_no_bit(tmp_path):
+    """Dropout draws at step 1 what it would have drawn if the cache had been filled before it."""
+    cold, warm = folder(tmp_path, "cold"), folder(tmp_path, "warm")
+    setting = Setting(processes=1, lora=True, asynchronous=True)
+    faults.finish(cold, setting, 3)
+    shutil.copytree(cold.parent / "cache", warm.parent / "cache")
+    faults.finish(warm, setting, 3)
+    assert faults.find_difference(cold, warm, 3) is None
