@@ -129,6 +129,8 @@ def train(cfg: TrainConfig, run: Path, ranks: Ranks, control: Control) -> None:
                 teller.start(*loop.check_start(job, policy, reference))
             samples.before(run, cfg, inputs, prepared, ranks)
             evaluate(0)
+            # What came before drew as many numbers as the caches were cold: training must not care.
+            seed_process(cfg.seed, "training", ranks.rank)
         give_back_freed_memory()
         for result in loop.train_steps(job, prepared, optimizer, reference, first_step=done + 1):
             done, last = result.step, result.step == job.steps

@@ -38,13 +38,18 @@ from iopo.training.placement import Ranks
 from iopo.training.signals import Control
 
 OVERRIDES = (
-    *("data.heldout=null", "data.limit_rows=32", "parallel.device=cpu", "evaluation.samples=0"),
-    *("checkpoint.save_every_steps=1", "export.model=false", "optim.epochs=100"),
+    *("data.heldout=null", "data.limit_rows=16", "parallel.device=cpu", "evaluation.samples=0"),
+    *(
+        "checkpoint.save_every_steps=1",
+        "export.model=false",
+        "optim.epochs=100",
+        "optim.global_batch_quads=8",
+    ),
 )
 
 
 def config(run: Path) -> TrainConfig:
-    """The default experiment with OVERRIDES."""
+    """The default experiment with OVERRIDES; steps of 8 quads, as in `make demo`."""
     ConfigStore.instance().store(name="base_config", node=TrainConfig)
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         cfg = OmegaConf.to_object(compose("config", overrides=[*OVERRIDES, f"run={run}"]))

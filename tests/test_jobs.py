@@ -44,7 +44,8 @@ def test_costs_add_up_over_attempts(tmp_path):
         runner.job(Job("a train", ["-c", hold], tmp_path / "never"))
     found = costs(tmp_path)["a train"]
     assert found["seconds"] >= 0.6
-    assert 0.1 < found["peak_rss_gb"] < 0.5
+    # a new process counts what its parent held, which here may be a gigabyte of libraries
+    assert 0.1 < found["peak_rss_gb"] < 5
 
 
 def test_a_signal_ends_the_running_jobs_and_starts_no_others(tmp_path):

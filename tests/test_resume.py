@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,11 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from benchmarks import faults
 from benchmarks.faults import Setting
 from iopo.training.checkpoint import latest
 from iopo.training.checkpoint_files import step_of
+from iopo.training.checkpoint_tensors import read_whole
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -146,8 +150,12 @@ def test_a_finished_run_goes_on_only_for_more_of_the_same(tmp_path):
     assert "objective.beta: 0.1 -> 0.5" in output_of(2, 6, "objective.beta=0.5")
     assert "checkpoint.resume is never" in output_of(2, 12, "checkpoint.resume=never")
     assert "step 6 is done" in output_of(0, 12)
-    faults.finish(plain, setting, 12)
-    assert faults.find_difference(plain, run, 12) is None  # tiny_random's rate is constant
+    faults.finish(plain, setting, 12)  # the same steps, since tiny_random's rate is constant
+    states = [read_whole(latest(folder)[0]) for folder in (plain, run)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    steps = [row["step"] for row in faults.read_rows(run) if row["split"] == "train"]
+    assert steps == list(range(1, 13))
 
 
 @pytest.mark.slow
@@ -169,3 +177,36 @@ def test_a_replayed_step_has_the_losses_that_it_had(tmp_path, processes):
     assert len(lines) == 2 and mean == pytest.approx(expected, abs=1e-5)
     assert output.count("x2y1") == 2
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+
+
+@pytest.mark.slow
+def test_a_checkpoint_becomes_a_model(tmp_path):
+    run = folder(tmp_path, "run")
+    faults.finish(run, Setting(1, lora=False, asynchronous=True), 6)
+    environ = {"OMP_NUM_THREADS": "1", **os.environ, "XDG_CACHE_HOME": str(run.parent / "cache")}
+
+    def export(step: int) -> subprocess.CompletedProcess:
+        command = [sys.executable, "train.py", f"run={run}", f"export_step={step}"]
+        return subprocess.run(
+            command, cwd=faults.ROOT, env=environ, capture_output=True, text=True, timeout=300
+        )
+
+    assert "expected one of [3, 6]" in export(5).stderr
+    done = export(3)
+    assert done.returncode == 0, done.stderr
+    saved = read_whole(run / "checkpoints" / "step-00000003")
+    exported = load_file(run / "exported" / "step-00000003" / "export" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    (key,) = [key for key in saved if key.startswith("parameters/") and key.endswith(name)]
+    assert torch.equal(saved[key], exported[name])
+
+
+@pytest.mark.slow
+def test_a_warm_reference_cache_changes_no_bit(tmp_path):
+    """Dropout draws at step 1 what it would have drawn if the cache had been filled before it."""
+    cold, warm = folder(tmp_path, "cold"), folder(tmp_path, "warm")
+    setting = Setting(processes=1, lora=True, asynchronous=True)
+    faults.finish(cold, setting, 3)
+    shutil.copytree(cold.parent / "cache", warm.parent / "cache")
+    faults.finish(warm, setting, 3)
+    assert faults.find_difference(cold, warm, 3) is None
