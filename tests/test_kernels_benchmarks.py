@@ -74,5 +74,5 @@ def test_the_gpu_benchmark_runs_on_stand_ins_and_prints_a_line_per_variant(monke
     text = gpu_head.table({"device": about, "head": cells, "not_run": ["frozen flat 16384"]})
     wanted = ["linear_logprob", *(p for p in PEERS if p in heads.heads())]
     for name in wanted:
-        assert text.count(f" {name} ") == 3, text
+        assert text.count(f" {name}  ") == 3, text
     assert text.count(" product ") == 1 and "not run, the time was up: frozen flat 16384" in text
