@@ -256,12 +256,8 @@ class ParallelConfig:
             value = getattr(self, key)
             _require(value is None or value >= 1, f"parallel.{key}", value, "1 or more, or null")
         _require(self.timeout_s > 0, "parallel.timeout_s", self.timeout_s, "more than 0 seconds")
-        _require(
-            self.checkpoint_every_k >= 1,
-            "parallel.checkpoint_every_k",
-            self.checkpoint_every_k,
-            "1 or more",
-        )
+        every_k = self.checkpoint_every_k
+        _require(every_k >= 1, "parallel.checkpoint_every_k", every_k, "1 or more")
 
 
 @dataclass
@@ -283,12 +279,8 @@ class CheckpointConfig:
     resume: Resume = Resume.auto
 
     def __post_init__(self):
-        _require(
-            self.keep >= 2,
-            "checkpoint.keep",
-            self.keep,
-            "2 or more: with one, a crash inside a save would leave none",
-        )
+        expected = "2 or more: with one, a crash inside a save would leave none"
+        _require(self.keep >= 2, "checkpoint.keep", self.keep, expected)
         _require(
             self.best_metric in (None, *HELDOUT_MEASURES),
             "checkpoint.best_metric",

@@ -21,7 +21,7 @@ LORA, SHARDED_LORA = ("model.lora.rank=4",), ("model.lora.rank=4", "parallel.sha
 
 
 def quads(path: Path, counts: list[int]) -> str:
-    """An override that reads quads of so many words; 14 and more are above the budget of 450."""
+    """An override that reads quads of so many words; 26 and more are above the budget of 450."""
     with open(path, "w") as file:
         for i, count in enumerate(counts):
             y = " ".join((WORDS * 9)[i : i + count])
@@ -64,12 +64,14 @@ by_length = loop.Reference(
 
 
 def assert_equal(whole, split):
+    """To 1e-6: transformers' RMSNorm computes in float32 in a float64 model too, where a last bit
+    that differs may become a float32 one; metrics are summed in float32."""
     largest = max(g.abs().max() for g in whole[0])
     assert largest > 1e-3
     for a, b in zip(whole[0], split[0], strict=True):
-        assert (a - b).abs().max() <= 1e-10 * largest
+        assert (a - b).abs().max() <= 1e-6 * largest
     for name in ("loss", "margin", "grad_norm", "logp/x1y1"):
-        assert split[1][name] == pytest.approx(whole[1][name], rel=1e-10)
+        assert split[1][name] == pytest.approx(whole[1][name], rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +83,7 @@ def assert_equal(whole, split):
 )  # fmt: skip
 @pytest.mark.parametrize("lora", [(), LORA], ids=["full", "lora"])
 def test_split_quads_have_the_gradient_of_whole_ones(tmp_path, overrides, lora):
-    alone, data = Ranks(0, 1, 0, 1, CPU), quads(tmp_path / "quads.jsonl", [20, 3, 5, 14])
+    alone, data = Ranks(0, 1, 0, 1, CPU), quads(tmp_path / "quads.jsonl", [28, 3, 5, 26])
     whole = one_step(alone, data, *lora, *overrides)
     split = one_step(alone, data, *lora, *overrides, SPLIT)
     assert_equal(whole, split)
@@ -100,7 +102,7 @@ HOW = {
     "sharded lora": SHARDED_LORA,
     "hsdp": ("parallel.shard_processes=1",),
 }
-STEPS = {"both": [20, 3, 5, 14], "first only": [20, 3, 5, 4], "second idle": [20]}
+STEPS = {"both": [28, 3, 5, 26], "first only": [28, 3, 5, 4], "second idle": [28]}
 
 
 def worker(rank, folder):
