@@ -13,7 +13,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -26,14 +25,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from benchmarks.throughput_data import quads_of_lengths, useful_tokens
 from benchmarks.throughput_flops import Weights, ledger, processed_tokens
-from benchmarks.throughput_variants import FAST, LADDER, PLAIN, Trainer, Variant
+from benchmarks.throughput_variants import COMPILED, LADDER, PLAIN, Trainer, Variant
 from iopo.data.example import Example
 from iopo.model.attention import SHARED, register_attention
 
 # prompt tokens, response tokens, quads in a step
 SHAPES = {"200/300": (200, 300, 16), "1000/500": (1000, 500, 4), "5000/900": (5000, 900, 1)}
-HALF = replace(FAST, name="+ half checkpointing", checkpoint_every=2)
-ROWS = (*LADDER[:5], HALF, *LADDER[5:])
+ROWS = (*LADDER, COMPILED)
 TOKENS_PER_MICROBATCH = 8192
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}  # dense bf16
 TARGETS = {"200/300": 4.0, "1000/500": 3.0}  # quads/s against plain

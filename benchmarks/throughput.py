@@ -28,7 +28,15 @@ import transformers
 from benchmarks.throughput_child import Task, measure
 from benchmarks.throughput_data import SHAPES, shortened, useful_tokens
 from benchmarks.throughput_flops import Weights, ledger, processed_tokens
-from benchmarks.throughput_variants import FAST, LADDER, PLAIN, SHARED_LIVE, Trainer, Variant
+from benchmarks.throughput_variants import (
+    BEST,
+    COMPILED,
+    LADDER,
+    PLAIN,
+    SHARED_LIVE,
+    Trainer,
+    Variant,
+)
 from iopo.data.example import Example
 from iopo.model.load import default_dtype, resolve_model
 
@@ -45,33 +53,19 @@ COLUMNS = (
     ("x plain", "memory_ratio", "{:.2f}"),
     ("loss off by", "loss_difference", "{:.1e}"),
 )
-QUICK = (PLAIN, SHARED_LIVE, FAST)
+QUICK = (PLAIN, SHARED_LIVE, BEST)
 QUICK_QUADS = {"demo": 4, "1000/500": 1}  # in a step of a quick run
 NAMES = {"lora": "LoRA", "full": "full fine-tuning"}
 
 
-def times(
-    task: Task, rows: Sequence[Variant], rounds: int, old: Sequence[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Speed of the rows at the task's shape, in their order; rounds are added to those of `old`."""
+def times(task: Task, rows: Sequence[Variant], rounds: int) -> list[dict[str, Any]]:
+    """Seconds of the rows at the task's shape, in their order."""
     examples = task.examples()
     trainer = task.trainer(live=any(row.live for row in rows))
     cache = trainer.cache(examples)
     seconds = interleaved(trainer, rows, examples, cache, rounds)
-    results = []
-    before = {row["name"]: row.get("seconds", []) for row in old}
-    for row in rows:
-        found = [*before.get(row.name, []), *seconds[row.name]]
-        median = statistics.median(found)
-        results.append(
-            {
-                "name": row.name,
-                "quads_per_s": len(examples) / median,
-                "seconds": found,
-                "useful_tokens_per_s": useful_tokens(examples) / median,
-            }
-        )
-    return results
+    step = {"quads": len(examples), "useful_tokens": useful_tokens(examples)}
+    return [{"name": row.name, "seconds": seconds[row.name]} | step for row in rows]
 
 
 def one_step_each(task: Task, rows: Sequence[Variant]) -> list[dict[str, Any]]:
@@ -127,12 +121,22 @@ def interleaved(
 
 
 def joined(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the same names put together, with speed, memory and loss against the first row."""
+    """Rows of the same names put together, with speed, memory and loss against the first row.
+
+    Rounds of both count.
+    """
     before = {row["name"]: row for row in old}
-    results = [before.get(row["name"], {}) | row for row in new]
+    results = []
+    for row in new:
+        found = before.get(row["name"], {})
+        rounds = [*found.get("seconds", []), *row.get("seconds", [])]
+        results.append(found | row | ({"seconds": rounds} if rounds else {}))
     first = results[0]
     for row in results:
-        if "quads_per_s" in row:
+        if "seconds" in row:
+            median = statistics.median(row["seconds"])
+            row["quads_per_s"] = row["quads"] / median
+            row["useful_tokens_per_s"] = row["useful_tokens"] / median
             row["speedup"] = row["quads_per_s"] / first["quads_per_s"]
         if "losses" in row:
             row["memory_ratio"] = row["peak_memory_gb"] / first["peak_memory_gb"]
@@ -201,6 +205,7 @@ def main() -> None:
     parser.add_argument("--shapes", help=f"some of {','.join(SHAPES)}")
     parser.add_argument("--tuning", default="lora,full", help="lora, full or both")
     parser.add_argument("--only", choices=("times", "memory"), help="default: both")
+    parser.add_argument("--compile", action="store_true", help="also a row of compiled blocks")
     parser.add_argument("--model", default="demo", help="model folder, or demo")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: what is fast")
     parser.add_argument("--threads", type=int, default=2)
@@ -211,20 +216,24 @@ def main() -> None:
     dtype = args.dtype or str(default_dtype("cpu")).removeprefix("torch.")
     shapes = args.shapes.split(",") if args.shapes else [*(QUICK_QUADS if args.quick else SHAPES)]
     rows = QUICK if args.quick else LADDER
+    if args.compile:
+        rows = (*rows[:-1], COMPILED, rows[-1])
     rounds = args.rounds or (1 if args.quick else 3)
-    report = {"shapes": {}, "full": {}} | opened(args.json, facts(model, dtype, args.threads))
+    here = facts(model, dtype, args.threads)
     for tuning in ["lora"] if args.quick else args.tuning.split(","):
-        tables = report["full" if tuning == "full" else "shapes"]
+        taken = rows[:-1] if tuning == "full" else rows  # the last differs under LoRA only
         for shape in shapes:
             few = QUICK_QUADS.get(shape) if args.quick else None
             task = Task(str(model), dtype, tuning == "full", shape, "iopo", args.threads, few)
-            results = tables.get(shape, [])
+            results: list[dict[str, Any]] = []
             if args.only != "memory":
-                results = joined(results, times(task, rows, rounds, results))
+                results = joined(results, times(task, taken, rounds))
             if args.only != "times":
-                results = joined(results, one_step_each(task, rows))
-            show(f"{NAMES[tuning]}, prompt/response tokens {shape}, {dtype}", results)
-            tables[shape] = results
+                results = joined(results, one_step_each(task, taken))
+            report = {"shapes": {}, "full": {}} | opened(args.json, here)
+            tables = report["full" if tuning == "full" else "shapes"]
+            tables[shape] = joined(tables.get(shape, []), results)
+            show(f"{NAMES[tuning]}, prompt/response tokens {shape}, {dtype}", tables[shape])
             if args.json:
                 args.json.parent.mkdir(parents=True, exist_ok=True)
                 args.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -15,7 +15,7 @@ from iopo.data.tokenize import Chat, tokenize_rows
 TRAIN = Path(__file__).parent.parent / "data" / "demo" / "train.jsonl"
 # name -> (prompt tokens, response tokens, quads in a step); None: as in the demo data
 SHAPES: dict[str, tuple[int, int, int] | tuple[None, None, int]] = {
-    "demo": (None, None, 16),
+    "demo": (None, None, 6),
     "200/300": (200, 300, 2),
     "1000/500": (1000, 500, 1),
     "2000/200": (2000, 200, 1),

@@ -130,11 +130,14 @@ def ledger(
     trained.
     """
     w, live = weights, int(variant.live)
-    again = 1 / variant.checkpoint_every if variant.checkpoint_every else 0
+    again = 1 / variant.checkpoint_every if variant.checkpoint_every else 0.0
+    low_again = again
+    if variant.selective:  # of the products, only those of B are wide and cheap
+        again, low_again = 0.0, again / 2
     counts = [_count(rows, variant) for rows in micro_batches]
     processed, scored, pairs = (sum(column) for column in zip(*counts, strict=True))
     trunk = w.trunk * (1 + live + 1 + full) + w.recomputed * again
-    low = w.adapters * (1 + again + 2)
+    low = w.adapters * (1 + low_again + 2)
     head_tokens = scored if variant.fused else processed
     head = w.head * (1 + live + 1 + full + (variant.fused and full))
     attention = 4 * w.attention * (1 + live + again + ATTENTION_BACKWARD)

@@ -8,7 +8,7 @@ Letters: E examples, M members, S sequences, L padded length, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,13 +16,15 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from iopo import objectives
-from iopo.data.batching import Batching, pass_micro_batches, token_counts
+from iopo.data.batching import Batching, pass_micro_batches, token_counts, tokens
 from iopo.data.example import Example
 from iopo.data.layout import Batch, build_packed, build_plain, build_shared
 from iopo.logprobs import LogProbs
 from iopo.model import lora
 from iopo.model.attention import SHARED
 from iopo.model.parallel import blocks, prepare, wrap_blocks
+from iopo.objectives import KINDS
+from iopo.training.split import PromptByPrompt, by_prompt
 
 BUILD = {"plain": build_plain, "packed": build_packed, "shared": build_shared}
 LORA_RANK = 16
@@ -36,6 +38,8 @@ class Variant:
     fused: log-probs by the fused head on response rows; otherwise the stock model's logits.
     live: the reference runs in every step; otherwise its log-probs are looked up.
     checkpoint_every: recompute every k-th block in backward; 1 all of them, 0 none.
+    selective: of these blocks all but matrix products and attention.
+    by_prompt: under LoRA, a quad above the token budget goes one prompt at a time.
     """
 
     name: str
@@ -43,6 +47,8 @@ class Variant:
     fused: bool
     live: bool
     checkpoint_every: int
+    selective: bool = False
+    by_prompt: bool = False
     compile: bool = False
 
 
@@ -53,9 +59,11 @@ LADDER = (
     Variant("+ shared prompts", "shared", fused=True, live=True, checkpoint_every=1),
     Variant("+ cached reference", "shared", fused=True, live=False, checkpoint_every=1),
     Variant("+ no checkpointing", "shared", fused=True, live=False, checkpoint_every=0),
-    Variant("+ compile", "shared", fused=True, live=False, checkpoint_every=0, compile=True),
+    Variant("+ selective", "shared", True, False, checkpoint_every=1, selective=True),
+    Variant("+ prompt by prompt", "shared", True, False, 1, selective=True, by_prompt=True),
 )
-PLAIN, SHARED_LIVE, CACHED, FAST = LADDER[0], LADDER[3], LADDER[4], LADDER[5]
+PLAIN, SHARED_LIVE, CACHED, FAST, BEST = (LADDER[i] for i in (0, 3, 4, 5, -1))
+COMPILED = replace(FAST, name="no checkpointing + compile", compile=True)
 
 
 class Trainer:
@@ -118,7 +126,9 @@ class Trainer:
         """Make the model compute as the row says; has no effect on its weights."""
         for block in blocks(self.policy):
             vars(block).pop("forward", None)  # what wrap_blocks has put over the class's own
-        wrap_blocks(self.policy, variant.checkpoint_every, variant.compile)
+        wrap_blocks(
+            self.policy, variant.checkpoint_every, variant.compile, selective=variant.selective
+        )
         attention = "sdpa" if variant.layout == "plain" else SHARED
         self.policy.causal_lm.set_attn_implementation(attention)
         if self.reference is not None:
@@ -137,7 +147,7 @@ class Trainer:
         cache: example id -> reference log-probs [M]; needed by rows without a live reference.
         """
         losses: dict[str, Tensor] = {}
-        wanted = objectives.KINDS[objective].reference
+        wanted = KINDS[objective].reference
         for rows in self.micro_batches(examples, variant):
             batch = BUILD[variant.layout](rows).to(self.device)
             reference_EM = None
@@ -146,7 +156,8 @@ class Trainer:
             elif wanted:
                 assert cache is not None
                 reference_EM = torch.tensor([cache[e.id] for e in rows], device=self.device)
-            policy_EM = logps(self.policy, batch, variant)
+            parts = self.divided(rows, KINDS[objective].direction) if variant.by_prompt else None
+            policy_EM = parts.log_probs() if parts else logps(self.policy, batch, variant)
             loss_E = objectives.compute(
                 objective,
                 policy_EM,
@@ -156,11 +167,22 @@ class Trainer:
                 objectives.Options(),
             )
             (loss_E.sum() / len(examples)).backward()
+            if parts:  # that reached the log-probs, not yet the model
+                parts.backward(policy_EM.grad, last=False)
             losses |= dict(zip(batch.ids, loss_E.detach(), strict=True))
         self.prepared.reduce_and_clip(1.0)
         self.optimizer.step()
         self.prepared.zero_grad()
         return torch.stack([losses[example.id] for example in examples]).float().cpu()
+
+    def divided(
+        self, rows: Sequence[Example], direction: tuple[int, ...] | None
+    ) -> PromptByPrompt | None:
+        """The micro-batch one prompt at a time, if it is one quad above the token budget."""
+        if self.full or direction is None or tokens(rows[0], "shared") <= self.tokens:
+            return None
+        batches = [build_shared(part).to(self.device) for part in by_prompt(rows)]
+        return PromptByPrompt(self.prepared, batches, direction)
 
     @torch.no_grad()
     def reference_logps(self, batch: Batch, variant: Variant) -> Tensor:
