@@ -168,7 +168,7 @@ class Trainer:
             )
             (loss_E.sum() / len(examples)).backward()
             if parts:  # that reached the log-probs, not yet the model
-                parts.backward(policy_EM.grad, last=False)
+                parts.backward(last=False)
             losses |= dict(zip(batch.ids, loss_E.detach(), strict=True))
         self.prepared.reduce_and_clip(1.0)
         self.optimizer.step()

@@ -50,7 +50,7 @@ def environment() -> Path:
     python = folder / "bin" / "python"
     if not (folder / "COMPLETE").exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        where = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+        where = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
         site = Path(subprocess.check_output(where, text=True).strip())
         (site / "ours.pth").write_text(sysconfig.get_path("purelib") + "\n")
         kept = [f"torch=={torch.__version__}", f"transformers=={transformers.__version__}"]
