@@ -1,4 +1,4 @@
-# make demo   train the demo model and show that it follows constraints better (20 minutes and 6 GB are the aim)
+# make demo   train the demo model and show that it follows constraints better (within 20 minutes and 6 GB)
 # make test   the tests
 # make lint   ruff and mypy
 # make bench  the CPU benchmarks behind docs/performance.md

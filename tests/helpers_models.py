@@ -1,8 +1,10 @@
 """Tiny random models for tests: two layers, width 32, CPU, fp32, the same for the same seed."""
 
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from iopo.model.load import tiny_causal_lm
@@ -47,3 +49,18 @@ def tiny_qwen2(
     return tiny_causal_lm(
         {**config, **SMALL, **overrides}, seed=seed, dtype=dtype, attention=attention
     )
+
+
+def norms_in_own_dtype(model: nn.Module) -> None:
+    """Let the model's norms compute in its dtype: their own code rounds to float32 in between."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(_rms_norm, module)
+
+
+def _rms_norm(module, x):
+    if type(module).__name__.startswith("Gemma"):
+        eps, gain = module.eps, 1 + module.weight
+    else:
+        eps, gain = module.variance_epsilon, module.weight
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain

@@ -17,6 +17,7 @@ from iopo.data.example import Example
 from iopo.data.layout import build_packed, build_plain, build_shared
 from iopo.logprobs import LogProbs
 from iopo.model.attention import SHARED, register_attention
+from tests.helpers_models import norms_in_own_dtype
 
 V = 61
 SIZES = dict(
@@ -45,19 +46,8 @@ def tiny(family: str, attention: str = SHARED, dtype: torch.dtype = torch.float6
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
     if dtype == torch.float64:
-        for module in model.modules():
-            if type(module).__name__.endswith("RMSNorm"):
-                module.forward = partial(rms_norm, module)
+        norms_in_own_dtype(model)
     return model.to(dtype)
-
-
-def rms_norm(module, x):
-    """What the model's norm computes; its own code rounds to float32 in between."""
-    if type(module).__name__.startswith("Gemma"):
-        eps, gain = module.eps, 1 + module.weight
-    else:
-        eps, gain = module.variance_epsilon, module.weight
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain
 
 
 def quad(name: str, lengths: tuple[int, int, int, int], seed: int = 0) -> Example:

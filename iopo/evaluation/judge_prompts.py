@@ -108,6 +108,11 @@ def robust_schema(question: Question) -> dict[str, Any]:
     }
     if question.maximum == 10:
         properties["overall"] = score
+    return response_format("verdict", properties)
+
+
+def response_format(name: str, properties: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object with exactly these properties, as OpenAI-compatible servers take it."""
     schema = {
         "type": "object",
         "properties": properties,
@@ -116,7 +121,7 @@ def robust_schema(question: Question) -> dict[str, Any]:
     }
     return {
         "type": "json_schema",
-        "json_schema": {"name": "verdict", "strict": True, "schema": schema},
+        "json_schema": {"name": name, "strict": True, "schema": schema},
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from iopo.evaluation.config import Style
 from iopo.evaluation.judge_parse import MAX_CHARS, Unreadable, json_objects
-from iopo.evaluation.judge_prompts import Question, fence, token
+from iopo.evaluation.judge_prompts import Question, fence, response_format, token
 
 _LABEL = re.compile(r"(?:评分对象|评测对象)[*`]{0,2}\s{0,5}[:：]")
 SEPARATOR = "||"
@@ -40,10 +40,7 @@ def locate(passage: str, answer: str) -> str:
     """The passage as it stands in the answer, blanks aside. Raises Unreadable if it does not."""
     places = [i for i, character in enumerate(answer) if not character.isspace()]
     plain = "".join(answer[i] for i in places)
-    for wanted in (
-        passage,
-        passage.replace("\\n", "\n"),
-    ):  # some judges write line ends as two signs
+    for wanted in (passage, passage.replace("\\n", "\n")):  # some write a line end as two signs
         wanted = "".join(wanted.split())
         start = plain.find(wanted)
         if wanted and start >= 0:
@@ -58,16 +55,7 @@ def schema(question: Question) -> dict[str, Any]:
         "whole": {"type": "boolean"},
         "passages": {"type": "array", "items": {"type": "string"}},
     }
-    content = {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
-    return {
-        "type": "json_schema",
-        "json_schema": {"name": "passages", "strict": True, "schema": content},
-    }
+    return response_format("passages", properties)
 
 
 def _robust(question: Question) -> str:
