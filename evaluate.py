@@ -11,6 +11,7 @@ command again to go on), 2 config or data refused, 130 interrupted.
 
 import sys
 from functools import partial
+from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -29,6 +30,10 @@ FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 def main(composed: DictConfig) -> None:
     """Compose, check, run."""
     try:
+        if OmegaConf.is_missing(composed.benchmark, "name"):
+            files = (Path(__file__).parent / "conf" / "benchmark").glob("*.yaml")
+            names = ", ".join(sorted(file.stem for file in files))
+            raise ValueError(f"no benchmark was named; add +benchmark=NAME, one of {names}")
         config = OmegaConf.to_object(composed)
         assert isinstance(config, EvaluateConfig)
         keep_freed_memory()

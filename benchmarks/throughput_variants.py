@@ -58,12 +58,12 @@ LADDER = (
     Variant("+ packed", "packed", fused=True, live=True, checkpoint_every=1),
     Variant("+ shared prompts", "shared", fused=True, live=True, checkpoint_every=1),
     Variant("+ cached reference", "shared", fused=True, live=False, checkpoint_every=1),
-    Variant("+ no checkpointing", "shared", fused=True, live=False, checkpoint_every=0),
-    Variant("+ selective", "shared", True, False, checkpoint_every=1, selective=True),
-    Variant("+ prompt by prompt", "shared", True, False, 1, selective=True, by_prompt=True),
+    Variant("+ prompt by prompt", "shared", True, False, checkpoint_every=1, by_prompt=True),
+    Variant("+ selective", "shared", True, False, 1, selective=True, by_prompt=True),
+    Variant("+ no checkpointing", "shared", True, False, checkpoint_every=0, by_prompt=True),
 )
-PLAIN, SHARED_LIVE, CACHED, FAST, BEST = (LADDER[i] for i in (0, 3, 4, 5, -1))
-COMPILED = replace(FAST, name="no checkpointing + compile", compile=True)
+PLAIN, CACHED, FRUGAL, SELECTIVE, BEST = (LADDER[i] for i in (0, 4, 5, 6, 7))
+COMPILED = replace(BEST, name="no checkpointing + compile", compile=True)
 
 
 class Trainer:

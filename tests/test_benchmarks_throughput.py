@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.throughput_data import as_pairs, as_sft, quads_of_lengths, useful_tokens
 from benchmarks.throughput_flops import Weights, counter, ledger, processed_tokens
-from benchmarks.throughput_variants import FAST, LADDER, PLAIN, Trainer, Variant
+from benchmarks.throughput_variants import BEST, LADDER, PLAIN, Trainer, Variant
 from iopo.data.example import Example
 from iopo.model.attention import SHARED
 from tests.helpers_models import tiny_llama
@@ -97,7 +97,7 @@ def test_the_ledger_by_hand():
     tokens, pairs = 4000, 2 * (1500**2 / 2 + 1000 * 500 + 500**2 / 2)
     shared = 2 * tokens * 2 * 6_524_239_872 + 2 * 2000 * 2 * 3584 * 152064
     shared += 3.5 * pairs * 4 * 28 * 3584
-    assert ledger(QWEN2_7B, [quad], FAST, full=False) == pytest.approx(shared)
+    assert ledger(QWEN2_7B, [quad], BEST, full=False) == pytest.approx(shared)
 
 
 def test_lengths():

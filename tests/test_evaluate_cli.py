@@ -135,6 +135,9 @@ def test_the_command_scores_answers(data: Path, tmp_path: Path) -> None:
     refused = command("+benchmark=ifeval", "model.path=x", "data.path=/nowhere")
     assert refused.returncode == 2
     assert "google-research" in refused.stderr and "Traceback" not in refused.stderr
+    unnamed = command()
+    assert unnamed.returncode == 2
+    assert "+benchmark=NAME" in unnamed.stderr and "Traceback" not in unnamed.stderr
 
 
 def test_odd_answers_are_counted_not_fatal(data: Path, tmp_path: Path) -> None:
