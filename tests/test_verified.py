@@ -1,8 +1,9 @@
-"""The recipe `verified`: with a stub for a model."""
+"""The recipe `verified`: with a stub for a model, and the committed set data/verified."""
 
 import json
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +19,9 @@ from iopo.construct.verified import (
 )
 from iopo.construct.verify import verify
 
+FOLDER = Path(__file__).resolve().parents[1] / "data" / "verified"
 SPLITS = ("train", "heldout", "heldout_kinds")
+NEVER_TRAINED = {"numbered_items", "highlights", "sections", "closing_note"}
 
 
 @pytest.mark.parametrize(
@@ -121,3 +124,37 @@ def test_few_samples_have_all_forms_and_held_out_kinds_fewer():
     held = sum(split_of(task) == "heldout_kinds" for task in tasks)
     assert len(jobs) == 4 * len(tasks) - held
     assert [job.key for job in bare_jobs(tasks, 5)][: len(jobs)] == [job.key for job in jobs]
+
+
+# --- the committed set ---
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return {s: [json.loads(r) for r in (FOLDER / f"{s}.jsonl").open()] for s in SPLITS}
+
+
+def test_committed_set_is_as_promised(committed):
+    found, summary = verify([FOLDER / f"{split}.jsonl" for split in SPLITS])
+    assert [str(violation) for violation in found] == []
+    assert summary.sources["relabel"] + summary.sources["follow"] >= 1500
+    assert summary.sources["edit"] <= 0.2 * summary.rows
+    assert abs(summary.length_leak()) < 3 and abs(summary.guesser.length_only()) < 3
+    assert summary.guesser.y_only() < 3
+    for split in ("train", "heldout"):
+        kinds = Counter(c["kind"] for row in committed[split] for c in row["c1"] + row["c2"])
+        assert len(kinds) >= 15 and max(kinds.values()) <= 0.15 * kinds.total()
+        assert not NEVER_TRAINED & set(kinds)
+    rare = {c["kind"] for row in committed["heldout_kinds"] for c in row["c1"] + row["c2"]}
+    assert rare == NEVER_TRAINED
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 10e6
+
+
+def test_committed_files_are_what_the_command_makes(tmp_path):
+    def no_model(prompts, seed):
+        raise AssertionError(f"the cache lacks an answer to {prompts[0]!r}")
+
+    recipe = VerifiedRecipe(out=str(tmp_path), responses=str(FOLDER / "responses.jsonl"))
+    build_verified(recipe, no_model, lambda line: None)
+    for split in SPLITS:
+        assert (tmp_path / f"{split}.jsonl").read_text() == (FOLDER / f"{split}.jsonl").read_text()

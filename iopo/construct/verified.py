@@ -57,7 +57,7 @@ class VerifiedRecipe:
     out: str = "data/verified"
     responses: str = "data/verified/responses.jsonl"
     seed: int = 0
-    samples_per_task: int = 4
+    samples_per_task: int = 6
     follow_candidates: int = 100
     follow_samples: int = 2
     max_new_tokens: int = 64
