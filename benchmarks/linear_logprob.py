@@ -8,7 +8,7 @@ rounds; a product of two square float32 matrices is timed in the same rounds, an
 machine's. Memory: each variant in a fresh process, peak resident size of its second step less the
 size before it, outputs (the gradients) included. The JSON is rewritten after every case, and what
 it holds is not measured again: repeat the command until all is there. --quick measures the cases
-that decide the targets, in about half an hour on two cores; all of them take hours.
+that decide the targets, in half an hour to an hour on two cores; all of them take hours.
 """
 
 import argparse
