@@ -179,7 +179,7 @@ def facts(model: Path, dtype: str, threads: int) -> dict[str, Any]:
     """What a number needs to be repeated."""
     return {
         "date": date.today().isoformat(),
-        "command": "python -m " + " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        "command": "python -m benchmarks." + " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]]),
         "machine": _processor(),
         "threads": threads,
         "amx": torch.cpu._is_amx_tile_supported(),
