@@ -1,10 +1,10 @@
 """What saves and restarts cost on the demo model (SmolLM2-135M, all weights, fp32 state).
 
-    python -m benchmarks.checkpoint [--rounds 4] [--restarts 3] [--json FILE]
+    python -m benchmarks.checkpoint [--rounds 4] [--steps 3] [--restarts 3] [--json FILE]
 
-Saves: the same optimizer step is taken with and without an asynchronous save before it, in turn
-and in alternating order; a step with a save ends when its upload has. Medians; "added" is what a
-save before every step costs, so a save every N steps costs one N-th of that.
+Saves: the same few optimizer steps are taken with and without an asynchronous save before them, in
+turn and in alternating order; they end when the upload has. Medians; the difference is what one
+save costs, and a save every N steps costs it once in N steps.
 Restarts: `python train.py` is killed with SIGKILL after a save and started again; the time runs
 from the start of the program to the start of its first step.
 """
@@ -59,7 +59,7 @@ def config(run: Path) -> TrainConfig:
 
 def time_steps(cfg: TrainConfig, run: Path, ranks: Ranks, control: Control) -> None:
     """A worker for `launch`: seconds of every step and save to RUN/times.json."""
-    rounds = int(os.environ["CHECKPOINT_ROUNDS"])
+    rounds, steps = (int(os.environ[f"CHECKPOINT_{name}"]) for name in ("ROUNDS", "STEPS"))
     inputs = load_inputs(cfg)
     job = setup.make_job(cfg, inputs, ranks)
     prepared = setup.make_policy(cfg, inputs, ranks)
@@ -86,7 +86,8 @@ def time_steps(cfg: TrainConfig, run: Path, ranks: Ranks, control: Control) -> N
                 started = time.perf_counter()
                 if saving:
                     times["staging"].append(save(checkpoints, number))
-                step()
+                for _ in range(steps):
+                    step()
                 checkpoints.wait()
                 times["saving" if saving else "plain"].append(time.perf_counter() - started)
     with Checkpoints(run, keep=2, asynchronous=False) as checkpoints:
@@ -97,21 +98,24 @@ def time_steps(cfg: TrainConfig, run: Path, ranks: Ranks, control: Control) -> N
     (run / "times.json").write_text(json.dumps(times | {"checkpoint_gb": size / 1e9}))
 
 
-def measure_saves(folder: Path, rounds: int) -> dict[str, Any]:
-    """Medians of seconds, and the share of a step that an asynchronous save adds to it."""
+def measure_saves(folder: Path, rounds: int, steps: int) -> dict[str, Any]:
+    """Medians of seconds of `steps` steps and of saves, and what an asynchronous save adds."""
     from benchmarks.checkpoint import time_steps as worker  # spawned ranks find it by this name
 
     run = folder / "saves"
     run.mkdir()
-    os.environ["CHECKPOINT_ROUNDS"] = str(rounds)
+    os.environ |= {"CHECKPOINT_ROUNDS": str(rounds), "CHECKPOINT_STEPS": str(steps)}
     code = launch(worker, config(run), run, processes=1, backend="gloo", timeout_s=1800)
     if code != 0:
         sys.exit(code)
     times = json.loads((run / "times.json").read_text())
     median = {k: statistics.median(times[k]) for k in ("plain", "saving", "staging", "sync")}
-    added = median["saving"] / median["plain"] - 1
-    return {"checkpoint_gb": times["checkpoint_gb"], "median_s": median, "added": added} | {
-        "seconds": {k: [round(x, 3) for x in v] for k, v in times.items() if isinstance(v, list)}
+    added = median["saving"] - median["plain"]
+    share = added * steps / median["plain"]  # of one step
+    return {"checkpoint_gb": times["checkpoint_gb"], "steps": steps, "median_s": median} | {
+        "added_s": added,
+        "added_steps": share,
+        "seconds": {k: [round(x, 3) for x in v] for k, v in times.items() if isinstance(v, list)},
     }
 
 
@@ -153,18 +157,20 @@ def wait_for(run: Path, program: subprocess.Popen, condition: Callable[[], bool]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=4, help="steps with a save, and without")
+    parser.add_argument("--rounds", type=int, default=4, help="with a save, and without")
+    parser.add_argument("--steps", type=int, default=3, help="in a round")
     parser.add_argument("--restarts", type=int, default=3)
     parser.add_argument("--json", type=Path, default=None, help="also write the results here")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        saves = measure_saves(Path(folder), arguments.rounds)
+        saves = measure_saves(Path(folder), arguments.rounds, arguments.steps)
         restarts = measure_restarts(Path(folder), arguments.restarts)
     s = saves["median_s"]
     print(
-        f"step {s['plain']:.2f} s, with an asynchronous save {s['saving']:.2f} s: "
-        f"{100 * saves['added']:.1f} % added, {s['staging']:.2f} s of it before the step; "
-        f"a synchronous save takes {s['sync']:.2f} s ({saves['checkpoint_gb']:.2f} GB)"
+        f"{arguments.steps} steps {s['plain']:.2f} s, with an async save {s['saving']:.2f} s: "
+        f"{saves['added_s']:.2f} s added, {100 * saves['added_steps']:.1f} % of a step, "
+        f"{s['staging']:.2f} s of it before the first; a synchronous save takes {s['sync']:.2f} s "
+        f"({saves['checkpoint_gb']:.2f} GB)"
     )
     print(f"restart to first step {restarts['median_s']:.1f} s, of {restarts['restart_s']}")
     if arguments.json is not None:

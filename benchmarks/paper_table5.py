@@ -64,7 +64,7 @@ def memory(task_of: dict[str, Task]) -> dict[tuple[str, str], dict[str, Any]]:
     for objective, task in task_of.items():
         cache = trainer.cache(task.examples())
         for way, variant in WAYS.items():
-            alone = measure(task, variant, cache)
+            alone = measure(task, variant, cache, count=False)
             found[objective, way] = {"peak_memory_gb": alone["peak_memory_gb"]}
     return found
 

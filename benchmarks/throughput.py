@@ -159,7 +159,7 @@ def show(title: str, results: Sequence[dict[str, Any]]) -> None:
 
 
 def opened(file: Path | None, here: dict[str, Any]) -> dict[str, Any]:
-    """The report in `file`, if there is one, under the facts of this run.
+    """The report in `file`, if there is one, with this run's date and command added to its facts.
 
     Raises ValueError if it was measured on another machine or with other versions.
     """
@@ -172,7 +172,10 @@ def opened(file: Path | None, here: dict[str, Any]) -> dict[str, Any]:
                 f"{file}: measured with {key} {report.get(key)!r}, here it is {here.get(key)!r}; "
                 "the two cannot stand in one table: write to another file"
             )
-    return report | here
+    for key in ("date", "command"):
+        if here[key] not in report[key].split("; "):
+            report[key] += "; " + here[key]
+    return here | report
 
 
 def facts(model: Path, dtype: str, threads: int) -> dict[str, Any]:

@@ -1,9 +1,13 @@
-"""One step in a fresh process: peak memory, losses and operations of one row.
+"""One row in a fresh process: peak memory and losses of a step, and the operations of another.
 
-`measure` starts it; it reads its task from standard input and prints one line of JSON.
+`measure` starts it; it reads its task from standard input and prints one line of JSON. A short step
+comes first, in which libraries load and kernels are compiled. Operations are counted apart: the
+mode that counts them holds a gigabyte or two more while it does. glibc is told to give every freed
+block back at once: resident memory is then what the step needs, and not what holes are kept.
 """
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -13,13 +17,16 @@ from typing import Any
 import torch
 
 from benchmarks import memory
-from benchmarks.throughput_data import as_pairs, as_sft, demo_examples, make_quads
+from benchmarks.throughput_data import as_pairs, as_sft, demo_examples, make_quads, shortened
 from benchmarks.throughput_flops import counter
 from benchmarks.throughput_variants import Trainer, Variant
 from iopo import objectives
 from iopo.data.example import Example
 from iopo.model.attention import SHARED
 from iopo.model.load import load_causal_lm, load_tokenizer
+from iopo.model.memory import give_back_freed_memory
+
+EXACT = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}  # bytes
 
 
 @dataclass(frozen=True)
@@ -57,19 +64,25 @@ class Task:
 
 
 def measure(
-    task: Task, variant: Variant, cache: dict[str, list[float]] | None, timeout_s: float = 1800
+    task: Task,
+    variant: Variant,
+    cache: dict[str, list[float]] | None,
+    *,
+    count: bool = True,
+    timeout_s: float = 1800,
 ) -> dict[str, Any]:
-    """Run one step of `variant` in a process of its own.
+    """Run steps of `variant` in a process of its own.
 
     Returns peak_memory_gb (the step's peak less what the process held before it loaded the model),
-    step_memory_gb (less what it held before the step), losses (one per example) and flops (None
-    for compiled rows, whose operations no mode sees).
+    step_memory_gb (less what it held before the step), losses (one per example) and flops (None if
+    not to be counted, and for compiled rows, whose operations no mode sees).
     """
-    text = json.dumps({"task": asdict(task), "variant": asdict(variant), "cache": cache})
+    request = {"task": asdict(task), "variant": asdict(variant), "cache": cache, "count": count}
+    text = json.dumps(request)
     command = [sys.executable, "-m", "benchmarks.throughput_child"]
     done = subprocess.run(
         command, input=text, capture_output=True, text=True, timeout=timeout_s,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parent.parent, env=os.environ | EXACT,
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"{variant.name} at {task.shape} failed:\n{done.stderr[-2000:]}")
@@ -84,18 +97,28 @@ def main() -> None:
     before_model = memory.resident_gb()
     trainer = task.trainer(variant.live)
     trainer.use(variant)
-    if variant.compile:  # the compiler's own memory is not the step's
-        trainer.step(examples, variant, objective=task.objective, cache=request["cache"])
+    cache = request["cache"]
+    short = shortened(examples[0])
+    known = cache and cache | {short.id: cache[examples[0].id]}
+
+    def step(rows: list[Example]) -> torch.Tensor:
+        return trainer.step(rows, variant, objective=task.objective, cache=known)
+
+    step(examples if variant.compile else [short])  # what is compiled is compiled for its shapes
+    give_back_freed_memory()
     memory.reset_peak()
     before_step = memory.resident_gb()
-    with counter() as flops:
-        losses = trainer.step(examples, variant, objective=task.objective, cache=request["cache"])
+    losses = step(examples)
     peak = memory.peak_gb()
+    count = request["count"] and not variant.compile
+    with counter() as flops:
+        if count:
+            step(examples)
     result = {
         "peak_memory_gb": peak - before_model,
         "step_memory_gb": peak - before_step,
         "losses": losses.tolist(),
-        "flops": None if variant.compile else flops.get_total_flops(),
+        "flops": flops.get_total_flops() if count else None,
     }
     print(json.dumps(result))
 
