@@ -6,16 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib
+import yaml
+from rich.table import Table
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import yaml  # noqa: E402
-from rich.table import Table  # noqa: E402
-
-from iopo.training.report import embedded  # noqa: E402
-from iopo.training.resume import flatten  # noqa: E402
-from iopo.training.tracker import read_metrics  # noqa: E402
+from iopo.training.report import embedded
+from iopo.training.resume import flatten
+from iopo.training.tracker import read_metrics
 
 MEASURES = ("group_accuracy", "x_preference", "y_preference", "loss", "margin")
 OVERLAID = (("train", "loss"), ("train", "margin"), ("train", "accuracy"),
@@ -97,7 +93,11 @@ def plot(sweep: Path, rows: list[dict[str, Any]]) -> Path:
     keys = [k for k in columns(rows) if "." in k or k == "seed"]
     numeric = [k for k in keys if all(isinstance(r.get(k), int | float) for r in rows)][:4]
     panels = len(OVERLAID) + len(numeric)
-    figure, axes = plt.subplots(-(-panels // 4), 4, figsize=(15, 3.3 * -(-panels // 4)))
+    from matplotlib.figure import Figure  # here: a start would wait for it
+
+    lines = -(-panels // 4)
+    figure = Figure(figsize=(15, 3.3 * lines))
+    axes = figure.subplots(lines, 4)
     for axis in axes.flat[panels:]:
         axis.set_visible(False)
     top = best(rows)
@@ -114,7 +114,6 @@ def plot(sweep: Path, rows: list[dict[str, Any]]) -> Path:
     figure.tight_layout()
     path = sweep / "sweep.png"
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return path
 
 
