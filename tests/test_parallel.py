@@ -125,6 +125,13 @@ def worker(rank, folder):
         early = [p.grad for p in prepared.parameters.values() if p.grad is not None]
         results["early", how] = sum(grad.to_local().numel() for grad in early)
     for how in SPREADS:
+        root, prepared = spread("full", how)
+        with torch.no_grad():
+            root(sequences()[0])  # gathers the root's group, and no backward lets go of it
+            for parameter in prepared.parameters.values():
+                parameter.mul_(1.1)  # as a checkpoint does that is loaded
+            prepared.refresh()
+            results["loaded", how] = root(sequences()[0])
         bf16 = spread("full", how, dtype=torch.bfloat16)
         results["bf16", how] = gradients(*bf16, forwards)[0]
     exported = parallel.prepare(
@@ -167,6 +174,17 @@ def test_second_step_starts_clean(two_ranks, kind, how):
     prepared.zero_grad()
     expected, _ = gradients(root, prepared, TURNS[1][0][0])
     assert_same(two_ranks[0][kind, how]["again"], expected, 2e-5)
+
+
+@pytest.mark.parametrize("how", SPREADS)
+def test_a_forward_after_loading_weights_computes_with_them(two_ranks, how):
+    root = make("full")
+    with torch.no_grad():
+        for parameter in root.parameters():
+            parameter.mul_(1.1)
+        expected = root(sequences()[0])
+    for rank in two_ranks:
+        torch.testing.assert_close(rank["loaded", how], expected, rtol=1e-5, atol=1e-4)
 
 
 def test_gradients_are_divided_at_once_and_copies_of_the_model_meet_at_the_last_micro_batch(

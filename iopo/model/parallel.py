@@ -104,7 +104,15 @@ class Prepared:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Round the parameters into their computing copies; also needed after loading a state."""
+        """Let the model compute with the parameters as they are now; also after loading a state.
+
+        They are rounded into their computing copies. Of a sharded model, what a forward without
+        backward has left gathered goes: FSDP2 keeps the root's group for a backward, and the next
+        forward would compute with it.
+        """
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
         if self.copies:
             copies: list[Tensor] = list(self.copies.values())
             torch._foreach_copy_(copies, [self.parameters[name] for name in self.copies])
