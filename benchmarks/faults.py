@@ -46,9 +46,13 @@ class Setting:
 
 @dataclass
 class Kills:
-    """What the kills of one setting did. lost_steps: finished, but after the last whole save."""
+    """What the kills of one setting did. lost_steps: finished, but after the last whole save.
+
+    resumes: starts from a checkpoint; the others began again.
+    """
 
     count: int = 0
+    resumes: int = 0
     inside_save: int = 0
     lost_steps_max: int = 0
 
@@ -69,18 +73,19 @@ def command(run: Path, setting: Setting, steps: int) -> list[str]:
     ]
 
 
-def start(run: Path, setting: Setting, steps: int) -> subprocess.Popen:
+def start(run: Path, setting: Setting, steps: int, *overrides: str) -> subprocess.Popen:
     """Start (or resume) the run; its output goes to output.txt beside the run folder."""
     environ = {"OMP_NUM_THREADS": "1", **os.environ, "XDG_CACHE_HOME": str(run.parent / "cache")}
     with open(run.parent / "output.txt", "a") as output:
         return subprocess.Popen(
-            command(run, setting, steps), cwd=ROOT, env=environ, stdout=output, stderr=output
-        )
+            [*command(run, setting, steps), *overrides],
+            cwd=ROOT, env=environ, stdout=output, stderr=output,
+        )  # fmt: skip
 
 
-def finish(run: Path, setting: Setting, steps: int) -> None:
+def finish(run: Path, setting: Setting, steps: int, *overrides: str) -> None:
     """Run to the end. Raises RuntimeError with the output of a run that fails."""
-    program = start(run, setting, steps)
+    program = start(run, setting, steps, *overrides)
     try:
         code = program.wait()
     finally:
@@ -104,6 +109,7 @@ def kill_often(run: Path, setting: Setting, steps: int, kills: int, rng: random.
             raise RuntimeError(f"{setting}: the run ended ({ended}) before kill {result.count + 1}")
         result.count += 1
         folder, remarks = latest(run)
+        result.resumes += folder is not None  # the next start
         result.inside_save += bool(remarks)
         done = max((row["step"] for row in read_rows(run)), default=0)
         saved = 0 if folder is None else step_of(folder)
@@ -115,11 +121,14 @@ def kill_often(run: Path, setting: Setting, steps: int, kills: int, rng: random.
 def _wait_for_moment(
     run: Path, program: subprocess.Popen, *, aim_at_save: bool, rng: random.Random
 ) -> None:
-    """Return at a random moment after the run has made a step, or inside its next save."""
-    before = len(read_rows(run))
+    """Return inside the run's next save, or at a random moment after it is complete."""
+    before, saved = len(read_rows(run)), latest(run)[0]
     while program.poll() is None and len(read_rows(run)) <= before:
         before = min(before, len(read_rows(run)))  # a resume cuts the file first
         time.sleep(0.01)
+    if not aim_at_save:
+        while program.poll() is None and latest(run)[0] == saved:
+            time.sleep(0.01)
     time.sleep(rng.uniform(0, 0.5))
     if aim_at_save:
         known = set((run / "checkpoints").glob("*"))

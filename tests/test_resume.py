@@ -21,6 +21,9 @@ from iopo.training.checkpoint_files import step_of
 from iopo.training.checkpoint_tensors import read_whole
 
 pytestmark = pytest.mark.timeout(1800)
+# For losses compared across numbers of processes, whose sums are rounded in another order: at the
+# experiment's own rate ten steps make 1e-5 of that.
+CALM = "optim.lr=1e-5"
 
 
 def folder(tmp_path: Path, name: str) -> Path:
@@ -45,6 +48,7 @@ def test_kills_change_nothing(tmp_path, setting, kills=4):
     result = faults.kill_often(killed, setting, steps, kills, random.Random(0))
     assert faults.find_difference(plain, killed, steps) is None
     assert result.lost_steps_max <= 2 * faults.SAVE_EVERY_STEPS
+    assert result.resumes >= kills // 2
 
 
 @pytest.mark.parametrize(
@@ -74,10 +78,10 @@ def test_a_stop_saves_the_step_it_has_reached(tmp_path, number, code):
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_another_number_of_processes_goes_on_with_the_same_losses(tmp_path, before, after):
     plain, moved = folder(tmp_path, "plain"), folder(tmp_path, "moved")
-    faults.finish(plain, Setting(before, lora=False, asynchronous=False), 24)
-    faults.finish(moved, Setting(before, lora=False, asynchronous=False), 12)
+    faults.finish(plain, Setting(before, lora=False, asynchronous=False), 24, CALM)
+    faults.finish(moved, Setting(before, lora=False, asynchronous=False), 12, CALM)
     (moved / "COMPLETE").unlink()
-    faults.finish(moved, Setting(after, lora=False, asynchronous=False), 24)
+    faults.finish(moved, Setting(after, lora=False, asynchronous=False), 24, CALM)
     output = (moved.parent / "output.txt").read_text()
     assert "bitwise equality is given up" in output and "optim.max_steps" in output
     losses = [
@@ -96,10 +100,8 @@ def test_eight_processes_do_what_one_does(tmp_path):
     runs = []
     for processes in (1, 8):
         run = folder(tmp_path, str(processes))
-        command = faults.command(run, Setting(processes, lora=False, asynchronous=True), 200)
-        command += ["optim.global_batch_quads=8", "optim.lr=1e-4"]  # later keys win
-        environ = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-        subprocess.run(command, cwd=faults.ROOT, env=environ, check=True, timeout=900)
+        setting = Setting(processes, lora=False, asynchronous=True)
+        faults.finish(run, setting, 200, "optim.global_batch_quads=8", CALM)
         runs.append([row["loss"] for row in faults.read_rows(run) if row["split"] == "train"])
     assert len(runs[0]) == len(runs[1]) == 200
     assert runs[0] == pytest.approx(runs[1], abs=1e-5)
@@ -109,7 +111,7 @@ def test_eight_processes_do_what_one_does(tmp_path):
 def test_two_torchrun_agents_train_as_one_process_does(tmp_path):
     """A new folder, two machines: rank 1 must wait for the folder that rank 0's machine makes."""
     plain, spread = folder(tmp_path, "plain"), folder(tmp_path, "spread")
-    faults.finish(plain, Setting(1, lora=False, asynchronous=True), 12)
+    faults.finish(plain, Setting(1, lora=False, asynchronous=True), 12, CALM)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -119,7 +121,7 @@ def test_two_torchrun_agents_train_as_one_process_does(tmp_path):
             *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}"),
             *("--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}"),
         ]
-        command = faults.command(spread, Setting(1, lora=False, asynchronous=True), 12)
+        command = [*faults.command(spread, Setting(1, lora=False, asynchronous=True), 12), CALM]
         environ = {"OMP_NUM_THREADS": "1", **os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
         agents.append(subprocess.Popen(torchrun + command[1:], cwd=faults.ROOT, env=environ))
     assert [agent.wait(300) for agent in agents] == [0, 0]
