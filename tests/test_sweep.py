@@ -22,7 +22,7 @@ TINY = (
 def start(folder: Path, *overrides: str) -> subprocess.Popen:
     environ = {"OMP_NUM_THREADS": "1", **os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
     return subprocess.Popen(
-        [sys.executable, "train.py", *TINY, *overrides],
+        [sys.executable, "train.py", *overrides, *TINY],  # -m comes before any override
         cwd=ROOT,
         env=environ,
         stdout=subprocess.PIPE,
@@ -37,13 +37,17 @@ def sweep(folder: Path, *overrides: str) -> tuple[int, str]:
     return program.returncode, output
 
 
+def job(folder: Path, override: str) -> Path:
+    """The job's folder, which is named after all of its overrides in the order of their keys."""
+    (found,) = (folder / "sweep").glob(f"*{override}*")
+    return found
+
+
 def test_a_failed_job_is_said_and_stops_no_other_and_finished_ones_are_skipped(tmp_path):
     # The first job's update overflows, so that its second step has no finite loss.
     jobs = ("optim.lr=1e38,5e-3", "optim.max_steps=6")
     code, output = sweep(tmp_path, *jobs)
-    failed, good = (tmp_path / "sweep" / name for name in sorted(os.listdir(tmp_path / "sweep")))
-    if (good / "FAILED").exists():
-        failed, good = good, failed
+    failed, good = (job(tmp_path, f"optim.lr={lr}") for lr in ("1e+38", "0.005"))
     assert code == 1
     assert "not finite" in (failed / "FAILED").read_text() and (good / "COMPLETE").exists()
     assert output.index(f"FAILED {failed}") < output.index(f"of 8 examples, {good}")
@@ -68,16 +72,16 @@ def test_a_failed_job_is_said_and_stops_no_other_and_finished_ones_are_skipped(t
 
 def test_a_stopped_sweep_starts_no_other_job_and_goes_on_when_started_again(tmp_path):
     jobs = ("seed=0,1", "optim.max_steps=60")
-    runs = [tmp_path / "sweep" / f"optim.max_steps=60,seed={seed}" for seed in (0, 1)]
     program = start(tmp_path, "-m", f"hydra.sweep.dir={tmp_path}/sweep", *jobs)
-    while len(read_rows(runs[0])) < 5:
+    while sum(len(read_rows(run)) for run in (tmp_path / "sweep").glob("*seed=0")) < 5:
         assert program.poll() is None, program.communicate()[0]
         time.sleep(0.02)
     program.send_signal(signal.SIGTERM)
     output = program.communicate(timeout=300)[0]
     assert program.returncode == 75, output
-    assert not runs[1].exists()
+    assert not list((tmp_path / "sweep").glob("*seed=1"))
     code, output = sweep(tmp_path, *jobs)
+    runs = [job(tmp_path, f"seed={seed}") for seed in (0, 1)]
     assert code == 0 and f"resuming from {runs[0]}" in output
     for run in runs:
         steps = [row["step"] for row in read_rows(run) if row["split"] == "train"]
