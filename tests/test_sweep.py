@@ -51,7 +51,7 @@ def test_a_failed_job_is_said_and_stops_no_other_and_finished_ones_are_skipped(t
     assert code == 1
     assert "not finite" in (failed / "FAILED").read_text() and (good / "COMPLETE").exists()
     assert output.index(f"FAILED {failed}") < output.index(f"of 8 examples, {good}")
-    table = output[output.rindex("┏") :]
+    table = output[output.rindex("┏") : output.rindex("┘")]
     assert table.count("complete") == 1 and table.count("failed") == 1
 
     rows = read_rows(good)
