@@ -2,8 +2,8 @@
 
 `measure` starts it; it reads its task from standard input and prints one line of JSON. A short step
 comes first, in which libraries load and kernels are compiled. Operations are counted apart: the
-mode that counts them holds a gigabyte or two more while it does. glibc is told to give every freed
-block back at once: resident memory is then what the step needs, and not what holes are kept.
+mode that counts them holds a gigabyte or two more while it does. glibc is told to give freed
+blocks of a megabyte and more back at once, so that resident memory is what the step needs.
 """
 
 import json
