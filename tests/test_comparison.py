@@ -57,15 +57,15 @@ def jobs(folder: Path) -> list[dict]:
 
 
 def test_every_method_sees_as_many_members_a_step_and_all_of_the_quads():
-    """24 members a step and 32 steps: 192 quads of four members."""
+    """24 members a step and 16 steps: 96 quads of four members."""
     for path in (CONF / "method").glob("*.yaml"):
         cfg = config("+sweep=paper_table", f"+method={path.stem}")
         members = objectives.KINDS[cfg.objective.name].members
         assert cfg.optim.global_batch_quads * members == 24, path.stem
         seen = cfg.optim.global_batch_quads * cfg.optim.max_steps
-        rows = 192 * (2 if members < 3 else 1)
+        rows = 96 * (2 if members < 3 else 1)
         assert rows <= seen <= cfg.optim.epochs * rows, path.stem
-    assert parse(["--without-ifeval"]).quads == 192
+    assert parse(["--without-ifeval"]).quads == 96
 
 
 def test_the_sweep_holds_every_method_with_three_seeds_a_seed_at_a_time():

@@ -98,6 +98,8 @@ def test_unknown_keys_and_types_fail_by_name(override: str, message: str) -> Non
         (["model.adapter=x", "responses.path=y"], "adapter is set without model.path"),
         (["generate.base_url=x"], "without generate.model"),
         (["model.path=x", "limit=0"], "limit is 0"),
+        (["model.path=x", "benchmark.scored=-1"], "scored is -1"),
+        (["model.path=x", "benchmark.scored=0"], "no log-probs for benchmark.controls"),
         (["model.path=x", "judge.concurrency=0"], "concurrency is 0"),
         (["model.path=x", "generate.temperature=-1"], "temperature is -1"),
     ],

@@ -88,6 +88,15 @@ def test_evaluate_folder_scores_everything(model, tmp_path):
     assert sum(right) / 3 == pytest.approx(scores["group_accuracy"]["value"])
 
 
+def test_without_log_probs_answers_alone_are_judged(model, tmp_path):
+    rows = [(quad(i), "seen") for i in range(2)]
+    scores, answers = quads.evaluate_folder(
+        model, rows, scored=0, controls=False, max_new_tokens=4, details=tmp_path
+    )
+    assert set(scores) == {"constraint_accuracy", "constraint_accuracy_seen", "health"}
+    assert len(answers) == 4 and not list(tmp_path.iterdir())
+
+
 def test_plain_text_is_scored_as_one_sequence_per_block(model):
     """Against the model's own loss, whose labels are shifted inside transformers."""
     causal_lm, tokenizer = load_causal_lm(model, torch.float32, "sdpa"), load_tokenizer(model)

@@ -70,7 +70,8 @@ def test_other_items_and_missing_metrics():
         paired.scores("m", {1: one, 2: other})
     with pytest.raises(ValueError, match="different items"):
         paired.difference(paired.scores("m", {1: one}), paired.scores("m", {1: other}))
-    assert paired.scores("m", {1: one, 2: {}}) is None
+    assert paired.scores("m", {1: {}, 2: one}).seeds == (2,)
+    assert paired.scores("m", {1: {}, 2: {}}) is None
     assert paired.scores("m", {}) is None
 
 

@@ -1,7 +1,6 @@
 """A rank's control: requests to stop become exit codes, silence becomes stacks and an end."""
 
 import faulthandler
-import os
 import signal
 import subprocess
 import sys
@@ -40,20 +39,20 @@ def test_nothing_asked_nothing_stops(control):
 )
 def test_signals_ask_for_a_stop(control, numbers, code):
     for number in numbers:
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
     assert control.should_stop()
     assert control.exit_code == code
 
 
 def test_user_signal_2_shows_stacks_and_changes_nothing(control, tmp_path):
-    os.kill(os.getpid(), signal.SIGUSR2)
+    signal.raise_signal(signal.SIGUSR2)
     assert "test_user_signal_2" in (tmp_path / "stacks.txt").read_text()
     assert not control.should_stop()
 
 
 def run_python(tmp_path, body: str) -> subprocess.CompletedProcess:
     program = (
-        "import os, signal, sys, time; from pathlib import Path\n"
+        "import signal, sys, time; from pathlib import Path\n"
         "from iopo.training.signals import Control\n"
         f"control = Control(Path({str(tmp_path / 'stacks.txt')!r}), timeout_s=0.5)\n{body}"
     )
@@ -73,5 +72,7 @@ def test_signs_of_life_keep_it_going_and_an_empty_stacks_file_goes(tmp_path):
 
 
 def test_a_second_interrupt_ends_the_process_at_once(tmp_path):
-    body = "for _ in range(2): os.kill(os.getpid(), signal.SIGINT)\nsys.exit(3)"
+    # raised in the main thread: a process-wide signal may land in a library's thread, and the
+    # second of a kind is then merged into the first, which Python has not yet handled
+    body = "for _ in range(2): signal.raise_signal(signal.SIGINT)\nsys.exit(3)"
     assert run_python(tmp_path, body).returncode == 130

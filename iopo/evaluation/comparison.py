@@ -2,10 +2,11 @@
 
 From one SFT checkpoint, on the same quads and as many members seen: a grid of learning rate and
 beta for every method, judged on a validation split; then the jobs of +sweep=paper_table, measured
-on held-out quads and on IFEval; then the table (comparison_table.py). Each job is train.py or
-evaluate.py in a process of its own, in a folder under --run. What is done is not done again: stop
-it at any time (SIGTERM saves the running jobs) and start it again to go on. key=value goes to every
-train.py. Exit codes: 0 done, 1 some jobs failed (jobs.jsonl names them), 2 refused, 75 stopped.
+on held-out quads and, at seed 1, on IFEval; then the table (comparison_table.py). Each job is
+train.py or evaluate.py in a process of its own, in a folder under --run. What is done is not done
+again: stop it at any time (SIGTERM saves the running jobs) and start it again to go on. key=value
+goes to every train.py. Exit codes: 0 done, 1 some jobs failed (jobs.jsonl names them), 2 refused,
+75 stopped.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ SFT = (
     "evaluation.samples=0",
 )
 QUADS_TOKENS, IFEVAL_TOKENS = 128, 256  # longest answers
+IFEVAL_ON = ("base", "sft", "seed1")  # folders: one model a method, it takes a quarter of an hour
 
 
 class Comparison:
@@ -93,25 +96,25 @@ class Comparison:
         train = (yaml.safe_load(text).get("data") or {}).get("train", "train.jsonl")
         return f"data.train={self.run}/data/{Path(train).name}"
 
-    def quads(self, model: str | Path, out: Path, rows: str) -> bool:
+    def quads(self, model: str | Path, out: Path, rows: str, *more: str) -> bool:
         """Answers to, and log-probs of, data/{rows}.jsonl."""
         command = [
             "evaluate.py", "+benchmark=quads", f"model.path={model}", f"out={out}",
             f"data.path={self.run}/data/{rows}.jsonl", "benchmark.controls=false",
-            f"generate.max_new_tokens={QUADS_TOKENS}",
+            f"generate.max_new_tokens={QUADS_TOKENS}", "generate.batch_size=96", *more,
         ]  # fmt: skip
         return self.runner.job(Job(str(out.relative_to(self.run)), command, out / "scores.json"))
 
     def measure(self, model: str | Path, folder: Path) -> None:
         """Everything that the table needs of one model."""
         self.quads(model, folder / "quads", "test")
-        if self.args.ifeval is None:
+        if self.args.ifeval is None or folder.name not in IFEVAL_ON:
             return
         out = folder / "ifeval"
         command = [
             "evaluate.py", "+benchmark=ifeval", f"model.path={model}", f"out={out}",
             f"data.path={self.args.ifeval}", f"generate.max_new_tokens={IFEVAL_TOKENS}",
-            "generate.batch_size=50",
+            "generate.batch_size=96",
         ]  # fmt: skip
         self.runner.job(Job(str(out.relative_to(self.run)), command, out / "scores.json"))
 
@@ -131,7 +134,7 @@ class Comparison:
         steps = f"optim.max_steps={self.args.grid_steps}"
         grid = [*overrides, "seed=0"]
         if self.from_sft(folder, method, "paper_table", *grid, steps) and self.quads(
-            exported(folder), folder / "validation", "validation"
+            exported(folder), folder / "validation", "validation", "benchmark.scored=0"
         ):
             shutil.rmtree(exported(folder))  # half a gigabyte each, not needed again
 
@@ -181,13 +184,13 @@ class Comparison:
             folder = self.run / name / label / f"seed{seed}"
             kept = [rate for rate in rates if rate.split("=")[0] not in job]
             overrides = (f"seed={seed}", *kept, *swept)
-
-            def task(folder=folder, method=method, overrides=overrides) -> None:
-                if self.from_sft(folder, method, name, *overrides):
-                    self.measure(exported(folder), folder)
-
-            tasks.append(task)
+            tasks.append(partial(self.train_and_measure, folder, method, name, *overrides))
         self.runner.all(tasks)
+
+    def train_and_measure(self, folder: Path, method: str, sweep: str, *overrides: str) -> None:
+        """One job of a sweep and its measures."""
+        if self.from_sft(folder, method, sweep, *overrides):
+            self.measure(exported(folder), folder)
 
 
 def jobs_of(sweep: str) -> list[dict[str, str]]:
@@ -263,10 +266,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--ifeval", type=Path, help="input_data.jsonl; default: $IOPO_DATA_DIR/ifeval/")
     add("--without-ifeval", action="store_true", help="leave IFEval out of the table")
     add("--methods", nargs="+", choices=STRENGTH, default=list(STRENGTH))
-    add("--quads", type=int, default=192, help="training quads, each seen once by IOPO")
-    add("--validation", type=int, default=48, help="quads that rates are chosen on")
-    add("--test", type=int, default=128, help="held-out quads that models are measured on")
-    add("--grid-steps", type=int, default=12, help="optimizer steps of a point of the grid")
+    add("--quads", type=int, default=96, help="training quads, each seen once by IOPO")
+    add("--validation", type=int, default=32, help="quads that rates are chosen on")
+    add("--test", type=int, default=96, help="held-out quads that models are measured on")
+    add("--grid-steps", type=int, default=8, help="optimizer steps of a point of the grid")
     add("--jobs", type=int, default=1, help="jobs at once; they share the cores")
     add("overrides", nargs="*", help="key=value for every train.py")
     args = parser.parse_intermixed_args(arguments)

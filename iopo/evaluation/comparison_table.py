@@ -120,7 +120,7 @@ def _values(title: str, metrics: list[str], found: dict[str, dict[str, Scores]])
     rows = []
     for name, of in found.items():
         cells = [_number(paired.estimate(of[m]), m) if m in of else "" for m in metrics]
-        seeds = next(iter(of.values())).seeds
+        seeds = next((of[m].seeds for m in metrics if m in of), ())
         rows.append([_name(name), str(len(seeds) or "-"), *cells])
     return f"{title} [95 % interval]", head, rows if metrics else []
 

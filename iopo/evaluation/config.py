@@ -29,7 +29,17 @@ class Structured(enum.Enum):
 class BenchmarkSection:
     name: str = "???"  # set by +benchmark=NAME
     reference: str | None = None  # quads only: a model folder to measure margins against
+    scored: int | None = None  # quads only: how many are scored by log-prob; 0: none; None: all
     controls: bool = True  # quads only: score blanked and shuffled instructions too
+
+    def __post_init__(self) -> None:
+        if self.scored is not None and self.scored < 0:
+            raise ValueError(f"benchmark.scored is {self.scored}; expected 0 or more, or null")
+        if self.scored == 0 and (self.controls or self.reference is not None):
+            raise ValueError(
+                "benchmark.scored=0 leaves no log-probs for benchmark.controls and "
+                "benchmark.reference; set the one to false and the other to null"
+            )
 
 
 @dataclass

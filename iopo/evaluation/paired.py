@@ -34,18 +34,19 @@ class Scores:
 
 
 def scores(metric: str, runs: dict[int | None, Measures]) -> Scores | None:
-    """The metric of all runs of a method (by seed, None for no seed), None if any run lacks it.
+    """The metric of a method's runs (by seed, None for no seed) that have it, None if none has.
 
     Raises ValueError if the runs were not scored on the same units.
     """
-    if not runs or any(metric not in run for run in runs.values()):
+    having = {seed: run[metric] for seed, run in runs.items() if metric in run}
+    if not having:
         return None
-    found = [run[metric] for run in runs.values()]
+    found = list(having.values())
     units = tuple(sorted(found[0]))
     if any(tuple(sorted(run)) != units for run in found):
         raise ValueError(f"{metric}: the seeds of a method were scored on different items")
     columns_SU2 = np.array([[run[unit] for unit in units] for run in found], dtype=np.float64)
-    seeds = tuple(seed for seed in runs if seed is not None)
+    seeds = tuple(seed for seed in having if seed is not None)
     return Scores(seeds, units, columns_SU2[..., 0], columns_SU2[..., 1])
 
 

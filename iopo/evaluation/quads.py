@@ -24,9 +24,9 @@ DEFAULT = Path(__file__).resolve().parents[2] / "data" / "demo" / "heldout.jsonl
 def evaluate_quads(config: EvaluateConfig, say: Callable[[str], None]) -> dict[str, Any]:
     """Score config.model (and config.benchmark.reference) on config.data.path; write and return.
 
-    Writes scores.json, verdicts.jsonl (one row per answer) and logps.jsonl (one row per quad) into
-    the output folder. Raises ValueError for a config without a model of its own: log-probs need the
-    weights.
+    Writes scores.json, verdicts.jsonl (one row per answer) and logps.jsonl (one row per quad that
+    was scored) into the output folder. Raises ValueError for a config without a model of its own:
+    log-probs need the weights.
     """
     if config.model.path is None:
         raise ValueError("quads needs the weights: set model.path (an endpoint gives no log-probs)")
@@ -35,12 +35,13 @@ def evaluate_quads(config: EvaluateConfig, say: Callable[[str], None]) -> dict[s
             f"generate.temperature is {config.generate.temperature}; quads are answered greedily: 0"
         )
     rows = read(Path(config.data.path or DEFAULT), config.limit)
-    reference = config.benchmark.reference
+    reference, scored = config.benchmark.reference, config.benchmark.scored
     out = Path(config.out or Path("runs/evaluate/quads") / Path(config.model.path).name)
     out.mkdir(parents=True, exist_ok=True)
     scores, answers = evaluate_folder(
         resolve_model(config.model.path),
         rows,
+        scored=scored,
         details=out,
         controls=config.benchmark.controls,
         adapter=config.model.adapter,
@@ -54,7 +55,8 @@ def evaluate_quads(config: EvaluateConfig, say: Callable[[str], None]) -> dict[s
     for name, cell in scores.items():
         if isinstance(cell, dict) and "low" in cell:
             say(f"{name:36s} {cell['value']:8.3f} [{cell['low']:.3f}, {cell['high']:.3f}]")
-    say(f"written: {out}/scores.json, verdicts.jsonl, logps.jsonl")
+    logps = "" if scored == 0 else ", logps.jsonl"
+    say(f"written: {out}/scores.json, verdicts.jsonl{logps}")
     return scores
 
 
@@ -85,8 +87,8 @@ def evaluate_folder(
 
     Every share is {"value", "low", "high", "n"}. Following is left out for quads without
     constraints that code can check. scored: how many of the rows, spread evenly, are scored by
-    log-prob; None: all. details: a folder that gets logps.jsonl, {"id", "logps"} with
-    nats in the order of MEMBERS; plain text is scored too, then.
+    log-prob; None: all; 0: none, and no plain text. details: a folder that gets logps.jsonl,
+    {"id", "logps"} with nats in the order of MEMBERS; plain text is scored too, then.
     """
     quads = [quad for quad, _ in rows]
     chat = Chat(load_tokenizer(path))
@@ -97,9 +99,11 @@ def evaluate_folder(
         return scorer.score(tokenize_rows(of, chat, limits)[0])
 
     few = spread(quads, scored)
-    policy_Q4 = logps(scorer, few)
-    out: dict[str, Any] = dict(heldout.preference_shares(policy_Q4))
-    if details is not None:
+    out: dict[str, Any] = {}
+    if few:
+        policy_Q4 = logps(scorer, few)
+        out |= heldout.preference_shares(policy_Q4)
+    if few and details is not None:
         logps_Q = zip(few, policy_Q4.tolist(), strict=True)
         write_rows(details / "logps.jsonl", [{"id": q.id, "logps": row} for q, row in logps_Q])
     if controls:
@@ -110,7 +114,7 @@ def evaluate_folder(
     if reference is not None:
         out |= heldout.margins(policy_Q4, logps(heldout.Scorer(reference), few))
     model = scorer.for_generation()
-    if details is not None:
+    if few and details is not None:
         out["plain_text"] = plain_text.score(model, chat.tokenizer)
     if not all(quad.c1 and quad.c2 for quad in quads):
         return out, []

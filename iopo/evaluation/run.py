@@ -23,7 +23,7 @@ from iopo.evaluation.benchmarks import (
     infobench,
     trace,
 )
-from iopo.evaluation.config import EvaluateConfig
+from iopo.evaluation.config import BenchmarkSection, EvaluateConfig
 from iopo.evaluation.items import Item, file_sha256, locate
 from iopo.evaluation.jsonl import write_rows
 from iopo.evaluation.responses import Responses, Say
@@ -51,8 +51,8 @@ def evaluate(config: EvaluateConfig, say: Say = print) -> dict[str, Any]:
         from iopo.evaluation import quads  # with torch, which costs other benchmarks seconds
 
         return quads.evaluate_quads(config, say)
-    if config.benchmark.reference is not None or not config.benchmark.controls:
-        raise ValueError("benchmark.reference, benchmark.controls: +benchmark=quads only; remove")
+    if config.benchmark != BenchmarkSection(name):
+        raise ValueError("benchmark.reference, scored, controls: +benchmark=quads only; remove")
     if name == "judge_check":  # the judge is scored, not the answers
         return judge_check.check_judge(config, say)
     module = benchmark(name)
