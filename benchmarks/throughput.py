@@ -55,43 +55,53 @@ COLUMNS = (
     ("loss off by", "loss_difference", "{:.1e}"),
 )
 QUICK = (PLAIN, BEST)
-QUICK_QUADS = {"demo": 4, "1000/500": 1}  # in a step of a quick run
+QUICK_QUADS = {"demo": 2, "1000/500": 1}  # in a step of a quick run
+Cache = dict[str, list[float]]  # reference log-probs by id, as on disk
 NAMES = {"lora": "LoRA", "full": "full fine-tuning"}
 
 
-def times(task: Task, rows: Sequence[Variant], rounds: int) -> list[dict[str, Any]]:
-    """Seconds of the rows at the task's shape, in their order."""
-    examples = task.examples()
-    trainer = task.trainer(live=any(row.live for row in rows))
-    cache = trainer.cache(examples)
+def times(
+    trainer: Trainer,
+    rows: Sequence[Variant],
+    examples: Sequence[Example],
+    cache: Cache,
+    rounds: int,
+) -> list[dict[str, Any]]:
+    """Seconds of the rows, in their order."""
     seconds = interleaved(trainer, rows, examples, cache, rounds)
     step = {"quads": len(examples), "useful_tokens": useful_tokens(examples)}
     return [{"name": row.name, "seconds": seconds[row.name]} | step for row in rows]
 
 
-def one_step_each(task: Task, rows: Sequence[Variant]) -> list[dict[str, Any]]:
-    """Memory, losses and operations of the rows, in their order."""
-    examples = task.examples()
-    trainer = task.trainer(live=False)
-    cache = trainer.cache(examples)
+def one_step_each(
+    task: Task,
+    trainer: Trainer,
+    rows: Sequence[Variant],
+    examples: Sequence[Example],
+    cache: Cache,
+    *,
+    count: bool,
+) -> list[dict[str, Any]]:
+    """Memory and losses of the rows, and operations if they are to be counted, in their order."""
     weights = Weights.of(trainer.policy.causal_lm)
     results: list[dict[str, Any]] = []
     for row in rows:
-        alone = measure(task, row, cache)
+        alone = measure(task, row, cache, count=count)
         batches = trainer.micro_batches(examples, row)
-        expected = ledger(weights, batches, row, full=task.full)
-        counted = expected if alone["flops"] is None else alone["flops"]
-        results.append(
-            {
-                "name": row.name,
-                "processed_tokens": processed_tokens(batches, row),
-                "tflop": counted / 1e12,
-                "flops_over_ledger": counted / expected,
-                "peak_memory_gb": alone["peak_memory_gb"],
-                "step_memory_gb": alone["step_memory_gb"],
-                "losses": alone["losses"],
+        result = {
+            "name": row.name,
+            "processed_tokens": processed_tokens(batches, row),
+            "peak_memory_gb": alone["peak_memory_gb"],
+            "step_memory_gb": alone["step_memory_gb"],
+            "losses": alone["losses"],
+        }
+        if alone["flops"] is not None:
+            expected = ledger(weights, batches, row, full=task.full)
+            result |= {
+                "tflop": alone["flops"] / 1e12,
+                "flops_over_ledger": alone["flops"] / expected,
             }
-        )
+        results.append(result)
     return results
 
 
@@ -99,7 +109,7 @@ def interleaved(
     trainer: Trainer,
     rows: Sequence[Variant],
     examples: Sequence[Example],
-    cache: dict[str, list[float]],
+    cache: Cache,
     rounds: int,
 ) -> dict[str, list[float]]:
     """Seconds of each round by row; the rows take turns.
@@ -204,7 +214,11 @@ def _processor() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few quads, rows and rounds, LoRA")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="few quads, rows and rounds, LoRA; operations at the demo's lengths only",
+    )
     parser.add_argument("--json", type=Path, help="write the results here, beside those there")
     parser.add_argument("--shapes", help=f"some of {','.join(SHAPES)}")
     parser.add_argument("--tuning", default="lora,full", help="lora, full or both")
@@ -231,11 +245,16 @@ def main() -> None:
         for shape in shapes:
             few = QUICK_QUADS.get(shape) if args.quick else None
             task = Task(str(model), dtype, tuning == "full", shape, "iopo", args.threads, few)
+            examples = task.examples()
+            trainer = task.trainer(live=args.only != "memory" and any(row.live for row in taken))
+            cache = trainer.cache(examples)
             results: list[dict[str, Any]] = []
             if args.only != "memory":
-                results = joined(results, times(task, taken, rounds))
+                results = joined(results, times(trainer, taken, examples, cache, rounds))
             if args.only != "times":
-                results = joined(results, one_step_each(task, taken))
+                count = not args.quick or shape == "demo"
+                alone = one_step_each(task, trainer, taken, examples, cache, count=count)
+                results = joined(results, alone)
             report = {"shapes": {}, "full": {}} | opened(args.json, here)
             tables = report["full" if tuning == "full" else "shapes"]
             tables[shape] = joined(tables.get(shape, []), results)
