@@ -83,12 +83,15 @@ def run(composed: DictConfig) -> int:
 
 
 def config_of_run(asked: DictConfig) -> DictConfig:
-    """The config that the run wrote down, whatever else is asked for."""
+    """The config that the run wrote down, but for where it runs and what is exported."""
     path = Path(asked.run) / "config.yaml"
     if not path.exists():
         raise ValueError(f"{path} does not exist; give run= the folder of a run")
     changes = {key: asked[key] for key in ("run", "replay_step", "export_step")}
-    merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(path), changes)
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    where = OmegaConf.from_dotlist([x for x in given if x.startswith(("parallel.", "export."))])
+    schema = OmegaConf.structured(TrainConfig)
+    merged = OmegaConf.merge(schema, OmegaConf.load(path), changes, where)
     assert isinstance(merged, DictConfig)
     return merged
 
@@ -147,8 +150,8 @@ def train(cfg: TrainConfig, run: Path, ranks: Ranks, control: Control) -> None:
                 checkpoints.save(done, state, facts | {"metrics": measured})
             if stop and not last:
                 return
+    export.export(cfg, run, prepared, inputs, ranks)  # first of all: it is what the run was for
     samples.after(run, cfg, inputs, prepared, ranks)
-    export.export(cfg, run, prepared, inputs, ranks)
     if ranks.is_main:
         report.write_summary(run)
         report.write_report(run)

@@ -2,8 +2,9 @@
 
     python -m benchmarks.trl_peer [--json FILE] [--shape demo]
 
-Both fine-tune all weights with AdamW: TRL with its defaults elsewhere (activation checkpointing,
-live reference), this project as in the last row of the throughput ladder. Makes an environment with
+All fine-tune all weights with AdamW: TRL with its defaults elsewhere (activation checkpointing,
+live reference), TRL without the one and with reference log-probs computed before, and this project
+as in the last row of the throughput ladder. Makes an environment with
 TRL in the user's cache on first use; --install stops there.
 """
 
@@ -135,9 +136,11 @@ def ours() -> None:
 
 
 def compare(python: Path, task: dict[str, Any]) -> list[dict[str, Any]]:
-    """One result per side; the first step, which allocates, is left out of the median."""
+    """One result per side, ours last; the first step, which allocates, is not in the median."""
+    theirs = [str(python), "-m", "benchmarks.trl_peer_child"]
     sides = {
-        f"TRL ({trl_version()})": [str(python), "-m", "benchmarks.trl_peer_child"],
+        "TRL": theirs,
+        "TRL, tuned": [*theirs, "--tuned"],
         "here": [sys.executable, "-m", "benchmarks.trl_peer", "--ours"],
     }
     rows = []
@@ -164,6 +167,8 @@ def main() -> None:
         return
     model = resolve_model(args.model)
     speed = str(default_dtype("cpu")).removeprefix("torch.")
+    if args.pairs is not None and args.pairs > SHAPES[args.shape][2]:
+        parser.error(f"--pairs: {args.shape} has {SHAPES[args.shape][2]} in a step")
     task = Task(str(model), speed, True, args.shape, "dpo", args.threads, args.pairs)
     examples = task.examples()
     python = environment()
@@ -182,9 +187,9 @@ def main() -> None:
                 f"  {row['name']:18} {row['pairs_per_s']:8.3f} pairs/s  "
                 f"{row['peak_memory_gb']:6.2f} GB  losses {losses}"
             )
-        print(f"  here, the reference once a run: {rows[1]['reference_s']:.1f} s")
-        first, second = (row["losses"] for row in rows)
-        worst = max(abs(a - b) for a, b in zip(first, second, strict=True))
+        print(f"  here, the reference once a run: {rows[-1]['reference_s']:.1f} s")
+        steps = zip(*(row["losses"] for row in rows), strict=True)
+        worst = max(max(losses) - min(losses) for losses in steps)
         print(f"  largest difference of loss {worst:.1e} (target {LOSS_TARGET:g} in float32)")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

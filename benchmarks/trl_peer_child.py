@@ -1,7 +1,8 @@
 """DPO steps by TRL's trainer, on token ids from standard input; imports nothing of this project's.
 
 trl_peer.py runs it in an environment of its own. Prints one line of JSON: losses and seconds of
-each step, and the peak memory of training.
+each step, and the peak memory of training. --tuned: without activation checkpointing, and with the
+reference's log-probs computed before training.
 """
 
 import json
@@ -38,7 +39,7 @@ class Clock(TrainerCallback):
 
 
 def main() -> None:
-    task = json.loads(sys.stdin.read())
+    task, tuned = json.loads(sys.stdin.read()), "--tuned" in sys.argv
     torch.set_num_threads(task["threads"])
     rows = task["pairs"]
     before = memory.resident_gb()
@@ -55,6 +56,8 @@ def main() -> None:
             lr_scheduler_type="constant",
             weight_decay=0.0,
             max_grad_norm=1.0,
+            gradient_checkpointing=not tuned,
+            precompute_ref_log_probs=tuned,
             bf16=task["dtype"] == "bfloat16",
             use_cpu=True,
             dataloader_pin_memory=False,

@@ -12,6 +12,7 @@ from typing import Any
 OBJECTIVES = (
     "iopo", "input_preference", "output_preference", "iopo_three", "dpo", "simpo", "orpo", "sft",
 )  # fmt: skip
+ON_QUADS, WITH_REFERENCE = OBJECTIVES[:4], OBJECTIVES[:5]
 
 HELDOUT_MEASURES = ("loss", "group_accuracy", "x_preference", "y_preference")  # of any objective
 
@@ -86,6 +87,13 @@ def _require(ok: bool, key: str, found: Any, expected: str) -> None:
         raise ValueError(f"{key}: found {found!r}, expected {expected}")
 
 
+def _at_least(section: Any, name: str, low: int, *keys: str) -> None:
+    """Numbers of a section, or null where its type allows that."""
+    for key in keys:
+        value = getattr(section, key)
+        _require(value is None or value >= low, f"{name}.{key}", value, f"{low} or more")
+
+
 @dataclass
 class LoraConfig:
     rank: int = 0
@@ -131,16 +139,9 @@ class DataConfig:
     cache_dir: str | None = None
 
     def __post_init__(self):
-        for key in ("max_prompt_tokens", "max_response_tokens"):
-            _require(getattr(self, key) >= 1, f"data.{key}", getattr(self, key), "1 or more")
+        _at_least(self, "data", 1, "max_prompt_tokens", "max_response_tokens", "limit_rows")
         _require(
             self.quad_rows in ("both", "first"), "data.quad_rows", self.quad_rows, "both or first"
-        )
-        _require(
-            self.limit_rows is None or self.limit_rows > 0,
-            "data.limit_rows",
-            self.limit_rows,
-            "more than 0, or null for all",
         )
 
 
@@ -160,41 +161,26 @@ class ObjectiveConfig:
             self.name in OBJECTIVES, "objective.name", self.name, "one of " + ", ".join(OBJECTIVES)
         )
         _require(self.beta > 0, "objective.beta", self.beta, "more than 0 (the paper uses 0.1)")
-        _require(
-            0 <= self.label_smoothing < 0.5,
-            "objective.label_smoothing",
-            self.label_smoothing,
-            "0 <= e < 0.5",
-        )
+        key, e = "objective.label_smoothing", self.label_smoothing
+        _require(0 <= e < 0.5, key, e, "0 <= e < 0.5")
         if self.link is Link.exo:
-            _require(
-                self.label_smoothing > 0,
-                "objective.label_smoothing",
-                self.label_smoothing,
-                "more than 0 with objective.link=exo (for example 0.001)",
-            )
+            _require(e > 0, key, e, "more than 0 with objective.link=exo (for example 0.001)")
         if self.link in (Link.hinge, Link.ipo):
-            _require(
-                self.label_smoothing == 0,
-                "objective.label_smoothing",
-                self.label_smoothing,
-                f"0: objective.link={self.link.value} has none",
-            )
-        for key in ("gamma", "odds_weight", "sft_weight", "margin_per_constraint"):
-            _require(getattr(self, key) >= 0, f"objective.{key}", getattr(self, key), "0 or more")
+            _require(e == 0, key, e, f"0: objective.link={self.link.value} has none")
+        weights = ("gamma", "odds_weight", "sft_weight", "margin_per_constraint")
+        _at_least(self, "objective", 0, *weights)
         self._refuse_idle_options()
 
     def _refuse_idle_options(self) -> None:
         """An option that the chosen objective does not read is an error, not a silent no-op."""
         uses = {
+            "beta": (*WITH_REFERENCE, "simpo"),
             "gamma": ("simpo",),
             "odds_weight": ("orpo",),
-            "sft_weight": tuple(o for o in OBJECTIVES if o not in ("sft", "orpo")),
-            "margin_per_constraint": tuple(
-                o for o in OBJECTIVES if o not in ("sft", "orpo", "simpo", "dpo")
-            ),
-            "link": tuple(o for o in OBJECTIVES if o not in ("sft", "orpo", "simpo")),
-            "label_smoothing": tuple(o for o in OBJECTIVES if o not in ("sft", "orpo", "simpo")),
+            "sft_weight": (*WITH_REFERENCE, "simpo"),
+            "margin_per_constraint": ON_QUADS,
+            "link": WITH_REFERENCE,
+            "label_smoothing": WITH_REFERENCE,
         }
         for key, objectives in uses.items():
             default = type(self).__dataclass_fields__[key].default
@@ -225,11 +211,8 @@ class OptimConfig:
         _require(self.lr > 0, "optim.lr", self.lr, "more than 0")
         _require(0 <= self.warmup_ratio < 1, "optim.warmup_ratio", self.warmup_ratio, "0 <= r < 1")
         _require(self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "more than 0 (inf: off)")
-        for key in ("epochs", "global_batch_quads"):
-            _require(getattr(self, key) >= 1, f"optim.{key}", getattr(self, key), "1 or more")
-        for key in ("micro_batch_quads", "tokens_per_microbatch", "max_steps"):
-            value = getattr(self, key)
-            _require(value is None or value >= 1, f"optim.{key}", value, "1 or more, or null")
+        _at_least(self, "optim", 1, "epochs", "max_steps", "global_batch_quads")
+        _at_least(self, "optim", 1, "micro_batch_quads", "tokens_per_microbatch")
         _require(
             (self.micro_batch_quads is None) != (self.tokens_per_microbatch is None),
             "optim.micro_batch_quads",
@@ -252,12 +235,13 @@ class ParallelConfig:
     timeout_s: float = 1800.0
 
     def __post_init__(self):
-        for key in ("processes", "shard_processes"):
-            value = getattr(self, key)
-            _require(value is None or value >= 1, f"parallel.{key}", value, "1 or more, or null")
+        _at_least(self, "parallel", 1, "processes", "shard_processes", "checkpoint_every_k")
         _require(self.timeout_s > 0, "parallel.timeout_s", self.timeout_s, "more than 0 seconds")
-        every_k = self.checkpoint_every_k
-        _require(every_k >= 1, "parallel.checkpoint_every_k", every_k, "1 or more")
+        if self.checkpoint_every_k != 2 and self.checkpointing is not Checkpointing.every_k:
+            raise ValueError(
+                f"parallel.checkpoint_every_k={self.checkpoint_every_k} has no effect with "
+                f"parallel.checkpointing={self.checkpointing.value}; set that to every_k"
+            )
 
 
 @dataclass
@@ -267,7 +251,7 @@ class ReferenceConfig:
     recheck_rows: int = 4
 
     def __post_init__(self):
-        _require(self.recheck_rows >= 0, "reference.recheck_rows", self.recheck_rows, "0 or more")
+        _at_least(self, "reference", 0, "recheck_rows")
 
 
 @dataclass
@@ -281,18 +265,9 @@ class CheckpointConfig:
     def __post_init__(self):
         expected = "2 or more: with one, a crash inside a save would leave none"
         _require(self.keep >= 2, "checkpoint.keep", self.keep, expected)
-        _require(
-            self.best_metric in (None, *HELDOUT_MEASURES),
-            "checkpoint.best_metric",
-            self.best_metric,
-            "null, or one of " + ", ".join(HELDOUT_MEASURES),
-        )
-        _require(
-            self.save_every_steps is None or self.save_every_steps >= 1,
-            "checkpoint.save_every_steps",
-            self.save_every_steps,
-            "1 or more, or null for none before the end",
-        )
+        best, expected = self.best_metric, "null, or one of " + ", ".join(HELDOUT_MEASURES)
+        _require(best in (None, *HELDOUT_MEASURES), "checkpoint.best_metric", best, expected)
+        _at_least(self, "checkpoint", 1, "save_every_steps")
 
 
 @dataclass
@@ -303,6 +278,10 @@ class EvaluationConfig:
     samples: int = 8
     batch_size: int = 50
 
+    def __post_init__(self):
+        _at_least(self, "evaluation", 1, "every_steps", "quads", "max_new_tokens", "batch_size")
+        _at_least(self, "evaluation", 0, "samples")
+
 
 @dataclass
 class TrackerConfig:
@@ -310,6 +289,9 @@ class TrackerConfig:
     wandb: Wandb = Wandb.off
     project: str = "iopo"
     tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        _at_least(self, "tracker", 1, "log_every_steps")
 
 
 @dataclass
@@ -371,14 +353,30 @@ class TrainConfig:
                 "data.layout=shared only; with data.layout=plain expected none, every_k, selective "
                 "or full"
             )
+        if not adapted and self.model.lora != LoraConfig():
+            raise ValueError(
+                "model.lora: alpha, dropout and targets have no effect at model.lora.rank=0, which "
+                "trains all weights; set the rank of the adapters"
+            )
+        if self.data.quad_rows == "first" and self.objective.name in ON_QUADS:
+            raise ValueError(
+                f"data.quad_rows=first has no effect with objective.name={self.objective.name}, "
+                "which takes whole quads; remove it"
+            )
+        source = self.reference.source
+        if source is not ReferenceSource.auto and self.objective.name not in WITH_REFERENCE:
+            raise ValueError(
+                f"reference.source={source.value} has no effect with "
+                f"objective.name={self.objective.name}, which has no reference; remove it"
+            )
         if self.parallel.split_quads:
             self._check_split_quads()
 
     def _check_split_quads(self) -> None:
         name, budget = self.objective.name, self.optim.tokens_per_microbatch
         dropout, so = self.model.lora.dropout, "with parallel.split_quads=true"
-        two_prompts = name in ("iopo", "input_preference", "output_preference", "iopo_three")
-        _require(two_prompts, "objective.name", name, f"an objective on quads {so}: two prompts")
+        expected = f"an objective on quads {so}: two prompts"
+        _require(name in ON_QUADS, "objective.name", name, expected)
         _require(budget is not None, "optim.tokens_per_microbatch", None, f"a number {so}")
         _require(dropout == 0, "model.lora.dropout", dropout, f"0 {so}: other elements would drop")
 

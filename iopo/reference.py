@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 from zipfile import BadZipFile
 
 import numpy as np
@@ -34,6 +35,7 @@ from iopo.data.tokenize import Example, content_key
 
 STORE_EVERY_ROUNDS = 64  # of fill: what a kill loses
 STORE_EVERY_S = 60.0  # of FillingReference
+FILL_POLL_S = 1.0  # while another run fills
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +97,24 @@ class Cache:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder's lock: one run fills, the others wait and then read."""
+        """Hold the folder's lock, for as long as it takes to replace a file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "lock", "w") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def filling(self, waiting: Callable[[], None]) -> Iterator[None]:
+        """Be the one run that computes missing rows; every rank enters together, rank 0 locks.
+
+        While another run fills, all ranks call `waiting` every FILL_POLL_S: it may take hours, and
+        is no hang. A killed run's lock goes with it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "filling", "w") as handle:
+            while not _told_by_rank_0(lambda: _try_lock(handle)):
+                waiting()
+                time.sleep(FILL_POLL_S)
             yield
 
     def add(self, members: int, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -117,6 +133,23 @@ class Cache:
         (self.folder / "manifest.json").write_text(json.dumps(self.manifest.to_dict(), indent=2))
         os.replace(temporary, self.path(members))
         return merged
+
+
+def _try_lock(handle: IO[str]) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _told_by_rank_0(ask: Callable[[], bool]) -> bool:
+    """What `ask` returns on rank 0, on every rank."""
+    if not dist.is_initialized():
+        return ask()
+    told = [ask() if dist.get_rank() == 0 else False]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]
 
 
 def _checksum(keys: np.ndarray, logps: np.ndarray) -> bytes:
@@ -218,24 +251,23 @@ def fill(
     score: Callable[[Sequence[Example]], Tensor],
     batches: Callable[[Sequence[Example]], list[list[int]]],
     progress: Callable[[int, int], None],
+    waiting: Callable[[], None] = lambda: None,
 ) -> dict[str, np.ndarray]:
     """Make sure every example has a row and return all rows. Called by every rank together.
 
     score: examples -> float32 [E, M] with the reference weights, no gradient. batches: examples ->
-    index lists that fit in memory; equal lists on every rank. Rank 0 holds the lock while all
-    ranks compute their share; another run that wants the same rows waits and then finds them. Rows
-    are stored every STORE_EVERY_ROUNDS batches a rank, so that a killed fill goes on from there.
+    index lists that fit in memory; equal lists on every rank. Another run that wants the same rows
+    meanwhile waits, calling `waiting`, and then finds them. Rows are stored every
+    STORE_EVERY_ROUNDS batches a rank, so that a killed fill goes on from there.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if rank != 0:
-        return _fill_share(cache, examples, members, score, batches, progress, rank, world)
-    with cache.lock():
+    if _told_by_rank_0(lambda: not missing_examples(cache.read(members), examples)):
+        return cache.read(members)
+    with cache.filling(waiting):
         return _fill_share(cache, examples, members, score, batches, progress, rank, world)
 
 
 def _fill_share(cache, examples, members, score, batches, progress, rank, world):
-    if world > 1:
-        dist.barrier()  # nobody reads before rank 0 has the lock
     rows = cache.read(members)
     todo = missing_examples(rows, examples)
     if not todo:
@@ -265,7 +297,8 @@ def _exchange(cache, members, mine, rank, world) -> dict[str, np.ndarray]:
         dist.all_gather_object(shares, mine)
         mine = {key: row for share in shares for key, row in share.items()}
     if rank == 0:
-        cache.add(members, mine)
+        with cache.lock():
+            cache.add(members, mine)
     if world > 1:
         dist.barrier()
     return mine

@@ -1,6 +1,7 @@
 """Scores, paired differences and pictures."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,11 @@ def test_pairing_narrows_the_interval() -> None:
 
 
 def run_folder(
-    folder: Path, values: list[float], sha: str = "s", benchmark: str = "ifeval"
+    folder: Path,
+    values: list[float],
+    sha: str = "s",
+    benchmark: str = "ifeval",
+    judge: dict | None = None,
 ) -> Path:
     folder.mkdir(parents=True)
     table = {"prompt_strict": shares(values), "CSL/en": shares([3.0 * v for v in values])}
@@ -79,6 +84,7 @@ def run_folder(
         "benchmark": benchmark,
         "headline": list(table),
         "data": {"sha256": sha},
+        "judge": judge or {},
         "scores": scoring.summarise(table, resamples=100, seed=0),
     }
     (folder / "scores.json").write_text(json.dumps(scores))
@@ -89,6 +95,8 @@ def run_folder(
 def test_two_folders(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run_folder(tmp_path / "a" / "ifeval", [0, 0, 1, 0, 0, 0])
     run_folder(tmp_path / "b" / "x", [1, 1, 1, 1, 1, 0])
+    (tmp_path / "b" / "quads").mkdir()  # of another program: without measures
+    (tmp_path / "b" / "quads" / "scores.json").write_text('{"group_accuracy": {}}')
     out = tmp_path / "out"
     arguments = [str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(out), "--resamples", "500"]
     assert compare.main(arguments) == 0
@@ -104,10 +112,11 @@ def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture) 
     for other, message in (
         (run_folder(tmp_path / "b", [0, 1], sha="t"), "different data files"),
         (run_folder(tmp_path / "c", [0, 1], benchmark="trace"), "no benchmark in common"),
+        (run_folder(tmp_path / "d", [0, 1], judge={"model": "m"}), "scored by code, .* by m"),
         (tmp_path / "nothing", "no scores.json"),
     ):
         assert compare.main([str(a), str(other), "--out", str(tmp_path / "o")]) == 2
-        assert message in capsys.readouterr().err
+        assert re.search(message, capsys.readouterr().err)
     run_folder(tmp_path / "two" / "x", [1])
     run_folder(tmp_path / "two" / "y", [1])
     with pytest.raises(ValueError, match="both .* hold ifeval"):

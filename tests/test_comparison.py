@@ -14,7 +14,7 @@ from helpers_models import tiny_llama
 from test_configs import CONF, composed, config
 
 from iopo import objectives
-from iopo.evaluation.comparison import STRENGTH, jobs_of, parse
+from iopo.evaluation.comparison import STRENGTH, jobs_of, keep_arguments, parse
 from iopo.model.tiny import byte_tokenizer
 from iopo.training.plan import plan_report
 
@@ -100,6 +100,14 @@ def test_ifeval_is_left_out_only_when_asked(monkeypatch, capsys):
         parse([])
     assert "--ifeval FILE" in capsys.readouterr().err
     assert parse(["--without-ifeval", "optim.lr=1", "--jobs", "2"]).overrides == ["optim.lr=1"]
+
+
+def test_a_run_goes_on_only_with_the_arguments_that_it_began_with(tmp_path):
+    given = ["--without-ifeval", f"--run={tmp_path}"]
+    keep_arguments(parse([*given, "--grid-steps=2"]))
+    keep_arguments(parse([*given, "--grid-steps=2", "--jobs=2", "--methods", "iopo"]))
+    with pytest.raises(ValueError, match="other grid_steps, overrides"):
+        keep_arguments(parse([*given, "--grid-steps=3", "optim.lr=1"]))
 
 
 @pytest.mark.slow

@@ -93,6 +93,12 @@ def test_unknown_keys_fail_by_name(override):
         ("model.path=null", "model.path"),
         ("data.on_overlong=cut", "cut"),
         ("parallel.timeout_s=0", "parallel.timeout_s"),
+        ("evaluation.every_steps=0", "evaluation.every_steps: found 0, expected 1 or more"),
+        ("evaluation.quads=0", "evaluation.quads"),
+        ("tracker.log_every_steps=0", "tracker.log_every_steps"),
+        ("data.quad_rows=first", "data.quad_rows=first has no effect"),
+        ("parallel.checkpoint_every_k=3", "checkpoint_every_k=3 has no effect"),
+        ("model.lora.dropout=0.1", "no effect at model.lora.rank=0"),
     ],
 )
 def test_wrong_values_fail_by_name(override, message):
@@ -100,6 +106,18 @@ def test_wrong_values_fail_by_name(override, message):
         config(override)
     texts = f"{error.value} {error.value.__cause__}"
     assert re.search(message, texts), texts
+
+
+@pytest.mark.parametrize(
+    ("objective", "override", "message"),
+    [
+        ("orpo", "objective.beta=0.2", "objective.beta=0.2 has no effect"),
+        ("sft", "reference.source=live", "reference.source=live has no effect"),
+    ],
+)
+def test_options_that_an_objective_does_not_read_are_refused(objective, override, message):
+    with pytest.raises(ValueError, match=message):
+        config(f"objective={objective}", override)
 
 
 def test_every_key_has_a_comment_in_conf():

@@ -131,6 +131,20 @@ def test_rendering(constraint, language):
         constraint.render("fr")
 
 
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("Is it true? No. It is not.", 3),
+        ("See No. 5 there. Then go.", 2),
+        ("So did I. We ate.", 2),
+        ("J. R. Smith left. He was late.", 2),
+        ("Choose plan B. Then go.", 1),  # the known price of initials
+    ],
+)
+def test_sentences_know_short_words_from_abbreviations(text, count):
+    assert make("sentences", relation="exactly", number=count).check(text)
+
+
 def test_rendered_words():
     one = make("sentences", relation="exactly", number=1)
     assert one.render() == "Your answer must contain exactly 1 sentence."

@@ -1,15 +1,24 @@
 """Held-out quads: shares, controls and the command, on a random tiny model."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers_models import tiny_llama
 
 from iopo.data.formats import Quad
-from iopo.evaluation import heldout, plain_text, quads
+from iopo.evaluation import heldout, plain_text, quads, samples
+from iopo.evaluation.config import (
+    BenchmarkSection,
+    EvaluateConfig,
+    GenerateSection,
+    ModelSection,
+)
+from iopo.evaluation.jsonl import read_rows, write_rows
 from iopo.model.load import load_causal_lm, load_tokenizer
 from iopo.model.tiny import byte_tokenizer
 
@@ -86,6 +95,48 @@ def test_evaluate_folder_scores_everything(model, tmp_path):
     assert [row["id"] for row in logps] == ["q0", "q1", "q2"]
     right = [a + c > b + d for a, b, c, d in (row["logps"] for row in logps)]
     assert sum(right) / 3 == pytest.approx(scores["group_accuracy"]["value"])
+
+
+def test_constraints_that_need_a_judge_are_left_out_before_any_answer(model, monkeypatch):
+    judged = {"kind": "judged", "params": {}, "text": "Be kind."}
+    row = dataclasses.replace(quad(0), c1=[LOWER, judged])
+    monkeypatch.setattr(heldout, "generate", None)
+    scores, answers = quads.evaluate_folder(model, [(row, "seen")], controls=False)
+    assert not answers and "constraint_accuracy" not in scores and "group_accuracy" in scores
+    with pytest.raises(ValueError, match="q0"):
+        heldout.answer_prompts(None, None, [row], ["seen"], max_new_tokens=1, batch_size=1)
+    assert samples._verdicts([LOWER, judged], "hm") == [{"text": LOWER["text"], "follows": True}]
+
+
+def test_samples_after_a_resume_with_other_settings(tmp_path, monkeypatch):
+    """The file says which prompts were answered before; without one there is nothing to add."""
+    monkeypatch.setattr(samples, "_wanted", lambda *_: True)
+    said = lambda cfg, inputs, prepared, few: [{"id": q.id, "text": "new"} for q in few]  # noqa: E731
+    monkeypatch.setattr(samples, "_answers", said)
+    inputs = SimpleNamespace(heldout_quads=[quad(0), quad(1)])
+    samples.after(tmp_path, None, inputs, None, None)
+    assert not (tmp_path / samples.FILE).exists()
+    rows = [{"id": name, "prompt": "a\u2028b", "before": {}} for name in ("q1", "gone")]
+    write_rows(tmp_path / samples.FILE, rows)
+    samples.after(tmp_path, None, inputs, None, None)
+    after = read_rows(tmp_path / samples.FILE)
+    assert [row.get("after") for row in after] == [{"id": "q1", "text": "new"}, None]
+
+
+def test_quads_refuse_what_they_do_not_read_and_other_settings(model, tmp_path):
+    def asked(**changes) -> EvaluateConfig:
+        benchmark = BenchmarkSection("quads", controls=False)
+        section = ModelSection(path=str(model), device="cpu")
+        generate = GenerateSection(max_new_tokens=2)
+        out = str(tmp_path / "out")
+        return EvaluateConfig(benchmark, model=section, generate=generate, out=out, **changes)
+
+    with pytest.raises(ValueError, match="does not read plan, seed"):
+        quads.evaluate_quads(asked(plan=True, seed=1), print)
+    quads.evaluate_quads(asked(limit=1), print)
+    quads.evaluate_quads(asked(limit=1), print)
+    with pytest.raises(ValueError, match="other settings"):
+        quads.evaluate_quads(asked(limit=2), print)
 
 
 def test_without_log_probs_answers_alone_are_judged(model, tmp_path):

@@ -1,6 +1,7 @@
 """The cache of reference log-probs: by content, atomic, never silently stale."""
 
 import dataclasses
+import fcntl
 
 import numpy as np
 import pytest
@@ -45,6 +46,27 @@ def test_rows_come_back_in_the_order_asked_for(tmp_path):
     _, reference = filled(tmp_path, examples)
     asked = [examples[i] for i in (3, 0, 3)]
     torch.testing.assert_close(reference(asked), score(asked))
+
+
+def test_a_fill_waits_for_another_run_and_says_that_it_lives(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "FILL_POLL_S", 0.01)
+    cache, examples = Cache(tmp_path, MANIFEST), [example(0)]
+    cache.folder.mkdir(parents=True)
+    other = open(cache.folder / "filling", "w")  # noqa: SIM115 - closed by `waiting`
+    fcntl.flock(other, fcntl.LOCK_EX)
+    waits = []
+
+    def waiting():
+        waits.append(1)
+        if len(waits) == 3:
+            other.close()
+
+    progress = lambda done, total: None  # noqa: E731
+    assert len(fill(cache, examples, 4, score, one_by_one, progress, waiting)) == 1
+    assert len(waits) == 3
+    with open(cache.folder / "filling", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)  # what is there already waits for nobody
+        assert len(fill(cache, examples, 4, score, one_by_one, progress, waiting)) == 1
 
 
 def test_a_second_fill_computes_only_what_is_missing(tmp_path):

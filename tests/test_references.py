@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -118,3 +119,20 @@ def test_an_objective_without_a_reference_has_nothing_to_fill(tmp_path, override
     command = [sys.executable, "-m", "iopo.reference", *overrides, "objective=sft"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 2 and "nothing to fill" in done.stderr
+
+
+def test_rounding_under_a_steep_objective_is_no_wrong_reference(monkeypatch):
+    job = SimpleNamespace(tokens_N=[1], batching=None, rank=0, examples=[None], device="cpu")
+    job.build = lambda rows: None
+    monkeypatch.setattr(loop, "micro_batches", lambda *_: [[0]])
+    steep = lambda job, batch, rows, p, r: (25 + 100 * (p - r).sum(1), None)  # noqa: E731
+    monkeypatch.setattr(loop, "score", steep)
+
+    def check(rounding: float) -> tuple[float, float]:
+        call = lambda rows, batch: torch.full((1, 4), 0.01)  # noqa: E731
+        reference = loop.Reference(call, "cache", "here", 0.1, rounding)
+        return loop.check_start(job, lambda batch: torch.zeros(1, 4), reference)
+
+    assert check(0.5) == pytest.approx((21.0, 0.01))
+    with pytest.raises(ValueError, match="does not belong to these starting weights"):
+        check(1e-4)

@@ -185,10 +185,14 @@ def test_a_replayed_step_has_the_losses_that_it_had(tmp_path, processes):
 def test_a_checkpoint_becomes_a_model(tmp_path):
     run = folder(tmp_path, "run")
     faults.finish(run, Setting(1, lora=False, asynchronous=True), 6)
+    config = (run / "config.yaml").read_text()  # no backward: nothing to choose for `auto`
+    assert "checkpointing: none" in config
+    (run / "config.yaml").write_text(config.replace("checkpointing: none", "checkpointing: auto"))
     environ = {"OMP_NUM_THREADS": "1", **os.environ, "XDG_CACHE_HOME": str(run.parent / "cache")}
 
     def export(step: int) -> subprocess.CompletedProcess:
-        command = [sys.executable, "train.py", f"run={run}", f"export_step={step}"]
+        options = [f"export_step={step}", "parallel.device=cpu"]
+        command = [sys.executable, "train.py", f"run={run}", *options]
         return subprocess.run(
             command, cwd=faults.ROOT, env=environ, capture_output=True, text=True, timeout=300
         )

@@ -78,6 +78,37 @@ def test_loss_at_step_0_is_ln2(tiny, source):
     assert abs(float(line.split()[3].rstrip(",")) - 0.6931472) <= 1e-6
 
 
+@pytest.mark.parametrize(
+    "reference",
+    [("live",), ("adapter_off", "model.lora.rank=2", "parallel.shard_processes=2")],
+    ids=lambda options: options[0],
+)
+def test_a_rank_without_quads_takes_part_in_a_sharded_reference(tiny, tmp_path, reference):
+    """Three quads in steps of two, and three held out, leave the second rank without any."""
+    source, *more = reference
+    lora = [option for option in more if "lora" in option]
+    losses = {}
+    for processes, options in (("1", lora), ("2", more)):
+        done = tiny(f"run={tmp_path}/{processes}", f"parallel.processes={processes}", *options,
+                    f"reference.source={source}", "data.limit_rows=3", "evaluation.quads=3",
+                    "optim.global_batch_quads=2", "optim.max_steps=3", "optim.lr=1e-5",
+                    "parallel.timeout_s=60")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        text = (tmp_path / processes / "metrics.jsonl").read_text()
+        losses[processes] = [json.loads(line)["loss"] for line in text.splitlines()]
+    assert losses["1"] == pytest.approx(losses["2"], abs=1e-5)
+
+
+def test_all_weights_train_on_from_a_merged_adapter(tiny, tmp_path):
+    first = tiny("model.lora.rank=2", "optim.max_steps=1", "export.model=true")
+    assert first.returncode == 0, first.stderr
+    adapter = tmp_path / "run" / "export"
+    done = tiny(f"run={tmp_path}/on", f"model.adapter={adapter}", "optim.max_steps=2")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "on" / "summary.json").read_text())
+    assert summary["train"]["grad_norm"] > 0
+
+
 def change(row: dict, **values) -> list[dict]:
     return quads(3) + [{k: v for k, v in (row | values).items() if v is not None}]
 
@@ -94,6 +125,10 @@ BAD = {
     "world size": ("parallel.processes=3", None, ["global_batch_quads is 8", "3 ranks"]),
     "adapter off without adapters": ("reference.source=adapter_off", None, ["model.lora.rank"]),
     "cuda": ("parallel.device=cuda", None, ["parallel.device", "no CUDA device"]),
+    "margin without constraints": ("objective.margin_per_constraint=0.5", None, ["c1", "q0"]),
+    "offload alone": ("parallel.offload=true", None, ["parallel.offload", "two processes"]),
+    "shards that do not divide": ("parallel.processes=2 parallel.shard_processes=3", None,
+                                  ["parallel.shard_processes is 3", "2"]),
     "a folder that is no model": ("model.tiny=null model.path=/tmp", None, ["/tmp", "config.json"]),
 }  # fmt: skip
 

@@ -19,9 +19,10 @@ _LIST_MARKER = re.compile(r"^[ \t]*(?:[-*•+]|\d+[.)、]|#+)[ \t]+", re.MULTILI
 # no space.
 _SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’)\]*]*+(?=\s|$)|[。！？]+[”’」』）]*")
 _ABBREVIATION = re.compile(
-    r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|No|p|pp|approx|e\.g|i\.e|a\.m|p\.m|U\.S|[A-Z]))\.$"
+    r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|p|pp|approx|e\.g|i\.e|a\.m|p\.m|U\.S|[A-HJ-Z]))\.$"
 )
 _LONGEST_ABBREVIATION = len("approx.")
+_NUMBER_SIGN, _DIGIT_NEXT = re.compile(r"\bNo\.$"), re.compile(r"\s*\d")  # "No. 5", not "No. It is"
 
 
 @lru_cache(maxsize=8)
@@ -50,6 +51,8 @@ def han_characters(text: str) -> int:
 def sentences(text: str) -> tuple[str, ...]:
     """Sentences by rule: marks end one, so does a line break; list markers are no part of one.
 
+    A single capital but I is taken for an initial: "Choose plan B. Then go" is one sentence.
+
     >>> sentences("Dr. Who left. Why?\\n- He was late")
     ('Dr. Who left.', 'Why?', 'He was late')
     """
@@ -58,12 +61,19 @@ def sentences(text: str) -> tuple[str, ...]:
         start = 0
         for end in _SENTENCE_END.finditer(line):
             near = max(start, end.end() - _LONGEST_ABBREVIATION)
-            if _ABBREVIATION.search(line, near, end.end()) and end.end() < len(line.rstrip()):
+            if end.end() < len(line.rstrip()) and _abbreviates(line, near, end.end()):
                 continue
             found.append(line[start : end.end()].strip())
             start = end.end()
         found.append(line[start:].strip())
     return tuple(s for s in found if _WORD.search(s))
+
+
+def _abbreviates(line: str, near: int, end: int) -> bool:
+    """Whether the full stop before `end` belongs to a word that starts at `near` or later."""
+    if _NUMBER_SIGN.search(line, near, end):
+        return _DIGIT_NEXT.match(line, end) is not None
+    return _ABBREVIATION.search(line, near, end) is not None
 
 
 def paragraphs(text: str) -> list[str]:

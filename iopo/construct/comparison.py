@@ -23,6 +23,7 @@ from typing import Any
 from iopo.constraints import Commas, Constraint, follows, from_dict
 from iopo.constraints import text as cut
 from iopo.data.formats import spread
+from iopo.evaluation.jsonl import read_rows
 
 from .demo import write_rows
 from .proposals import CLOSINGS, OPENINGS
@@ -211,7 +212,7 @@ def _numbered(constraints: list[Row]) -> str:
 def _read(path: Path) -> list[Row]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected quads with task, c1 and c2 (.jsonl)")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(path)
     for number, row in enumerate(rows, 1):
         missing = [k for k in ("id", "task", "x1", "y1", "x2", "y2", "c1", "c2") if not row.get(k)]
         if missing:

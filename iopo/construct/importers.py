@@ -174,7 +174,7 @@ def read_seeds(path: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(path)
     if path.suffix == ".txt":
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
         rows: list[dict[str, Any]] = [{"instruction": line} for line in lines if line.strip()]
     else:
         rows = read_rows(path)

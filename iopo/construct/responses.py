@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from iopo.evaluation.jsonl import read_rows
+
 from .tasks import Task
 
 # What is asked after the bare task, so that answers are short and of unequal length. It is a means
@@ -97,9 +99,7 @@ def read_cache(path: Path) -> dict[str, Response]:
     """Responses by key. A last line without its line break is what a kill leaves: it is ignored."""
     if not path.exists():
         return {}
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    rows = [Response(**json.loads(line)) for line in whole.splitlines()]
+    rows = [Response(**row) for row in read_rows(path, torn_tail=True)]
     return {row.key: row for row in rows}
 
 

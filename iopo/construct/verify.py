@@ -237,7 +237,7 @@ def benchmark_grams(files: Iterable[Path]) -> dict[tuple[str, ...], str]:
     for path in files:
         text = path.read_text(encoding="utf-8")
         whole = path.suffix == ".json"
-        for number, line in enumerate([text] if whole else text.splitlines(), start=1):
+        for number, line in enumerate([text] if whole else text.split("\n"), start=1):
             if line.strip():
                 for string in _strings(json.loads(line)):
                     for gram in _grams(string):

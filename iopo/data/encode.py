@@ -175,7 +175,9 @@ class Encoder:
             too_long.append((RESPONSE_TOO_LONG, longest))
         if too_long and self.limits.on_overlong == "raise":
             found = " and ".join(f"{reason} ({length} tokens)" for reason, length in too_long)
-            raise ValueError(f"{found}: raise the limit, or set on_overlong to drop or truncate")
+            raise ValueError(
+                f"{found}: raise the limit, or set data.on_overlong to drop or truncate"
+            )
         if too_long and self.limits.on_overlong == "drop":
             outcome.dropped.setdefault(too_long[0][0], []).append(row_id)
             return
@@ -219,7 +221,7 @@ class Encoder:
             raise ValueError(
                 f"the prompt of {len(ids)} tokens cannot be cut to {self.limits.max_prompt_tokens} "
                 f"within the template, which ends it with {frame!r}: raise max_prompt_tokens, or "
-                "set on_overlong to drop"
+                "set data.on_overlong to drop"
             )
         return np.concatenate((ids[:keep], after))
 

@@ -30,6 +30,8 @@ def runs(folder: Path) -> dict[str, Path]:
     files = [folder / "scores.json"] if (folder / "scores.json").is_file() else []
     found: dict[str, Path] = {}
     for file in files or sorted(folder.glob("**/scores.json")):
+        if not (file.parent / "measures.jsonl").is_file():  # of quads or judge_check
+            continue
         name = json.loads(file.read_text(encoding="utf-8"))["benchmark"]
         if name in found:
             raise ValueError(
@@ -37,14 +39,18 @@ def runs(folder: Path) -> dict[str, Path]:
             )
         found[name] = file.parent
     if not found:
-        raise ValueError(f"{folder}: no scores.json; expected an output folder of evaluate.py")
+        raise ValueError(
+            f"{folder}: no scores.json with a measures.jsonl beside it; expected an output folder "
+            "of evaluate.py (quads have theirs, and are compared by the comparison's table)"
+        )
     return found
 
 
 def compare_folders(a: Path, b: Path, *, resamples: int, seed: int) -> dict[str, list[Difference]]:
     """Differences of the headline metrics by benchmark.
 
-    Raises ValueError if the folders share no benchmark, or were made from different data files.
+    Raises ValueError if the folders share no benchmark, were made from different data files, or
+    were scored by different judges.
     """
     runs_a, runs_b = runs(a), runs(b)
     shared = [name for name in runs_a if name in runs_b]
@@ -63,12 +69,25 @@ def _compare(a: Path, b: Path, *, resamples: int, seed: int) -> list[Difference]
     hashes = [s["data"]["sha256"] for s in scores]
     if hashes[0] != hashes[1]:
         raise ValueError(f"{a} and {b} were made from different data files; scores do not compare")
+    judges = [_judge(s) for s in scores]
+    if judges[0] != judges[1]:
+        raise ValueError(
+            f"{a} was scored by {judges[0]}, {b} by {judges[1]}; one judge's scores do not compare "
+            "with another's"
+        )
     tables = [scoring.from_rows(read_rows(folder / "measures.jsonl")) for folder in (a, b)]
     return [
         scoring.compare(metric, *tables, resamples=resamples, seed=seed)
         for metric in scores[0]["headline"]
         if metric in tables[0] and metric in tables[1]
     ]
+
+
+def _judge(scores: dict[str, Any]) -> str:
+    """Model, style and version of the prompt; "code" without a judge."""
+    judge = scores.get("judge") or {}
+    named = (str(judge.get(key)) for key in ("model", "style", "prompt_version"))
+    return ", ".join(named) if judge else "code"
 
 
 def verdict(row: Difference) -> str:

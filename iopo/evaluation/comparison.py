@@ -156,14 +156,15 @@ class Comparison:
             for method, points in tried.items()
         }
         path = self.run / "choice.json"
-        before = json.loads(path.read_text())["chosen"] if path.exists() else {}
+        old = json.loads(path.read_text()) if path.exists() else {"chosen": {}, "tried": {}}
+        before, tried_before = old["chosen"], old["tried"]
         changed = [m for m, rates in chosen.items() if before.get(m, rates) != rates]
         if changed:
             raise ValueError(
                 f"{path}: other rates are best now for {', '.join(changed)}, and runs with the old "
                 "ones may exist; choose another --run"
             )
-        content = {"chosen": before | chosen, "tried": tried}
+        content = {"chosen": before | chosen, "tried": tried_before | tried}
         path.write_text(json.dumps(content, indent=1) + "\n")
         return chosen
 
@@ -230,9 +231,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if runner.failed else 0
 
 
+def keep_arguments(args: argparse.Namespace) -> None:
+    """arguments.json: what the jobs' results depend on. Raises ValueError if it was otherwise.
+
+    IFEval may be added to a run that began without it.
+    """
+    free = ("run", "sweeps", "methods", "jobs", "without_ifeval", "ifeval")
+    now = {
+        k: json.loads(json.dumps(v, default=str)) for k, v in vars(args).items() if k not in free
+    }
+    path = args.run / "arguments.json"
+    before = json.loads(path.read_text()) if path.exists() else now
+    changed = [key for key in now if before.get(key) != now[key]]
+    if changed:
+        raise ValueError(
+            f"{path}: this run began with other {', '.join(changed)}; give those, or another --run"
+        )
+    path.write_text(json.dumps(now, indent=1) + "\n")
+
+
 def compare(comparison: Comparison) -> None:
     """All stages. Raises ValueError where it makes no sense to go on."""
     runner, run, args = comparison.runner, comparison.run, comparison.args
+    keep_arguments(args)
     prepared: list[bool] = []
     runner.all([lambda: prepared.append(comparison.make_data() and comparison.train_sft())])
     if not all(prepared):

@@ -9,20 +9,14 @@ from typing import Any
 
 from iopo.config import Dtype
 
+BOOTSTRAP = 2000  # resamples
+
 
 class Style(enum.Enum):
     """Wording and reply format of the judge's prompt."""
 
     paper = "paper"  # the meaning and reply format that the benchmark's authors published
     robust = "robust"  # JSON by constraint number, fenced answer: the one to trust
-
-
-class Structured(enum.Enum):
-    """Whether the judge's reply is constrained to a JSON schema by the server."""
-
-    auto = "auto"  # ask for it, go on without where the server refuses
-    on = "on"  # ask for it, stop where the server refuses
-    off = "off"
 
 
 @dataclass
@@ -106,7 +100,7 @@ class JudgeSection(EndpointSection):
     """Who scores what code cannot check, and how it is asked."""
 
     style: Style = Style.robust
-    structured: Structured = Structured.auto
+    structured: bool = True  # style=robust: ask the server for JSON by schema; go on if it refuses
     per_criterion: bool = False  # one call for each constraint: dearer, and less can go wrong
     temperature: float = 0.0
     max_tokens: int | None = 4096  # null: leave it out (set extra.max_completion_tokens instead)
@@ -138,10 +132,12 @@ class EvaluateConfig:
     out: str | None = None  # null: runs/evaluate/<benchmark>/<model>
     limit: int | None = None  # only so many items, spread evenly over the file
     plan: bool = False  # print requests, tokens and cost, then stop; no server or model is touched
-    bootstrap: int = 2000  # resamples behind each interval
+    bootstrap: int = BOOTSTRAP  # resamples behind each interval
     seed: int = 0  # of the bootstrap
 
     def __post_init__(self) -> None:
+        if self.bootstrap < 1:
+            raise ValueError(f"bootstrap is {self.bootstrap}; expected 1 resample or more")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit is {self.limit}; expected 1 or more, or null for all items")
         sources = {

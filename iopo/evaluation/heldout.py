@@ -39,12 +39,19 @@ TIE_NATS = 1.5
 class Scorer:
     """A model folder loaded for scoring quads by log-prob, and the same weights to generate."""
 
-    def __init__(self, path: Path, adapter: str | None = None):
-        model = load_causal_lm(path, default_dtype("cpu"), attention=SHARED)
+    def __init__(
+        self,
+        path: Path,
+        adapter: str | None = None,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,  # None: what is fast on a CPU
+    ):
+        model = load_causal_lm(path, dtype or default_dtype("cpu"), attention=SHARED)
         if adapter is not None:
             load_adapter(model, adapter)
             merge_lora(model)
-        self.logprobs = LogProbs(model.eval())
+        torch.nn.Module.to(model, device)
+        self.logprobs, self.device = LogProbs(model.eval()), torch.device(device)
 
     @torch.inference_mode()
     def score(self, examples: Sequence[Example], tokens_per_batch: int = 4096) -> Tensor:
@@ -53,8 +60,8 @@ class Scorer:
         alone = Batching(1, ranks=1, seed=0, tokens_per_microbatch=tokens_per_batch)
         for indices in pass_micro_batches(token_counts(examples, "shared"), alone, rank=0):
             assert indices is not None, "one rank always has something"
-            batch = build_shared([examples[i] for i in indices])
-            policy_Q4[list(indices)] = self.logprobs(batch)
+            batch = build_shared([examples[i] for i in indices]).to(self.device)
+            policy_Q4[list(indices)] = self.logprobs(batch).cpu()
         return policy_Q4
 
     def for_generation(self) -> PreTrainedModel:
@@ -146,13 +153,13 @@ def answer_prompts(
     """Greedy answers to x1 and x2 of every quad, judged by code. Two answers per quad, in order.
 
     splits: what each quad is held out for (seen | unseen_params | unseen_kinds). Raises ValueError
-    for a quad without c1 and c2: there is nothing to check.
+    for a quad that is not `checkable`.
     """
     sides = [(q, s, n) for q, s in zip(quads, splits, strict=True) for n in (1, 2)]
     lists = [(quad.c1 if side == 1 else quad.c2) or [] for quad, _, side in sides]
-    bare = [quad.id for (quad, _, _), rows in zip(sides, lists, strict=True) if not rows]
+    bare = [quad.id for quad in quads if not checkable(quad)]
     if bare:
-        raise ValueError(f"quads without c1 and c2 cannot be checked by code: {bare[:5]}")
+        raise ValueError(f"code cannot check the constraints (c1, c2) of these quads: {bare[:5]}")
     prompts = [quad.x1 if side == 1 else quad.x2 for quad, _, side in sides]
     conversations = [
         _conversation(prompt, quad.system if quad.system is not None else system)
@@ -174,6 +181,19 @@ def answer_prompts(
             sides, prompts, lists, generations, strict=True
         )
     ]
+
+
+def checkable(quad: Quad) -> bool:
+    """Whether c1 and c2 are there and hold kinds that code can check, and no others.
+
+    Raises ValueError for a known kind with parameters that it does not take.
+    """
+    for rows in (quad.c1, quad.c2):
+        if not rows or any(row.get("kind") not in constraints.KINDS for row in rows):
+            return False
+        for row in rows:
+            constraints.from_dict(row)
+    return True
 
 
 def _conversation(prompt: str, system: str | None) -> list[dict[str, str]]:

@@ -43,10 +43,14 @@ def read_rows(path: str | Path, *, torn_tail: bool = False) -> list[dict[str, An
 
 
 def write_rows(path: str | Path, rows: list[dict[str, Any]]) -> None:
-    """Replace a file by these rows, atomically: a reader sees the old file or the new one."""
+    """Replace a file by these rows, atomically."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace a file, atomically: a reader sees the old file or the new one."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     # A lone surrogate (from an escaped "\ud800" in a reply) is not UTF-8: keep it as an escape.
     part.write_bytes(text.encode("utf-8", "backslashreplace"))
     os.replace(part, path)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from iopo.evaluation import judge_parse, judge_prompts, passages
-from iopo.evaluation.config import JudgeSection, Structured, Style
+from iopo.evaluation.config import JudgeSection, Style
 from iopo.evaluation.endpoint import Endpoint, Reply, Request, RequestFailed, run_together
 from iopo.evaluation.judge_parse import Parsed, Unreadable
 from iopo.evaluation.judge_prompts import Question
@@ -88,7 +88,7 @@ def _rule(question: Question) -> judge_prompts.PassageRule | None:
 
 def first_request(question: Question, section: JudgeSection) -> Request:
     """The request that opens a question."""
-    structured = section.structured is not Structured.off and section.style is Style.robust
+    structured = section.structured and section.style is Style.robust
     coded = _rule(question) is not None
     schema = passages.schema if coded else judge_prompts.robust_schema
     form = "passages" if coded else question.format

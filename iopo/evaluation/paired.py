@@ -60,7 +60,7 @@ def difference(a: Scores, b: Scores, *, resamples: int = RESAMPLES) -> Estimate:
     """b - a, paired by unit and by seed, with a 95% interval from resampling both.
 
     A resample draws units with replacement and, independently, seeds; a model without seeds is the
-    same in every draw. With few seeds their part of the spread is underestimated, by S - 1 in S of
+    same in every draw. With few seeds their part of the spread is underestimated, by one in S of
     its variance. Raises ValueError if the units differ, or if the methods share no seed.
     """
     if a.units != b.units:

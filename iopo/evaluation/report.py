@@ -50,14 +50,17 @@ def print_scores(scores: dict[str, Any], say: Any) -> None:
     for metric in scores["headline"]:
         entry = scores["scores"].get(metric)
         if entry is not None:
-            say(f"  {metric:<22} {number(metric, entry):<22} n={entry['n']}{_bounds(entry)}")
+            say(
+                f"  {metric:<22} {number(metric, entry):<22} n={entry['n']}{_bounds(metric, entry)}"
+            )
 
 
-def _bounds(entry: dict[str, Any]) -> str:
+def _bounds(metric: str, entry: dict[str, Any]) -> str:
     if "bounds" not in entry:
         return ""
-    low, high = entry["bounds"]
-    return f"  (unread judgements: between {100 * low:.1f} and {100 * high:.1f})"
+    scale, digits = (1, 2) if metric.startswith("CSL") else (100, 1)
+    low, high = (f"{scale * bound:.{digits}f}" for bound in entry["bounds"])
+    return f"  (unread judgements: between {low} and {high})"
 
 
 def page(
@@ -65,8 +68,12 @@ def page(
     items: list[Item],
     verdicts: list[dict[str, Any]],
     texts: dict[str, str],
+    best: float,
 ) -> str:
-    """A whole HTML page. Every foreign text is escaped; there is no script in it."""
+    """A whole HTML page. Every foreign text is escaped; there is no script in it.
+
+    best: the highest score of one constraint.
+    """
     config = scores["config"]
     who = config["responses"]["path"] or config["generate"]["model"] or config["model"]["path"]
     parts = [
@@ -81,7 +88,7 @@ def page(
     ]
     for group, names in _groups(scores).items():
         parts += [f"<h2>{_e(group)}</h2>", _table(names, scores["scores"], "")]
-    parts += ["<h2>Items</h2>", *_samples(items, verdicts, texts)]
+    parts += ["<h2>Items</h2>", *_samples(items, verdicts, texts, best)]
     parts.append("<h2>How this was made</h2>")
     rows = {"data": scores["data"], "judge": _judge_line(scores), "responses": scores["responses"]}
     parts += [f"<p><b>{_e(k)}</b> {_e(_flat(v))}</p>" for k, v in rows.items() if v]
@@ -137,7 +144,7 @@ def _table(names: list[str], scores: dict[str, dict[str, Any]], kind: str) -> st
         shown = metric if kind else metric.partition("/")[2] or metric  # the heading has the rest
         rows.append(
             f"<tr><td>{_e(shown)}<td>{bar}<td class=n>{number(metric, entry)}"
-            f"<td class=n>{entry['n']}<td>{_e(_bounds(entry))}"
+            f"<td class=n>{entry['n']}<td>{_e(_bounds(metric, entry))}"
         )
     head = "<tr><th>score<th><th class=n>value<th class=n>n<th>"
     return f"<table class='{kind}'>{head}{''.join(rows)}</table>"
@@ -152,13 +159,15 @@ def _bar(entry: dict[str, Any]) -> str:
     )
 
 
-def _samples(items: list[Item], verdicts: list[dict[str, Any]], texts: dict[str, str]) -> list[str]:
-    pairs = sorted(zip(items, verdicts, strict=True), key=lambda pair: _held(pair[1]))
+def _samples(
+    items: list[Item], verdicts: list[dict[str, Any]], texts: dict[str, str], best: float
+) -> list[str]:
+    pairs = sorted(zip(items, verdicts, strict=True), key=lambda pair: _held(pair[1], best))
     shown = pairs[: SAMPLES // 2] + pairs[max(SAMPLES // 2, len(pairs) - SAMPLES // 2) :]
     out = [f"<p class=note>{len(shown)} of {len(items)}: worst and best. All: verdicts.jsonl.</p>"]
     for item, verdict in shown:
         marks = verdict.get("strict", verdict.get("scores"))
-        held = _held(verdict)
+        held = _held(verdict, best)
         label = "unread" if marks is None else f"{100 * held:.0f}%"
         style = "ok" if held == 1 else "no"
         prompt = "\n\n".join(f"[{m['role']}] {m['content']}" for m in item.messages)
@@ -171,13 +180,12 @@ def _samples(items: list[Item], verdicts: list[dict[str, Any]], texts: dict[str,
     return out
 
 
-def _held(verdict: dict[str, Any]) -> float:
+def _held(verdict: dict[str, Any], best: float) -> float:
     """Share of the best possible score, for sorting; -1 where nothing was read."""
     marks = verdict.get("strict", verdict.get("scores"))
     if not marks:
         return -1.0
-    top = max(1.0, 10.0 if any(m > 1 for m in marks) else 1.0)
-    return sum(marks) / (top * len(marks))
+    return sum(marks) / (best * len(marks))
 
 
 def _cut(text: str) -> str:

@@ -244,19 +244,43 @@ def batch_seed(seed: int, batch: list[Item]) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:4], "big")
 
 
-def load_model(section: ModelSection) -> tuple[Any, Any]:
-    """(model, tokenizer) ready to generate, the adapter on it if one is named."""
+def default_out(config: EvaluateConfig) -> Path:
+    """runs/evaluate/<benchmark>/<name of the model or responses file, after its folder's>."""
+    if config.responses.path is not None:
+        who = _named(Path(config.responses.path).with_suffix(""))
+    elif config.generate.base_url is not None:
+        who = (config.generate.model or "").replace("/", "_")
+    else:
+        who = "_".join(_named(Path(p)) for p in (config.model.path, config.model.adapter) if p)
+    return Path("runs/evaluate") / config.benchmark.name / who
+
+
+def _named(path: Path) -> str:
+    return "_".join(part for part in path.parts[-2:] if part not in ("/", "..", "."))
+
+
+def placing(section: ModelSection) -> tuple[str, Any]:
+    """The device and the torch dtype that model.device and model.dtype stand for here."""
     import torch
 
-    from iopo.model.load import default_dtype, load_causal_lm, load_tokenizer, resolve_model
-    from iopo.model.lora import load_adapter
+    from iopo.model.load import default_dtype
 
-    folder = resolve_model(section.path or "")
     device = section.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtypes = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32, Dtype.fp64: torch.float64}
-    dtype = dtypes.get(section.dtype, default_dtype(torch.device(device).type))
+    return device, dtypes.get(section.dtype, default_dtype(torch.device(device).type))
+
+
+def load_model(section: ModelSection) -> tuple[Any, Any]:
+    """(model, tokenizer) ready to generate, the adapter on it if one is named."""
+    import torch
+
+    from iopo.model.load import load_causal_lm, load_tokenizer, resolve_model
+    from iopo.model.lora import load_adapter
+
+    folder = resolve_model(section.path or "")
+    device, dtype = placing(section)
     model = load_causal_lm(folder, dtype)
     if section.adapter is not None:
         load_adapter(model, section.adapter)  # not merged: that would round it to the dtype

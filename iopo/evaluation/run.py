@@ -23,10 +23,10 @@ from iopo.evaluation.benchmarks import (
     infobench,
     trace,
 )
-from iopo.evaluation.config import BenchmarkSection, EvaluateConfig
+from iopo.evaluation.config import BenchmarkSection, EvaluateConfig, JudgeSection
 from iopo.evaluation.items import Item, file_sha256, locate
-from iopo.evaluation.jsonl import write_rows
-from iopo.evaluation.responses import Responses, Say
+from iopo.evaluation.jsonl import write_rows, write_text
+from iopo.evaluation.responses import Responses, Say, default_out
 
 # Scored by a language model, or by code. Each module: SOURCE, HEADLINE, load, measures; judged ones
 # also MAXIMUM and questions, coded ones score.
@@ -53,6 +53,8 @@ def evaluate(config: EvaluateConfig, say: Say = print) -> dict[str, Any]:
         return quads.evaluate_quads(config, say)
     if config.benchmark != BenchmarkSection(name):
         raise ValueError("benchmark.reference, scored, controls: +benchmark=quads only; remove")
+    if name in CODED and config.judge != JudgeSection():
+        raise ValueError(f"+benchmark={name} is scored by code and asks no judge; remove judge")
     if name == "judge_check":  # the judge is scored, not the answers
         return judge_check.check_judge(config, say)
     module = benchmark(name)
@@ -106,17 +108,6 @@ def benchmark(name: str) -> ModuleType:
     return known[name]
 
 
-def default_out(config: EvaluateConfig) -> Path:
-    """runs/evaluate/<benchmark>/<model, or name of the responses file>."""
-    if config.responses.path is not None:
-        who = Path(config.responses.path).stem
-    elif config.generate.base_url is not None:
-        who = (config.generate.model or "").replace("/", "_")
-    else:
-        who = "_".join(Path(p).name for p in (config.model.path, config.model.adapter) if p)
-    return Path("runs/evaluate") / config.benchmark.name / who
-
-
 def get_responses(
     config: EvaluateConfig,
     everything: list[Item],
@@ -129,6 +120,8 @@ def get_responses(
     if config.responses.path is not None:
         if (out / "responses.manifest.json").exists():
             raise ValueError(f"{out}: holds answers that were made there; choose another out=")
+        if (out / "responses.jsonl").resolve() == Path(config.responses.path).resolve():
+            raise ValueError(f"{out}: responses.path would be overwritten; choose another out=")
         known = {item.id for item in everything}
         return responses.read_responses(config.responses.path, items, known)
     return responses.make_responses(config, items, data, out, say)
@@ -216,10 +209,10 @@ def write(
             if item.id in answers.text
         ]
         write_rows(out / "responses.jsonl", rows)
-    text = json.dumps(scores, ensure_ascii=False, indent=1)
-    (out / "scores.json").write_text(text, encoding="utf-8")
-    page = report.page(scores, items, verdicts, answers.text)
-    (out / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
+    best = float(getattr(module, "MAXIMUM", 1))
+    write_text(out / "report.html", report.page(scores, items, verdicts, answers.text, best))
+    # last: who finds it takes the evaluation for done
+    write_text(out / "scores.json", json.dumps(scores, ensure_ascii=False, indent=1))
 
 
 def _plan_texts(

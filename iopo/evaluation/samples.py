@@ -1,6 +1,5 @@
 """The same held-out prompts answered before and after training, for a person to read."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,10 @@ from iopo.config import TrainConfig
 from iopo.data.formats import Quad
 from iopo.data.template import Chat
 from iopo.evaluation.generate import generate
+from iopo.evaluation.jsonl import read_rows, write_rows
 from iopo.model.parallel import Prepared, language_model
 from iopo.training.inputs import Inputs
 from iopo.training.placement import Ranks
-from iopo.training.runfolder import write_atomically
 
 FILE = "samples.jsonl"
 
@@ -21,17 +20,26 @@ FILE = "samples.jsonl"
 def before(run: Path, cfg: TrainConfig, inputs: Inputs, prepared: Prepared, ranks: Ranks) -> None:
     """Write samples.jsonl with the answers of the starting weights (rank 0; see `_answers`)."""
     if _wanted(cfg, inputs, prepared, ranks):
-        answers = _answers(cfg, inputs, prepared)
-        _write(run, [{"id": a["id"], "prompt": a["prompt"], "before": a} for a in answers])
+        step = max(1, len(inputs.heldout_quads) // cfg.evaluation.samples)
+        few = inputs.heldout_quads[::step][: cfg.evaluation.samples]
+        answers = _answers(cfg, inputs, prepared, few)
+        write_rows(
+            run / FILE, [{"id": a["id"], "prompt": a["prompt"], "before": a} for a in answers]
+        )
 
 
 def after(run: Path, cfg: TrainConfig, inputs: Inputs, prepared: Prepared, ranks: Ranks) -> None:
-    """Add the answers of the trained weights to the rows that `before` left."""
-    if _wanted(cfg, inputs, prepared, ranks):
-        lines = (run / FILE).read_text(encoding="utf-8").splitlines()
-        answers = {a["id"]: a for a in _answers(cfg, inputs, prepared)}
-        rows = [json.loads(line) for line in lines]
-        _write(run, [row | {"after": answers[row["id"]]} for row in rows])
+    """Add the answers of the trained weights to the rows that `before` left.
+
+    Which prompts those are is the file's to say: a run may be resumed with other settings.
+    """
+    if not _wanted(cfg, inputs, prepared, ranks) or not (run / FILE).exists():
+        return
+    rows = read_rows(run / FILE)
+    quads = {quad.id: quad for quad in inputs.heldout_quads}
+    known = [quads[row["id"]] for row in rows if row["id"] in quads]
+    answers = {a["id"]: {"after": a} for a in _answers(cfg, inputs, prepared, known)}
+    write_rows(run / FILE, [row | answers.get(row["id"], {}) for row in rows])
 
 
 def _wanted(cfg: TrainConfig, inputs: Inputs, prepared: Prepared, ranks: Ranks) -> bool:
@@ -40,12 +48,13 @@ def _wanted(cfg: TrainConfig, inputs: Inputs, prepared: Prepared, ranks: Ranks) 
     return ranks.is_main and some and not prepared.sharded
 
 
-def _answers(cfg: TrainConfig, inputs: Inputs, prepared: Prepared) -> list[dict[str, Any]]:
-    step = max(1, len(inputs.heldout_quads) // cfg.evaluation.samples)
+def _answers(
+    cfg: TrainConfig, inputs: Inputs, prepared: Prepared, quads: Sequence[Quad]
+) -> list[dict[str, Any]]:
     return answer(
         prepared,
         inputs.chat,
-        inputs.heldout_quads[::step][: cfg.evaluation.samples],
+        quads,
         max_new_tokens=cfg.evaluation.max_new_tokens,
         batch_size=cfg.evaluation.batch_size,
     )
@@ -90,13 +99,9 @@ def answer(
 
 
 def _verdicts(rows: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    rows = [row for row in rows if row.get("kind") in constraints.KINDS]  # the others need a judge
     checks = [constraints.from_dict(row) for row in rows]
     follows = constraints.follows(checks, text)
     return [
         {"text": row["text"], "follows": bool(ok)} for row, ok in zip(rows, follows, strict=True)
     ]
-
-
-def _write(run: Path, rows: list[dict[str, Any]]) -> None:
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    write_atomically(run / FILE, "".join(line + "\n" for line in lines))

@@ -41,13 +41,16 @@ def export(cfg: TrainConfig, run: Path, prepared: Prepared, inputs: Inputs, rank
     """Write what cfg.export asks for into the run folder. Every rank calls it; rank 0 writes."""
     # The adapter's base is model.path, unless the run changed or drew it: then it is written too.
     own_base = inputs.model_path is None or cfg.model.adapter is not None
+    # Others find a model by its id on the hub, or in its folder, wherever they look from.
+    hub = cfg.model.path != "demo" and not Path(str(cfg.model.path)).expanduser().is_dir()
+    base = str(cfg.model.path) if hub else str(inputs.model_path and inputs.model_path.resolve())
     if cfg.export.model or cfg.export.merged:
         write_exports(
             prepared,
             run,
             tokenizer=inputs.chat.tokenizer,
             device=ranks.device,
-            base=None if own_base else str(cfg.model.path),
+            base=None if own_base else base,
             plain=cfg.export.model,
             merged=cfg.export.merged,
             main=ranks.is_main,

@@ -5,7 +5,7 @@ Writes DIR/exported/step-0000000N/export (and export-merged, where the run's con
 
 from pathlib import Path
 
-from iopo.config import TrainConfig
+from iopo.config import Checkpointing, TrainConfig
 from iopo.training import export, optim, setup
 from iopo.training.checkpoint_files import complete_folders, step_of
 from iopo.training.checkpoint_tensors import load_state
@@ -26,6 +26,7 @@ def export_step(cfg: TrainConfig, scratch: Path, ranks: Ranks, control: Control)
             f"export_step: {run} has no complete checkpoint of step {step}, expected one of "
             f"{sorted(folders)}"
         )
+    cfg.parallel.checkpointing = Checkpointing.none  # there is no backward
     inputs = load_inputs(cfg)
     prepared = setup.make_policy(cfg, inputs, ranks)
     optimizer = optim.make_optimizer(prepared.parameters, cfg.optim)

@@ -18,7 +18,8 @@ from iopo.config import Checkpointing, ReferenceSource, TrainConfig
 from iopo.training import references, setup
 from iopo.training.inputs import load_inputs
 from iopo.training.launch import launch
-from iopo.training.placement import Ranks
+from iopo.training.placement import Ranks, find_placement
+from iopo.training.secrets import redact
 from iopo.training.signals import Control
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -34,7 +35,7 @@ def main(composed: DictConfig) -> None:
         assert isinstance(cfg, TrainConfig)
         code = start(cfg)
     except (ValueError, FileNotFoundError) as error:
-        print(f"refused: {error}", file=sys.stderr, flush=True)
+        print(f"refused: {redact(str(error))}", file=sys.stderr, flush=True)
         code = REFUSED
     sys.exit(code)
 
@@ -48,6 +49,7 @@ def start(cfg: TrainConfig) -> int:
         raise ValueError(
             f"objective.name={cfg.objective.name} has no reference: there is nothing to fill"
         )
+    setup.check_sharding(cfg, find_placement(setup.processes(cfg)).world_size)
     for name, report in load_inputs(cfg).reports.items():
         print(f"{name}: " + "\n  ".join(report.lines()), flush=True)
     folder = references.cache_folder(cfg)

@@ -37,10 +37,11 @@ def evaluate(
         alive()
         rows = [job.heldout[i] for i in indices or (0,)]
         batch = job.build(rows)
-        policy_Q4 = policy(batch)
+        policy_Q4, reference_Q4 = policy(batch), None
+        if reference is not None and (reference.together or indices is not None):
+            reference_Q4 = reference.call(rows, batch).to(job.device)
         if indices is None:  # it took part because other ranks' weights are gathered together
             continue
-        reference_Q4 = None if reference is None else reference.call(rows, batch).to(job.device)
         tokens_Q4 = batch.scored_M.view(batch.examples, 4)
         policy_EM, tokens_EM = _rows(policy_Q4, kind), _rows(tokens_Q4, kind)
         reference_EM = None if reference_Q4 is None else _rows(reference_Q4, kind)

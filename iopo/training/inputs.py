@@ -5,12 +5,13 @@ again by every rank, which then finds the tokens in the cache.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from iopo import objectives
 from iopo.config import Overlong, TrainConfig
-from iopo.data.formats import Quad, file_hash, read_rows, rows_for, spread
+from iopo.data.formats import Quad, Row, file_hash, read_rows, rows_for, spread
 from iopo.data.tokenize import Chat, Example, Limits, Report, tokenize_rows, tokenizer_hash
 from iopo.model.demo import cache_root
 from iopo.model.load import load_tokenizer, resolve_model
@@ -42,6 +43,8 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
     read = read_rows(_path(cfg.data.train, "data.train"))[: cfg.data.limit_rows]
     train_rows = rows_for(rows_kind, read, cfg.data.quad_rows)
     heldout_quads = _heldout_quads(cfg)
+    if cfg.objective.margin_per_constraint > 0:
+        _check_constraints(cfg, train_rows)
 
     model_path = None if cfg.model.tiny is not None else resolve_model(str(cfg.model.path))
     tokenizer = byte_tokenizer() if model_path is None else load_tokenizer(model_path)
@@ -75,6 +78,16 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
         data_hash=" ".join(file_hash(str(file)) for file in files),
         tokenizer_hash=tokenizer_hash(chat),
     )
+
+
+def _check_constraints(cfg: TrainConfig, rows: Sequence[Row]) -> None:
+    bare = [row.id for row in rows if not (isinstance(row, Quad) and row.c1 and row.c2)]
+    if bare:
+        raise ValueError(
+            f"objective.margin_per_constraint={cfg.objective.margin_per_constraint} counts the "
+            f"constraints that differ, but {len(bare)} rows of {cfg.data.train} have no c1 and c2 "
+            f"(first: {bare[:5]}); add them, or remove the option"
+        )
 
 
 def _workers(rows: int) -> int:

@@ -85,7 +85,11 @@ def make_reference(
         check_adapter_off(policy)
         score = base_score(policy)
         return Reference(
-            lambda rows, batch: score(batch), "adapter_off", "the base under the adapters", 1e-6
+            lambda rows, batch: score(batch),
+            "adapter_off",
+            "the base under the adapters",
+            1e-6,
+            together=prepared.sharded,
         )
     if source is ReferenceSource.live:
         frozen = _frozen_copy(cfg, inputs, ranks)
@@ -94,7 +98,13 @@ def make_reference(
             with torch.no_grad():
                 return frozen(batch)
 
-        return Reference(live, "live", "a frozen copy of the starting weights", 1e-6)
+        return Reference(
+            live,
+            "live",
+            "a frozen copy of the starting weights",
+            1e-6,
+            together=setup.shards(cfg, ranks.world_size),
+        )
     cache = Cache(cache_folder(cfg), manifest(cfg, inputs, job.device.type))
     if source is ReferenceSource.auto and fills_on_the_way(cfg, prepared):
         return _filling(cfg, cache, job, prepared, say, alive)
@@ -138,7 +148,7 @@ def check_adapter_off(policy: LogProbs) -> None:
 def _frozen_copy(cfg: TrainConfig, inputs: Inputs, ranks: Ranks) -> LogProbs:
     dtype = setup.compute_dtype(cfg, ranks.device.type)
     frozen = setup.load_model(cfg, inputs, dtype).requires_grad_(False).eval()
-    shard = ranks.world_size > 1 and cfg.model.lora.rank == 0
+    shard = setup.shards(cfg, ranks.world_size)
     mesh = make_mesh(ranks.device.type, cfg.parallel.shard_processes) if shard else None
     prepare(frozen, device=ranks.device, dtype=dtype, mesh=mesh, offload=cfg.parallel.offload)
     return frozen
@@ -158,7 +168,8 @@ def _filling(
     def progress(done: int, total: int) -> None:
         alive()
 
-    filled = fill_rows(cache, job, job.heldout, len(MEMBERS), prepared, progress)
+    waiting = _waiting(say, alive)
+    filled = fill_rows(cache, job, job.heldout, len(MEMBERS), prepared, progress, waiting)
     rows = cache.read(members) | filled
     missing = missing_examples(rows, job.examples)
     if missing:
@@ -173,7 +184,14 @@ def _filling(
     filling = FillingReference(cache, members, rows, score, mine)
     known = [example for example in job.examples if content_key(example) in rows]
     _recheck(cfg, job, CachedReference(rows, str(cache.folder)), known, prepared, say)
-    return Reference(filling, "cache", str(cache.folder), _tolerance(cfg, job), filling.store)
+    return Reference(
+        filling,
+        "cache",
+        str(cache.folder),
+        _tolerance(cfg, job),
+        _rounding(cfg, job, job.examples),
+        filling.store,
+    )
 
 
 def _cached(
@@ -189,13 +207,17 @@ def _cached(
         if done == total or done % max(1, total // 10) == 0:
             say(f"reference: {done} of {total} batches")
 
-    members = objectives.KINDS[cfg.objective.name].members
-    rows = fill_rows(cache, job, job.examples, members, prepared, progress)
-    rows = rows | fill_rows(cache, job, job.heldout, len(MEMBERS), prepared, progress)
+    members, waiting = objectives.KINDS[cfg.objective.name].members, _waiting(say, alive)
+    rows = fill_rows(cache, job, job.examples, members, prepared, progress, waiting)
+    rows = rows | fill_rows(cache, job, job.heldout, len(MEMBERS), prepared, progress, waiting)
     reference = CachedReference(rows, str(cache.folder))
     _recheck(cfg, job, reference, job.examples, prepared, say)
     return Reference(
-        lambda rows, batch: reference(rows), "cache", str(cache.folder), _tolerance(cfg, job)
+        lambda rows, batch: reference(rows),
+        "cache",
+        str(cache.folder),
+        _tolerance(cfg, job),
+        _rounding(cfg, job, job.examples),
     )
 
 
@@ -206,6 +228,7 @@ def fill_rows(
     members: int,
     prepared: Prepared,
     progress: Callable[[int, int], None],
+    waiting: Callable[[], None],
 ) -> dict[str, np.ndarray]:
     """All rows of the cache after those of `examples` are in it; every rank calls it together."""
     if not examples:
@@ -219,7 +242,20 @@ def fill_rows(
         groups = pass_micro_batches(token_counts(rows, alone.layout), alone, 0)
         return [list(group) for group in groups if group]
 
-    return fill(cache, examples, members, _score_now(job, prepared), batches, progress)
+    return fill(cache, examples, members, _score_now(job, prepared), batches, progress, waiting)
+
+
+def _waiting(say: Callable[[str], None], alive: Callable[[], None]) -> Callable[[], None]:
+    """What a run does while another one fills the cache: says so once, and shows that it lives."""
+    said: list[bool] = []
+
+    def waiting() -> None:
+        if not said:
+            said.append(True)
+            say("reference: another run is filling this cache; waiting for it")
+        alive()
+
+    return waiting
 
 
 def _score_now(job: Job, prepared: Prepared) -> Callable[[Sequence[Example]], Tensor]:
@@ -242,9 +278,7 @@ def _recheck(
 ) -> None:
     few = known[: cfg.reference.recheck_rows]
     if few:
-        longest = max(len(r) for e in few for responses in e.responses for r in responses)
-        # bf16 rounds differently in batches of other shapes, by some 0.03 nats a token at random
-        tolerance = 0.5 + 0.05 * math.sqrt(longest) if _rounds(cfg, job) else 1e-2
+        tolerance = _rounding(cfg, job, few) if _rounds(cfg, job) else 1e-2
         difference = recheck(reference, few, _score_now(job, prepared), tolerance)
         say(f"reference: {len(few)} cached rows scored again, differ by {difference:.2g} nats")
 
@@ -252,6 +286,14 @@ def _recheck(
 def _tolerance(cfg: TrainConfig, job: Job) -> float:
     """Largest difference of the loss at step 0 from its value at policy == reference."""
     return 0.1 if _rounds(cfg, job) else 1e-6
+
+
+def _rounding(cfg: TrainConfig, job: Job, examples: Sequence[Example]) -> float:
+    """Largest log-ratio, in nats, of equal weights in batches of different shapes."""
+    if not _rounds(cfg, job):
+        return 1e-4
+    longest = max(len(r) for e in examples for responses in e.responses for r in responses)
+    return 0.5 + 0.05 * math.sqrt(longest)  # some 0.03 nats a token, at random
 
 
 def _rounds(cfg: TrainConfig, job: Job) -> bool:

@@ -87,8 +87,8 @@ pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 13px }
 {% if samples %}<h2>Before and after</h2>
 <table><tr><th>prompt</th><th>before</th><th>after</th></tr>
 {% for s in samples %}<tr><td class="answer">{{ s.prompt }}</td>
-{% for side in ("before", "after") %}<td><div class="answer">{{ s[side].text }}</div>
-{% for c in s[side].constraints %}<div class="{{ 'ok' if c.follows else 'no' }}">
+{% for side in ("before", "after") %}<td><div class="answer">{{ (s[side] or {}).text }}</div>
+{% for c in (s[side] or {}).constraints %}<div class="{{ 'ok' if c.follows else 'no' }}">
 {{ '✓' if c.follows else '✗' }} {{ c.text }}</div>{% endfor %}</td>{% endfor %}</tr>{% endfor %}
 </table>{% endif %}
 <h2>Data</h2><table>{% for name, value in data %}<tr><td>{{ name }}</td><td>{{ value }}</td></tr>
@@ -128,7 +128,7 @@ def embedded(image: Path) -> str:
 
 
 def write_summary(run: Path) -> Path:
-    """RUN/summary.json: steps, metric, seconds, the last training row, held-out first and last.
+    """RUN/summary.json: steps, metric, seconds in them, the last training row, held-out ones.
 
     metric is the last held-out group accuracy, which sweeps compare; null without held-out quads.
     """
@@ -138,7 +138,7 @@ def write_summary(run: Path) -> Path:
     summary = {
         "steps": train[-1]["step"] if train else 0,
         "metric": heldout[-1]["group_accuracy"] if heldout else None,
-        "seconds": round(sum(row["step_s"] for row in train), 3),
+        "seconds": round(_seconds(train), 3),
         "train": train[-1] if train else None,
         "heldout": [heldout[0], heldout[-1]] if heldout else None,
     }
@@ -151,8 +151,13 @@ def _headline(rows: list[dict[str, Any]]) -> str:
     train = [row for row in rows if row["split"] == "train"]
     if not train:
         return "No optimizer step was taken."
-    seconds = sum(row.get("step_s", 0.0) for row in train)
-    return f"{train[-1]['step']} optimizer steps, {seconds:.0f} s in logged steps."
+    return f"{train[-1]['step']} optimizer steps, {_seconds(train):.0f} s."
+
+
+def _seconds(train: list[dict[str, Any]]) -> float:
+    """Of all optimizer steps, from the mean of those that were logged."""
+    logged = [row["step_s"] for row in train if "step_s" in row]
+    return sum(logged) / len(logged) * train[-1]["step"] if logged else 0.0
 
 
 def _summary(rows: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
@@ -187,7 +192,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in _text(path).splitlines()]
+    return [json.loads(line) for line in _text(path).split("\n") if line]
 
 
 def main(arguments: list[str]) -> None:

@@ -105,6 +105,7 @@ def load_model(cfg: TrainConfig, inputs: Inputs, dtype: torch.dtype) -> LogProbs
     if cfg.model.adapter is not None:
         lora.load_adapter(model, cfg.model.adapter)
         lora.merge_lora(model)
+        model.requires_grad_(True)  # loading an adapter froze them
     # A layout without shared segments runs the model's stock attention, as a plain trainer does.
     if cfg.data.layout.value == "plain":
         model.set_attn_implementation("sdpa")
@@ -133,6 +134,21 @@ def shards(cfg: TrainConfig, world_size: int) -> bool:
     """
     asked = cfg.parallel.shard_processes is not None or cfg.parallel.offload
     return world_size > 1 and (cfg.model.lora.rank == 0 or asked)
+
+
+def check_sharding(cfg: TrainConfig, world_size: int) -> None:
+    """Raises ValueError for a sharding that so many processes cannot have."""
+    p = cfg.parallel
+    if p.offload and world_size == 1:
+        raise ValueError(
+            "parallel.offload=true keeps sharded weights in host memory, and one process has none; "
+            "remove it, or run two processes or more"
+        )
+    if p.shard_processes is not None and world_size % p.shard_processes:
+        raise ValueError(
+            f"parallel.shard_processes is {p.shard_processes}, which does not divide the "
+            f"{world_size} processes"
+        )
 
 
 def recomputation(cfg: TrainConfig) -> dict[str, Any]:

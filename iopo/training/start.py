@@ -35,6 +35,7 @@ def start(cfg: TrainConfig, config_text: str, worker: Worker) -> int:
         with tempfile.TemporaryDirectory() as scratch:
             return _launch(look_back, cfg, Path(scratch))
     placement = find_placement(setup.processes(cfg))
+    setup.check_sharding(cfg, placement.world_size)
     batching = setup.batching(cfg, placement.world_size)
     inputs = load_inputs(cfg)
     plan = plan_steps(len(inputs.train), batching, cfg.optim.epochs, cfg.optim.max_steps)

@@ -32,7 +32,8 @@ INSTALL = "pip install git+https://github.com/allenai/IFBench"
 
 
 def load(path: Path) -> list[Item]:
-    """Items of one user turn. Raises ValueError."""
+    """Items of one user turn. Raises ValueError, also without the verifiers: before any answer."""
+    verifiers()
     rows = read_table(path)
     require_fields(path, rows, {"prompt": str, "instruction_id_list": list, "kwargs": list})
     items = [Item(str(row["key"]), user_turn(row["prompt"]), row) for row in rows]
