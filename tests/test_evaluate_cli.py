@@ -21,6 +21,7 @@ from iopo.evaluation.config import (
 )
 from iopo.evaluation.endpoint import EndpointError
 from iopo.evaluation.jsonl import read_rows, write_rows
+from iopo.evaluation.responses import default_out
 from iopo.evaluation.run import CODED, JUDGED, evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -195,6 +196,25 @@ def test_answers_that_cannot_be_read(
         evaluate(settings(data, answers), lambda _: None)
     with pytest.raises(ValueError, match="no such file"):
         evaluate(settings(data, tmp_path / "mistyped.jsonl"), lambda _: None)
+
+
+def test_answers_are_not_overwritten_by_their_copy(data: Path, tmp_path: Path) -> None:
+    answers = tmp_path / "out" / "responses.jsonl"
+    answers.parent.mkdir()
+    write_rows(answers, [{"key": 1000, "response": "a"}])
+    config = settings(data, answers)
+    config.out, config.limit = str(answers.parent), 1
+    with pytest.raises(ValueError, match="would be overwritten"):
+        evaluate(config, lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("path", "folder"),
+    [("runs/iopo/export", "iopo_export"), ("demo", "demo"), ("/export", "export")],
+)
+def test_models_of_one_name_have_folders_of_their_own(path: str, folder: str) -> None:
+    config = compose_evaluate("+benchmark=ifeval", f"model.path={path}")
+    assert default_out(config) == Path("runs/evaluate/ifeval") / folder
 
 
 def test_scoring_answers_does_not_wait_for_torch() -> None:

