@@ -246,7 +246,7 @@ def main() -> None:
             few = QUICK_QUADS.get(shape) if args.quick else None
             task = Task(str(model), dtype, tuning == "full", shape, "iopo", args.threads, few)
             examples = task.examples()
-            trainer = task.trainer(live=args.only != "memory" and any(row.live for row in taken))
+            trainer = task.trainer(live=True)  # the cache comes from it, too
             cache = trainer.cache(examples)
             results: list[dict[str, Any]] = []
             if args.only != "memory":
