@@ -168,7 +168,8 @@ def main() -> None:
     model = resolve_model(args.model)
     speed = str(default_dtype("cpu")).removeprefix("torch.")
     if args.pairs is not None and args.pairs > SHAPES[args.shape][2]:
-        parser.error(f"--pairs: {args.shape} has {SHAPES[args.shape][2]} in a step")
+        most = SHAPES[args.shape][2]
+        parser.error(f"--pairs is {args.pairs}; {args.shape} has {most} in a step: {most} or fewer")
     task = Task(str(model), speed, True, args.shape, "dpo", args.threads, args.pairs)
     examples = task.examples()
     python = environment()

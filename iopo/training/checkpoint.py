@@ -51,7 +51,7 @@ class Checkpoints:
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._pending: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_step_aside)
-        # Half of a write's processor time, for nothing: files.publish keeps SHA-256 of every file
+        # Near half a write's processor time, for nothing: files.publish keeps SHA-256 of every file
         torch.serialization.set_crc32_options(False)
         cuda = torch.cuda.is_available()
         self._stager = DefaultStager(
