@@ -83,7 +83,10 @@ def run(composed: DictConfig) -> int:
 
 
 def config_of_run(asked: DictConfig) -> DictConfig:
-    """The config that the run wrote down, but for where it runs and what is exported."""
+    """The config that the run wrote down, but for where it runs and what is exported.
+
+    Raises ValueError if the command gives an option another value than the run had.
+    """
     path = Path(asked.run) / "config.yaml"
     if not path.exists():
         raise ValueError(f"{path} does not exist; give run= the folder of a run")
@@ -93,6 +96,13 @@ def config_of_run(asked: DictConfig) -> DictConfig:
     schema = OmegaConf.structured(TrainConfig)
     merged = OmegaConf.merge(schema, OmegaConf.load(path), changes, where)
     assert isinstance(merged, DictConfig)
+    for key in (x.partition("=")[0].lstrip("+~") for x in given):
+        now, then = (OmegaConf.select(config, key) for config in (asked, merged))
+        if now != then and not OmegaConf.is_config(now):
+            raise ValueError(
+                f"{key}={now}: the run had {then}, and its steps are looked at as they were; leave "
+                "it out (parallel.* and export.* can be changed)"
+            )
     return merged
 
 

@@ -1,7 +1,7 @@
 """Throughput and memory of a step, row by row from a plain preference trainer to this one.
 
     python -m benchmarks.throughput [--quick] [--json FILE] [--shapes demo,1000/500]
-        [--tuning lora,full] [--only times|memory]
+        [--tuning lora,full] [--only times|memory] [--without-operations]
 
 Every row takes the same optimizer step on the same quads (see throughput_variants.LADDER). Times
 are medians of rounds in which the rows take turns; memory, loss and operations come from one step
@@ -223,6 +223,11 @@ def main() -> None:
     parser.add_argument("--shapes", help=f"some of {','.join(SHAPES)}")
     parser.add_argument("--tuning", default="lora,full", help="lora, full or both")
     parser.add_argument("--only", choices=("times", "memory"), help="default: both")
+    parser.add_argument(
+        "--without-operations",
+        action="store_true",
+        help="do not count operations, which takes as long as the memory itself",
+    )
     parser.add_argument("--compile", action="store_true", help="also a row of compiled blocks")
     parser.add_argument("--model", default="demo", help="model folder, or demo")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: what is fast")
@@ -252,7 +257,7 @@ def main() -> None:
             if args.only != "memory":
                 results = joined(results, times(trainer, taken, examples, cache, rounds))
             if args.only != "times":
-                count = not args.quick or shape == "demo"
+                count = not args.without_operations and (not args.quick or shape == "demo")
                 alone = one_step_each(task, trainer, taken, examples, cache, count=count)
                 results = joined(results, alone)
             report = {"shapes": {}, "full": {}} | opened(args.json, here)

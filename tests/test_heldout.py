@@ -133,7 +133,9 @@ def test_quads_refuse_what_they_do_not_read_and_other_settings(model, tmp_path):
 
     with pytest.raises(ValueError, match="does not read plan, seed"):
         quads.evaluate_quads(asked(plan=True, seed=1), print)
-    quads.evaluate_quads(asked(limit=1), print)
+    said: list[str] = []
+    quads.evaluate_quads(asked(limit=1), said.append)
+    assert "2 of 2 answers" in said
     quads.evaluate_quads(asked(limit=1), print)
     with pytest.raises(ValueError, match="other settings"):
         quads.evaluate_quads(asked(limit=2), print)

@@ -295,6 +295,13 @@ def test_one_call_a_constraint() -> None:
     assert found.id == "1" and len(found.scores or ()) == 2
 
 
+def test_the_published_list_is_not_asked_for_one_by_one() -> None:
+    listed = question(format="list")
+    assert len(judge.split(listed, per_criterion=False, style=Style.paper)) == 1
+    with pytest.raises(ValueError, match="per_criterion"):
+        judge.split(listed, per_criterion=True, style=Style.paper)
+
+
 def test_a_schema_is_asked_for_and_dropped_where_it_is_refused() -> None:
     def script(body, before):
         if "response_format" in body:

@@ -178,6 +178,11 @@ def test_a_replayed_step_has_the_losses_that_it_had(tmp_path, processes):
     expected = next(row["loss"] for row in faults.read_rows(run) if row["step"] == 5)
     assert len(lines) == 2 and mean == pytest.approx(expected, abs=1e-5)
     assert output.count("x2y1") == 2
+    other = subprocess.run(
+        [*replay, "objective.beta=0.7", "checkpoint.keep=3"],
+        cwd=faults.ROOT, env=environ, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert other.returncode == 2 and "objective.beta=0.7: the run had 0.1" in other.stderr
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
 
 

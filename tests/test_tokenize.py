@@ -234,7 +234,7 @@ def test_a_text_of_exactly_the_limit_is_kept(chat):
     response = max(map(len, example.responses[0]))
     one(chat, limits=Limits(prompt, response))
     for limits in (Limits(prompt - 1, response), Limits(prompt, response - 1)):
-        with pytest.raises(ValueError, match="no row is left to train on"):
+        with pytest.raises(ValueError, match="rows: no row is left"):
             one(chat, limits=limits)
 
 

@@ -146,6 +146,13 @@ def test_bad_input_is_refused_with_a_message(tiny, tmp_path, case):
     assert not (tmp_path / "run").exists(), "a half-made run folder is left"
 
 
+def test_the_file_without_a_row_left_is_named(tiny, tmp_path):
+    write(tmp_path / "long.jsonl", [quads(1)[0] | {"x1": "long " * 400}])
+    done = tiny(f"data.heldout={tmp_path}/long.jsonl", "data.on_overlong=drop")
+    assert done.returncode == 2
+    assert "long.jsonl: no row is left" in done.stderr and "0 of 1 rows kept" in done.stderr
+
+
 def test_the_papers_data_is_not_there(tiny, tmp_path):
     done = tiny("data.train=data/trace/train.jsonl")
     assert done.returncode == 2

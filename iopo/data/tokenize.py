@@ -25,12 +25,14 @@ def tokenize_rows(
     three: bool = False,
     workers: int = 0,
     cache_dir: str | Path | None = None,
+    source: str = "rows",
 ) -> tuple[list[Example], Report]:
     """Examples of the rows that can be used, in their order, and the report of all rows.
 
     three: quads become iopo_three examples (no x2y2 member). workers: processes to spread the rows
     over; 0 or 1 is this process. cache_dir: where results are kept, None for nowhere; the key holds
     everything that changes the result, and of several processes that ask for the same one works.
+    source: the file that the message for no row left names.
     Call it before any process group exists: a first run may take minutes.
     Raises ValueError naming the rows that break the template's prefix property or end without an
     end-of-turn token, the overlong ones if the limits say so, and when no row is left.
@@ -46,7 +48,7 @@ def tokenize_rows(
         parts = [tokenizer_hash(chat), [repr(row) for row in rows], repr(limits), three]
         examples, report = token_cache.get(Path(cache_dir), token_cache.key(parts), work)
     if not examples:
-        raise ValueError("no row is left to train on:\n  " + "\n  ".join(report.lines()))
+        raise ValueError(f"{source}: no row is left:\n  " + "\n  ".join(report.lines()))
     return examples, report
 
 

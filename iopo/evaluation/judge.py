@@ -154,6 +154,7 @@ def split(question: Question, *, per_criterion: bool, style: Style) -> list[Part
     """What is really asked, with the places of its criteria in the question.
 
     One part, or one for each criterion; a criterion that code scores is always a part of its own.
+    Raises ValueError if criteria that cannot be asked for one by one are to be.
     """
     count = len(question.criteria)
     coded = {place for place, rule in enumerate(question.rules) if rule is not None}
@@ -161,7 +162,12 @@ def split(question: Question, *, per_criterion: bool, style: Style) -> list[Part
     one_only = style is Style.paper and question.format == "yes_no"
     # the constraints of the published list format have no text of their own to ask for
     together = style is Style.paper and question.format == "list"
-    apart = (per_criterion or one_only) and not together
+    if per_criterion and together:
+        raise ValueError(
+            "judge.per_criterion: FollowBench's published prompt asks for all constraints at once; "
+            "set judge.style=robust, or leave per_criterion out"
+        )
+    apart = per_criterion or one_only
     groups = [[place] for place in (range(count) if apart else sorted(coded))]
     if judged and not apart:
         groups.insert(0, judged)

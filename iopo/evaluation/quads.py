@@ -57,6 +57,7 @@ def evaluate_quads(config: EvaluateConfig, say: Callable[[str], None]) -> dict[s
         system=config.generate.system_prompt,
         device=device,
         dtype=dtype,
+        say=say,
     )
     if not answers:
         say("note: following is left out: some quads have constraints that code cannot check")
@@ -117,6 +118,7 @@ def evaluate_folder(
     system: str | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> tuple[dict[str, Any], list[Answer]]:
     """Preferences, their controls, margins against a reference, following by greedy answers.
 
@@ -124,7 +126,8 @@ def evaluate_folder(
     constraints that code can check. scored: how many of the rows, spread evenly, are scored by
     log-prob; None: all; 0: none, and no plain text. details: a folder that gets logps.jsonl,
     {"id", "logps"} with nats in the order of MEMBERS; plain text is scored too, then. system: the
-    system prompt of quads without their own. dtype: None for what is fast on a CPU.
+    system prompt of quads without their own. dtype: None for what is fast on a CPU. say: told now
+    and then how many answers are made.
     """
     quads = [quad for quad, _ in rows]
     chat = Chat(load_tokenizer(path), system)
@@ -164,9 +167,23 @@ def evaluate_folder(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         system=system,
+        progress=None if say is None else _now_and_then(say),
     )
     shares = heldout.following(answers)
     out["constraint_accuracy"] = shares.pop("all")
     out |= {f"constraint_accuracy_{split}": share for split, share in shares.items()}
     out["health"] = heldout.health(answers)
     return out, answers
+
+
+def _now_and_then(say: Callable[[str], None]) -> Callable[[int, int], None]:
+    """A progress function that speaks every ten seconds, and of the last answer."""
+    last = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last > 10:
+            last = time.monotonic()
+            say(f"{done} of {total} answers")
+
+    return progress

@@ -57,13 +57,24 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
     workers = cfg.data.workers or _workers(len(train_rows))
     cache = Path(cfg.data.cache_dir) if cfg.data.cache_dir else cache_root() / "tokens"
     train, report = tokenize_rows(
-        train_rows, chat, limits, three=kind == "three", workers=workers, cache_dir=cache
+        train_rows,
+        chat,
+        limits,
+        three=kind == "three",
+        workers=workers,
+        cache_dir=cache,
+        source=str(cfg.data.train),
     )
     reports = {"train": report}
     heldout: list[Example] = []
     if heldout_quads:
         heldout, reports["heldout"] = tokenize_rows(
-            heldout_quads, chat, limits, workers=workers, cache_dir=cache
+            heldout_quads,
+            chat,
+            limits,
+            workers=workers,
+            cache_dir=cache,
+            source=str(cfg.data.heldout),
         )
         kept = {example.id for example in heldout}
         heldout_quads = [quad for quad in heldout_quads if quad.id in kept]
