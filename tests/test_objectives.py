@@ -95,6 +95,17 @@ def test_one_scalar_gradient_per_quad():
     torch.testing.assert_close(policy.grad, g * torch.tensor([1.0, -1.0, 1.0, -1.0]))
 
 
+def test_at_the_start_both_rows_and_input_preference_point_where_iopo_points():
+    """Where policy is reference the three differ by a factor only, which Adam divides out."""
+    grads = []
+    for objective in (O.iopo, O.output_preference, O.input_preference):
+        policy = torch.full((3, 4), -20.0, dtype=torch.float64, requires_grad=True)
+        objective(policy, policy.detach(), link=sigmoid).sum().backward()
+        grads.append(policy.grad)
+    torch.testing.assert_close(grads[1], grads[0] / 2)
+    torch.testing.assert_close(grads[2], grads[0] / 2)
+
+
 OPTIONS = [
     ("iopo", Options(link="sigmoid", label_smoothing=0.1, sft_weight=0.3)),
     ("iopo", Options(link="ipo")),
