@@ -12,11 +12,13 @@ QUADS = 40
 SPLITS = ("seen", "unseen_params", "unseen_kinds", "seen")
 
 
-def model(folder: Path, follows: int, logps: list[float], *, prompts: int = 0) -> None:
+def model(
+    folder: Path, follows: int, logps: list[float], *, prompts: int = 0, text: str = "two words"
+) -> None:
     """A measured model: its first answers of 80 follow, its first prompts of 20 (IFEval)."""
     rows = [
         {
-            "id": f"q{n // 2}/{n % 2 + 1}", "prompt": "p", "text": "two words",
+            "id": f"q{n // 2}/{n % 2 + 1}", "prompt": "p", "text": text,
             "finish_reason": "stop", "split": SPLITS[n // 2 % 4], "kinds": ["case"],
             "follows": [n < follows], "texts": ["Lower case."],
         }
@@ -39,7 +41,7 @@ def model(folder: Path, follows: int, logps: list[float], *, prompts: int = 0) -
 
 def trained(run: Path, method: str, seed: int, follows: int, logps: list[float]) -> None:
     folder = run / "paper_table" / method / f"seed{seed}"
-    model(folder, follows, logps, prompts=10)
+    model(folder, follows, logps, prompts=10, text=f"word {method}")
     write_rows(folder / "metrics.jsonl", [
         {"step": step, "split": "train", "tokens_per_s": 100.0, "step_s": 2.0} for step in (1, 2)
     ])  # fmt: skip
@@ -82,6 +84,7 @@ def test_values_and_differences_are_those_of_the_files(run):
     assert values["base"]["group_accuracy"]["value"] == 0
     assert values["DPO"]["group_accuracy"]["value"] == 1
     assert differences["SFT"]["IOPO"]["following"]["value"] == pytest.approx(30 / 80)
+    assert differences["SFT"]["IOPO"]["as_sft"]["value"] == pytest.approx(-1)
     ratio = differences["SFT"]["IOPO"]["logratio_matched"]
     assert ratio["value"] == ratio["low"] == ratio["high"] == pytest.approx(-0.5)
     assert values["IOPO"]["logratio_mismatched"]["value"] == pytest.approx(-3)

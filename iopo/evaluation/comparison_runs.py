@@ -33,7 +33,7 @@ def find(run: Path, sweep: str) -> Runs:
 def measures(folder: Path, sft: Path) -> Measures:
     """metric -> unit -> (numerator, denominator) of one model; IFEval only where it was run."""
     out: Measures = defaultdict(dict)
-    answers = [_answer(row) for row in read_rows(folder / "quads/verdicts.jsonl")]
+    answers, before = _answers(folder), {a.id: a.text for a in _answers(sft)}
     by_quad: dict[str, list[Answer]] = defaultdict(list)
     for answer in answers:
         by_quad[answer.id.rsplit("/", 1)[0]].append(answer)
@@ -42,6 +42,7 @@ def measures(folder: Path, sft: Path) -> Measures:
         out["following"][quad] = out[f"following/{two[0].split}"][quad] = followed
         out["constraints"][quad] = (sum(sum(a.follows) for a in two),
                                     sum(len(a.follows) for a in two))  # fmt: skip
+        out["as_sft"][quad] = (sum(a.text == before[a.id] for a in two), len(two))
         out["words"][quad] = (sum(len(a.text.split()) for a in two), len(two))
         out["empty"][quad] = (sum(not a.text.strip() for a in two), len(two))
         out["repetitive"][quad] = (sum(repeats(a.text) for a in two), len(two))
@@ -54,6 +55,10 @@ def measures(folder: Path, sft: Path) -> Measures:
         table = scoring.from_rows(read_rows(folder / "ifeval/measures.jsonl"))
         out |= {metric: table[metric] for metric in IFEVAL}
     return dict(out)
+
+
+def _answers(folder: Path) -> list[Answer]:
+    return [_answer(row) for row in read_rows(folder / "quads/verdicts.jsonl")]
 
 
 def _answer(row: dict[str, Any]) -> Answer:

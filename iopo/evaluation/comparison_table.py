@@ -32,6 +32,7 @@ METRICS = {
     "y_preference": ("y-preference, %", 100, 1),
     "logratio_matched": ("log-ratio of matched members, nats", 1, 0),
     "logratio_mismatched": ("log-ratio of mismatched members, nats", 1, 0),
+    "as_sft": ("answers word for word SFT's, %", 100, 0),
     "words": ("words an answer", 1, 0),
     "empty": ("empty answers, %", 100, -1),
     "cut_off": ("cut off, %", 100, -1),
@@ -42,7 +43,7 @@ SECTIONS = {
     "Following, on held-out tasks": [m for m in METRICS if m.startswith(("follow", "constr"))],
     "IFEval": list(comparison_runs.IFEVAL),
     "Preferences, by log-prob": ["group_accuracy", "x_preference", "y_preference"],
-    "Drift": ["logratio_matched", "logratio_mismatched", "words", "empty", "cut_off",
+    "Drift": ["logratio_matched", "logratio_mismatched", "as_sft", "words", "empty", "cut_off",
               "repetitive", "plain_text"],
 }  # fmt: skip
 NAMES = {
