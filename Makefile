@@ -16,7 +16,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m iopo.evaluation.demo
+	$(BIN)/python -m iopo.experiments.demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from iopo.evaluation.config import EvaluateConfig
 from iopo.evaluation.endpoint import EndpointError
 from iopo.evaluation.run import evaluate
-from iopo.model.memory import keep_freed_memory
+from iopo.model.host_memory import keep_freed_memory
 
 ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130

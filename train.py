@@ -17,30 +17,22 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from iopo.config import TrainConfig
-from iopo.evaluation import samples
-from iopo.model.memory import give_back_freed_memory
-from iopo.training import (
-    export,
-    heldout,
-    loop,
-    optim,
-    references,
-    report,
-    restore,
-    setup,
-    start,
-    sweep,
-)
-from iopo.training.checkpoint import Checkpoints
-from iopo.training.checkpoint_tensors import gather_state
+from iopo.model.host_memory import give_back_freed_memory
+from iopo.redact import redact
+from iopo.training import export, heldout, loop, optim, samples, setup, start
+from iopo.training.checkpoint import restore
+from iopo.training.checkpoint.tensors import gather_state
+from iopo.training.checkpoint.writer import Checkpoints
 from iopo.training.inputs import load_inputs
-from iopo.training.memory_fit import settle
-from iopo.training.placement import Ranks
-from iopo.training.runfolder import mark_complete
-from iopo.training.secrets import redact
+from iopo.training.launch.placement import Ranks
+from iopo.training.launch.run_folder import mark_complete
+from iopo.training.launch.signals import INTERRUPTED, OK, SAVED_REQUEUE, Control
+from iopo.training.logger import Teller
+from iopo.training.plan.auto import settle
+from iopo.training.reference import sources as references
+from iopo.training.report import run as report
+from iopo.training.report import sweep
 from iopo.training.seeds import seed_process
-from iopo.training.signals import INTERRUPTED, OK, SAVED_REQUEUE, Control
-from iopo.training.teller import Teller
 
 ConfigStore.instance().store(name="base_config", node=TrainConfig)
 REFUSED = 2

@@ -29,13 +29,15 @@ from omegaconf import OmegaConf
 from benchmarks.faults import ROOT, read_rows
 from benchmarks.throughput import facts
 from iopo.config import TrainConfig
-from iopo.training import loop, optim, references, restore, setup
-from iopo.training.checkpoint import Checkpoints, latest
-from iopo.training.checkpoint_tensors import gather_state
+from iopo.training import loop, optim, setup
+from iopo.training.checkpoint import restore
+from iopo.training.checkpoint.tensors import gather_state
+from iopo.training.checkpoint.writer import Checkpoints, latest
 from iopo.training.inputs import load_inputs
-from iopo.training.launch import launch
-from iopo.training.placement import Ranks
-from iopo.training.signals import Control
+from iopo.training.launch.launcher import launch
+from iopo.training.launch.placement import Ranks
+from iopo.training.launch.signals import Control
+from iopo.training.reference import sources as references
 
 OVERRIDES = (
     *("data.heldout=null", "data.limit_rows=16", "parallel.device=cpu", "evaluation.samples=0"),

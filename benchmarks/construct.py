@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.memory import peak_gb, reset_peak
-from iopo.construct.relabelling import RelabelRecipe, relabel_file
+from iopo.construct.relabel import RelabelRecipe, relabel_file
 from iopo.construct.verify import verify
 
 _NOUNS = (

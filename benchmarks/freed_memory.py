@@ -1,7 +1,7 @@
 """What keeping freed memory saves a training step on a CPU: `python -m benchmarks.freed_memory`.
 
 Four quads of the demo set, forward and backward on SmolLM2-135M with all weights trained, in
-fresh processes with and without iopo.model.memory.keep_freed_memory, in turn. Prints the median
+fresh processes with and without keep_freed_memory (iopo/model/host_memory.py), in turn. Prints the median
 seconds of each and their ratio, after checking that both gave the same log-probs.
 """
 
@@ -15,13 +15,13 @@ from datetime import date
 
 import torch
 
-from iopo.data.formats import read_rows
 from iopo.data.layout import build_shared
+from iopo.data.rows import read_rows
 from iopo.data.tokenize import Chat, Limits, tokenize_rows
 from iopo.logprobs import LogProbs
 from iopo.model.attention import SHARED
+from iopo.model.host_memory import keep_freed_memory
 from iopo.model.load import default_dtype, load_causal_lm, load_tokenizer, resolve_model
-from iopo.model.memory import keep_freed_memory
 from iopo.model.parallel import prepare
 
 ROUNDS = 3

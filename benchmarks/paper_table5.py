@@ -22,8 +22,8 @@ from benchmarks.throughput import facts, opened
 from benchmarks.throughput_child import Task, measure
 from benchmarks.throughput_data import SHAPES, shortened
 from benchmarks.throughput_variants import BEST, FRUGAL, PLAIN, SELECTIVE
+from iopo.model.host_memory import keep_freed_memory
 from iopo.model.load import default_dtype, resolve_model
-from iopo.model.memory import keep_freed_memory
 
 WAYS = {"plain": PLAIN, "frugal": FRUGAL, "selective": SELECTIVE, "fast": BEST}
 OBJECTIVES = ("sft", "dpo", "iopo")

@@ -38,8 +38,8 @@ from benchmarks.throughput_variants import (
     Variant,
 )
 from iopo.data.example import Example
+from iopo.model.host_memory import keep_freed_memory
 from iopo.model.load import default_dtype, resolve_model
-from iopo.model.memory import keep_freed_memory
 
 COLUMNS = (
     ("row", "name", "{}"),

@@ -23,8 +23,8 @@ from benchmarks.throughput_variants import Trainer, Variant
 from iopo import objectives
 from iopo.data.example import Example
 from iopo.model.attention import SHARED
+from iopo.model.host_memory import give_back_freed_memory
 from iopo.model.load import load_causal_lm, load_tokenizer
-from iopo.model.memory import give_back_freed_memory
 
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}  # bytes
 

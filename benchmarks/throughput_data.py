@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from iopo.data.encode import Limits
 from iopo.data.example import Example
-from iopo.data.formats import read_rows
+from iopo.data.rows import read_rows
 from iopo.data.tokenize import Chat, tokenize_rows
 
 TRAIN = Path(__file__).parent.parent / "data" / "demo" / "train.jsonl"

@@ -30,10 +30,10 @@ from benchmarks.throughput_data import SHAPES
 from benchmarks.throughput_variants import BEST, Trainer
 from iopo.data.example import Example
 from iopo.data.layout import build_shared
+from iopo.files import cache_root
 from iopo.model.attention import SHARED
-from iopo.model.demo import cache_root
+from iopo.model.host_memory import keep_freed_memory
 from iopo.model.load import default_dtype, load_causal_lm, resolve_model
-from iopo.model.memory import keep_freed_memory
 
 ROOT = Path(__file__).parent.parent
 LOSS_TARGET = 1e-3

@@ -18,7 +18,7 @@ from iopo.model.attention import SHARED
 from iopo.model.load import tiny_causal_lm
 from iopo.model.parallel import prepare
 from iopo.training import optim, setup
-from iopo.training.plan_work import example_of
+from iopo.training.plan.lengths import example_of
 from iopo.training.split import PromptByPrompt, by_prompt
 
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from iopo.config import TrainConfig
 from iopo.training import loop, setup
 from iopo.training.inputs import load_inputs
-from iopo.training.launch import launch
+from iopo.training.launch.launcher import launch
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = "rain wind sun moon tree river stone bird cloud light grass road".split()

@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from helpers_models import norms_in_own_dtype
 from torch._dynamo.backends.debugging import aot_eager
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -17,7 +18,6 @@ from iopo.data.example import Example
 from iopo.data.layout import build_packed, build_plain, build_shared
 from iopo.logprobs import LogProbs
 from iopo.model.attention import SHARED, register_attention
-from tests.helpers_models import norms_in_own_dtype
 
 V = 61
 SIZES = dict(

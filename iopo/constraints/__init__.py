@@ -11,14 +11,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from .base import Constraint
-from .formats import ClosingNote, FirstLineTitle, Postscript, Sections, Titles, Wrapped
-from .ifeval import IFEVAL_IDS, from_ifeval
-from .ifeval_kinds import IFEVAL_KINDS
-from .keywords import ForbidWords, IncludeWords, WordFrequency
-from .layout import Language, Layout
-from .lengths import Bullets, HanCharacters, Lines, NumberedItems, Paragraphs, Sentences, Words
-from .marks import (
+from iopo.constraints.base import Constraint
+from iopo.constraints.ifeval import IFEVAL_IDS, from_ifeval
+from iopo.constraints.ifeval_kinds import IFEVAL_KINDS
+from iopo.constraints.keywords import ForbidWords, IncludeWords, WordFrequency
+from iopo.constraints.layout import Language, Layout
+from iopo.constraints.lengths import (
+    Bullets,
+    HanCharacters,
+    Lines,
+    NumberedItems,
+    Paragraphs,
+    Sentences,
+    Words,
+)
+from iopo.constraints.marks import (
     CapitalWords,
     Commas,
     Exclamations,
@@ -27,7 +34,15 @@ from .marks import (
     Placeholders,
     Questions,
 )
-from .wording import Case, EndPhrase, FirstWord, LastWord, StartPhrase
+from iopo.constraints.structure import (
+    ClosingNote,
+    FirstLineTitle,
+    Postscript,
+    Sections,
+    Titles,
+    Wrapped,
+)
+from iopo.constraints.wording import Case, EndPhrase, FirstWord, LastWord, StartPhrase
 
 __all__ = [
     "IFEVAL_IDS",

@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from .compatibility import CONFLICTS
+from iopo.constraints.compatibility import CONFLICTS
 
 LANGUAGES = ("en", "zh")
 RELATIONS = ("exactly", "at least", "at most")

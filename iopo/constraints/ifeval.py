@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .base import Constraint
-from .formats import Postscript, Sections, Titles, Wrapped
-from .ifeval_kinds import (
+from iopo.constraints.base import Constraint
+from iopo.constraints.ifeval_kinds import (
     CapitalTokens,
     ConstrainedResponse,
     DividedParagraphs,
@@ -26,9 +25,10 @@ from .ifeval_kinds import (
     ResponseLanguage,
     TwoResponses,
 )
-from .lengths import Bullets, Words
-from .marks import Highlights, LetterFrequency, Placeholders
-from .wording import EndPhrase
+from iopo.constraints.lengths import Bullets, Words
+from iopo.constraints.marks import Highlights, LetterFrequency, Placeholders
+from iopo.constraints.structure import Postscript, Sections, Titles, Wrapped
+from iopo.constraints.wording import EndPhrase
 
 
 def _bound(relation: str, number: int) -> tuple[str, int]:

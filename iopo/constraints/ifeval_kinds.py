@@ -11,13 +11,13 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from .base import Constraint
-from .detectors import capital_tokens, detect_language, punkt_sentences
-from .keywords import ForbidWords, IncludeWords, WordFrequency
-from .layout import Layout, parse_json
-from .lengths import Paragraphs, Sentences
-from .marks import CapitalWords
-from .wording import Case, StartPhrase
+from iopo.constraints.base import Constraint
+from iopo.constraints.detectors import capital_tokens, detect_language, punkt_sentences
+from iopo.constraints.keywords import ForbidWords, IncludeWords, WordFrequency
+from iopo.constraints.layout import Layout, parse_json
+from iopo.constraints.lengths import Paragraphs, Sentences
+from iopo.constraints.marks import CapitalWords
+from iopo.constraints.wording import Case, StartPhrase
 
 _DIVIDER = re.compile(r"\s?\*\*\*\s?")
 _ANSWERS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from . import text as cut
-from .base import Constraint, Counted
-from .wording import COMMON_WORDS
+from iopo.constraints import text as cut
+from iopo.constraints.base import Constraint, Counted
+from iopo.constraints.wording import COMMON_WORDS
 
 _TOO_COMMON = frozenset(
     "about after again along among around because before being between could doing during every "

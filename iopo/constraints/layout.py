@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
-from . import text as cut
-from .base import Styled
+from iopo.constraints import text as cut
+from iopo.constraints.base import Styled
 
 _LINE_STYLES = {
     "bullet list": re.compile(r"[-*•] +\S.*"),

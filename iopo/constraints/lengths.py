@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from . import text as cut
-from .base import Counted
+from iopo.constraints import text as cut
+from iopo.constraints.base import Counted
 
 _NUMBERED_ITEM = re.compile(r"^[ \t]*\d+[.)] ", re.MULTILINE)
 

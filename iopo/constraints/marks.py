@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from . import text as cut
-from .base import Counted
+from iopo.constraints import text as cut
+from iopo.constraints.base import Counted
 
 _HIGHLIGHT = re.compile(r"\*[^\n\*]*\*")
 _DOUBLE_HIGHLIGHT = re.compile(r"\*\*[^\n\*]*\*\*")

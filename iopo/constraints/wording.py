@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from . import text as cut
-from .base import Constraint
+from iopo.constraints import text as cut
+from iopo.constraints.base import Constraint
 
 _SMALL_WORD = re.compile(r"(?:^|\s)[a-z]")
 # Words that a writer could be asked to leave out or to begin or end with.

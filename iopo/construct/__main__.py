@@ -13,7 +13,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .demo import (
+from iopo.construct.demo import (
     HELDOUT,
     TRAIN,
     Collection,
@@ -26,11 +26,18 @@ from .demo import (
     is_heldout,
     write_rows,
 )
-from .quadruples import Draft
-from .relabelling import RelabelRecipe, relabel_file
-from .responses import Job, Response, Sampler, bare_jobs, sample_all, transformers_sampler
-from .tasks import read_tasks
-from .verified import VerifiedRecipe, build_verified
+from iopo.construct.quadruples import Draft
+from iopo.construct.relabel import RelabelRecipe, relabel_file
+from iopo.construct.responses import (
+    Job,
+    Response,
+    Sampler,
+    bare_jobs,
+    sample_all,
+    transformers_sampler,
+)
+from iopo.construct.tasks import read_tasks
+from iopo.construct.verified import VerifiedRecipe, build_verified
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -123,8 +130,10 @@ def make_demo(cfg: DictConfig) -> None:
 
 
 def make_trace(cfg: DictConfig) -> None:
-    from .trace_config import TraceRecipe  # needs the extra `eval`, other recipes do not
-    from .trace_pipeline import run
+    from iopo.construct.trace.config import (
+        TraceRecipe,  # needs the extra `eval`, other recipes do not
+    )
+    from iopo.construct.trace.pipeline import run
 
     run(settings(TraceRecipe, cfg))
 

@@ -13,12 +13,21 @@ from pathlib import Path
 
 from iopo.constraints import Constraint
 from iopo.constraints import text as cut
-
-from .proposals import SEEN_KINDS, UNSEEN_KINDS, held_out, kinds_with_reserved
-from .prose import balanced, whole_sentences
-from .quadruples import Choice, Draft, Refused, edit, follow, kinds_of, relabel, to_row, wordings
-from .responses import Job, Response
-from .tasks import Task, instruction
+from iopo.construct.proposals import SEEN_KINDS, UNSEEN_KINDS, held_out, kinds_with_reserved
+from iopo.construct.prose import balanced, whole_sentences
+from iopo.construct.quadruples import (
+    Choice,
+    Draft,
+    Refused,
+    edit,
+    follow,
+    kinds_of,
+    relabel,
+    to_row,
+    wordings,
+)
+from iopo.construct.responses import Job, Response
+from iopo.construct.tasks import Task, instruction
 
 LEAST_WORDS, MOST_WORDS = 6, 60  # of a response; before edits at most MOST_WORDS - 10
 ATTEMPTS = 100  # draws for one task in one round before the next task has its turn

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from iopo.data.formats import Pair, Quad, Row, Sft, read_rows, rows_for
+from iopo.data.rows import Pair, Quad, Row, Sft, read_rows, rows_for
 
 FORMATS = ("sharegpt", "pairs", "pairs_first", "sft", "trl")
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from iopo.constraints import Constraint, from_ifeval
-from iopo.data.formats import Pair
-from iopo.evaluation.jsonl import read_rows
+from iopo.data.rows import Pair
+from iopo.files import read_records
 
 PROMPT_KEYS = ("prompt", "instruction", "question", "x")
 RESPONSE_KEYS = ("response", "output", "answer", "y")
@@ -177,7 +177,7 @@ def read_seeds(path: str | Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").split("\n")
         rows: list[dict[str, Any]] = [{"instruction": line} for line in lines if line.strip()]
     else:
-        rows = read_rows(path)
+        rows = read_records(path)
     found: dict[str, dict[str, Any]] = {}
     for number, row in enumerate(rows, 1):
         text = next((row[key] for key in PROMPT_KEYS if isinstance(row.get(key), str)), "").strip()

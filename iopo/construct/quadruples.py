@@ -15,10 +15,9 @@ from typing import Any
 
 from iopo.constraints import Constraint, follows
 from iopo.constraints import text as cut
-
-from .proposals import PROPOSABLE, measured, propose, sensible
-from .prose import ends_a_sentence
-from .tasks import Task, instruction
+from iopo.construct.proposals import PROPOSABLE, measured, propose, sensible
+from iopo.construct.prose import ends_a_sentence
+from iopo.construct.tasks import Task, instruction
 
 MATCH = (True, False, True, False)  # x1y1, x1y2, x2y2, x2y1
 MOST_CONSTRAINTS = 3

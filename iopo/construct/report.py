@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import taxonomy
+from iopo.construct import taxonomy
 
 SAMPLES = 12
 OTHER = "not in the taxonomy"

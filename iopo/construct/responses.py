@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from iopo.evaluation.jsonl import read_rows
-
-from .tasks import Task
+from iopo.construct.tasks import Task
+from iopo.files import read_records
 
 # What is asked after the bare task, so that answers are short and of unequal length. It is a means
 # of sampling: instructions of quads do not contain it.
@@ -99,7 +98,7 @@ def read_cache(path: Path) -> dict[str, Response]:
     """Responses by key. A last line without its line break is what a kill leaves: it is ignored."""
     if not path.exists():
         return {}
-    rows = [Response(**row) for row in read_rows(path, torn_tail=True)]
+    rows = [Response(**row) for row in read_records(path, torn_tail=True)]
     return {row.key: row for row in rows}
 
 
@@ -122,7 +121,7 @@ def transformers_sampler(
     """
     import torch
 
-    from iopo.evaluation.generate import generate
+    from iopo.model.generate import generate
     from iopo.model.load import default_dtype, load_causal_lm, load_tokenizer, resolve_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -17,17 +17,23 @@ from pathlib import Path
 from typing import Any
 
 from iopo.constraints import text as cut
-from iopo.data.formats import Pair
-
-from . import report
-from .demo import Tally, follow_jobs, followed, is_heldout, write_rows
-from .proposals import SEEN_KINDS, UNSEEN_KINDS, propose
-from .prose import ABOUT_THE_HINT, PLAIN, REFUSAL, balanced, ends_a_sentence, repeats_itself
-from .quadruples import Choice, Draft, Refused, edit, kinds_of, to_row
-from .relabelling import SPLITS, Relabeller, RelabelRecipe
-from .responses import Job, Response, Sampler, sample_all
-from .tasks import Task, read_tasks
-from .verify import verify
+from iopo.construct import report
+from iopo.construct.demo import Tally, follow_jobs, followed, is_heldout, write_rows
+from iopo.construct.proposals import SEEN_KINDS, UNSEEN_KINDS, propose
+from iopo.construct.prose import (
+    ABOUT_THE_HINT,
+    PLAIN,
+    REFUSAL,
+    balanced,
+    ends_a_sentence,
+    repeats_itself,
+)
+from iopo.construct.quadruples import Choice, Draft, Refused, edit, kinds_of, to_row
+from iopo.construct.relabel import SPLITS, Relabeller, RelabelRecipe
+from iopo.construct.responses import Job, Response, Sampler, sample_all
+from iopo.construct.tasks import Task, read_tasks
+from iopo.construct.verify import verify
+from iopo.data.rows import Pair
 
 # What is asked after the bare task; most of them plain, so that prose prevails.
 FORMS = (

@@ -21,11 +21,10 @@ from typing import Any
 
 from iopo.constraints import Constraint, from_dict
 from iopo.constraints.text import CJK
-
-from .leaks import SideGuesser
-from .prose import ends_a_sentence
-from .quadruples import MATCH, four_cells
-from .script import script_of
+from iopo.construct.leaks import SideGuesser
+from iopo.construct.prose import ends_a_sentence
+from iopo.construct.quadruples import MATCH, four_cells
+from iopo.construct.script import script_of
 
 MEMBERS = ("x1y1", "x1y2", "x2y2", "x2y1")
 TEXTS = ("x1", "y1", "x2", "y2")

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from iopo.data.chat import Chat, special_texts
 from iopo.data.example import Example
-from iopo.data.formats import Pair, Quad, Row
-from iopo.data.template import Chat, special_texts
+from iopo.data.rows import Pair, Quad, Row
 
 BLOCK_ROWS = 1000
 PROMPT_TOO_LONG = "prompt longer than max_prompt_tokens"

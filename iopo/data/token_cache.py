@@ -4,11 +4,7 @@ Several processes of a machine that map one folder share its pages. No pickle is
 """
 
 import fcntl
-import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,8 +12,9 @@ import numpy as np
 import tokenizers
 
 from iopo.data.example import Example, Report
+from iopo.files import replacing, sha256_text
 
-CODE = ("template.py", "encode.py", "tokenize.py", "example.py", "token_cache.py")
+CODE = ("chat.py", "encode.py", "tokenize.py", "example.py", "token_cache.py")
 Result = tuple[list[Example], Report]
 
 
@@ -25,7 +22,7 @@ def key(parts: Sequence[object]) -> str:
     """Name of the result: hash of `parts` (JSON values), this code and tokenizers' version."""
     sources = [(Path(__file__).parent / name).read_text() for name in CODE]
     text = json.dumps([*parts, *sources, tokenizers.__version__])
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return sha256_text(text)[:32]
 
 
 def get(cache_dir: Path, name: str, work: Callable[[], Result]) -> Result:
@@ -61,16 +58,12 @@ def _write(folder: Path, examples: list[Example], report: Report) -> None:
         "responses_per_prompt": list(shapes.pop()),
         "report": report.to_dict(),
     }
-    unfinished = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
-    try:
-        np.save(unfinished / "tokens.npy", np.concatenate(segments).astype(np.int32))
+    with replacing(folder) as new:
+        new.mkdir()
+        np.save(new / "tokens.npy", np.concatenate(segments).astype(np.int32))
         offsets = np.cumsum([0, *map(len, segments)], dtype=np.int64)
-        np.save(unfinished / "offsets.npy", offsets)
-        (unfinished / "meta.json").write_text(json.dumps(meta))
-        os.chmod(unfinished, 0o755)  # mkdtemp makes it private; other users may share the cache
-        os.rename(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)  # gone after a rename
+        np.save(new / "offsets.npy", offsets)
+        (new / "meta.json").write_text(json.dumps(meta))
 
 
 def _read(folder: Path) -> Result:

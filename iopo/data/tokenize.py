@@ -9,10 +9,10 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from iopo.data import token_cache
+from iopo.data.chat import Chat, tokenizer_hash
 from iopo.data.encode import Encoder, Limits, Outcome
 from iopo.data.example import Example, Report, content_key, percentiles
-from iopo.data.formats import MAX_LISTED, Row
-from iopo.data.template import Chat, tokenizer_hash
+from iopo.data.rows import MAX_LISTED, Row
 
 __all__ = ["Chat", "Example", "Limits", "Report", "content_key", "tokenize_rows", "tokenizer_hash"]
 

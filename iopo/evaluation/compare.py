@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from iopo.evaluation import pictures, scoring
-from iopo.evaluation.jsonl import read_rows
 from iopo.evaluation.scoring import Difference
+from iopo.files import read_records
 
 RESAMPLES = 10_000
 
@@ -75,7 +75,7 @@ def _compare(a: Path, b: Path, *, resamples: int, seed: int) -> list[Difference]
             f"{a} was scored by {judges[0]}, {b} by {judges[1]}; one judge's scores do not compare "
             "with another's"
         )
-    tables = [scoring.from_rows(read_rows(folder / "measures.jsonl")) for folder in (a, b)]
+    tables = [scoring.from_rows(read_records(folder / "measures.jsonl")) for folder in (a, b)]
     return [
         scoring.compare(metric, *tables, resamples=resamples, seed=seed)
         for metric in scores[0]["headline"]

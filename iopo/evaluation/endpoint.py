@@ -6,7 +6,6 @@ append-only file. So a killed run goes on where it stopped, and a second run ask
 
 import asyncio
 import email.utils
-import hashlib
 import json
 import os
 import random
@@ -19,7 +18,7 @@ from typing import Any
 import openai
 
 from iopo.evaluation.config import EndpointSection
-from iopo.evaluation.jsonl import Journal
+from iopo.files import Journal, sha256_text
 
 MAX_WAIT_S = 60.0  # the longest wait that we choose ourselves
 MAX_RETRY_AFTER_S = 600.0  # the longest wait that we accept from a server
@@ -57,7 +56,7 @@ class Request:
     def key(self) -> str:
         """sha256 of the canonical JSON of the content; the same on every server."""
         text = json.dumps(self.content(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return sha256_text(text)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,10 @@
 """What every benchmark has: a file, items with a conversation each, measures of the verdicts."""
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from iopo.evaluation.jsonl import read_rows
 
 # metric -> unit (an item, or a group of items) -> (numerator, denominator); a metric's value is the
 # sum of the numerators over the sum of the denominators.
@@ -55,23 +51,6 @@ def locate(source: Source, path: str | None) -> Path:
             f"{source.sha256 or 'not known'}) and set data.path=FILE"
         )
     return found
-
-
-def file_sha256(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def read_table(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON Lines file, or of a file that is one JSON list. Raises ValueError."""
-    if not path.read_bytes()[:1000].lstrip().startswith(b"["):
-        return read_rows(path)
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; expected JSON Lines or one JSON list") from error
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}: expected a list of objects")
-    return rows
 
 
 def require_fields(path: Path, rows: list[dict[str, Any]], fields: Mapping[str, type]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iopo.evaluation.items import Measures
-from iopo.evaluation.statistics import Estimate
+from iopo.stats import Estimate
 
 LEVEL = 0.95
 RESAMPLES = 10_000

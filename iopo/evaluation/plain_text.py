@@ -5,7 +5,6 @@ prose by people, on any machine. It differs between Python versions, so its hash
 number, and numbers are compared where the hashes are equal.
 """
 
-import hashlib
 import math
 from pydoc_data import topics
 from typing import Any
@@ -13,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from iopo.files import sha256_text
 
 BLOCKS, BLOCK_TOKENS = 16, 512
 BLOCK_CHARACTERS = 8 * BLOCK_TOKENS  # more than 512 tokens of English are ever made of
@@ -41,5 +42,5 @@ def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[st
     return {
         "perplexity": math.exp(sum(nats) / len(nats)),
         "nats_per_token": nats,
-        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "sha256": sha256_text(text),
     }

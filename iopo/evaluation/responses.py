@@ -15,7 +15,7 @@ from iopo.config import Dtype
 from iopo.evaluation.config import EvaluateConfig, GenerateSection, ModelSection
 from iopo.evaluation.endpoint import Endpoint, Reply, Request, ask_all
 from iopo.evaluation.items import Item
-from iopo.evaluation.jsonl import Journal, read_rows
+from iopo.files import Journal, read_records
 
 Say = Callable[[str], None]
 NAMED = 5  # ids shown in a message; the rest are counted
@@ -58,7 +58,7 @@ def read_responses(path: str | Path, items: list[Item], known: set[str]) -> Resp
     """
     if not Path(path).is_file():
         raise ValueError(f"responses.path={path}: no such file")
-    rows = read_rows(path)
+    rows = read_records(path)
     texts: dict[str, str] = {}
     reasons: list[str] = []
     for number, row in enumerate(rows, 1):
@@ -119,7 +119,9 @@ def make_responses(
             failed = asyncio.run(_ask_server(config.generate, pending, journal, say))
         elif pending:
             _in_process(config, items, set(done), journal, say)
-    rows = {str(row.get("id", row.get("key"))): row for row in read_rows(out / "responses.jsonl")}
+    rows = {
+        str(row.get("id", row.get("key"))): row for row in read_records(out / "responses.jsonl")
+    }
     found = {item.id: rows[item.id] for item in items if item.id in rows}
     return Responses(
         text={name: row["response"] for name, row in found.items()},
@@ -209,7 +211,7 @@ def _in_process(
 ) -> None:
     """Batches of similar length. They are the same whatever is done already, so a resumed run
     gives the answers that an uninterrupted one would have given."""
-    from iopo.evaluation.generate import generate
+    from iopo.model.generate import generate
 
     model, tokenizer = load_model(config.model)
     section = config.generate

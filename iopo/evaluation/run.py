@@ -12,8 +12,8 @@ from types import ModuleType
 from typing import Any
 
 import iopo
-from iopo.data.formats import spread
-from iopo.evaluation import judge_check, judging, plan, report, responses, scoring
+from iopo.data.rows import spread
+from iopo.evaluation import report, responses, scoring
 from iopo.evaluation.benchmarks import (
     cfbench,
     complexbench,
@@ -21,12 +21,15 @@ from iopo.evaluation.benchmarks import (
     ifbench,
     ifeval,
     infobench,
+    judge_check,
     trace,
 )
 from iopo.evaluation.config import BenchmarkSection, EvaluateConfig, JudgeSection
-from iopo.evaluation.items import Item, file_sha256, locate
-from iopo.evaluation.jsonl import write_rows, write_text
+from iopo.evaluation.items import Item, locate
+from iopo.evaluation.judge import cost as plan
+from iopo.evaluation.judge import judging
 from iopo.evaluation.responses import Responses, Say, default_out
+from iopo.files import sha256_file, write_records, write_text
 
 # Scored by a language model, or by code. Each module: SOURCE, HEADLINE, load, measures; judged ones
 # also MAXIMUM and questions, coded ones score.
@@ -48,7 +51,9 @@ def evaluate(config: EvaluateConfig, say: Say = print) -> dict[str, Any]:
     """
     name = config.benchmark.name
     if name == "quads":  # it needs the model itself, and not only its answers
-        from iopo.evaluation import quads  # with torch, which costs other benchmarks seconds
+        from iopo.evaluation.benchmarks import (
+            quads,  # with torch, which costs other benchmarks seconds
+        )
 
         return quads.evaluate_quads(config, say)
     if config.benchmark != BenchmarkSection(name):
@@ -61,7 +66,7 @@ def evaluate(config: EvaluateConfig, say: Say = print) -> dict[str, Any]:
     path = locate(module.SOURCE, config.data.path)
     everything = module.load(path)
     items = spread(everything, config.limit)
-    data = file_sha256(path)
+    data = sha256_file(path)
     known_file = module.SOURCE.sha256 in (None, data)
     if not known_file:
         say(f"note: {path} is not the file we know (sha256 {data}); scores may not compare")
@@ -200,15 +205,15 @@ def write(
     scores: dict[str, Any],
 ) -> None:
     """verdicts.jsonl, measures.jsonl, scores.json, report.html, and responses.jsonl if read."""
-    write_rows(out / "verdicts.jsonl", verdicts)
-    write_rows(out / "measures.jsonl", scoring.to_rows(module.measures(items, verdicts)))
+    write_records(out / "verdicts.jsonl", verdicts)
+    write_records(out / "measures.jsonl", scoring.to_rows(module.measures(items, verdicts)))
     if not (out / "responses.manifest.json").exists():  # read from elsewhere: keep a copy
         rows = [
             {**responses.row_key(item), "response": answers.text[item.id]}
             for item in items
             if item.id in answers.text
         ]
-        write_rows(out / "responses.jsonl", rows)
+        write_records(out / "responses.jsonl", rows)
     best = float(getattr(module, "MAXIMUM", 1))
     write_text(out / "report.html", report.page(scores, items, verdicts, answers.text, best))
     # last: who finds it takes the evaluation for done

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iopo.evaluation import statistics
+from iopo import stats as statistics
 from iopo.evaluation.items import Measures
 
 LEVEL = 0.95

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iopo.config import Dtype
 from iopo.evaluation.config import ModelSection
-from iopo.evaluation.generate import (
+from iopo.evaluation.responses import load_model
+from iopo.model.generate import (
     Generation,
     encode_prompt,
     end_of_turn_ids,
@@ -30,7 +31,6 @@ from iopo.evaluation.generate import (
     inference,
     sample,
 )
-from iopo.evaluation.responses import load_model
 
 MAX_BODY_BYTES = 8 * 2**20
 ROLES = ("system", "user", "assistant")

@@ -7,8 +7,6 @@ attention and the log-prob head cannot do is refused here, by name.
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,8 +24,9 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from iopo.files import cache_root, sha256_file, sha256_text, write_text
 from iopo.model.attention import SHARED, register_attention
-from iopo.model.demo import cache_root, fetch_demo_model, sha256_file
+from iopo.model.demo_model import fetch_demo_model
 
 DEMO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CONVERT = (
@@ -246,26 +245,15 @@ def weights_hash(path: str | Path) -> str:
     return total.hexdigest()
 
 
-def state_hash(model: nn.Module) -> str:
-    """sha256 over names, dtypes, shapes and values of a state dict: for models not on disk."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        total.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\n".encode())
-        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
-
-
 def _file_hash(file: Path) -> str:
     """sha256_file, remembered in the cache under (path, size, modification time in ns)."""
     stat = file.stat()
     identity = f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
     folder = cache_root() / "hashes"
-    note = folder / (hashlib.sha256(identity.encode()).hexdigest() + ".json")
+    note = folder / (sha256_text(identity) + ".json")
     if note.is_file():
         return json.loads(note.read_text())["sha256"]
     digest = sha256_file(file)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as stream:
-        json.dump({"file": str(file.resolve()), "sha256": digest}, stream)
-    os.replace(stream.name, note)
+    write_text(note, json.dumps({"file": str(file.resolve()), "sha256": digest}))
     return digest

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from iopo.model.recompute import checkpointed
+from iopo.model.activation_checkpointing import checkpointed
 
 BUCKET_BYTES = 64 * 2**20  # of fp32 gradients per all-reduce
 

@@ -5,10 +5,6 @@ agreed with the model in training about a fixed text.
 """
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +17,12 @@ from transformers.utils.logging import disable_progress_bar
 from iopo.config import TrainConfig
 from iopo.data.layout import Batch, build_plain
 from iopo.data.tokenize import Example
+from iopo.files import replacing
 from iopo.logprobs import LogProbs
 from iopo.model import lora
 from iopo.model.parallel import Prepared, language_model
 from iopo.training.inputs import Inputs
-from iopo.training.placement import Ranks
+from iopo.training.launch.placement import Ranks
 
 FOLDER, MERGED, BASE = "export", "export-merged", "export-base"
 PROBE = "A model that was saved must give, once it is loaded again, the same answer as before."
@@ -82,7 +79,7 @@ def write_exports(
         return
 
     def write(folder: Path, weights: dict[str, Tensor], logp: float | None) -> None:
-        with atomic_folder(folder) as partial:
+        with replacing(folder) as partial:
             _save(prepared, partial, weights, tokenizer)
             reloaded = _read_back(partial, weights)
             if logp is not None:
@@ -97,7 +94,7 @@ def write_exports(
     if plain:
         if base is None:
             write(run / BASE, plain_weights, None)
-        with atomic_folder(run / FOLDER) as partial:
+        with replacing(run / FOLDER) as partial:
             named = {n: t for n, t in tensors.items() if ".lora_" in n}
             config = lora.adapter_config(
                 language_model(prepared.model), base or str((run / BASE).resolve())
@@ -132,23 +129,6 @@ def gather(prepared: Prepared, *, keep: bool) -> dict[str, Tensor]:
             short = name.removeprefix(root + ".") if root else name
             tensors[short] = whole.detach().to("cpu", dtype, copy=True)
     return tensors
-
-
-@contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """A new folder beside `target` that takes its place when the block ends without an error."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-    finally:
-        for leftover in (partial, old):
-            if leftover.exists():
-                shutil.rmtree(leftover)
 
 
 def _save(

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from iopo.config import Checkpointing, TrainConfig
 from iopo.training import export, optim, setup
-from iopo.training.checkpoint_files import complete_folders, step_of
-from iopo.training.checkpoint_tensors import load_state
+from iopo.training.checkpoint.folders import complete_folders, step_of
+from iopo.training.checkpoint.tensors import load_state
 from iopo.training.inputs import load_inputs
-from iopo.training.placement import Ranks
-from iopo.training.signals import Control
+from iopo.training.launch.placement import Ranks
+from iopo.training.launch.signals import Control
 
 
 def export_step(cfg: TrainConfig, scratch: Path, ranks: Ranks, control: Control) -> None:

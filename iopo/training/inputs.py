@@ -11,9 +11,9 @@ from pathlib import Path
 
 from iopo import objectives
 from iopo.config import Overlong, TrainConfig
-from iopo.data.formats import Quad, Row, file_hash, read_rows, rows_for, spread
+from iopo.data.rows import Quad, Row, read_rows, rows_for, spread
 from iopo.data.tokenize import Chat, Example, Limits, Report, tokenize_rows, tokenizer_hash
-from iopo.model.demo import cache_root
+from iopo.files import cache_root, sha256_file
 from iopo.model.load import load_tokenizer, resolve_model
 from iopo.model.tiny import byte_tokenizer
 
@@ -86,7 +86,7 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
         heldout=heldout,
         heldout_quads=heldout_quads,
         reports=reports,
-        data_hash=" ".join(file_hash(str(file)) for file in files),
+        data_hash=" ".join(sha256_file(str(file)) for file in files),
         tokenizer_hash=tokenizer_hash(chat),
     )
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from iopo.data.formats import MEMBERS
+from iopo.data.rows import MEMBERS
 
 # name -> what a reader of the curves needs to know. docs/curves.md is written from this table.
 GLOSSARY = {

@@ -10,14 +10,15 @@ from iopo import objectives
 from iopo.config import TrainConfig
 from iopo.data.batching import quads_of_step
 from iopo.model.parallel import Prepared
-from iopo.training import loop, optim, references, setup
-from iopo.training.checkpoint_files import complete_folders, read_state
-from iopo.training.checkpoint_tensors import load_state
+from iopo.training import loop, optim, setup
+from iopo.training.checkpoint.folders import complete_folders, read_state
+from iopo.training.checkpoint.tensors import load_state
 from iopo.training.inputs import load_inputs
-from iopo.training.memory_fit import settle
+from iopo.training.launch.placement import Ranks
+from iopo.training.launch.signals import Control
 from iopo.training.metrics import NAMES
-from iopo.training.placement import Ranks
-from iopo.training.signals import Control
+from iopo.training.plan.auto import settle
+from iopo.training.reference import sources as references
 
 
 def replay(cfg: TrainConfig, scratch: Path, ranks: Ranks, control: Control) -> None:

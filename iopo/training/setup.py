@@ -13,8 +13,8 @@ from iopo.model.attention import SHARED
 from iopo.model.parallel import Prepared, make_mesh, prepare
 from iopo.training import optim
 from iopo.training.inputs import Inputs
+from iopo.training.launch.placement import Ranks
 from iopo.training.loop import Job
-from iopo.training.placement import Ranks
 from iopo.training.seeds import stream_seed
 from iopo.training.split import Splitting
 

@@ -7,15 +7,16 @@ from pathlib import Path
 
 from iopo.config import TrainConfig
 from iopo.data.batching import plan_steps
-from iopo.training import restore, setup
-from iopo.training.environment import describe_environment
+from iopo.training import setup
+from iopo.training.checkpoint import restore
 from iopo.training.export_step import export_step
 from iopo.training.inputs import load_inputs
-from iopo.training.launch import Worker, launch
-from iopo.training.placement import find_placement
-from iopo.training.plan import plan_report
+from iopo.training.launch.environment import describe_environment
+from iopo.training.launch.launcher import Worker, launch
+from iopo.training.launch.placement import find_placement
+from iopo.training.launch.run_folder import open_run
+from iopo.training.plan.report import plan_report
 from iopo.training.replay import replay
-from iopo.training.runfolder import open_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

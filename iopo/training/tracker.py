@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from iopo.config import TrackerConfig, Wandb
-from iopo.training.secrets import redact
+from iopo.redact import redact
 
 
 class Tracker:

@@ -13,12 +13,12 @@ from iopo.evaluation.items import (
     Item,
     Measures,
     Source,
-    read_table,
     require_fields,
     require_unique,
     user_turn,
 )
-from iopo.evaluation.judge_prompts import Question
+from iopo.evaluation.judge.prompts import Question
+from iopo.files import read_records
 
 SOURCE = Source(
     benchmark="cfbench",
@@ -35,7 +35,7 @@ BAR = Fraction(4, 5)
 
 def load(path: Path) -> list[Item]:
     """Items; criteria keep their order and their oddities. Raises ValueError."""
-    rows = read_table(path)
+    rows = read_records(path)
     require_fields(path, rows, {"prompt": str, "criteria": list, "split": str})
     items = []
     for number, row in enumerate(rows):

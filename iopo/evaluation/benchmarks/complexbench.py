@@ -16,12 +16,12 @@ from iopo.evaluation.items import (
     Item,
     Measures,
     Source,
-    read_table,
     require_fields,
     require_unique,
     user_turn,
 )
-from iopo.evaluation.judge_prompts import Question
+from iopo.evaluation.judge.prompts import Question
+from iopo.files import read_records
 
 SOURCE = Source(
     benchmark="complexbench",
@@ -36,7 +36,7 @@ HEADLINE = ("DRFR", "DRFR_transitive", "DRFR_independent")
 
 def load(path: Path) -> list[Item]:
     """Items in Chinese, as the paper reports them. Raises ValueError."""
-    rows = read_table(path)
+    rows = read_records(path)
     require_fields(path, rows, {"main_id": int, "instruction": str, "scoring_questions": list})
     items = []
     for row in rows:

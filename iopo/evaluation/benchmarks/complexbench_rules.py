@@ -12,7 +12,7 @@ import re
 import string
 from collections.abc import Callable
 
-from iopo.evaluation.judge_prompts import PassageRule
+from iopo.evaluation.judge.prompts import PassageRule
 
 _LINE = re.compile(r"(?:model_)?(?P<name>[A-Za-z_ ]+?)(?P<each>_each)?:(?P<argument>.*)", re.DOTALL)
 _NEXT_LINE = re.compile(r"\n(?=(?:model_)?[A-Za-z_ ]+:)")

@@ -13,12 +13,12 @@ from iopo.evaluation.items import (
     Item,
     Measures,
     Source,
-    read_table,
     require_fields,
     require_unique,
     user_turn,
 )
-from iopo.evaluation.judge_prompts import Question
+from iopo.evaluation.judge.prompts import Question
+from iopo.files import read_records
 
 SOURCE = Source(
     benchmark="followbench",
@@ -40,7 +40,7 @@ def load(path: Path) -> list[Item]:
 
     Raises ValueError if a level is missing.
     """
-    rows = read_table(path)
+    rows = read_records(path)
     fields = {
         "language": str, "constraint_type": str, "example_id": int, "source": str,
         "level": int, "instruction": str, "target": str,

@@ -14,11 +14,11 @@ from iopo.evaluation.items import (
     Item,
     Measures,
     Source,
-    read_table,
     require_fields,
     require_unique,
     user_turn,
 )
+from iopo.files import read_records
 
 SOURCE = Source(
     benchmark="ifbench",
@@ -34,7 +34,7 @@ INSTALL = "pip install git+https://github.com/allenai/IFBench"
 def load(path: Path) -> list[Item]:
     """Items of one user turn. Raises ValueError, also without the verifiers: before any answer."""
     verifiers()
-    rows = read_table(path)
+    rows = read_records(path)
     require_fields(path, rows, {"prompt": str, "instruction_id_list": list, "kwargs": list})
     items = [Item(str(row["key"]), user_turn(row["prompt"]), row) for row in rows]
     return require_unique(path, items)

@@ -16,12 +16,12 @@ from iopo.evaluation.items import (
     Item,
     Measures,
     Source,
-    read_table,
     require_fields,
     require_unique,
     user_turn,
 )
-from iopo.evaluation.statistics import Estimate, cluster_bootstrap, wilson
+from iopo.files import read_records
+from iopo.stats import Estimate, cluster_bootstrap, wilson
 
 SOURCE = Source(
     benchmark="ifeval",
@@ -43,7 +43,7 @@ def load(path: Path) -> list[Item]:
     missing = missing_packages()
     if missing:
         raise ValueError(f"ifeval needs {', '.join(missing)}; pip install 'iopo[eval]'")
-    rows = read_table(path)
+    rows = read_records(path)
     fields = {"key": int, "prompt": str, "instruction_id_list": list, "kwargs": list}
     require_fields(path, rows, fields)
     items = [Item(str(row["key"]), user_turn(row["prompt"]), row) for row in rows]

@@ -11,12 +11,12 @@ from iopo.evaluation.items import (
     Item,
     Measures,
     Source,
-    read_table,
     require_fields,
     require_unique,
     user_turn,
 )
-from iopo.evaluation.judge_prompts import Question
+from iopo.evaluation.judge.prompts import Question
+from iopo.files import read_records
 
 SOURCE = Source(
     benchmark="infobench",
@@ -31,7 +31,7 @@ HEADLINE = ("DRFR",)
 
 def load(path: Path) -> list[Item]:
     """Items: the instruction, then its input if there is one. Raises ValueError."""
-    rows = read_table(path)
+    rows = read_records(path)
     require_fields(
         path, rows, {"id": str, "instruction": str, "input": str, "decomposed_questions": list}
     )

@@ -8,8 +8,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from iopo.evaluation.items import Item, Measures, Source, read_table, require_fields, require_unique
-from iopo.evaluation.judge_prompts import Question
+from iopo.evaluation.items import Item, Measures, Source, require_fields, require_unique
+from iopo.evaluation.judge.prompts import Question
+from iopo.files import read_records
 
 SOURCE = Source(
     benchmark="trace",
@@ -57,7 +58,7 @@ ENGLISH = {
 
 def load(path: Path) -> list[Item]:
     """Items with the conversation as published (system and user turn). Raises ValueError."""
-    rows = read_table(path)
+    rows = read_records(path)
     fields = {
         "id": str, "messages": list, "description": str, "constraints": str, "input": str,
         "constraints_splits": list, "levels2": list,

@@ -1,0 +1,308 @@
+"""Kinds about the shape of a text: its frame, title, closing note, sections, layout, language."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from iopo.constraints import text as cut
+from iopo.constraints.base import Constraint, Counted, Styled
+
+
+@dataclass(frozen=True)
+class Wrapped(Styled):
+    """The whole text stands between a pair of marks; IFEval's quotation is the first style."""
+
+    style: str
+
+    kind = "wrapped"
+    styles = {
+        "double quotes": {"en": "double quotation marks", "zh": "英文双引号"},
+        "parentheses": {"en": "parentheses, ( and )", "zh": "圆括号()"},
+        "square brackets": {"en": "square brackets, [ and ]", "zh": "方括号[]"},
+        "curly braces": {"en": "curly braces, { and }", "zh": "花括号{}"},
+        "asterisks": {"en": "three asterisks on each side, ***", "zh": "两侧各三个星号***"},
+    }
+    _MARKS: ClassVar[dict[str, tuple[str, str]]] = {
+        "double quotes": ('"', '"'),
+        "parentheses": ("(", ")"),
+        "square brackets": ("[", "]"),
+        "curly braces": ("{", "}"),
+        "asterisks": ("***", "***"),
+    }
+    templates = {
+        "en": (
+            "Wrap your entire response in {name}.",
+            "Put the whole answer between {name}.",
+            "Your complete reply must be enclosed in {name}.",
+            "Begin and end the response with {name} around it.",
+        ),
+        "zh": (
+            "请把整个回答放在{name}中。",
+            "全部回复必须用{name}括起来。",
+            "整个答案应以{name}包住。",
+            "回答首尾须用{name}包围。",
+        ),
+    }
+
+    def check(self, text: str) -> bool:
+        opening, closing = self._MARKS[self.style]
+        text = text.strip()
+        whole = len(text) >= len(opening) + len(closing)
+        return whole and text.startswith(opening) and text.endswith(closing)
+
+    def edit(self, text: str, rng: random.Random) -> str | None:
+        opening, closing = self._MARKS[self.style]
+        inner = text.strip().strip('"()[]{}*').strip()
+        return f"{opening}{inner}{closing}" if inner else None
+
+
+@dataclass(frozen=True)
+class FirstLineTitle(Styled):
+    """The first line is a title in the given marks; something follows it."""
+
+    style: str
+
+    kind = "first_line_title"
+    styles = {
+        "angle brackets": {"en": "in double angular brackets: <<title>>", "zh": "<<标题>>"},
+        "bold": {"en": "in bold markdown: **title**", "zh": "**标题**"},
+        "heading": {"en": "as a markdown heading: # title", "zh": "# 标题"},
+        "square brackets": {"en": "in double square brackets: [[title]]", "zh": "[[标题]]"},
+        "equals signs": {"en": "between equals signs: == title ==", "zh": "== 标题 =="},
+    }
+    _PATTERNS: ClassVar[dict[str, re.Pattern[str]]] = {
+        "angle brackets": re.compile(r"<<([^<>]*)>>"),
+        "bold": re.compile(r"\*\*([^*]*)\*\*"),
+        "heading": re.compile(r"#{1,6} (.*)"),
+        "square brackets": re.compile(r"\[\[([^\[\]]*)\]\]"),
+        "equals signs": re.compile(r"==([^=]*)=="),
+    }
+    _WRITTEN: ClassVar[dict[str, str]] = {
+        "angle brackets": "<<{}>>",
+        "bold": "**{}**",
+        "heading": "# {}",
+        "square brackets": "[[{}]]",
+        "equals signs": "== {} ==",
+    }
+    templates = {
+        "en": (
+            "Your answer must begin with a title on a line of its own {name}.",
+            "Put a title on the first line {name}.",
+            "The first line of the response should be a title {name}.",
+            "Start with a title line, written {name}.",
+        ),
+        "zh": (
+            "第一行必须是标题，格式为 {name}。",
+            "请在首行写标题，格式：{name}。",
+            "回答应以单独一行的标题开始，写成 {name}。",
+            "请先写一行标题，形式为 {name}。",
+        ),
+    }
+
+    def check(self, text: str) -> bool:
+        lines = cut.lines(text)
+        title = self._PATTERNS[self.style].fullmatch(lines[0]) if len(lines) > 1 else None
+        return title is not None and any(map(str.isalnum, title[1]))
+
+    def edit(self, text: str, rng: random.Random) -> str | None:
+        words = cut.letter_words(text)[:4]
+        if not words:
+            return None
+        title = " ".join(word.capitalize() for word in words)
+        return f"{self._WRITTEN[self.style].format(title)}\n\n{text.strip()}"
+
+
+@dataclass(frozen=True)
+class ClosingNote(Constraint):
+    """The last line begins with the marker, in any case."""
+
+    marker: str
+
+    kind = "closing_note"
+    MARKERS: ClassVar[tuple[str, ...]] = ("P.S.", "P.P.S.", "Note:", "TL;DR:", "Summary:", "Tip:")
+    templates = {
+        "en": (
+            "End with a last line that starts with {marker}",
+            "The last line of your response must be a note that begins with {marker}",
+            "Add one closing line at the very end, starting with {marker}",
+            "Finish with a line which opens with {marker}",
+        ),
+        "zh": (
+            "最后一行必须以 {marker} 开头。",
+            "请在末尾加一行，以 {marker} 开始。",
+            "回答的末行应是以 {marker} 起头的附注。",
+            "请用以 {marker} 开头的一行收尾。",
+        ),
+    }
+
+    def __post_init__(self) -> None:
+        self._require(self.marker in self.MARKERS, "marker", f"one of {self.MARKERS}")
+
+    def check(self, text: str) -> bool:
+        lines = cut.lines(text)
+        return len(lines) > 1 and lines[-1].lower().startswith(self.marker.lower())
+
+    @classmethod
+    def measure(cls, text: str) -> list[dict[str, Any]]:
+        return [{"marker": marker} for marker in cls.MARKERS if cls(marker).check(text)]
+
+    def alternatives(self, rng: random.Random) -> list[Constraint]:
+        return [ClosingNote(marker) for marker in self.MARKERS if marker != self.marker]
+
+    def edit(self, text: str, rng: random.Random) -> str | None:
+        sentences = cut.sentences(text)
+        if len(sentences) < 2:
+            return None
+        head = text[: text.rindex(sentences[-1])].rstrip(" \t\n-*")
+        edited = f"{head}\n\n{self.marker} {sentences[-1]}"
+        return edited if self.check(edited) else None
+
+
+@dataclass(frozen=True)
+class Titles(Counted):
+    """Number of lines with a <<title>> that is not empty; IFEval's title is one at least."""
+
+    kind = "title"
+    unit_en = (
+        "title wrapped in double angular brackets, such as <<poem of joy>>",
+        "titles wrapped in double angular brackets, such as <<poem of joy>>",
+    )
+    unit_zh = "个用双尖括号括起的标题，例如<<欢乐颂>>"
+    smallest = 0
+
+    def count(self, text: str) -> int:
+        if "<<" not in text:
+            return 0
+        titles = cut.spans_in_lines(text, "<<", ">>", greedy=True)
+        return sum(1 for title in titles if title.lstrip("<").rstrip(">").strip())
+
+    @classmethod
+    def measure(cls, text: str) -> list[dict[str, Any]]:
+        return cls.bounds(cls("exactly", 0).count(text))
+
+    def edit(self, text: str, rng: random.Random) -> str | None:
+        words = cut.letter_words(text)[:4]
+        edited = text.replace("<<", "").replace(">>", "").strip()
+        if self.number and words:
+            title = " ".join(words)
+            edited = "\n".join([f"<<{title}>>"] * self.number) + "\n\n" + edited
+        return edited if edited and self.check(edited) else None
+
+
+@dataclass(frozen=True)
+class Postscript(Constraint):
+    """A postscript that begins with the marker, spaces allowed inside it; IFEval's rule.
+
+    For an exclusive choice of markers use closing_note.
+    """
+
+    marker: str
+
+    kind = "postscript"
+    templates = {
+        "en": (
+            "At the end of your response, add a postscript starting with {marker}",
+            "Add a postscript that begins with {marker}",
+            "Your answer must close with a postscript marked {marker}",
+            "Finish with a postscript, starting with {marker}",
+        ),
+        "zh": (
+            "请在结尾加上以 {marker} 开头的附言。",
+            "回答末尾必须有以 {marker} 起始的附言。",
+            "请附上一段 {marker} 开头的后记。",
+            "最后请写一条以 {marker} 标出的附言。",
+        ),
+    }
+
+    def __post_init__(self) -> None:
+        ok = isinstance(self.marker, str) and bool(self.marker.strip())
+        self._require(ok, "marker", "a marker such as 'P.S.'")
+
+    def check(self, text: str) -> bool:
+        if self.marker == "P.P.S":
+            pattern = r"p\.\s?p\.\s?s"
+        elif self.marker == "P.S.":
+            pattern = r"p\.\s?s\."
+        else:
+            pattern = re.escape(self.marker.lower())
+        return re.search(pattern, text.lower()) is not None
+
+    @classmethod
+    def measure(cls, text: str) -> list[dict[str, Any]]:
+        return [{"marker": marker} for marker in ("P.S.", "P.P.S") if cls(marker).check(text)]
+
+    def edit(self, text: str, rng: random.Random) -> str | None:
+        sentences = cut.sentences(text)
+        return f"{text.rstrip()}\n\n{self.marker} {sentences[-1]}" if sentences else None
+
+
+@dataclass(frozen=True)
+class Sections(Counted):
+    """Number of sections that begin with `splitter` and a number; IFEval's multiple_sections."""
+
+    splitter: str
+
+    kind = "sections"
+    smallest = 0
+    unit_en = ("section", "sections")
+    unit_zh = "个部分"
+    templates = {
+        "en": (
+            "Your response must have {relation} {number} {unit}. Mark the beginning of each with "
+            "{splitter} X, such as {splitter} 1.",
+            "Divide the answer into {relation} {number} {unit}, each opened by {splitter} X.",
+            "Write {relation} {number} {unit} headed {splitter} 1, {splitter} 2 and so on.",
+            "Use {relation} {number} {unit}; start each of them with {splitter} and a number.",
+        ),
+        "zh": (
+            "回答必须有{relation}{number}个部分，各以 {splitter} 加数字开头，如 {splitter} 1。",
+            "请把答案分为{relation}{number}个部分，各以 {splitter} 和编号起始。",
+            "请写{relation}{number}个部分，标题依次为 {splitter} 1、{splitter} 2 等。",
+            "回复应含{relation}{number}个部分，每个以 {splitter} 及其编号开头。",
+        ),
+    }
+    templates_none = {
+        "en": (
+            "Do not mark any part of the answer with {splitter} and a number.",
+            "Your response must not contain headings such as {splitter} 1.",
+            "Avoid numbered headings like {splitter} 1.",
+            "Write without any {splitter} headings.",
+        ),
+        "zh": (
+            "不要用 {splitter} 加数字来标记任何部分。",
+            "回答中不得出现 {splitter} 1 这样的标题。",
+            "请避免使用 {splitter} 1 之类的标题。",
+            "请不要写 {splitter} 加编号的标题。",
+        ),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ok = isinstance(self.splitter, str) and bool(self.splitter.strip())
+        self._require(ok, "splitter", "a heading word such as 'Section'")
+
+    def count(self, text: str) -> int:
+        return len(re.findall(r"\s?" + re.escape(self.splitter) + r"\s?\d+\s?", text))
+
+    @classmethod
+    def measure(cls, text: str) -> list[dict[str, Any]]:
+        found = []
+        for splitter in ("Section", "SECTION", "Day", "Part"):
+            if splitter in text:
+                bounds = cls.bounds(cls("exactly", 0, splitter).count(text))
+                found += [{**bound, "splitter": splitter} for bound in bounds]
+        return found
+
+    def edit(self, text: str, rng: random.Random) -> str | None:
+        if not self.number or self.count(text):
+            return text if self.check(text) else None
+        sentences = cut.sentences(text)
+        if len(sentences) < self.number:
+            return None
+        edges = [len(sentences) * i // self.number for i in range(self.number + 1)]
+        parts = [" ".join(sentences[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+        edited = "\n\n".join(f"{self.splitter} {i}\n{part}" for i, part in enumerate(parts, 1))
+        return edited if self.check(edited) else None

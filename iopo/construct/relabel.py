@@ -1,0 +1,298 @@
+"""Quads from any preference set, without a model: its two responses are measured and relabelled.
+
+For each row (prompt, chosen, rejected) the constraints that hold for one response and not for the
+other become two instructions. Rows stream: memory holds a digest of each response and some counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from iopo.constraints import Constraint
+from iopo.constraints import text as cut
+from iopo.construct import importers
+from iopo.construct.contrast import KINDS, fill, tell_apart, unmentioned
+from iopo.construct.importers import Skipped
+from iopo.construct.prose import REFUSAL, ends_a_sentence
+from iopo.construct.quadruples import MATCH, four_cells
+from iopo.construct.script import script_of
+from iopo.construct.tasks import Task, instruction
+from iopo.construct.taxonomy import TRAINING_COUNTS
+from iopo.data.rows import Pair
+
+SPLITS = ("train", "heldout", "heldout_kinds")
+LANGUAGE = {"latin": "en", "chinese": "zh"}  # a script that we can write instructions for
+_LEAST_WORDS = 5
+_REFUSED_BY = 300  # characters: a refusal comes first
+
+
+@dataclass
+class RelabelRecipe:
+    """What may be set of the recipe `relabel` (conf/recipe/relabel.yaml)."""
+
+    name: str = "relabel"
+    source: str | None = None  # .jsonl of prompt, chosen, rejected
+    out: str = "runs/relabel"
+    seed: int = 0
+    heldout_share: float = 0.1  # of the prompts, by hash; half of it for the held-out kinds
+    heldout_kinds: list[str] = field(
+        default_factory=lambda: ["numbered_items", "highlights", "questions"]
+    )
+    most_share: float = 0.15  # of all constraints that one kind may have
+    most_words: int = 600  # of a response (Chinese: characters)
+    most_constraints: int = 5  # in one instruction; their number is drawn as in TRACE
+    limit: int | None = None  # quads
+
+    def __post_init__(self) -> None:
+        unknown = set(self.heldout_kinds) - {kind for kinds in KINDS.values() for kind in kinds}
+        if unknown:
+            raise ValueError(f"recipe.heldout_kinds: {sorted(unknown)} is not measured")
+        if not 0 <= self.heldout_share < 1:
+            raise ValueError(f"recipe.heldout_share is {self.heldout_share}; expected 0 <= s < 1")
+        if not 0 < self.most_share <= 1:
+            raise ValueError(f"recipe.most_share is {self.most_share}; expected 0 < s <= 1")
+        if not 1 <= self.most_constraints <= len(TRAINING_COUNTS):
+            raise ValueError(
+                f"recipe.most_constraints is {self.most_constraints}; expected 1 to "
+                f"{len(TRAINING_COUNTS)}"
+            )
+
+    def kinds(self, split: str, language: str) -> tuple[str, ...]:
+        held = split == "heldout_kinds"
+        return tuple(k for k in KINDS[language] if (k in self.heldout_kinds) == held)
+
+
+@dataclass
+class Balance:
+    """How often each kind stands in a file so far, and which lengths went together."""
+
+    most_share: float
+    kinds: Counter[str] = field(default_factory=Counter)
+    total: int = 0
+    together: int = 0  # quads whose longer instruction has the longer response, minus the others
+    quads: int = 0
+
+    def order(self, kinds: Sequence[str], rng: random.Random) -> list[str]:
+        """The kinds that are not full, rare ones first more often than not."""
+        counts, most = self.kinds, self._most()
+        keyed = [(rng.random() * (4 + counts[k]), k) for k in kinds if counts[k] + 2 <= most]
+        return [kind for _, kind in sorted(keyed)]
+
+    def has_room(self, kind: str) -> bool:
+        """Whether both sides of a quad may have the kind without its share growing too large."""
+        return self.kinds[kind] + 2 <= self._most()
+
+    def _most(self) -> float:
+        return self.most_share * max(self.total, 40)
+
+    def would_tell(self, together: int) -> bool:
+        """Whether one more quad of this sign lets lengths tell instructions apart."""
+        return abs(self.together + together) > 3 + 0.5 * self.quads**0.5
+
+    def add(self, kinds: Sequence[str], together: int) -> None:
+        self.kinds.update(kinds)
+        self.total += len(kinds)
+        self.together += together
+        self.quads += 1
+
+
+class Relabeller:
+    """Turns pairs into rows of quads, one after the other; the same for the same input order."""
+
+    def __init__(self, recipe: RelabelRecipe):
+        self.recipe = recipe
+        self.skipped: Counter[str] = Counter()
+        self.made: Counter[str] = Counter()  # by split
+        self.balances = {split: Balance(recipe.most_share) for split in SPLITS}
+        self.balances["heldout_kinds"].most_share = 1.0  # a few kinds share all of it
+        self._kinds = {(s, lang): recipe.kinds(s, lang) for s in SPLITS for lang in KINDS}
+        self._seen: set[int] = set()  # digests of responses
+
+    def row(
+        self, pair: Pair, task: Task | None = None, split: str | None = None
+    ) -> dict[str, Any] | None:
+        """The quad of a pair, or None with the reason counted in `skipped`.
+
+        task, split: of the pair's prompt, where known; else it is a task without input, and its
+        hash decides the split.
+        """
+        row = self._made(
+            pair, task or Task(pair.x), split or split_of(pair.x, self.recipe.heldout_share)
+        )
+        if isinstance(row, str):
+            self.skipped[row] += 1
+            return None
+        self.made[row["split"]] += 1
+        return row
+
+    def join(self, row: dict[str, Any]) -> str | None:
+        """Let in a row that was made elsewhere; a str says why it must not."""
+        digests = {_digest(row["y1"]), _digest(row["y2"])}
+        if digests & self._seen or len(digests) < 2:
+            return "repeated response"
+        balance = self.balances[row["split"]]
+        kinds = [c["kind"] for c in (*row["c1"], *row["c2"])]
+        if not all(map(balance.has_room, kinds)):
+            return "kind is frequent enough"
+        together = _sign(row["x1"], row["x2"]) * _sign(row["y1"], row["y2"])
+        if balance.would_tell(together):
+            return "length would tell"
+        balance.add(kinds, together)
+        self._seen |= digests
+        return None
+
+    def _made(self, pair: Pair, task: Task, split: str) -> dict[str, Any] | str:
+        language = LANGUAGE.get(script_of(pair.x))
+        fault = unusable(pair, language, self.recipe.most_words)
+        if fault is not None or language is None:
+            return fault or "script we cannot write"
+        digests = {_digest(pair.chosen), _digest(pair.rejected)}
+        if digests & self._seen:
+            return "repeated response"
+        rng = random.Random(f"{self.recipe.seed}/{pair.id}")
+        orders = [self.balances[split].order(self._kinds[split, language], rng) for _ in range(2)]
+        found = tell_apart(pair.chosen, pair.rejected, unmentioned(orders[0], pair.x), rng)
+        if found is None:
+            return "nothing tells the responses apart"
+        numbers = [draw_number(self.recipe.most_constraints, rng) for _ in (1, 2)]
+        sides = [
+            fill(first, text, unmentioned(order, pair.x), number, rng)
+            for first, text, order, number in zip(
+                found, (pair.chosen, pair.rejected), orders, numbers, strict=True
+            )
+        ]
+        row = self._written(pair, task, sides, language, split, rng)
+        if not isinstance(row, str):
+            self._seen |= digests
+        return row
+
+    def _written(
+        self,
+        pair: Pair,
+        task: Task,
+        sides: list[list[Constraint]],
+        language: str,
+        split: str,
+        rng: random.Random,
+    ) -> dict[str, Any] | str:
+        """The row, if its four cells hold and lengths tell nothing. The first of a side decides."""
+        (c1, c2), (y1, y2) = sides, (pair.chosen, pair.rejected)
+        if rng.random() < 0.5:
+            c1, c2, y1, y2 = c2, c1, y2, y1
+        texts = [[(c, c.render(language, rng)) for c in side] for side in (c1, c2)]
+        longer_y = _sign(y1, y2)
+        balance = self.balances[split]
+        # Each pass takes one constraint off the longer instruction, and may turn the sign around.
+        while balance.would_tell(together := _longer(texts) * longer_y):
+            side = texts[0] if _longer(texts) > 0 else texts[1]
+            if len(side) == 1:
+                return "length would tell"
+            side.pop()
+        for side in texts:
+            rng.shuffle(side)
+        c1, c2 = ([c for c, _ in side] for side in texts)
+        if four_cells(c1, y1, c2, y2) != MATCH:
+            return "four cells"
+        balance.add([c.kind for c in (*c1, *c2)], together)
+        x1, x2 = (instruction(task, [text for _, text in side]) for side in texts)
+        rows = [[{"kind": c.kind, "params": c.params, "text": t} for c, t in s] for s in texts]
+        digest = hashlib.sha256("\x1f".join((x1, y1, x2, y2)).encode()).hexdigest()[:12]
+        row = {"id": digest, "task": task.line, "x1": x1, "y1": y1, "x2": x2, "y2": y2}
+        if pair.system is not None:
+            row["system"] = pair.system
+        return {
+            **row,
+            "c1": rows[0],
+            "c2": rows[1],
+            "source": "relabel",
+            "split": split,
+            "match": [1, 0, 1, 0],
+            "origin": pair.id,
+        }
+
+
+def unusable(pair: Pair, language: str | None, most_words: int) -> str | None:
+    """Why the texts are no use; None if they are."""
+    for text in (pair.chosen, pair.rejected):
+        if LANGUAGE.get(script_of(text)) != language:
+            return "another script than the prompt"
+        size = cut.han_characters(text) if language == "zh" else len(cut.words(text))
+        if not _LEAST_WORDS <= size <= most_words:
+            return "too short or too long"
+        if not ends_a_sentence(text[-200:]) and text[-1] not in "。！？”』」）":
+            return "unfinished"
+        if REFUSAL.search(text, 0, _REFUSED_BY):
+            return "refusal"
+    return None
+
+
+def draw_number(most: int, rng: random.Random) -> int:
+    """1 to `most`, with the chances of TRACE's training set."""
+    return rng.choices(range(1, most + 1), TRAINING_COUNTS[:most])[0]
+
+
+def split_of(task: str, heldout_share: float) -> str:
+    """train, or one of the held-out parts in equal shares, by the hash of the task."""
+    place = int.from_bytes(hashlib.sha256(task.encode()).digest()[:4], "big") / 2**32
+    if place >= heldout_share:
+        return "train"
+    return "heldout" if place < heldout_share / 2 else "heldout_kinds"
+
+
+def _longer(texts: Sequence[Sequence[tuple[Constraint, str]]]) -> int:
+    """+1 if the first instruction is the longer one, -1 if the second is."""
+    sizes = [sum(len(text) + 4 for _, text in side) for side in texts]
+    return (sizes[0] > sizes[1]) - (sizes[0] < sizes[1])
+
+
+def _sign(first: str, second: str) -> int:
+    """+1 if the first text is the longer one, -1 if the second is, 0 if neither."""
+    return (len(first) > len(second)) - (len(first) < len(second))
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def relabel_file(recipe: RelabelRecipe, say: Callable[[str], None] = print) -> Relabeller:
+    """Stream a preference set into the files of each split, and write what was skipped and why.
+
+    Raises ValueError on a source that is not set or no .jsonl file.
+    """
+    if recipe.source is None:
+        raise ValueError("recipe.source is not set; expected a .jsonl preference set")
+    out = Path(recipe.out)
+    out.mkdir(parents=True, exist_ok=True)
+    relabeller = Relabeller(recipe)
+    read = 0  # counted here, so that it is known after a break too
+    files = {split: (out / f"{split}.jsonl").open("w", encoding="utf-8") for split in SPLITS}
+    try:
+        for pair in importers.preferences(Path(recipe.source)):
+            read += 1
+            if isinstance(pair, Skipped):
+                relabeller.skipped[pair.reason] += 1
+                continue
+            row = relabeller.row(pair)
+            if row is not None:
+                files[row["split"]].write(json.dumps(row, ensure_ascii=False) + "\n")
+            if recipe.limit is not None and sum(relabeller.made.values()) == recipe.limit:
+                break
+    finally:
+        for file in files.values():
+            file.close()
+    counts = {
+        "in": read,
+        "out": dict(relabeller.made),
+        "dropped": dict(relabeller.skipped.most_common()),
+        "kinds": {s: dict(b.kinds.most_common()) for s, b in relabeller.balances.items()},
+    }
+    (out / "counts.json").write_text(json.dumps(counts, indent=1, ensure_ascii=False) + "\n")
+    say(json.dumps({key: counts[key] for key in ("in", "out", "dropped")}, ensure_ascii=False))
+    return relabeller

@@ -1,0 +1,1 @@
+"""TRACE's construction of quads with any OpenAI-compatible server."""

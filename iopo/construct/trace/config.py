@@ -1,0 +1,65 @@
+"""What may be set of the recipe `trace` (conf/recipe/trace.yaml), and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from iopo.construct.trace.prompts import LANGUAGES, OPERATIONS
+from iopo.evaluation.config import EndpointSection, JudgeSection
+
+
+@dataclass
+class TraceRecipe:
+    """The pipeline of the paper's section 4.1 and appendices B to D."""
+
+    name: str = "trace"
+    seeds: str | None = None  # simple instructions: .txt, one a line, or .jsonl (see importers.py)
+    out: str = "runs/trace"  # folder of all files, the replies among them
+    stages: list[str] = field(default_factory=list)  # only these, in pipeline order; empty: all
+    plan: bool = False  # estimate the stages whose input exists, then stop; nothing is sent
+    language: str = "auto"  # of our prompts: en, zh, or auto: by the script of each seed
+    seed: int = 0  # of all draws, and sent with each request
+    temperature: float = 0.7  # of everything but judging
+    max_tokens: int = 2048  # of one reply; a reply that is cut off is asked for again
+    attempts: int = 2  # times that an unreadable reply is asked for, each with its own seed
+    # How x2 is made: chances of each operation. The paper draws all three alike.
+    operations: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(OPERATIONS, 1.0)
+    )  # fmt: skip
+    # A response is wrong for the other instruction if some constraint there scores at most this.
+    mismatch_at_most: float = 5.0
+    endpoint: EndpointSection = field(default_factory=EndpointSection)
+    judge: JudgeSection = field(default_factory=JudgeSection)  # base_url null: the endpoint itself
+
+    def __post_init__(self) -> None:
+        if self.language not in ("auto", *LANGUAGES):
+            raise ValueError(
+                f"recipe.language is {self.language!r}; expected auto or one of {LANGUAGES}"
+            )
+        unknown = sorted(set(self.operations) - set(OPERATIONS))
+        weights = self.operations.values()
+        if unknown or min(weights, default=-1) < 0 or sum(weights) <= 0:
+            raise ValueError(
+                f"recipe.operations is {self.operations}; expected chances of 0 or more, not all 0,"
+                f" for {OPERATIONS}"
+            )
+        if not 0 <= self.mismatch_at_most < 10:
+            raise ValueError(
+                f"recipe.mismatch_at_most is {self.mismatch_at_most}; expected 0 <= score < 10"
+            )
+        for name in ("attempts", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"recipe.{name} is {getattr(self, name)}; expected 1 or more")
+        if self.temperature < 0:
+            raise ValueError(f"recipe.temperature is {self.temperature}; expected 0 or more")
+
+    def judge_section(self) -> JudgeSection:
+        """The judge's settings, with the endpoint's address where it has none of its own."""
+        if self.judge.base_url is not None:
+            return self.judge
+        return replace(
+            self.judge,
+            base_url=self.endpoint.base_url,
+            model=self.endpoint.model,
+            api_key_env=self.endpoint.api_key_env,
+        )

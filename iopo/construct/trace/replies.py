@@ -1,0 +1,125 @@
+"""Reading the replies of the TRACE pipeline's steps, or saying why they cannot be read."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from iopo.construct.taxonomy import MOST_CONSTRAINTS, Dimension, named
+from iopo.construct.trace.prompts import NOTHING
+
+MAX_CHARS = 100_000  # of a reply, counted from its end
+_NUMBER = re.compile(r"^\s*(?:\d{1,2}[.)、．]|[-*•])\s*")
+
+
+class Unreadable(ValueError):
+    """The reply is not of the form asked for: worth asking again."""
+
+
+class Rejected(ValueError):
+    """The reply can be read and says, or shows, that the row is no good. args: reason, detail."""
+
+    @property
+    def reason(self) -> str:
+        return str(self.args[0])
+
+    @property
+    def detail(self) -> str:
+        return str(self.args[1]) if len(self.args) > 1 else ""
+
+
+def json_object(text: str, *keys: str) -> dict[str, Any]:
+    """The last JSON object in the text that has one of the keys. Raises Unreadable."""
+    text = text[-MAX_CHARS:]
+    decoder = json.JSONDecoder()
+    found: dict[str, Any] | None = None
+    at = text.find("{")
+    while at >= 0:
+        try:
+            row, end = decoder.raw_decode(text, at)
+        except ValueError:
+            end = at + 1
+        except RecursionError:
+            raise Unreadable("the reply nests JSON too deeply") from None
+        else:
+            if any(key in row for key in keys):
+                found = row
+        at = text.find("{", end)
+    if found is None:
+        raise Unreadable(f"no JSON object with {' or '.join(map(repr, keys))}")
+    return found
+
+
+def verdict(text: str, key: str) -> tuple[bool, str]:
+    """(true or false, reason) of {"reason", key}. Raises Unreadable."""
+    row = json_object(text, key)
+    if not isinstance(row[key], bool):
+        raise Unreadable(f"{key!r} is {row[key]!r}; expected true or false")
+    return row[key], str(row.get("reason", ""))[:300]
+
+
+def instruction(text: str) -> str:
+    """The instruction of {"instruction"}. Raises Unreadable."""
+    return _filled(json_object(text, "instruction")["instruction"], "instruction")
+
+
+def fields(text: str, dimensions: tuple[Dimension, ...]) -> dict[str, Any]:
+    """description, constraints and input of an instruction that was taken apart.
+
+    Raises Unreadable; Rejected on a refusal, no constraints, or text that stands in two fields.
+    """
+    row = json_object(text, "description", "reject")
+    if "description" not in row:
+        raise Rejected("not fit to be taken apart", str(row["reject"])[:300])
+    description = _filled(row["description"], "description")
+    given = row.get("input")
+    if given is not None and not isinstance(given, str):
+        raise Unreadable(f"'input' is {type(given).__name__}; expected text or null")
+    text_in = None if given is None or given.strip() in ("", NOTHING) else given.strip()
+    found = constraints(row.get("constraints"), dimensions)
+    for constraint in found:
+        if _plain(constraint["text"]) in _plain(description):
+            raise Rejected("stands in two fields", constraint["text"])
+    if text_in is not None and _plain(text_in) in _plain(description):
+        raise Rejected("stands in two fields", text_in[:300])
+    return {"description": description, "constraints": found, "input": text_in}
+
+
+def constraints(value: object, dimensions: tuple[Dimension, ...]) -> list[dict[str, Any]]:
+    """[{"text", "type"}] with numbers removed; type is None where the taxonomy lacks it.
+
+    Raises Unreadable; Rejected on none, on more than 15, on one that occurs twice.
+    """
+    if value in (None, NOTHING):
+        value = []
+    if not isinstance(value, list):
+        raise Unreadable(f"'constraints' is {type(value).__name__}; expected a list")
+    found: list[dict[str, Any]] = []
+    for entry in value:
+        text = entry.get("text") if isinstance(entry, dict) else entry
+        kind = entry.get("type") if isinstance(entry, dict) else None
+        text = " ".join(_NUMBER.sub("", _filled(text, "constraints")).split())
+        found.append({"text": text, "type": named(kind, dimensions)})
+    if not found:
+        raise Rejected("no constraints")
+    if len(found) > MOST_CONSTRAINTS:
+        raise Rejected("too many constraints", str(len(found)))
+    if len({_plain(c["text"]) for c in found}) < len(found):
+        raise Rejected("a constraint occurs twice")
+    return found
+
+
+def answer(text: str) -> str:
+    """A response as it stands, without blanks around it. Raises Unreadable if it is empty."""
+    return _filled(text, "response")
+
+
+def _filled(value: object, name: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise Unreadable(f"{name!r} holds no text")
+    return value.strip()
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split()).strip(" .;。；")

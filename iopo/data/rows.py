@@ -1,0 +1,212 @@
+"""Rows of text: what a quad, a pair and an sft row are, and how files of them are read and checked.
+
+Every fault of a file is reported in one ValueError, before anything is tokenised or loaded.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from iopo.data import checks, sharegpt
+from iopo.files import iter_records
+
+MEMBERS = ("x1y1", "x1y2", "x2y2", "x2y1")
+MAX_LISTED = 20  # bad rows shown of one file; the rest is counted
+
+
+@dataclass(frozen=True, slots=True)
+class Quad:
+    """Two instructions and their right answers: y1 is wrong for x2, y2 is wrong for x1.
+
+    c1, c2: constraints of x1 and x2 as {"kind", "params", "text"}, where known.
+    """
+
+    id: str
+    x1: str
+    y1: str
+    x2: str
+    y2: str
+    system: str | None = None
+    c1: list[dict] | None = None
+    c2: list[dict] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """An instruction, a better and a worse answer."""
+
+    id: str
+    x: str
+    chosen: str
+    rejected: str
+    system: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sft:
+    """An instruction and its answer."""
+
+    id: str
+    x: str
+    y: str
+    system: str | None = None
+
+
+Row = Quad | Pair | Sft
+T = TypeVar("T")
+CLASSES: dict[str, type[Quad] | type[Pair] | type[Sft]] = {"quad": Quad, "pair": Pair, "sft": Sft}
+
+
+def read_rows(path: str | Path, kind: str | None = None) -> list[Row]:
+    """The rows of a .jsonl file or a .json list, in file order.
+
+    kind: "quad" | "pair" | "sft", or None for the kind of the file's first readable row; one file
+    holds one kind. The authors' ShareGPT rows are quads (see sharegpt.py). A row without an id gets
+    the first 16 hex digits of the sha256 of its texts.
+    Raises ValueError that lists every bad row with file:line, what was found and a good row.
+    """
+    path = Path(path)
+    if kind is not None and kind not in CLASSES:
+        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(CLASSES)}")
+    if not path.is_file():
+        raise ValueError(missing_data_message(path))
+    rows: list[Row] = []
+    bad: list[tuple[int, str]] = []
+    line_of_id: dict[str, int] = {}
+    good_row: dict = checks.GOOD_ROW[kind or "quad"]
+    for line, decoded, fault in iter_records(path):
+        if fault is not None:
+            bad.append((line, fault))
+            continue
+        if isinstance(decoded, dict) and kind is None:
+            kind = "quad" if sharegpt.is_sharegpt(decoded) else checks.kind_of(decoded)
+            good_row = checks.GOOD_ROW[kind or "quad"]
+        row, faults = _row(decoded, kind)
+        if (
+            faults
+            and kind == "quad"
+            and isinstance(decoded, dict)
+            and sharegpt.is_sharegpt(decoded)
+        ):
+            good_row = sharegpt.GOOD_ROW
+        if row is not None and row.id in line_of_id:
+            faults.append(_duplicate(decoded, row.id, line_of_id[row.id]))
+        if row is None or faults:
+            bad.append((line, "; ".join(faults)))
+            continue
+        line_of_id[row.id] = line
+        rows.append(row)
+    if bad:
+        raise ValueError(_bad_rows_message(path, bad, len(rows), good_row))
+    if not rows:
+        raise ValueError(
+            f"{path}: holds no rows, expected one JSON object a line; see data/README.md"
+        )
+    return rows
+
+
+def _row(decoded: object, kind: str | None) -> tuple[Row | None, list[str]]:
+    """One row object, or None and its faults."""
+    if not isinstance(decoded, dict):
+        return None, [f"the row is of type {type(decoded).__name__}, expected an object"]
+    if kind is None:
+        return None, [
+            "the row is neither quad, pair nor sft; found the keys "
+            f"{', '.join(sorted(decoded)) or '(none)'}, "
+            "expected x1, y1, x2, y2 or x, chosen, rejected or x, y",
+        ]
+    faults: list[str] = []
+    if kind == "quad" and sharegpt.is_sharegpt(decoded):
+        decoded, faults = sharegpt.to_quad(decoded)
+    if not faults:
+        faults = checks.check_row(decoded, kind)
+    if faults:
+        return None, faults
+    keys = checks.REQUIRED[kind]
+    fields: dict[str, Any] = {
+        key: decoded[key] for key in keys + checks.OPTIONAL[kind] if key in decoded
+    }
+    if fields.get("id") is None:
+        fields["id"] = _texts_id([fields[key] for key in keys], fields.get("system"))
+    return CLASSES[kind](**fields), []
+
+
+def _texts_id(texts: Sequence[str], system: str | None) -> str:
+    parts = list(texts) + ([system] if system is not None else [])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _duplicate(decoded: object, row_id: str, first_line: int) -> str:
+    given = isinstance(decoded, dict) and decoded.get("id") is not None
+    what = f"'id' {row_id!r} is that of" if given else "all texts are those of"
+    return f"{what} line {first_line}, expected each row once"
+
+
+def _bad_rows_message(path: Path, bad: list[tuple[int, str]], good: int, good_row: dict) -> str:
+    lines = [f"{path}: {len(bad)} of {len(bad) + good} rows cannot be used"]
+    lines += [f"  {path}:{line}: {fault}" for line, fault in bad[:MAX_LISTED]]
+    if len(bad) > MAX_LISTED:
+        lines.append(f"  ... and {len(bad) - MAX_LISTED} more")
+    lines.append(f"A good row: {json.dumps(good_row, ensure_ascii=False)}")
+    lines.append("Mend or delete these lines; data/README.md describes the formats.")
+    return "\n".join(lines)
+
+
+def rows_for(kind: str, rows: Sequence[Row], quad_rows: str = "both") -> list[Row]:
+    """The rows as an objective of `kind` ("quad" | "pair" | "sft") needs them.
+
+    A quad becomes two pairs, (x1, y1 over y2) and (x2, y2 over y1), or two sft rows, (x1, y1) and
+    (x2, y2); with quad_rows="first" only the first of each (the authors' DPO and SFT baselines).
+    A pair becomes one sft row. Ids of derived rows end in /1 and /2.
+    Raises ValueError where the rows hold less than the objective needs.
+    """
+    if kind not in CLASSES:
+        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(CLASSES)}")
+    if quad_rows not in ("both", "first"):
+        raise ValueError(f"quad_rows is {quad_rows!r}, expected 'both' or 'first'")
+    out: list[Row] = []
+    for row in rows:
+        if isinstance(row, CLASSES[kind]):
+            out.append(row)
+        elif isinstance(row, Quad):
+            halves = (_half(row, kind, 1), _half(row, kind, 2))
+            out += halves if quad_rows == "both" else halves[:1]
+        elif isinstance(row, Pair) and kind == "sft":
+            out.append(Sft(row.id, row.x, row.chosen, row.system))
+        else:
+            raise ValueError(
+                f"row {row.id!r} is of kind {type(row).__name__.lower()!r}, but the objective "
+                f"needs {kind!r} rows: give a file of those, or choose another objective"
+            )
+    return out
+
+
+def _half(quad: Quad, kind: str, number: int) -> Pair | Sft:
+    x, y, other = (quad.x1, quad.y1, quad.y2) if number == 1 else (quad.x2, quad.y2, quad.y1)
+    row_id = f"{quad.id}/{number}"
+    if kind == "pair":
+        return Pair(row_id, x, y, other, quad.system)
+    return Sft(row_id, x, y, quad.system)
+
+
+def spread(rows: Sequence[T], limit: int | None) -> list[T]:
+    """At most `limit` rows, evenly over their order, which often sorts them; the same each time."""
+    if limit is None or limit >= len(rows):
+        return list(rows)
+    return [rows[i * len(rows) // limit] for i in range(limit)]
+
+
+def missing_data_message(path: str | Path) -> str:
+    """What to do when a data file is not there: the ways to make or convert one."""
+    return (
+        f"{path}: no such file.\n"
+        "The paper's training set was never released. To get rows:\n"
+        "  - build quads with any instruction-tuned model: iopo/construct, docs/reproduction.md;\n"
+        "  - turn a preference set (two answers to a prompt) into quads: iopo/construct, relabel;\n"
+        "  - give the authors' ShareGPT JSON as it is, if you have such a file;\n"
+        "  - write JSONL rows yourself, data/README.md shows them;\n"
+        "  - or train on the quads in data/demo."
+    )

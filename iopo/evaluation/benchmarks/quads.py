@@ -1,0 +1,190 @@
+"""`evaluate.py +benchmark=quads`: a model on held-out quads, by log-prob and by its answers."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iopo.data.rows import Quad, read_rows, spread
+from iopo.data.tokenize import Chat, Limits, tokenize_rows
+from iopo.evaluation import plain_text, report
+from iopo.evaluation import quad_metrics as heldout
+from iopo.evaluation.config import BOOTSTRAP, EvaluateConfig, JudgeSection
+from iopo.evaluation.quad_metrics import Answer
+from iopo.evaluation.responses import default_out, placing
+from iopo.files import write_records, write_text
+from iopo.model.load import load_tokenizer, resolve_model
+
+Rows = Sequence[tuple[Quad, str]]  # a quad and what it is held out for ("heldout" if it says not)
+DEFAULT = Path(__file__).resolve().parents[3] / "data" / "demo" / "heldout.jsonl"
+
+
+def evaluate_quads(config: EvaluateConfig, say: Callable[[str], None]) -> dict[str, Any]:
+    """Score config.model (and config.benchmark.reference) on config.data.path; write and return.
+
+    Writes verdicts.jsonl (one row per answer), logps.jsonl (one row per quad that was scored) and,
+    last, scores.json into the output folder. Raises ValueError for a config without a model of its
+    own, since log-probs need the weights, for options that quads do not read, and for a folder that
+    holds scores of another config.
+    """
+    _refuse_idle_options(config)
+    if config.model.path is None:
+        raise ValueError("quads needs the weights: set model.path (an endpoint gives no log-probs)")
+    if config.generate.temperature != 0:
+        raise ValueError(
+            f"generate.temperature is {config.generate.temperature}; quads are answered greedily: 0"
+        )
+    rows = read(Path(config.data.path or DEFAULT), config.limit)
+    reference, scored = config.benchmark.reference, config.benchmark.scored
+    out = Path(config.out or default_out(config))
+    settings = report.plain(asdict(config)) | {"out": None}
+    _refuse_other_scores(out, settings)
+    out.mkdir(parents=True, exist_ok=True)
+    device, dtype = placing(config.model)
+    scores, answers = evaluate_folder(
+        resolve_model(config.model.path),
+        rows,
+        scored=scored,
+        details=out,
+        controls=config.benchmark.controls,
+        adapter=config.model.adapter,
+        reference=None if reference is None else resolve_model(reference),
+        max_new_tokens=config.generate.max_new_tokens,
+        batch_size=config.generate.batch_size,
+        system=config.generate.system_prompt,
+        device=device,
+        dtype=dtype,
+        say=say,
+    )
+    if not answers:
+        say("note: following is left out: some quads have constraints that code cannot check")
+    scores["config"] = settings
+    scores["made_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    write_records(out / "verdicts.jsonl", [asdict(answer) for answer in answers])
+    write_text(out / "scores.json", json.dumps(scores, indent=1) + "\n")
+    for name, cell in scores.items():
+        if isinstance(cell, dict) and "low" in cell:
+            say(f"{name:36s} {cell['value']:8.3f} [{cell['low']:.3f}, {cell['high']:.3f}]")
+    logps = "" if scored == 0 else ", logps.jsonl"
+    say(f"written: {out}/scores.json, verdicts.jsonl{logps}")
+    return scores
+
+
+def _refuse_idle_options(config: EvaluateConfig) -> None:
+    values = {
+        "plan": config.plan,
+        "seed": config.seed,
+        "generate.seed": config.generate.seed,
+        "bootstrap": config.bootstrap != BOOTSTRAP,
+        "judge": config.judge != JudgeSection(),
+    }
+    idle = [name for name, value in values.items() if value]
+    if idle:
+        raise ValueError(f"+benchmark=quads does not read {', '.join(idle)}; remove")
+
+
+def _refuse_other_scores(out: Path, settings: dict[str, Any]) -> None:
+    path = out / "scores.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if found.get("config", settings) != settings:
+        raise ValueError(f"{out}: holds scores made with other settings; choose another out=")
+
+
+def read(path: Path, limit: int | None = None) -> Rows:
+    """Quads of a file with their "split", spread evenly over the file if limited."""
+    quads = [row for row in read_rows(path, kind="quad") if isinstance(row, Quad)]
+    splits: dict[str, str] = {}
+    if path.suffix == ".jsonl":
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            row = json.loads(line) if line.strip() else {}
+            splits[row.get("id", "")] = row.get("split", "heldout")
+    return [(quad, splits.get(quad.id, "heldout")) for quad in spread(quads, limit)]
+
+
+def evaluate_folder(
+    path: Path,
+    rows: Rows,
+    *,
+    scored: int | None = None,
+    details: Path | None = None,
+    controls: bool = True,
+    adapter: str | None = None,
+    reference: Path | None = None,
+    max_new_tokens: int = 128,
+    batch_size: int = 50,
+    system: str | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    say: Callable[[str], None] | None = None,
+) -> tuple[dict[str, Any], list[Answer]]:
+    """Preferences, their controls, margins against a reference, following by greedy answers.
+
+    Every share is {"value", "low", "high", "n"}. Following is left out for quads without
+    constraints that code can check. scored: how many of the rows, spread evenly, are scored by
+    log-prob; None: all; 0: none, and no plain text. details: a folder that gets logps.jsonl,
+    {"id", "logps"} with nats in the order of MEMBERS; plain text is scored too, then. system: the
+    system prompt of quads without their own. dtype: None for what is fast on a CPU. say: told now
+    and then how many answers are made.
+    """
+    quads = [quad for quad, _ in rows]
+    chat = Chat(load_tokenizer(path), system)
+    limits = Limits(max_prompt_tokens=4096, max_response_tokens=4096, on_overlong="raise")
+    scorer = heldout.Scorer(path, adapter, device, dtype)
+
+    def logps(scorer: heldout.Scorer, of: Sequence[Quad]) -> torch.Tensor:
+        return scorer.score(tokenize_rows(of, chat, limits)[0])
+
+    few = spread(quads, scored)
+    out: dict[str, Any] = {}
+    if few:
+        policy_Q4 = logps(scorer, few)
+        out |= heldout.preference_shares(policy_Q4)
+    if few and details is not None:
+        logps_Q = zip(few, policy_Q4.tolist(), strict=True)
+        write_records(details / "logps.jsonl", [{"id": q.id, "logps": row} for q, row in logps_Q])
+    if controls:
+        out["controls"] = {
+            "constraints_blanked": heldout.group_share(logps(scorer, heldout.blanked(few))),
+            "instructions_shuffled": heldout.group_share(logps(scorer, heldout.shuffled(few))),
+        }
+    if reference is not None:
+        out |= heldout.margins(
+            policy_Q4, logps(heldout.Scorer(reference, None, device, dtype), few)
+        )
+    model = scorer.for_generation()
+    if few and details is not None:
+        out["plain_text"] = plain_text.score(model, chat.tokenizer)
+    if not all(heldout.checkable(quad) for quad in quads):
+        return out, []
+    answers = heldout.answer_prompts(
+        model,
+        chat.tokenizer,
+        quads,
+        [split for _, split in rows],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        system=system,
+        progress=None if say is None else _now_and_then(say),
+    )
+    shares = heldout.following(answers)
+    out["constraint_accuracy"] = shares.pop("all")
+    out |= {f"constraint_accuracy_{split}": share for split, share in shares.items()}
+    out["health"] = heldout.health(answers)
+    return out, answers
+
+
+def _now_and_then(say: Callable[[str], None]) -> Callable[[int, int], None]:
+    """A progress function that speaks every ten seconds, and of the last answer."""
+    last = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last > 10:
+            last = time.monotonic()
+            say(f"{done} of {total} answers")
+
+    return progress

@@ -1,0 +1,1 @@
+"""A language model as judge: prompts, requests, parsing, cost."""

@@ -1,0 +1,256 @@
+"""The data of the comparison: `python -m iopo.experiments.paper_table.data TRAIN HELDOUT...`.
+
+From verified quads; writes into --out: train.jsonl, validation.jsonl and test.jsonl (quads, no task
+in two of them), worse.jsonl (DPO's pairs: the right response, and the same with a constraint
+broken), add_delete.jsonl (the responses of train under instructions that differ by added or deleted
+constraints alone, as two of the paper's three operations make them) and counts.json. Every row of
+worse.jsonl and add_delete.jsonl is made from a row of train.jsonl and checked by code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from iopo.constraints import Commas, Constraint, follows, from_dict
+from iopo.constraints import text as cut
+from iopo.construct.proposals import CLOSINGS, OPENINGS
+from iopo.construct.quadruples import four_cells
+from iopo.construct.tasks import INPUT_MARK, Task
+from iopo.data.rows import spread
+from iopo.files import read_records, sha256_text, write_records
+
+Row = dict[str, Any]
+_ORDER = "comparison"  # of the rows drawn; a change draws others
+
+
+def make(
+    train: Path, heldout: Sequence[Path], out: Path, *, quads: int, validation: int, test: int
+) -> dict[str, Any]:
+    """Write all files and return the counts.
+
+    quads, validation, test: rows wanted. An eighth of the training tasks is kept for validation; a
+    test row says what of it training never sees: unseen_kinds, unseen_params, or seen.
+    Raises ValueError if there are too few rows, or if a task is both in train and in a test file.
+    """
+    rows = sorted(_read(train), key=lambda row: _hash(_ORDER + row["id"]))
+    apart = [row for row in rows if int(_task(row).key, 16) % 8 == 1]
+    own = [row for row in rows if int(_task(row).key, 16) % 8 != 1]
+    for name, found, wanted in (("train", own, quads), ("validation", apart, validation)):
+        if len(found) < wanted:
+            raise ValueError(f"{train}: {len(found)} quads for {name}, expected {wanted} or more")
+    own, apart = own[:quads], apart[:validation]
+    tests = [row for path in heldout for row in _read(path)]
+    shared = {_task(row).key for row in rows} & {_task(row).key for row in tests}
+    if shared:
+        raise ValueError(f"{len(shared)} tasks are in {train} and in a held-out file; nothing made")
+    tests = spread(tests, test)
+    seen = {_name(c) for row in own for c in (*row["c1"], *row["c2"])}
+    files = {
+        "train": own,
+        "validation": [row | {"split": "validation"} for row in apart],
+        "test": [row | {"split": unseen(row, seen)} for row in tests],
+        "worse": [pair for row in own for pair in worse_pairs(row)],
+        "add_delete": [add_delete(row) for row in own],
+    }
+    for name, content in files.items():
+        write_records(out / f"{name}.jsonl", content)
+    counts = {name: len(content) for name, content in files.items()} | {
+        "test_splits": dict(Counter(row["split"] for row in files["test"])),
+        "worse_broken": dict(Counter(kind for row in files["worse"] for kind in row["broken"])),
+        "worse_by": dict(Counter(row["by"] for row in files["worse"])),
+        "add_delete_match": dict(Counter(str(row["match"]) for row in files["add_delete"])),
+    }
+    (out / "counts.json").write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
+    return counts
+
+
+def unseen(row: Row, seen: set[tuple[str, str]]) -> str:
+    """What training, which had the constraints `seen`, never saw of a row."""
+    asked = {_name(c) for c in (*row["c1"], *row["c2"])}
+    if {kind for kind, _ in asked} - {kind for kind, _ in seen}:
+        return "unseen_kinds"
+    return "unseen_params" if asked - seen else "seen"
+
+
+# --- DPO's pairs: the same response with a constraint broken --------------------------------------
+
+
+def worse_pairs(row: Row) -> list[Row]:
+    """(x1, y1 over a worse y1) and (x2, y2 over a worse y2), checked.
+
+    "by" names the edit. Where none breaks a constraint, the quad's other response is rejected: it
+    breaks one, too.
+    """
+    pairs = []
+    for side, other in ((1, 2), (2, 1)):
+        x, y = row[f"x{side}"], row[f"y{side}"]
+        constraints = [from_dict(c) for c in row[f"c{side}"]]
+        rng = random.Random(_hash(f"worse {row['id']} {side}"))
+        by, rejected = worse(constraints, y, rng) or ("other response", row[f"y{other}"])
+        kept = follows(constraints, rejected)
+        if not all(follows(constraints, y)) or all(kept):
+            raise ValueError(f"quad {row['id']}: y{side} does not fit x{side}, or y{other} does")
+        broken = [c.kind for c, ok in zip(constraints, kept, strict=True) if not ok]
+        pairs.append({
+            "id": f"{row['id']}/{side}", "x": x, "chosen": y, "rejected": rejected,
+            "broken": broken, "by": by,
+        })  # fmt: skip
+    return pairs
+
+
+def worse(
+    constraints: Sequence[Constraint], text: str, rng: random.Random
+) -> tuple[str, str] | None:
+    """(edit, text that breaks one constraint): as few others as possible; None if no edit does."""
+    target = rng.choice(constraints)
+    found = []
+    for name, edited in _edits(target, text, rng):
+        kept = follows(constraints, edited)
+        if edited.strip() and not all(kept):
+            found.append((len(kept) - sum(kept), name, edited))
+    if not found:
+        return None
+    fewest = min(broken for broken, _, _ in found)
+    _, name, edited = rng.choice([edit for edit in found if edit[0] == fewest])
+    return name, edited
+
+
+def _edits(target: Constraint, text: str, rng: random.Random) -> Iterator[tuple[str, str]]:
+    """The text changed in ways that may break the constraint: its opposite first, then general."""
+    for opposite in target.alternatives(rng):
+        edited = opposite.edit(text, rng)
+        if edited is not None and edited != text:
+            yield "opposite", edited
+    for name, change in _GENERAL.items():
+        edited = change(text, rng)
+        if edited != text:
+            yield name, edited
+
+
+def _drop_sentence(text: str, rng: random.Random) -> str:
+    sentences = cut.sentences(text)
+    return text.replace(rng.choice((sentences[0], sentences[-1])), "", 1).strip()
+
+
+def _drop_line(text: str, rng: random.Random) -> str:
+    lines = text.split("\n")
+    return "\n".join(lines[1:] if rng.random() < 0.5 else lines[:-1]).strip()
+
+
+def _sentence_case(text: str, rng: random.Random) -> str:
+    return re.sub(r"(^|[.!?]\s+)([a-z])", lambda m: m[1] + m[2].upper(), text.lower())
+
+
+_GENERAL: dict[str, Callable[[str, random.Random], str]] = {
+    "opening added": lambda text, rng: f"{rng.choice(OPENINGS)} {text}",
+    "closing added": lambda text, rng: f"{text} {rng.choice(CLOSINGS)}",
+    "sentence dropped": _drop_sentence,
+    "line dropped": _drop_line,
+    "lines joined": lambda text, rng: " ".join(text.split()),
+    "sentence case": _sentence_case,
+    "wrapping dropped": lambda text, rng: text.strip("\"'`*_()[]{}<> \n"),
+    "exclamations": lambda text, rng: re.sub(r"\.(?=\s|$)", "!", text),
+    "no commas": lambda text, rng: Commas("exactly", 0).edit(text, rng) or text,
+}
+
+
+# --- add and delete: instructions that do not exclude one another ---------------------------------
+
+
+def add_delete(row: Row) -> Row:
+    """The quad's responses, under instructions of which one only lacks constraints of the other.
+
+    delete: x2 is x1 without what y2 breaks, so that y2 fits x2, y1 still does, y2 does not fit x1
+    (match 1, 0, 1, 1). add: x1 is x2 without what y1 breaks (1, 1, 1, 0). Drawn by hash; the other
+    where nothing would be left to ask for and something is left there.
+    """
+    c1, c2 = ([from_dict(c) for c in row[c]] for c in ("c1", "c2"))
+    kept1, kept2 = follows(c1, row["y2"]), follows(c2, row["y1"])
+    delete = int(_hash("operation " + row["id"]), 16) % 2 == 0
+    if any(kept1) != any(kept2):
+        delete = any(kept1)
+    side, kept = (1, kept1) if delete else (2, kept2)
+    x, left = _without(row[f"x{side}"], row[f"c{side}"], kept)
+    changed = {"x2": x, "c2": left} if delete else {"x1": x, "c1": left}
+    made = row | changed | {"id": row["id"] + ("/delete" if delete else "/add")}
+    cells = four_cells(
+        *([from_dict(c) for c in made["c1"]], made["y1"]),
+        *([from_dict(c) for c in made["c2"]], made["y2"]),
+    )
+    if cells != ((True, False, True, True) if delete else (True, True, True, False)):
+        raise ValueError(f"quad {row['id']}: y1 and y2 do not exclude one another (match {cells})")
+    return made | {"match": [int(cell) for cell in cells]}
+
+
+def _without(x: str, constraints: list[Row], kept: list[bool]) -> tuple[str, list[Row]]:
+    """The instruction and its constraints, only those kept, numbered anew."""
+    left = [c for c, keep in zip(constraints, kept, strict=True) if keep]
+    before = _numbered(constraints)
+    if x.count(before) != 1:
+        raise ValueError(f"expected the constraints as numbered lines, once, in: {x!r}")
+    return x.replace(before, _numbered(left)), left
+
+
+def _numbered(constraints: list[Row]) -> str:
+    return "".join(f"\n{n}. {c['text']}" for n, c in enumerate(constraints, start=1))
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> list[Row]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected quads with task, c1 and c2 (.jsonl)")
+    rows = read_records(path)
+    for number, row in enumerate(rows, 1):
+        missing = [k for k in ("id", "task", "x1", "y1", "x2", "y2", "c1", "c2") if not row.get(k)]
+        if missing:
+            raise ValueError(f"{path}:{number}: no {', '.join(missing)}; expected a verified quad")
+    return rows
+
+
+def _task(row: Row) -> Task:
+    description, _, text = row["task"].partition(INPUT_MARK)
+    return Task(description, text or None)
+
+
+def _name(constraint: Row) -> tuple[str, str]:
+    return constraint["kind"], json.dumps(constraint["params"], sort_keys=True)
+
+
+def _hash(text: str) -> str:
+    return sha256_text(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m iopo.experiments.paper_table.data", description=__doc__
+    )
+    parser.add_argument("train", type=Path, help="quads with task, c1 and c2")
+    parser.add_argument("heldout", type=Path, nargs="+", help="quads of other tasks")
+    parser.add_argument("--out", type=Path, required=True, help="folder")
+    parser.add_argument("--quads", type=int, required=True, help="rows of train")
+    parser.add_argument("--validation", type=int, required=True, help="rows of validation")
+    parser.add_argument("--test", type=int, required=True, help="rows of test")
+    args = parser.parse_args(arguments)
+    sizes = {key: getattr(args, key) for key in ("quads", "validation", "test")}
+    try:
+        counts = make(args.train, args.heldout, args.out, **sizes)
+    except ValueError as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(counts, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

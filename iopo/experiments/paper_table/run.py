@@ -1,0 +1,312 @@
+"""The paper's comparison in small: `python -m iopo.experiments.paper_table.run [key=value ...]`.
+
+From one SFT checkpoint, on the same quads and as many members seen: a grid of learning rate and
+beta for every method, judged on a validation split; then the jobs of +sweep=paper_table, measured
+on held-out quads and, at seed 1, on IFEval; then the table (comparison_table.py). Each job is
+train.py or evaluate.py in a process of its own, in a folder under --run. What is done is not done
+again: stop it at any time (SIGTERM saves the running jobs) and start it again to go on. key=value
+goes to every train.py. Exit codes: 0 done, 1 some jobs failed (jobs.jsonl names them), 2 refused,
+75 stopped.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from iopo.experiments.paper_table.jobs import REPOSITORY, Job, Runner, print_now
+
+# Chosen before any result, as all sizes here and in conf/sweep/paper_table.yaml. The second number
+# of a method says how strongly it prefers: beta, or ORPO's weight. SFT has none.
+LEARNING_RATES = ("1e-5", "3e-5")
+BETA = ("objective.beta", ("0.05", "0.2"))
+STRENGTH = {
+    "dpo": BETA, "output_preference": BETA, "input_preference": BETA, "iopo_three": BETA,
+    "iopo": BETA, "simpo": ("objective.beta", ("2", "8")),
+    "orpo": ("objective.odds_weight", ("0.1", "1.0")), "sft": None,
+}  # fmt: skip
+SFT = (
+    "objective=sft",
+    "optim.lr=1e-4",
+    "optim.global_batch_quads=8",
+    "evaluation.quads=8",
+    "evaluation.samples=0",
+)
+QUADS_TOKENS, IFEVAL_TOKENS = 128, 256  # longest answers
+IFEVAL_ON = ("base", "sft", "seed1")  # folders: one model a method, it takes a quarter of an hour
+
+
+class Comparison:
+    """The stages, in order. Paths are absolute: jobs run in the repository's folder."""
+
+    def __init__(self, args: argparse.Namespace, runner: Runner):
+        self.args, self.runner, self.run = args, runner, runner.run_dir
+        self.sft = self.run / "sft"
+
+    def make_data(self) -> bool:
+        """data/: training, validation and test quads, and the baselines' rows.
+
+        Raises ValueError if it holds other numbers of them than are asked for now.
+        """
+        a, counts = self.args, self.run / "data" / "counts.json"
+        sizes = {"quads": a.quads, "validation": a.validation, "test": a.test}
+        command = ["-m", "iopo.experiments.paper_table.data", str(a.train), *map(str, a.heldout)]
+        command += [f"--{name}={size}" for name, size in sizes.items()]
+        done = self.runner.job(Job("data", [*command, f"--out={counts.parent}"], counts))
+        if done:
+            made = json.loads(counts.read_text())
+            if [made["train"], made["validation"], made["test"]] != list(sizes.values()):
+                raise ValueError(f"{counts}: other sizes than {sizes}; choose another --run")
+        return done
+
+    def train(self, folder: Path, *overrides: str) -> bool:
+        """One train.py run."""
+        command = [
+            "train.py", f"run={folder}", f"data.heldout={self.run}/data/validation.jsonl",
+            f"reference.cache_dir={self.run}/reference", *overrides, *self.args.overrides,
+        ]  # fmt: skip
+        name = f"{folder.relative_to(self.run)} train"
+        return self.runner.job(Job(name, command, folder / "COMPLETE"))
+
+    def train_sft(self) -> bool:
+        """The checkpoint that every method starts from."""
+        rows = f"data.train={self.run}/data/train.jsonl"
+        return self.train(self.sft, *SFT, f"model.path={self.args.model}", rows)
+
+    def from_sft(self, folder: Path, method: str, sweep: str, *overrides: str) -> bool:
+        """One run of a sweep, from the SFT checkpoint."""
+        return self.train(
+            folder, f"+sweep={sweep}", "hydra.mode=RUN", f"+method={method}",
+            f"model.path={exported(self.sft)}", self.rows_of(method), *overrides,
+        )  # fmt: skip
+
+    def rows_of(self, method: str) -> str:
+        """data.train as the method's file has it, in this run's folder."""
+        text = (REPOSITORY / "conf/method" / f"{method}.yaml").read_text(encoding="utf-8")
+        train = (yaml.safe_load(text).get("data") or {}).get("train", "train.jsonl")
+        return f"data.train={self.run}/data/{Path(train).name}"
+
+    def quads(self, model: str | Path, out: Path, rows: str, *more: str) -> bool:
+        """Answers to, and log-probs of, data/{rows}.jsonl."""
+        command = [
+            "evaluate.py", "+benchmark=quads", f"model.path={model}", f"out={out}",
+            f"data.path={self.run}/data/{rows}.jsonl", "benchmark.controls=false",
+            f"generate.max_new_tokens={QUADS_TOKENS}", "generate.batch_size=96", *more,
+        ]  # fmt: skip
+        return self.runner.job(Job(str(out.relative_to(self.run)), command, out / "scores.json"))
+
+    def measure(self, model: str | Path, folder: Path) -> None:
+        """Everything that the table needs of one model."""
+        self.quads(model, folder / "quads", "test")
+        if self.args.ifeval is None or folder.name not in IFEVAL_ON:
+            return
+        out = folder / "ifeval"
+        command = [
+            "evaluate.py", "+benchmark=ifeval", f"model.path={model}", f"out={out}",
+            f"data.path={self.args.ifeval}", f"generate.max_new_tokens={IFEVAL_TOKENS}",
+            "generate.batch_size=96",
+        ]  # fmt: skip
+        self.runner.job(Job(str(out.relative_to(self.run)), command, out / "scores.json"))
+
+    def grid_points(self) -> Iterator[tuple[str, Path, list[str]]]:
+        """(method, folder, overrides) of every point, the lower learning rate first."""
+        for method in self.args.methods:
+            key, values = STRENGTH[method] or ("", ("",))
+            for rate, value in itertools.product(LEARNING_RATES, values):
+                overrides = [f"optim.lr={rate}"] + ([f"{key}={value}"] if key else [])
+                name = "-".join([f"lr{rate}", value]) if key else f"lr{rate}"
+                yield method, self.run / "grid" / method / name, overrides
+
+    def try_point(self, method: str, folder: Path, overrides: list[str]) -> None:
+        """Train one point for the grid's few steps and score it on the validation quads."""
+        if (folder / "validation" / "scores.json").exists():
+            return
+        steps = f"optim.max_steps={self.args.grid_steps}"
+        grid = [*overrides, "seed=0"]
+        if self.from_sft(folder, method, "paper_table", *grid, steps) and self.quads(
+            exported(folder), folder / "validation", "validation", "benchmark.scored=0"
+        ):
+            shutil.rmtree(exported(folder))  # half a gigabyte each, not needed again
+
+    def choose(self) -> dict[str, list[str]]:
+        """choice.json: of each method the overrides whose answers follow most often.
+
+        Ties go to the point that comes first. A point that failed is not chosen; a method all of
+        whose points failed is left out. Raises ValueError if it chose otherwise before.
+        """
+        tried: dict[str, list[dict[str, Any]]] = {}
+        for method, folder, overrides in self.grid_points():
+            scores = folder / "validation" / "scores.json"
+            if scores.exists():
+                followed = json.loads(scores.read_text())["constraint_accuracy"]
+                point = {"overrides": overrides, "followed": followed}
+                tried.setdefault(method, []).append(point)
+        chosen = {
+            method: max(points, key=lambda point: point["followed"]["value"])["overrides"]
+            for method, points in tried.items()
+        }
+        path = self.run / "choice.json"
+        old = json.loads(path.read_text()) if path.exists() else {"chosen": {}, "tried": {}}
+        before, tried_before = old["chosen"], old["tried"]
+        changed = [m for m, rates in chosen.items() if before.get(m, rates) != rates]
+        if changed:
+            raise ValueError(
+                f"{path}: other rates are best now for {', '.join(changed)}, and runs with the old "
+                "ones may exist; choose another --run"
+            )
+        content = {"chosen": before | chosen, "tried": tried_before | tried}
+        path.write_text(json.dumps(content, indent=1) + "\n")
+        return chosen
+
+    def sweep(self, name: str, chosen: dict[str, list[str]]) -> None:
+        """The jobs of a sweep with the chosen rates, each measured as soon as it is trained."""
+        tasks = []
+        for job in jobs_of(name):
+            method, seed = job.pop("+method"), job.pop("seed")
+            if method not in self.args.methods and name == "paper_table":
+                continue
+            # an ablation's method is IOPO with a change
+            rates = chosen.get(method, chosen.get("iopo"))
+            if rates is None:
+                print_now(f"{name}: no point of the grid worked for {method}; it is left out")
+                continue
+            swept = [f"{key}={value}" for key, value in job.items()]
+            label = "-".join([method, *swept]).replace("=", "-")  # no sign that Hydra reads
+            folder = self.run / name / label / f"seed{seed}"
+            kept = [rate for rate in rates if rate.split("=")[0] not in job]
+            overrides = (f"seed={seed}", *kept, *swept)
+            tasks.append(partial(self.train_and_measure, folder, method, name, *overrides))
+        self.runner.all(tasks)
+
+    def train_and_measure(self, folder: Path, method: str, sweep: str, *overrides: str) -> None:
+        """One job of a sweep and its measures."""
+        if self.from_sft(folder, method, sweep, *overrides):
+            self.measure(exported(folder), folder)
+
+
+def jobs_of(sweep: str) -> list[dict[str, str]]:
+    """Key and value of every override, job by job, as Hydra's sweeper would make them."""
+    command = [sys.executable, "train.py", f"+sweep={sweep}", "--cfg", "hydra", "-p",
+               "hydra.sweeper.params"]  # fmt: skip
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    if shown.returncode != 0:
+        raise ValueError(f"+sweep={sweep} does not compose: {shown.stderr.strip()}")
+    params = {k: str(v).split(",") for k, v in yaml.safe_load(shown.stdout).items()}
+    return [
+        dict(zip(params, values, strict=True)) for values in itertools.product(*params.values())
+    ]
+
+
+def exported(folder: Path) -> Path:
+    """The whole model of a run."""
+    merged = folder / "export-merged"
+    return merged if merged.exists() else folder / "export"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    args = parse(arguments)
+    args.run.mkdir(parents=True, exist_ok=True)
+    runner = Runner(args.run, args.jobs)
+    signal.signal(signal.SIGTERM, runner.stop)
+    signal.signal(signal.SIGINT, runner.stop)
+    comparison = Comparison(args, runner)
+    try:
+        compare(comparison)
+    except ValueError as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return 2
+    for name in runner.failed:
+        print_now(f"failed: {name}")
+    return 1 if runner.failed else 0
+
+
+def keep_arguments(args: argparse.Namespace) -> None:
+    """arguments.json: what the jobs' results depend on. Raises ValueError if it was otherwise.
+
+    IFEval may be added to a run that began without it.
+    """
+    free = ("run", "sweeps", "methods", "jobs", "without_ifeval", "ifeval")
+    now = {
+        k: json.loads(json.dumps(v, default=str)) for k, v in vars(args).items() if k not in free
+    }
+    path = args.run / "arguments.json"
+    before = json.loads(path.read_text()) if path.exists() else now
+    changed = [key for key in now if before.get(key) != now[key]]
+    if changed:
+        raise ValueError(
+            f"{path}: this run began with other {', '.join(changed)}; give those, or another --run"
+        )
+    path.write_text(json.dumps(now, indent=1) + "\n")
+
+
+def compare(comparison: Comparison) -> None:
+    """All stages. Raises ValueError where it makes no sense to go on."""
+    runner, run, args = comparison.runner, comparison.run, comparison.args
+    keep_arguments(args)
+    prepared: list[bool] = []
+    runner.all([lambda: prepared.append(comparison.make_data() and comparison.train_sft())])
+    if not all(prepared):
+        raise ValueError(f"no data or no SFT checkpoint; {run}/logs says why")
+    points = list(comparison.grid_points())
+    runner.all([lambda p=p: comparison.try_point(*p) for p in points])  # type: ignore[misc]
+    chosen = comparison.choose()
+    runner.all([
+        lambda: comparison.measure(args.model, run / "base"),
+        lambda: comparison.measure(exported(comparison.sft), comparison.sft),
+    ])  # fmt: skip
+    for name in args.sweeps:
+        comparison.sweep(name, chosen)
+        table = [sys.executable, "-m", "iopo.experiments.paper_table.table", str(run), name]
+        if subprocess.run(table, cwd=REPOSITORY, check=False).returncode != 0:
+            runner.failed.append(f"the table of {name}")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments with absolute paths; exits with 2 for what cannot be."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    data = REPOSITORY / "data" / "demo"
+    add = parser.add_argument
+    add("--run", type=Path, default=Path("runs/paper_table"), help="folder of everything")
+    add("--sweeps", nargs="+", default=["paper_table"], help="paper_table, then ablation_*")
+    add("--model", default="demo", help="where SFT starts: a model folder or 'demo'")
+    add("--train", type=Path, default=data / "train.jsonl", help="verified quads")
+    add("--heldout", type=Path, nargs="+", default=[data / "heldout.jsonl"], help="of other tasks")
+    add("--ifeval", type=Path, help="input_data.jsonl; default: $IOPO_DATA_DIR/ifeval/")
+    add("--without-ifeval", action="store_true", help="leave IFEval out of the table")
+    add("--methods", nargs="+", choices=STRENGTH, default=list(STRENGTH))
+    add("--quads", type=int, default=96, help="training quads, each seen once by IOPO")
+    add("--validation", type=int, default=32, help="quads that rates are chosen on")
+    add("--test", type=int, default=96, help="held-out quads that models are measured on")
+    add("--grid-steps", type=int, default=8, help="optimizer steps of a point of the grid")
+    add("--jobs", type=int, default=1, help="jobs at once; they share the cores")
+    add("overrides", nargs="*", help="key=value for every train.py")
+    args = parser.parse_intermixed_args(arguments)
+    if args.ifeval is None and "IOPO_DATA_DIR" in os.environ:
+        args.ifeval = Path(os.environ["IOPO_DATA_DIR"]) / "ifeval" / "input_data.jsonl"
+    if args.without_ifeval:
+        args.ifeval = None
+    elif args.ifeval is None or not args.ifeval.is_file():
+        parser.error(f"IFEval: found {args.ifeval}; give --ifeval FILE, or --without-ifeval")
+    args.run, args.train = args.run.absolute(), args.train.absolute()
+    args.heldout = [path.absolute() for path in args.heldout]
+    args.ifeval = args.ifeval and args.ifeval.absolute()
+    if Path(args.model).is_dir():
+        args.model = str(Path(args.model).absolute())
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""Files: rows of JSON in and out, replacement in one step, hashes, and the user's cache folder.
+
+Every file that a user gives as rows is read by `iter_records` or `read_records`, whatever the
+program. Nothing here needs torch.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+SHOWN_FAULTS = 10  # of a bad file; the rest are counted
+SPACE = re.compile(r"[ \t\r\n]*")
+
+Decoded = tuple[int, object, str | None]  # line (from 1), value, fault; value is None with a fault
+
+
+def cache_root() -> Path:
+    """The user's cache folder for this package: $XDG_CACHE_HOME/iopo or ~/.cache/iopo."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "iopo"
+
+
+# --- rows of JSON --------------------------------------------------------------------------------
+
+
+def iter_records(path: str | Path) -> Iterator[Decoded]:
+    """(line, value, None) for each row of a file, or (line, None, what is wrong with it).
+
+    The file is JSON Lines or one JSON list, told apart by its first character; a byte order mark is
+    skipped. Reading goes on after a bad line; in a list nothing can be read after a syntax fault.
+    """
+    yield from _decode(Path(path).read_bytes())
+
+
+def read_records(path: str | Path, *, torn_tail: bool = False) -> list[dict[str, Any]]:
+    """The objects of a file of JSON Lines or of one JSON list, in order.
+
+    torn_tail: ignore a last line without a line end, which a killed writer leaves behind. For files
+    that this program appends to, never for a user's file.
+    Raises ValueError naming the file and every bad line (not UTF-8, not JSON, not an object).
+    """
+    raw = Path(path).read_bytes()
+    if torn_tail:
+        raw = raw[: raw.rfind(b"\n") + 1]
+    rows: list[dict[str, Any]] = []
+    faults: list[str] = []
+    for line, value, fault in _decode(raw):
+        if isinstance(value, dict):
+            rows.append(value)
+        else:
+            found = fault or f"expected an object, found {type(value).__name__}"
+            faults.append(f"{path}:{line}: {found}")
+    if faults:
+        more = len(faults) - SHOWN_FAULTS
+        tail = [f"... and {more} more bad lines"] if more > 0 else []
+        raise ValueError("\n".join(faults[:SHOWN_FAULTS] + tail))
+    return rows
+
+
+def write_records(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Replace a file by these rows as JSON Lines, in one step."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+class Journal:
+    """A JSON Lines file that is only appended to, by one process at a time.
+
+    Opening it reads the finished rows, cuts off a torn last line (its writer was killed) and takes
+    a lock: a second process gets a ValueError instead of a file with mixed rows.
+    A row reaches the operating system before `append` returns, so killing the process loses none;
+    a power failure may lose the last ones.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "ab")  # noqa: SIM115 - lives as long as the journal
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise ValueError(
+                f"{self.path}: another process is writing this file; wait for it, or choose "
+                "another output folder"
+            ) from error
+        try:
+            self.rows = read_records(self.path, torn_tail=True)
+            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
+        except ValueError:
+            self._file.close()
+            raise
+
+    def append(self, *rows: dict[str, Any]) -> None:
+        """Add rows in one write."""
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self._file.write(text.encode("utf-8", "backslashreplace"))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class _RepeatedKey(Exception):
+    """A JSON object names a key twice; Python's json would keep the last and say nothing."""
+
+
+def _no_repeated_key(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = sorted({key for key in keys if keys.count(key) > 1})
+        raise _RepeatedKey(f"the row names the key {', '.join(map(repr, repeated))} twice")
+    return row
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_no_repeated_key)
+
+
+def _decode(raw: bytes) -> Iterator[Decoded]:
+    raw = raw.removeprefix(BYTE_ORDER_MARK)
+    if not raw.lstrip()[:1] == b"[":
+        yield from _lines(raw)
+        return
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        yield line, None, f"the file is not UTF-8 (byte {error.start} of it)"
+    else:
+        yield from _elements(text)
+
+
+def _lines(raw: bytes) -> Iterator[Decoded]:
+    # Split on the byte: str.splitlines would also split on U+2028 inside a text.
+    for number, line in enumerate(raw.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = _DECODER.decode(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            fault = f"the line is not UTF-8 (byte {error.start} of it is 0x{line[error.start]:02x})"
+            yield number, None, fault
+        except json.JSONDecodeError as error:
+            yield number, None, f"the row is not JSON ({error.msg} at column {error.colno})"
+        except _RepeatedKey as error:
+            yield number, None, str(error)
+        else:
+            yield number, value, None
+
+
+def _elements(text: str) -> Iterator[Decoded]:
+    """The elements of a JSON list, each with the line on which it starts."""
+    line, counted = 1, 0
+
+    def line_at(position: int) -> int:
+        nonlocal line, counted
+        line, counted = line + text.count("\n", counted, position), position
+        return line
+
+    def skip(position: int) -> int:
+        found = SPACE.match(text, position)
+        assert found is not None  # the pattern matches the empty string
+        return found.end()
+
+    at = skip(skip(0) + 1)  # the bracket that made this a list
+    while text[at : at + 1] != "]":
+        start = line_at(at)
+        try:
+            value, at = _DECODER.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            yield error.lineno, None, f"the row is not JSON ({error.msg} at column {error.colno})"
+            return
+        except _RepeatedKey as error:
+            yield start, None, f"{error}; the rows after it were not read"
+            return
+        yield start, value, None
+        at = skip(at)
+        if text[at : at + 1] == ",":
+            at = skip(at + 1)
+        elif text[at : at + 1] != "]":
+            fault = f"found {text[at : at + 20]!r} after a row, expected ',' or ']'"
+            yield line_at(at), None, fault
+            return
+    rest = skip(at + 1)
+    if rest != len(text):
+        fault = f"found {text[rest : rest + 20]!r} after the list, expected the end of the file"
+        yield line_at(rest), None, fault
+
+
+# --- replacement in one step ---------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(target: str | Path) -> Iterator[Path]:
+    """A path beside `target` for a new file or folder, which takes its place when the block ends.
+
+    A reader, or a crash, sees the old one or the new one, whole. After an error nothing is left.
+    """
+    target = Path(target)
+    new, old = (target.with_name(f".{kind}.{os.getpid()}.{target.name}") for kind in ("new", "old"))
+    try:
+        yield new
+        if target.is_dir():
+            target.rename(old)
+        os.replace(new, target)
+    finally:
+        for leftover in (new, old):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace a file, in one step and on the disk when it returns.
+
+    A lone surrogate (from an escaped "\\ud800" in a reply) is not UTF-8: it is kept as an escape.
+    """
+    with replacing(path) as new, open(new, "wb") as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# --- hashes --------------------------------------------------------------------------------------
+
+
+def sha256_file(path: str | Path) -> str:
+    """sha256 of a file's bytes, 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_text(text: str) -> str:
+    """sha256 of a text in UTF-8, 64 hex digits."""
+    return hashlib.sha256(text.encode()).hexdigest()

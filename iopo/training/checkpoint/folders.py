@@ -1,0 +1,134 @@
+"""Checkpoint folders on disk: which are whole, which is the latest, which may go.
+
+checkpoints/step-00001200/
+    __0_0.distcp, ...   tensors: parameters, optimizer state, generator states (one per rank)
+    .metadata           index of the tensors
+    state.json          step, config, hashes, world size, metrics: readable without torch
+    COMPLETE            written last: size and sha256 of every file above
+checkpoints/step-00001300.partial/   being written, or left by a crash: never read
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from iopo.files import sha256_file, write_text
+
+COMPLETE_FILE = "COMPLETE"
+STATE_FILE = "state.json"
+_PARTIAL = ".partial"
+
+
+def folder_of(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def partial_of(run_dir: Path, step: int) -> Path:
+    folder = folder_of(run_dir, step)
+    return folder.with_name(folder.name + _PARTIAL)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The checkpoint's state.json."""
+    return json.loads((folder / STATE_FILE).read_text())
+
+
+def complete_folders(run_dir: Path) -> tuple[list[Path], list[str]]:
+    """Folders with COMPLETE and files of the right sizes, oldest first; remarks on the others."""
+    complete, remarks = [], []
+    for folder in sorted((run_dir / "checkpoints").glob("step-*")):
+        if folder.name.endswith(_PARTIAL):
+            remarks.append(f"{folder} was being written when the run ended: ignored")
+        elif not (folder / COMPLETE_FILE).exists():
+            remarks.append(f"{folder} has no {COMPLETE_FILE} file: ignored")
+        elif problem := find_damage(folder, sizes_only=True):
+            remarks.append(f"{folder} is damaged ({problem}): ignored")
+        else:
+            complete.append(folder)
+    return complete, remarks
+
+
+def find_damage(folder: Path, *, sizes_only: bool, part: int = 0, parts: int = 1) -> str | None:
+    """What differs from the sizes, or also the hashes, in COMPLETE; None if nothing does.
+
+    part, parts: look at every parts-th file only, so that several processes can share the work.
+    """
+    recorded = json.loads((folder / COMPLETE_FILE).read_text())["files"]
+    for name, facts in sorted(recorded.items())[part::parts]:
+        path = folder / name
+        if not path.exists():
+            return f"{name} is missing"
+        if path.stat().st_size != facts["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, expected {facts['bytes']}"
+        if not sizes_only and describe_file(path)["sha256"] != facts["sha256"]:
+            return f"{name} has another sha256 than when it was written"
+    return None
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def start_partial(run_dir: Path, step: int) -> None:
+    """Make an empty folder to write into. Raises OSError if the run folder is gone or read-only."""
+    partial = partial_of(run_dir, step)
+    partial.parent.mkdir(exist_ok=True)  # no parents: a run folder that vanished is an error
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir()
+
+
+def publish(run_dir: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
+    """Turn the partial folder into the checkpoint of `step`: rename, then COMPLETE."""
+    partial, folder = partial_of(run_dir, step), folder_of(run_dir, step)
+    if folder.exists():  # an incomplete or damaged one, or one that this run went back behind
+        remove(folder)
+    partial.rename(folder)
+    _sync_folder(folder.parent)
+    text = json.dumps({"step": step, "files": files}, indent=1, sort_keys=True)
+    write_text(folder / COMPLETE_FILE, text + "\n")
+    _sync_folder(folder)
+
+
+def prune(run_dir: Path, keep: int, best_metric: str | None) -> None:
+    """Remove complete checkpoints but the newest `keep` and the best one."""
+    folders, _ = complete_folders(run_dir)
+    kept: set[Path | None] = set(folders[-keep:])
+    if best_metric is not None:
+        kept.add(best_folder(folders, best_metric))
+    for folder in folders:
+        if folder not in kept:
+            remove(folder)
+
+
+def best_folder(folders: Iterable[Path], metric: str) -> Path | None:
+    """The one with the best `metric` (loss: lowest), the later of equals; None if none has it."""
+    scored = []
+    for folder in folders:
+        value = read_state(folder)["metrics"].get(metric, math.nan)
+        if math.isfinite(value):
+            scored.append((-value if metric == "loss" else value, step_of(folder), folder))
+    return max(scored)[2] if scored else None
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint; a crash on the way leaves it incomplete, never damaged."""
+    (folder / COMPLETE_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force a rename to disk: it is the folder's change, not the file's."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Processes of a run: placement, launch, signals, failures, the run folder."""

@@ -1,0 +1,78 @@
+"""How a failure is written down: a traceback per rank, one FAILED file, one message printed."""
+
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from iopo.files import write_text
+from iopo.redact import redact
+from iopo.training.launch.run_folder import FAILED_FILE
+
+
+def error_path(run_dir: Path, rank: int) -> Path:
+    return run_dir / "errors" / f"rank-{rank}.txt"
+
+
+def stacks_path(run_dir: Path, rank: int) -> Path:
+    return run_dir / "errors" / f"rank-{rank}.stacks.txt"
+
+
+def record_error(run_dir: Path, rank: int, error: BaseException) -> bool:
+    """Write the traceback to errors/rank-N.txt and, if this is the first failure, the FAILED file.
+
+    Returns True for the rank that came first: its error is the cause, those of the others mostly
+    its consequence (a connection closed by a rank that is gone). Secrets are redacted. A folder
+    that cannot be written (disk full, vanished) gets the traceback on stderr instead.
+    """
+    path = error_path(run_dir, rank)
+    details = redact("".join(traceback.format_exception(error)))
+    summary = f"rank {rank}: {type(error).__name__}: {error}"
+    if not isinstance(error, (ValueError, OSError)):  # not the user's doing: show where it happened
+        summary += "\n" + "".join(traceback.format_tb(error.__traceback__))
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(details)
+        with open(run_dir / FAILED_FILE, "x") as file:
+            file.write(_stamp() + redact(summary).rstrip() + f"\ntraceback: {path}\n")
+    except FileExistsError:
+        return False
+    except OSError as unwritable:
+        print(f"{details}(not written to {path}: {unwritable})", file=sys.stderr, flush=True)
+    return True
+
+
+def record_death(run_dir: Path, rank: int, exit_code: int) -> None:
+    """Write the FAILED file for a rank that ended without a word of its own.
+
+    Replaces what other ranks wrote: they failed because this one was gone.
+    """
+    stacks = stacks_path(run_dir, rank)
+    if exit_code < 0:
+        name = signal.Signals(-exit_code).name
+        how = f"was ended by {name}"
+        if -exit_code == signal.SIGKILL:
+            how += " (by hand, by the scheduler, or by the system when memory ran out)"
+    else:
+        how = f"exited with code {exit_code}"
+    if stacks.exists() and stacks.stat().st_size:
+        how += f"; stacks of its threads: {stacks}"
+        if "Timeout (" in stacks.read_text():
+            how = f"made no progress within the time limit (parallel.timeout_s) and {how}"
+    text = f"{_stamp()}rank {rank} {how}\n"
+    try:
+        write_text(run_dir / FAILED_FILE, text)
+    except OSError as unwritable:
+        print(f"{text}(not written to {run_dir}: {unwritable})", file=sys.stderr, flush=True)
+
+
+def print_failure(run_dir: Path) -> None:
+    """Print the FAILED file, the one message of a failed run, to stderr."""
+    if (run_dir / FAILED_FILE).exists():  # else the folder was unwritable, and stderr has it all
+        text = (run_dir / FAILED_FILE).read_text()
+        print(f"FAILED {run_dir}\n{text}", file=sys.stderr, end="", flush=True)
+
+
+def _stamp() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S ")

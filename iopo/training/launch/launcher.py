@@ -1,0 +1,305 @@
+"""Run a worker on every rank: spawn the ranks of this machine, or adopt a launcher's.
+
+One rank is one process, also when there is only one: every run, and every job of a sweep, gets a
+fresh process group, CUDA context and signal state. (For a debugger, let the ranks be adopted:
+`torchrun --nproc-per-node 1 train.py ...` runs the worker in the process it starts.)
+
+Exit codes: 0 done; 1 failed, see FAILED and errors/ in the run folder; 75 saved after SIGTERM or
+SIGUSR1, may be requeued; 130 interrupted by hand.
+"""
+
+import ctypes
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from iopo.model.host_memory import keep_freed_memory
+from iopo.training.launch import failures
+from iopo.training.launch.placement import Placement, Ranks, find_placement
+from iopo.training.launch.signals import (
+    FAILED,
+    INTERRUPTED,
+    OK,
+    SAVED_REQUEUE,
+    STOP_SIGNALS,
+    Control,
+)
+
+Worker = Callable[[Any, Path, Ranks, Control], None]
+
+_GRACE_S = 10.0  # for the other ranks to notice a failure and to write down what they saw
+_PR_SET_PDEATHSIG = 1
+
+
+def launch(
+    worker: Worker, cfg: Any, run_dir: Path, *, processes: int, backend: str, timeout_s: float
+) -> int:
+    """Call `worker(cfg, run_dir, ranks, control)` on every rank; return the run's exit code.
+
+    worker: a function of a module (it is pickled by name). After each step it asks
+        `control.should_stop()`, and saves and returns when that is True.
+    cfg: anything that pickles. run_dir: an existing folder, shared between machines.
+    processes: ranks per machine where none exist yet. backend: "gloo" (CPU) or "nccl" (one GPU
+        per rank; small CPU messages still go through gloo).
+    timeout_s: longest silence of a rank, in a collective call or between two `control.alive()`,
+        before it counts as hung. A failing rank ends the others within min(timeout_s, 10) s.
+    Raises ValueError for a launcher's environment that contradicts itself and off the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise ValueError("launch() handles signals, so it must be called from the main thread")
+    placement = find_placement(processes)
+    if placement.is_main and not run_dir.is_dir():
+        raise ValueError(f"run folder {run_dir} does not exist; make it with open_run()")
+    if backend == "gloo":  # kernels of past shapes; 1024 by default (docs/performance.md)
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    if placement.adopted:
+        ranks = placement.ranks(placement.local_rank, backend)
+        return _run_adopted(worker, cfg, run_dir, ranks, backend, timeout_s)
+    store = None
+    if placement.first_rank == 0:  # the parent hosts it: it outlives every rank, on a free port
+        store = dist.TCPStore(
+            placement.address, placement.port, is_master=True, wait_for_workers=False
+        )
+    else:
+        _await_folder(run_dir, timeout_s)
+    port = store.port if store is not None else placement.port
+    children: list[SpawnProcess] = []
+    with _forward_signals(children) as received:
+        for local_rank in range(placement.local_world_size):
+            ranks = placement.ranks(local_rank, backend)
+            arguments = (worker, cfg, run_dir, ranks, backend, timeout_s, placement.address, port)
+            children.append(_start(ranks.rank, arguments))
+        codes = _supervise(children, min(timeout_s, _GRACE_S))
+    code = _conclude(run_dir, placement, codes, killed_by_hand=received.count(signal.SIGINT) > 1)
+    if code == SAVED_REQUEUE:
+        _tell_earlier_handlers(received)
+    return code
+
+
+def _await_folder(run_dir: Path, timeout_s: float) -> None:
+    """Wait until the folder, which rank 0's machine makes, can be seen from this process."""
+    end = time.monotonic() + timeout_s
+    while not run_dir.is_dir():
+        if time.monotonic() > end:
+            raise ValueError(
+                f"run folder {run_dir} did not appear within {timeout_s:g} s; rank 0's machine "
+                "makes it: it must be on a file system that all machines see"
+            )
+        time.sleep(0.1)
+
+
+def _start(rank: int, arguments: tuple) -> SpawnProcess:
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=_run_spawned, args=arguments, name=f"rank-{rank}")
+    # Blocked until the rank has its handlers: a signal during its imports must not be lost.
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+    return process
+
+
+@contextmanager
+def _forward_signals(children: list[SpawnProcess]) -> Iterator[list[int]]:
+    """Pass stop signals on to all ranks (their own sessions hide them from the terminal).
+
+    A second SIGINT kills them. SIGUSR2, with which submitit warns, is passed on as SIGUSR1: a rank
+    would take it for another request. Yields the list of signals received so far.
+    """
+    received: list[int] = []
+
+    def forward(number: int, frame: Any) -> None:
+        received.append(number)
+        if received.count(signal.SIGINT) > 1:
+            number = signal.SIGKILL
+        for child in children:
+            if child.is_alive() and child.pid is not None:
+                os.kill(child.pid, signal.SIGUSR1 if number == signal.SIGUSR2 else number)
+
+    numbers = (*STOP_SIGNALS, signal.SIGUSR2)
+    previous = {number: signal.signal(number, forward) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for child in children:  # only an exception in the parent leaves any alive
+            if child.is_alive():
+                child.kill()
+
+
+def _tell_earlier_handlers(received: list[int]) -> None:
+    """Call whoever listened before `launch` did: submitit's handler requeues the job, and exits."""
+    for number in dict.fromkeys(received):
+        handler = signal.getsignal(number)
+        if callable(handler):
+            handler(number, None)
+
+
+def _supervise(children: list[SpawnProcess], grace_s: float) -> dict[int, int]:
+    """Wait for all ranks; after the first failure end the others within `grace_s`.
+
+    Returns exit codes by local rank, in the order of the ends; those ended here are left out.
+    """
+    codes: dict[int, int] = {}
+    waiting = {child.sentinel: local_rank for local_rank, child in enumerate(children)}
+    deadline = float("inf")
+    while waiting and time.monotonic() < deadline:
+        timeout = None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
+        ready = multiprocessing.connection.wait(list(waiting), timeout)
+        for local_rank in [rank for sentinel, rank in waiting.items() if sentinel in ready]:
+            waiting.pop(children[local_rank].sentinel)
+            children[local_rank].join()
+            codes[local_rank] = children[local_rank].exitcode or OK
+            if codes[local_rank] not in (OK, SAVED_REQUEUE, INTERRUPTED):
+                deadline = min(deadline, time.monotonic() + grace_s)
+    for number, pause_s in ((signal.SIGUSR2, 0.5), (signal.SIGKILL, 0.0)):  # stacks, then the end
+        for local_rank in waiting.values():
+            pid = children[local_rank].pid
+            if children[local_rank].is_alive() and pid is not None:
+                os.kill(pid, number)
+        time.sleep(pause_s if waiting else 0.0)
+    for child in children:
+        child.join()
+    return codes
+
+
+def _conclude(
+    run_dir: Path, placement: Placement, codes: dict[int, int], *, killed_by_hand: bool
+) -> int:
+    failed = [i for i, code in codes.items() if code not in (OK, SAVED_REQUEUE, INTERRUPTED)]
+    if killed_by_hand:
+        return INTERRUPTED
+    if not failed:
+        return max(codes.values())
+    for local_rank in failed:
+        rank = placement.first_rank + local_rank
+        if not failures.error_path(run_dir, rank).exists():  # a silent death is the cause
+            failures.record_death(run_dir, rank, codes[local_rank])
+            break
+    failures.print_failure(run_dir)
+    return FAILED
+
+
+def _run_spawned(
+    worker: Worker,
+    cfg: Any,
+    run_dir: Path,
+    ranks: Ranks,
+    backend: str,
+    timeout_s: float,
+    address: str,
+    port: int,
+) -> None:
+    """Main function of a spawned rank."""
+    os.setsid()  # Ctrl-C goes to the parent alone, which passes it on
+    # Die with the parent, even if it is killed: no orphan may go on writing into the run folder.
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is None or os.getppid() != parent.pid:
+        os._exit(FAILED)
+
+    try:
+        store = dist.TCPStore(address, port, timeout=timedelta(seconds=timeout_s))
+        _init_group(ranks, backend, timeout_s, dist.PrefixStore("ranks", store))
+    except (RuntimeError, OSError) as error:
+        failures.record_error(run_dir, ranks.rank, error)
+        _leave(FAILED)
+    code = _run_rank(worker, cfg, run_dir, ranks, timeout_s, announce=False)
+    if code == FAILED:
+        _leave(code)
+    sys.exit(code)
+
+
+def _run_adopted(
+    worker: Worker, cfg: Any, run_dir: Path, ranks: Ranks, backend: str, timeout_s: float
+) -> int:
+    """Be the rank that a launcher made of this process; the run folder is rank 0's."""
+    if "MASTER_ADDR" not in os.environ:  # SLURM's tasks: torchrun sets it
+        placement = find_placement(ranks.local_world_size)
+        os.environ["MASTER_ADDR"] = placement.address
+        os.environ["MASTER_PORT"] = str(placement.port)
+    _init_group(ranks, backend, timeout_s, None)
+    shared = [str(run_dir)]
+    dist.broadcast_object_list(shared, src=0)
+    run_dir = Path(shared[0])
+    _await_folder(run_dir, timeout_s)
+    code = _run_rank(worker, cfg, run_dir, ranks, timeout_s, announce=True)
+    if code == FAILED:
+        _leave(code)  # other ranks may hang: no orderly end of the process group
+    return code
+
+
+def _init_group(ranks: Ranks, backend: str, timeout_s: float, store: dist.Store | None) -> None:
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if backend == "nccl" else backend,
+        store=store,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        # A little more than the ranks' own hang clock: the stacks come first.
+        timeout=timedelta(seconds=timeout_s + 5),
+        device_id=ranks.device if backend == "nccl" else None,
+    )
+
+
+def _run_rank(
+    worker: Worker,
+    cfg: Any,
+    run_dir: Path,
+    ranks: Ranks,
+    timeout_s: float,
+    *,
+    announce: bool,
+) -> int:
+    """Run the worker; turn its end, good or bad, into an exit code and files in the run folder.
+
+    Only once the group exists: then rank 0 has cleared errors/ of an earlier attempt.
+    """
+    stacks = failures.stacks_path(run_dir, ranks.rank)
+    stacks.parent.mkdir(exist_ok=True)
+    control = Control(stacks, timeout_s)
+    torch.set_num_threads(_threads(ranks.local_world_size))
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
+    try:
+        worker(cfg, run_dir, ranks, control)
+        control.alive()
+        dist.destroy_process_group()
+    except BaseException as error:  # SystemExit too: a rank that leaves early is a failure
+        control.close()
+        first = failures.record_error(run_dir, ranks.rank, error)
+        if announce and first:
+            failures.print_failure(run_dir)
+        return FAILED
+    control.close()
+    return control.exit_code
+
+
+def _threads(local_world_size: int) -> int:
+    """OMP_NUM_THREADS where it is set, else an equal share of the cores this process may use."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return int(os.environ["OMP_NUM_THREADS"])
+    return max(1, len(os.sched_getaffinity(0)) // local_world_size)
+
+
+def _leave(code: int) -> None:
+    """End the process now: no teardown that could wait for a rank that is gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,127 @@
+"""The run folder: made whole or not at all, used by one live run at a time.
+
+config.yaml        the resolved config of the latest attempt (config.1.yaml, ...: earlier ones)
+environment.json   one entry per attempt: code, versions, machine, argv
+metrics.jsonl      one line per logged step
+checkpoints/       see checkpoint.py
+errors/            tracebacks and stacks of the latest attempt, per rank
+COMPLETE | FAILED  how the latest attempt ended; neither: it runs, was stopped, or was killed
+lock               held by a live run; names its process
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from iopo.files import write_text
+from iopo.redact import redact
+from iopo.training.checkpoint.resume import plain
+
+COMPLETE_FILE = "COMPLETE"
+FAILED_FILE = "FAILED"
+
+
+@contextmanager
+def open_run(run_dir: Path, *, config_text: str, environment: dict[str, Any]) -> Iterator[None]:
+    """Make or reopen the run folder and hold its lock while the context lasts.
+
+    Call it once all that needs no weights is validated, in the main process only
+    (`Placement.is_main`). A new folder appears with its files in one rename. Reopening clears the
+    previous attempt's COMPLETE, FAILED and errors/. Secrets are redacted from both files.
+    Raises ValueError if a live run holds the folder, or if it holds files but no run.
+    """
+    run_dir = run_dir.absolute()
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    lock = None if run_dir.exists() else _create(run_dir, config_text, environment)
+    if lock is None:
+        lock = _reopen(run_dir)
+        _record_attempt(run_dir, config_text, environment)
+    with lock:  # closing the file releases the lock; so does any death of this process
+        yield
+
+
+def read_complete(run_dir: Path) -> dict[str, Any] | None:
+    """What `mark_complete` wrote, if the run in this folder reached its last step."""
+    path = run_dir / COMPLETE_FILE
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def mark_complete(run_dir: Path, facts: dict[str, Any]) -> None:
+    """Say that the run reached its last step. Called by rank 0 once everything is on disk.
+
+    facts: "step", and what `check_resume` compares; secrets are redacted.
+    """
+    write_text(run_dir / COMPLETE_FILE, json.dumps(plain(facts), indent=1) + "\n")
+
+
+def _create(run_dir: Path, config_text: str, environment: dict[str, Any]) -> TextIO | None:
+    """Make the folder beside its place and rename it; None if someone else was faster."""
+    temporary = run_dir.with_name(f".{run_dir.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    lock = _lock(temporary)
+    _record_attempt(temporary, config_text, environment)
+    try:
+        temporary.rename(run_dir)
+    except OSError:
+        lock.close()
+        shutil.rmtree(temporary)
+        if not run_dir.exists():
+            raise
+        return None
+    return lock
+
+
+def _reopen(run_dir: Path) -> TextIO:
+    found = [p.name for p in run_dir.iterdir()]
+    # Hydra makes its output folder before the program starts, with its own files in it.
+    foreign = [n for n in found if n not in (".hydra", "lock") and not n.endswith(".log")]
+    if foreign and "config.yaml" not in found:
+        raise ValueError(
+            f"{run_dir} is not a run folder: it holds {', '.join(sorted(foreign)[:5])} but no "
+            "config.yaml; choose another run_dir or empty this one"
+        )
+    return _lock(run_dir)
+
+
+def _lock(run_dir: Path) -> TextIO:
+    file = open(run_dir / "lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise ValueError(
+            f"{run_dir} is in use by a live run ({holder or 'just starting'}); wait for it, stop "
+            "it, or choose another run_dir"
+        ) from None
+    file.truncate(0)
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    file.write(f"pid {os.getpid()} on {socket.gethostname()} since {started}")
+    file.flush()
+    return file
+
+
+def _record_attempt(run_dir: Path, config_text: str, environment: dict[str, Any]) -> None:
+    for name in (COMPLETE_FILE, FAILED_FILE):
+        (run_dir / name).unlink(missing_ok=True)
+    shutil.rmtree(run_dir / "errors", ignore_errors=True)
+
+    config = run_dir / "config.yaml"
+    config_text = redact(config_text)
+    if config.exists() and config.read_text() != config_text:
+        earlier = len(list(run_dir.glob("config.*.yaml")))
+        config.rename(run_dir / f"config.{earlier + 1}.yaml")
+    write_text(config, config_text)
+
+    path = run_dir / "environment.json"
+    attempts = json.loads(path.read_text()) if path.exists() else []
+    attempts.append(environment)
+    write_text(path, redact(json.dumps(attempts, indent=1)) + "\n")

@@ -1,0 +1,1 @@
+"""plan=true: memory, FLOPs and communication of a run without weights or a GPU."""

@@ -1,0 +1,1 @@
+"""The reference of a run: where its log-probs come from, and the cache on disk."""

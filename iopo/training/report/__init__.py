@@ -1,0 +1,1 @@
+"""Pages about a run and about a sweep, from their folders alone."""

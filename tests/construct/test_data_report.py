@@ -1,0 +1,55 @@
+"""The page about data, and the leak scorers."""
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+from iopo.construct import report, taxonomy
+from iopo.construct.leaks import SideGuesser
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = [ROOT / "data" / "demo" / name for name in ("train.jsonl", "heldout.jsonl")]
+
+
+def test_counts_are_those_of_the_rows():
+    counts = report.count(DEMO)
+    rows = [json.loads(line) for path in DEMO for line in path.open(encoding="utf-8")]
+    kinds = Counter(c["kind"] for row in rows for c in row["c1"] + row["c2"])
+    assert counts.rows == len(rows) and counts.kinds == kinds
+    assert counts.types.total() == counts.dimensions.total() == kinds.total()
+    assert counts.numbers.total() == 2 * len(rows) == counts.x_chars.total()
+    assert sum(n * k for k, n in counts.numbers.items()) == kinds.total()
+    assert counts.dimensions["Exclusion"] == kinds["forbid_words"]
+
+
+def test_kinds_belong_to_dimensions_of_the_taxonomy():
+    from iopo.constraints import KINDS
+
+    assert set(report.DIMENSION_OF) >= set(KINDS)
+    assert set(report.DIMENSION_OF.values()) <= {d.dimension for d in taxonomy.read()}
+
+
+def test_page_escapes_what_others_wrote(tmp_path):
+    row = json.loads(DEMO[0].open(encoding="utf-8").readline())
+    row["y1"] = "<script>alert(1)</script>"
+    row["c1"] = [{"kind": "judged", "params": {"type": "Theme"}, "text": "t"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    assert report.main([str(path), "--out", str(tmp_path / "r.html")]) == 0
+    page = (tmp_path / "r.html").read_text()
+    assert "<script>" not in page and "&lt;script&gt;" in page and "Theme" in page
+    path.write_text('{"x1": 3}\n')
+    assert report.main([str(path), "--out", str(tmp_path / "r.html")]) == 2
+
+
+def test_side_guesser_finds_a_leak_and_no_other():
+    rng = random.Random(0)
+    words = "a few plain words that stand in any order and mean nothing at all".split()
+    fair, leaking = SideGuesser(), SideGuesser()
+    for _ in range(500):
+        texts = [" ".join(rng.choices(words, k=rng.randint(5, 20))) for _ in (1, 2)]
+        fair.add(*texts)
+        leaking.add("Certainly! " + texts[0], texts[1])
+    assert abs(fair.y_only()) < 3 and abs(fair.length_only()) < 3
+    assert leaking.y_only() > 10 and leaking.length_only() > 3

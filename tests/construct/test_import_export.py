@@ -1,0 +1,241 @@
+"""Foreign files in, foreign files out, and relabelling a preference set as a stream."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from iopo.construct import exporters, importers
+from iopo.construct import relabel as relabelling
+from iopo.construct.importers import IfevalSeed, Skipped
+from iopo.construct.relabel import RelabelRecipe, relabel_file
+from iopo.construct.script import script_of
+from iopo.construct.verify import verify
+from iopo.data.rows import Pair, read_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "data" / "demo" / "heldout.jsonl"
+
+
+def write(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+def turn(role: str, text: str) -> dict:
+    return {"role": role, "content": text}
+
+
+# --- import ---
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "P", "chosen": "A", "rejected": "B"}, ("P", "A", "B", None)),
+        (
+            {"prompt": "P", "chosen": [turn("user", "P"), turn("assistant", "A")],
+             "rejected": [turn("user", "P"), turn("assistant", "B")]},
+            ("P", "A", "B", None),
+        ),
+        (
+            {"chosen": [turn("system", "S"), turn("user", "P"), turn("assistant", "A")],
+             "rejected": [turn("system", "S"), turn("user", "P"), turn("assistant", "B")]},
+            ("P", "A", "B", "S"),
+        ),
+        (
+            {"prompt": [turn("user", "P")], "chosen": [turn("assistant", "A")],
+             "rejected": {"from": "gpt", "value": "B"}},
+            ("P", "A", "B", None),
+        ),
+        ({"prompt": "P", "chosen": "A", "rejected": "A "}, "chosen = rejected"),
+        ({"prompt": "P", "chosen": "A"}, "no chosen or no rejected"),
+        ({"prompt": "P", "chosen": "A", "rejected": " "}, "empty text"),
+        ({"chosen": "A", "rejected": "B"}, "no prompt"),
+        (
+            {"chosen": [turn("user", "P"), turn("assistant", "Q"), turn("user", "R"),
+                        turn("assistant", "A")], "rejected": "B"},
+            "several turns",
+        ),
+        (
+            {"prompt": [turn("user", "P"), turn("assistant", "Q"), turn("user", "R")],
+             "chosen": [turn("user", "R"), turn("assistant", "A")], "rejected": "B"},
+            "several turns",
+        ),
+        ({"prompt": "P", "chosen": [turn("assistant", "A"), turn("tool", "T")],
+          "rejected": "B"}, "several turns"),
+        ({"prompt": "P", "system": "S", "chosen": "A", "rejected": "B"}, ("P", "A", "B", "S")),
+        (
+            {"prompt": "P", "chosen": [turn("user", "Q"), turn("assistant", "A")], "rejected": "B"},
+            "the two sides answer different prompts",
+        ),
+        ([1], "no object"),
+    ],
+)  # fmt: skip
+def test_preferences(tmp_path, row, expected):
+    (found,) = importers.preferences(write(tmp_path / "a.jsonl", [row]))
+    if isinstance(expected, str):
+        assert found == Skipped(1, expected)
+    else:
+        assert isinstance(found, Pair)
+        assert (found.x, found.chosen, found.rejected, found.system) == expected
+
+
+def test_bad_lines_are_skipped_with_their_number(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"prompt": "P", "chosen": "A", "rejected": "B"}\n\n{oops\n\xff\xfe\n')
+    found = list(importers.preferences(path))
+    assert isinstance(found[0], Pair) and found[1:] == [
+        Skipped(3, "not JSON"),
+        Skipped(4, "not JSON"),
+    ]
+    with pytest.raises(ValueError, match="expected a .jsonl file"):
+        list(importers.preferences(tmp_path / "a.json"))
+
+
+def test_ifeval_seeds(tmp_path):
+    good = {
+        "key": 7,
+        "prompt": "Write. No commas.",
+        "instruction_id_list": ["punctuation:no_comma"],
+    }
+    rows = [
+        {**good, "kwargs": [{}], "response": "Done."},
+        {**good, "kwargs": '[{"relation": null}]'},
+        {**good, "kwargs": []},
+        {**good, "instruction_id_list": ["no:such"], "kwargs": [{}]},
+        {"prompt": "P"},
+    ]
+    found = list(importers.ifeval_seeds(write(tmp_path / "a.jsonl", rows)))
+    assert isinstance(found[0], IfevalSeed) and found[0].response == "Done."
+    assert found[0].constraints[0].check("a b") and not found[0].constraints[0].check("a, b")
+    assert isinstance(found[1], IfevalSeed)
+    assert [type(f) for f in found[2:]] == [Skipped] * 3
+
+
+def test_seeds(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("Write.\n\nRead.\nWrite.\n")
+    found = importers.read_seeds(text)
+    assert [row["instruction"] for row in found] == ["Write.", "Read.", "Write."]
+    assert len({row["id"] for row in found}) == 3
+    with pytest.raises(ValueError, match="id 'a' occurs twice"):
+        importers.read_seeds(
+            write(tmp_path / "b.jsonl", [{"id": "a", "x": "1"}, {"id": "a", "x": "2"}])
+        )
+    with pytest.raises(ValueError, match=r"row 1 has the keys \['text'\]"):
+        importers.read_seeds(write(tmp_path / "c.jsonl", [{"text": "1"}]))
+
+
+# --- export ---
+
+
+def test_sharegpt_comes_back_as_it_went(tmp_path):
+    quads = read_rows(DEMO, "quad")
+    path = tmp_path / "quads.json"
+    assert exporters.write(path, exporters.export(quads, "sharegpt")) == len(quads)
+    assert read_rows(path, "quad") == quads
+    row = json.loads(path.read_text())[0]
+    assert [turn["from"] for turn in row["conversations"]] == ["human", "human"]
+    assert row["rejected"]["value"] == quads[0].y2  # the right answer to x2
+
+
+def test_pairs_and_sft(tmp_path):
+    quads = read_rows(DEMO, "quad")[:3]
+    both, first = (list(exporters.export(quads, to)) for to in ("pairs", "pairs_first"))
+    assert len(both) == 6 and both[::2] == first
+    assert both[1]["chosen"] == quads[0].y2 and both[1]["rejected"] == quads[0].y1
+    assert [row["y"] for row in exporters.export(quads, "sft")][:2] == [quads[0].y1, quads[0].y2]
+    trl = list(exporters.export(quads, "trl"))
+    imported = list(importers.preferences(write(tmp_path / "a.jsonl", trl)))
+    assert [(p.x, p.chosen) for p in imported] == [(r["x"], r["chosen"]) for r in both]
+    assert exporters.main([str(DEMO), "--to", "pairs", "--out", str(tmp_path / "p.jsonl")]) == 0
+    assert len(read_rows(tmp_path / "p.jsonl", "pair")) == 2 * len(read_rows(DEMO))
+    assert exporters.main([str(tmp_path / "p.jsonl"), "--to", "sharegpt", "--out", "x.json"]) == 2
+
+
+# --- relabelling a preference set ---
+
+
+def demo_pairs() -> list[dict]:
+    rows = [json.loads(line) for line in DEMO.open(encoding="utf-8")]
+    return [{"prompt": f"{r['task']} Case {n}.", "chosen": r["y1"], "rejected": r["y2"]}
+            for n, r in enumerate(rows)]  # fmt: skip
+
+
+def made(folder: Path, rows: list[dict], **changes):
+    source = write(folder / "pairs.jsonl", rows)
+    recipe = RelabelRecipe(
+        **({"source": str(source), "out": str(folder / "out"), "heldout_share": 0.4} | changes)
+    )
+    relabeller = relabel_file(recipe, lambda line: None)
+    files = [folder / "out" / f"{split}.jsonl" for split in relabelling.SPLITS]
+    return relabeller, files
+
+
+def test_relabelled_pairs_pass_verify_and_splits_hold(tmp_path):
+    pairs = demo_pairs()
+    relabeller, files = made(tmp_path, pairs)
+    found, summary = verify(files)
+    assert [str(v) for v in found] == []
+    assert summary.rows == sum(relabeller.made.values()) > 100
+    assert summary.rows + sum(relabeller.skipped.values()) == len(pairs)
+    held = set(RelabelRecipe().heldout_kinds)
+    kinds: dict[str, Counter] = {}
+    for path in files:
+        rows = [json.loads(line) for line in path.open(encoding="utf-8")]
+        kinds[path.stem] = Counter(c["kind"] for r in rows for c in r["c1"] + r["c2"])
+    assert not held & {*kinds["train"], *kinds["heldout"]}
+    assert {*kinds["heldout_kinds"]} <= held
+    assert max(kinds["train"].values()) <= 0.15 * max(40, kinds["train"].total())
+    before = [path.read_text() for path in files]
+    made(tmp_path, pairs)
+    assert [path.read_text() for path in files] == before
+
+
+def test_relabelling_leaves_out_what_is_no_use(tmp_path):
+    good = {
+        "prompt": "Describe an old mill.",
+        "chosen": "The old mill was empty for years. Students repaired it, and it works again.",
+        "rejected": "A mill stands by the river! It makes bread possible for everyone here.",
+    }
+    rows = [
+        {**good, "rejected": "I'm sorry, but I cannot help you with this one today."},
+        {**good, "rejected": "This one just stops in the middle of"},
+        {**good, "rejected": "这是另一种语言的回答，不能使用。"},
+        {**good, "rejected": "Too short."},
+        good,
+        {**good, "prompt": "Another prompt."},
+    ]
+    relabeller, _ = made(tmp_path, rows, heldout_share=0.0)
+    assert relabeller.skipped == {
+        "refusal": 1, "unfinished": 1, "another script than the prompt": 1,
+        "too short or too long": 1, "repeated response": 1,
+    }  # fmt: skip
+
+
+def test_chinese_pairs_get_chinese_instructions(tmp_path):
+    row = {
+        "prompt": "介绍一下西湖。",
+        "chosen": "西湖位于杭州，湖光山色。春天桃花开放，夏天荷花盛开，秋天桂花飘香，游人很多！",
+        "rejected": "西湖是一个湖。\n\n它在杭州。你去过吗？",
+    }
+    _, files = made(tmp_path, [row], heldout_share=0.0)
+    (quad,) = [json.loads(line) for line in files[0].open(encoding="utf-8")]
+    assert all(script_of(c["text"]) == "chinese" for c in quad["c1"] + quad["c2"])
+    assert verify(files)[0] == []
+
+
+def test_a_prompt_that_speaks_of_a_kind_does_not_get_it(tmp_path):
+    pairs = [
+        {**row, "prompt": row["prompt"] + " Use few words and no list."} for row in demo_pairs()
+    ]
+    _, files = made(tmp_path, pairs)
+    kinds = {c["kind"] for f in files for line in f.open() for c in json.loads(line)["c1"]}
+    assert kinds and not kinds & {"words", "bullets", "numbered_items", "layout", "include_words"}
+
+
+def test_scripts():
+    assert script_of("これはペンです") == "kana" and script_of("Это ручка") == "cyrillic"
+    assert script_of("한국어 문장") == "hangul" and script_of("!? 12") == "none"

@@ -1,0 +1,151 @@
+"""Scores, paired differences and pictures."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from iopo.evaluation import compare, pictures, scoring
+from iopo.evaluation.benchmarks import trace
+from iopo.files import write_records
+from iopo.stats import mcnemar_exact, wilson
+
+
+def shares(values: list[float]) -> dict[str, tuple[float, float]]:
+    return {str(i): (v, 1) for i, v in enumerate(values)}
+
+
+def test_shares_get_wilson_and_ratios_a_bootstrap() -> None:
+    table = {
+        "share": shares([1, 1, 0, 1]),
+        "weighted": {"a": (0.25, 0.25), "b": (0.0, 0.25)},
+        "ratio": {"a": (1, 2), "b": (3, 3), "c": (0, 1)},
+        "mean": shares([0.5, 0.7]),
+    }
+    found = scoring.summarise(table, resamples=500, seed=0)
+    expected = wilson(3, 4)
+    assert {k: found["share"][k] for k in expected} == expected
+    assert found["weighted"]["method"] == "wilson" and found["weighted"]["value"] == 0.5
+    assert found["ratio"]["value"] == 4 / 6 and found["ratio"]["n"] == 3
+    assert found["ratio"]["low"] <= 4 / 6 <= found["ratio"]["high"]
+    assert found["mean"]["method"] == "bootstrap"
+    sure = scoring.summarise({"x": {"a": (2, 2), "b": (1, 1)}}, resamples=50, seed=0)["x"]
+    assert {k: sure[k] for k in expected} == wilson(2, 2), "not certain, though all were right"
+    assert scoring.from_rows(scoring.to_rows(table)) == table
+
+
+def test_intervals_keep_the_constraints_of_an_item_together() -> None:
+    """100 items of 10 equal verdicts are 100 observations, not 1,000."""
+    rng = np.random.default_rng(0)
+    units = {str(i): (10.0 * held, 10.0) for i, held in enumerate(rng.random(100) < 0.5)}
+    entry = scoring.summarise({"x": units}, resamples=2000, seed=0)["x"]
+    assert entry["high"] - entry["low"] > 0.15
+
+
+def test_paired_differences_by_hand() -> None:
+    a = {"m": shares([1, 1, 0, 0, 1, 0, 1, 0]), "r": {"0": (1, 2), "1": (2, 2)}}
+    b = {"m": shares([1, 1, 1, 1, 1, 1, 0, 0]), "r": {"0": (2, 2), "1": (2, 2), "9": (0, 2)}}
+    row = scoring.compare("m", a, b, resamples=2000, seed=0)
+    assert (row.a, row.b, row.difference) == (0.5, 0.75, 0.25)
+    assert (row.only_a, row.only_b) == (1, 3)
+    assert row.p == mcnemar_exact([1, 1, 0, 0, 1, 0, 1, 0], [1, 1, 1, 1, 1, 1, 0, 0])["p"]
+    assert row.low < 0.25 < row.high
+    ratio = scoring.compare("r", a, b, resamples=100, seed=0)
+    assert ratio.units == 2 and ratio.difference == 0.25 and ratio.p is None
+    with pytest.raises(ValueError, match="no item in common"):
+        scoring.compare("m", {"m": {"x": (1, 1)}}, {"m": {"y": (1, 1)}}, resamples=10, seed=0)
+
+
+def test_pairing_narrows_the_interval() -> None:
+    """Two runs that agree on nearly all items differ by little, whatever the items' spread."""
+    rng = np.random.default_rng(1)
+    base = (rng.random(400) < 0.5).astype(float)
+    better = base.copy()
+    better[np.flatnonzero(base == 0)[:12]] = 1
+    table_a, table_b = {"m": shares(list(base))}, {"m": shares(list(better))}
+    row = scoring.compare("m", table_a, table_b, resamples=4000, seed=0)
+    assert row.low > 0 and row.high - row.low < 0.05
+    alone = scoring.summarise(table_a, resamples=100, seed=0)["m"]
+    assert alone["high"] - alone["low"] > 0.09
+
+
+def run_folder(
+    folder: Path,
+    values: list[float],
+    sha: str = "s",
+    benchmark: str = "ifeval",
+    judge: dict | None = None,
+) -> Path:
+    folder.mkdir(parents=True)
+    table = {"prompt_strict": shares(values), "CSL/en": shares([3.0 * v for v in values])}
+    scores = {
+        "benchmark": benchmark,
+        "headline": list(table),
+        "data": {"sha256": sha},
+        "judge": judge or {},
+        "scores": scoring.summarise(table, resamples=100, seed=0),
+    }
+    (folder / "scores.json").write_text(json.dumps(scores))
+    write_records(folder / "measures.jsonl", scoring.to_rows(table))
+    return folder
+
+
+def test_two_folders(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run_folder(tmp_path / "a" / "ifeval", [0, 0, 1, 0, 0, 0])
+    run_folder(tmp_path / "b" / "x", [1, 1, 1, 1, 1, 0])
+    (tmp_path / "b" / "quads").mkdir()  # of another program: without measures
+    (tmp_path / "b" / "quads" / "scores.json").write_text('{"group_accuracy": {}}')
+    out = tmp_path / "out"
+    arguments = [str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(out), "--resamples", "500"]
+    assert compare.main(arguments) == 0
+    assert "B is better" in capsys.readouterr().out
+    rows = json.loads((out / "compare.json").read_text())["differences"]["ifeval"]
+    assert rows[0]["difference"] == pytest.approx(4 / 6) and rows[0]["only_b"] == 4
+    assert (out / "compare.png").stat().st_size > 5000
+    assert "+66.7" in (out / "compare.html").read_text()
+
+
+def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    a = run_folder(tmp_path / "a", [0, 1])
+    for other, message in (
+        (run_folder(tmp_path / "b", [0, 1], sha="t"), "different data files"),
+        (run_folder(tmp_path / "c", [0, 1], benchmark="trace"), "no benchmark in common"),
+        (run_folder(tmp_path / "d", [0, 1], judge={"model": "m"}), "scored by code, .* by m"),
+        (tmp_path / "nothing", "no scores.json"),
+    ):
+        assert compare.main([str(a), str(other), "--out", str(tmp_path / "o")]) == 2
+        assert re.search(message, capsys.readouterr().err)
+    run_folder(tmp_path / "two" / "x", [1])
+    run_folder(tmp_path / "two" / "y", [1])
+    with pytest.raises(ValueError, match="both .* hold ifeval"):
+        compare.runs(tmp_path / "two")
+
+
+def test_pictures_from_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    a = run_folder(tmp_path / "a", [0, 1, 1])
+    b = run_folder(tmp_path / "b", [0, 0, 1])
+    out = tmp_path / "out"
+    assert pictures.main(["models", f"one={a}", f"two={b}", "--out", str(out)]) == 0
+    assert (out / "models.png").stat().st_size > 5000
+    page = (out / "models.html").read_text()
+    assert "66.7" in page and "models.png" in page
+    rows = [
+        {
+            "id": str(n),
+            "messages": [],
+            "description": "d",
+            "constraints": "c",
+            "input": "NULL",
+            "constraints_splits": ["c"] * n,
+            "levels2": (list(trace.TYPE_OF) + ["·"])[:n],
+        }
+        for n in (1, 3, 27)
+    ]
+    write_records(tmp_path / "trace.jsonl", rows)
+    assert pictures.main(["trace", str(tmp_path / "trace.jsonl"), "--out", str(out)]) == 0
+    for name in ("trace_types.png", "trace_counts.png", "trace.html"):
+        assert (out / name).is_file()
+    assert pictures.main(["models", f"one={a}", f"one={b}", "--out", str(out)]) == 2
+    assert "two models are called one" in capsys.readouterr().err

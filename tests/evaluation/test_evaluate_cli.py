@@ -1,0 +1,277 @@
+"""The command itself: composing, refusing, answers of every odd kind, and what it leaves behind."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers_judge import Answer, StubServer
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+
+from iopo.evaluation.config import (
+    BenchmarkSection,
+    DataSection,
+    EvaluateConfig,
+    GenerateSection,
+    ResponsesSection,
+)
+from iopo.evaluation.endpoint import EndpointError
+from iopo.evaluation.responses import default_out
+from iopo.evaluation.run import CODED, JUDGED, evaluate
+from iopo.files import read_records, write_records
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = [
+    {
+        "key": key,
+        "prompt": f"Write {key} words. Do not use any commas.",
+        "instruction_id_list": ["punctuation:no_comma", "change_case:english_lowercase"],
+        "kwargs": [{}, {}],
+    }
+    for key in (1000, 1001, 1005, 1012)
+]
+GOOD = "this is a long and plain english sentence that should be easy to recognise"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    write_records(tmp_path / "data.jsonl", ROWS)
+    return tmp_path / "data.jsonl"
+
+
+def settings(data: Path, answers: Path | None = None, **changes) -> EvaluateConfig:
+    return EvaluateConfig(
+        **{
+            "benchmark": BenchmarkSection("ifeval"),
+            "data": DataSection(str(data)),
+            "responses": ResponsesSection(None if answers is None else str(answers)),
+            "out": str(data.parent / "out"),
+            "bootstrap": 50,
+        }
+        | changes
+    )
+
+
+def compose_evaluate(*overrides: str) -> EvaluateConfig:
+    ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = OmegaConf.to_object(compose("evaluate", list(overrides)))
+    assert isinstance(config, EvaluateConfig)
+    return config
+
+
+def test_every_benchmark_and_judge_composes() -> None:
+    files = {path.stem for path in (ROOT / "conf" / "benchmark").glob("*.yaml")}
+    assert files >= set(JUDGED) | set(CODED)
+    for name in sorted(set(JUDGED) | set(CODED)):
+        assert compose_evaluate(f"+benchmark={name}", "model.path=x").benchmark.name == name
+    for judge in (ROOT / "conf" / "judge").glob("*.yaml"):
+        compose_evaluate("+benchmark=trace", f"judge={judge.stem}", "model.path=x")
+    assert compose_evaluate("+benchmark=trace", "model.path=x").generate.temperature == 0.1
+    assert compose_evaluate("+benchmark=ifeval", "model.path=x").generate.temperature == 0.0
+    found = compose_evaluate("+benchmark=trace", "model.path=x", "generate.temperature=0")
+    assert found.generate.temperature == 0.0, "the command line wins over the benchmark"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("judge.modle=x", "modle"),
+        ("generate.max_new_tokens=many", "max_new_tokens"),
+        ("judge.style=clever", "style"),
+    ],
+)
+def test_unknown_keys_and_types_fail_by_name(override: str, message: str) -> None:
+    with pytest.raises(ConfigCompositionException) as error:
+        compose_evaluate("+benchmark=trace", "model.path=x", override)
+    assert message in str(error.value) + str(error.value.__cause__)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "nothing to score"),
+        (["model.path=x", "responses.path=y"], "model.path and responses.path are all set"),
+        (["model.adapter=x", "responses.path=y"], "adapter is set without model.path"),
+        (["generate.base_url=x"], "without generate.model"),
+        (["model.path=x", "limit=0"], "limit is 0"),
+        (["model.path=x", "benchmark.scored=-1"], "scored is -1"),
+        (["model.path=x", "benchmark.scored=0"], "no log-probs for benchmark.controls"),
+        (["model.path=x", "judge.concurrency=0"], "concurrency is 0"),
+        (["model.path=x", "generate.temperature=-1"], "temperature is -1"),
+    ],
+)
+def test_impossible_settings_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compose_evaluate("+benchmark=ifeval", *overrides)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "evaluate.py", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_the_command_scores_answers(data: Path, tmp_path: Path) -> None:
+    rows = [{"key": row["key"], "response": GOOD} for row in ROWS]
+    rows[1]["response"] = "Now, this has a comma and capitals"
+    write_records(tmp_path / "answers.jsonl", rows[::-1])
+    done = command(
+        "+benchmark=ifeval",
+        f"data.path={data}",
+        f"responses.path={tmp_path / 'answers.jsonl'}",
+        f"out={tmp_path / 'out'}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "prompt_strict" in done.stdout and "75.0" in done.stdout
+    verdicts = read_records(tmp_path / "out" / "verdicts.jsonl")
+    assert verdicts[0] == {"key": 1000, "strict": [True, True], "loose": [True, True]}
+    assert [row["key"] for row in verdicts] == [1000, 1001, 1005, 1012], "in the data's order"
+    assert verdicts[1]["strict"] == [False, False]
+    for name in ("responses.jsonl", "scores.json", "report.html", "measures.jsonl"):
+        assert (tmp_path / "out" / name).is_file()
+    assert not list(tmp_path.glob("**/.hydra")) and not (ROOT / "outputs").exists()
+    refused = command("+benchmark=ifeval", "model.path=x", "data.path=/nowhere")
+    assert refused.returncode == 2
+    assert "google-research" in refused.stderr and "Traceback" not in refused.stderr
+    unnamed = command()
+    assert unnamed.returncode == 2
+    assert "+benchmark=NAME" in unnamed.stderr and "Traceback" not in unnamed.stderr
+
+
+def test_odd_answers_are_counted_not_fatal(data: Path, tmp_path: Path) -> None:
+    answers = tmp_path / "answers.jsonl"
+    rows = [
+        {"key": 1000, "response": GOOD},
+        {"key": 1000, "response": GOOD},  # the same twice
+        {"id": "1001", "response": "  \n"},
+        {"key": 1005, "response": "word " * 200_000},  # 1 MB
+        {"key": 9999, "response": "for another data file"},
+    ]
+    write_records(answers, rows)
+    said: list[str] = []
+    scores = evaluate(settings(data, answers), said.append)
+    assert scores["responses"] == {
+        "answers": 3, "empty": 1, "missing": 1, "unknown": 1, "repeated": 1, "failed": 0,
+        "cut_at_token_limit": 0,
+    }  # fmt: skip
+    assert scores["scores"]["prompt_strict"]["n"] == 4, "missing answers stay in the denominator"
+    text = "\n".join(said)
+    for part in (
+        "no answer to 1 items (1012)",
+        "1 ids that the data lacks (9999)",
+        "1 empty",
+        "1 answers are there twice",
+    ):
+        assert part in text
+    assert (data.parent / "out" / "report.html").stat().st_size < 200_000
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"key": 1000, "response": "\xff"}\n', r"answers.jsonl:1: not UTF-8"),
+        (b'{"key": 1000, "response": "a"\n{"key": 1}\n', r"answers.jsonl:1: "),
+        (b'{"key": 1000}\n', 'row 1: "response": expected text, found nothing'),
+        (b'{"key": 1000, "response": null}\n', "found NoneType"),
+        (b'{"response": "a"}\n', 'expected "id" or "key"'),
+        (
+            b'{"key": 1000, "response": "a"}\n{"key": "1000", "response": "b"}\n',
+            "row 2: a second, different answer to 1000",
+        ),
+        (b'{"key": 1, "response": "a"}\n', "none of 1 ids is in the data"),
+        (b"\n", "no answers in it"),
+    ],
+)
+def test_answers_that_cannot_be_read(
+    data: Path, tmp_path: Path, content: bytes, message: str
+) -> None:
+    answers = tmp_path / "answers.jsonl"
+    answers.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        evaluate(settings(data, answers), lambda _: None)
+    with pytest.raises(ValueError, match="no such file"):
+        evaluate(settings(data, tmp_path / "mistyped.jsonl"), lambda _: None)
+
+
+def test_answers_are_not_overwritten_by_their_copy(data: Path, tmp_path: Path) -> None:
+    answers = tmp_path / "out" / "responses.jsonl"
+    answers.parent.mkdir()
+    write_records(answers, [{"key": 1000, "response": "a"}])
+    config = settings(data, answers)
+    config.out, config.limit = str(answers.parent), 1
+    with pytest.raises(ValueError, match="would be overwritten"):
+        evaluate(config, lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("path", "folder"),
+    [("runs/iopo/export", "iopo_export"), ("demo", "demo"), ("/export", "export")],
+)
+def test_models_of_one_name_have_folders_of_their_own(path: str, folder: str) -> None:
+    config = compose_evaluate("+benchmark=ifeval", f"model.path={path}")
+    assert default_out(config) == Path("runs/evaluate/ifeval") / folder
+
+
+def test_scoring_answers_does_not_wait_for_torch() -> None:
+    code = "import sys, evaluate; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_report_escapes_what_answers_hold(data: Path, tmp_path: Path) -> None:
+    answers = tmp_path / "answers.jsonl"
+    write_records(answers, [{"key": 1000, "response": "<script>alert(1)</script> \ud800"}])
+    evaluate(settings(data, answers), lambda _: None)
+    page = (data.parent / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page and "&lt;script&gt;" in page
+
+
+def test_answers_from_a_server_are_kept_when_it_fails(data: Path, tmp_path: Path) -> None:
+    broken = True
+
+    def script(body: dict, before: int) -> Answer:
+        if broken and "1005" in body["messages"][-1]["content"]:
+            return Answer(status=401, body="no key", wait_s=0.3)
+        return Answer(GOOD, finish_reason="length")
+
+    with StubServer(script) as server:
+        section = GenerateSection(base_url=server.base_url, model="m", concurrency=2)
+        config = settings(data, generate=section)
+        with pytest.raises(EndpointError, match="OPENAI_API_KEY"):
+            evaluate(config, lambda _: None)
+        kept = {row["key"] for row in read_records(data.parent / "out" / "responses.jsonl")}
+        assert kept and 1005 not in kept
+        broken = False
+        server.bodies.clear()
+        scores = evaluate(config, lambda _: None)
+        assert len(server.bodies) == 4 - len(kept), "only what was missing is asked"
+    assert scores["responses"]["answers"] == 4
+    assert scores["responses"]["cut_at_token_limit"] == 4
+    with pytest.raises(ValueError, match="made with other settings .*temperature"):
+        changed = GenerateSection(base_url="http://x", model="m", temperature=0.5)
+        evaluate(settings(data, generate=changed), lambda _: None)
+    answers = tmp_path / "answers.jsonl"
+    write_records(answers, [{"key": 1000, "response": "a"}])
+    with pytest.raises(ValueError, match="choose another out="):
+        evaluate(settings(data, answers), lambda _: None)
+
+
+def test_the_plan_touches_nothing(data: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    found = evaluate(settings(data, plan=True), said.append)
+    assert found["items"] == 4 and found["answers_to_make"] == 4
+    assert not (data.parent / "out").exists()
+
+
+def test_scores_hold_what_is_needed_to_repeat_them(data: Path, tmp_path: Path) -> None:
+    answers = tmp_path / "answers.jsonl"
+    write_records(answers, [{"key": 1000, "response": GOOD}])
+    evaluate(settings(data, answers, limit=2), lambda _: None)
+    scores = json.loads((data.parent / "out" / "scores.json").read_text())
+    assert scores["items"] == 2 and len(scores["data"]["sha256"]) == 64
+    assert scores["data"]["known"] is False
+    assert scores["config"]["judge"]["style"] == "robust"

@@ -1,0 +1,141 @@
+"""The comparison: its sweeps, its plan for 7 B models, and the whole of it on a random model."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers_models import tiny_llama
+from test_configs import CONF, composed, config
+
+from iopo import objectives
+from iopo.experiments.paper_table.run import STRENGTH, jobs_of, keep_arguments, parse
+from iopo.model.tiny import byte_tokenizer
+from iopo.training.plan.report import plan_report
+
+ROOT = Path(__file__).resolve().parents[2]
+IFEVAL = {
+    "key": 1, "prompt": "Use no commas.", "instruction_id_list": ["punctuation:no_comma"],
+    "kwargs": [{}],
+}  # fmt: skip
+TINY = (
+    "optim.max_steps=1", "optim.micro_batch_quads=6", "optim.tokens_per_microbatch=null",
+    "data.max_prompt_tokens=1000", "data.max_response_tokens=600", "parallel.device=cpu",
+)  # fmt: skip
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "iopo.experiments.paper_table.run", *TINY, f"--run={folder}/run",
+        f"--model={folder}/model", f"--ifeval={folder}/ifeval.jsonl", "--quads=16",
+        "--validation=2", "--test=4", "--grid-steps=1", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    model = tiny_llama(vocab=300)
+    model.config.eos_token_id = model.generation_config.eos_token_id = 257
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "ifeval.jsonl").write_text(json.dumps(IFEVAL) + "\n")
+    return tmp_path
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+
+
+def jobs(folder: Path) -> list[dict]:
+    path = folder / "run/jobs.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_every_method_sees_as_many_members_a_step_and_all_of_the_quads():
+    """24 members a step and 16 steps: 96 quads of four members."""
+    for path in (CONF / "method").glob("*.yaml"):
+        cfg = config("+sweep=paper_table", f"+method={path.stem}")
+        members = objectives.KINDS[cfg.objective.name].members
+        assert cfg.optim.global_batch_quads * members == 24, path.stem
+        seen = cfg.optim.global_batch_quads * cfg.optim.max_steps
+        rows = 96 * (2 if members < 3 else 1)
+        assert rows <= seen <= cfg.optim.epochs * rows, path.stem
+    assert parse(["--without-ifeval"]).quads == 96
+
+
+def test_the_sweep_holds_every_method_with_three_seeds_a_seed_at_a_time():
+    jobs = jobs_of("paper_table")
+    methods = [job["+method"] for job in jobs[: len(STRENGTH)]]
+    assert sorted(methods) == sorted(STRENGTH)
+    assert [job["seed"] for job in jobs] == [s for s in "123" for _ in STRENGTH]
+
+
+@pytest.mark.parametrize("sweep", sorted(p.stem for p in (CONF / "sweep").glob("ablation_*")))
+def test_every_job_of_an_ablation_is_a_valid_run(sweep):
+    params = composed(f"+sweep={sweep}", hydra=True).hydra.sweeper.params
+    values = [str(v).split(",") for key, v in params.items() if key != "seed"]
+    keys = [key for key in params if key != "seed"]
+    for job in itertools.product(*values):
+        overrides = [f"{key}={value}" for key, value in zip(keys, job, strict=True)]
+        cfg = config(f"+sweep={sweep}", *overrides)
+        assert cfg.optim.max_steps == 16
+
+
+@pytest.mark.parametrize("model", ["qwen2_7b", "llama31_8b"])
+@pytest.mark.parametrize("method", ["iopo", "iopo_three", "dpo"])
+def test_the_sweep_is_planned_for_a_7b_model(model, method):
+    plan = plan_report(config("+sweep=paper_table", f"model={model}", f"+method={method}"))
+    assert plan.fits and 7e9 < plan.sizes.total < 9e9
+    assert "2 GPUs" in str(plan)
+
+
+def test_ifeval_is_left_out_only_when_asked(monkeypatch, capsys):
+    monkeypatch.delenv("IOPO_DATA_DIR", raising=False)
+    with pytest.raises(SystemExit):
+        parse([])
+    assert "--ifeval FILE" in capsys.readouterr().err
+    assert parse(["--without-ifeval", "optim.lr=1", "--jobs", "2"]).overrides == ["optim.lr=1"]
+
+
+def test_a_run_goes_on_only_with_the_arguments_that_it_began_with(tmp_path):
+    given = ["--without-ifeval", f"--run={tmp_path}"]
+    keep_arguments(parse([*given, "--grid-steps=2"]))
+    keep_arguments(parse([*given, "--grid-steps=2", "--jobs=2", "--methods", "iopo"]))
+    with pytest.raises(ValueError, match="other grid_steps, overrides"):
+        keep_arguments(parse([*given, "--grid-steps=3", "optim.lr=1"]))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_stopped_and_a_killed_comparison_end_with_every_job_done_once(folder):
+    run = command(folder, "--methods", "iopo", "--jobs", "2")
+    for kill in (signal.SIGTERM, signal.SIGKILL):
+        done = len(jobs(folder))
+        process = subprocess.Popen(run, cwd=ROOT, env=environment(folder))
+        while len(jobs(folder)) < done + 4:
+            time.sleep(0.2)
+            assert process.poll() is None
+        process.send_signal(kill)
+        assert process.wait(120) == (75 if kill is signal.SIGTERM else -signal.SIGKILL)
+    last = subprocess.run(
+        run, cwd=ROOT, env=environment(folder), capture_output=True, text=True, timeout=900
+    )
+    assert last.returncode == 0, last.stdout + last.stderr
+    ended = [row["job"] for row in jobs(folder) if row["code"] == 0]
+    assert len(ended) == len(set(ended)), "a job that was done ran again"
+    text = (folder / "run/paper_table.md").read_text()
+    for word in ("| IOPO | 3 |", "| SFT | - |", "IFEval prompt strict", "commit: "):
+        assert word in text
+    again = subprocess.run(
+        run, cwd=ROOT, env=environment(folder), capture_output=True, text=True, timeout=300
+    )
+    assert again.returncode == 0 and len(jobs(folder)) == len(set(ended)) + _stopped(folder)
+
+
+def _stopped(folder: Path) -> int:
+    return sum(row["code"] != 0 for row in jobs(folder))

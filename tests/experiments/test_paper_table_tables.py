@@ -1,0 +1,141 @@
+"""The comparison's tables, from run folders written by hand with known answers."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from iopo.experiments.paper_table import table as comparison_table
+from iopo.files import write_records
+
+QUADS = 40
+SPLITS = ("seen", "unseen_params", "unseen_kinds", "seen")
+
+
+def model(
+    folder: Path, follows: int, logps: list[float], *, prompts: int = 0, text: str = "two words"
+) -> None:
+    """A measured model: its first answers of 80 follow, its first prompts of 20 (IFEval)."""
+    rows = [
+        {
+            "id": f"q{n // 2}/{n % 2 + 1}", "prompt": "p", "text": text,
+            "finish_reason": "stop", "split": SPLITS[n // 2 % 4], "kinds": ["case"],
+            "follows": [n < follows], "texts": ["Lower case."],
+        }
+        for n in range(2 * QUADS)
+    ]  # fmt: skip
+    (folder / "quads").mkdir(parents=True)
+    write_records(folder / "quads/verdicts.jsonl", rows)
+    write_records(
+        folder / "quads/logps.jsonl", [{"id": f"q{n}", "logps": logps} for n in range(QUADS)]
+    )
+    plain = {"sha256": "abcdefgh0", "nats_per_token": [3.0, 3.5], "perplexity": 26.0}
+    (folder / "quads/scores.json").write_text(json.dumps({"plain_text": plain}))
+    (folder / "ifeval").mkdir()
+    write_records(folder / "ifeval/measures.jsonl", [
+        {"metric": metric, "unit": str(n), "numerator": float(n < prompts), "denominator": 1}
+        for metric in ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose")
+        for n in range(20)
+    ])  # fmt: skip
+
+
+def trained(run: Path, method: str, seed: int, follows: int, logps: list[float]) -> None:
+    folder = run / "paper_table" / method / f"seed{seed}"
+    model(folder, follows, logps, prompts=10, text=f"word {method}")
+    write_records(folder / "metrics.jsonl", [
+        {"step": step, "split": "train", "tokens_per_s": 100.0, "step_s": 2.0} for step in (1, 2)
+    ])  # fmt: skip
+    facts = {
+        "time": "2026-11-25T05:00:00+0000", "git_commit": "0123456789abcdef", "git_diff": "",
+        "python": "3.11.7", "packages": {"torch": "2.13.0", "transformers": "5.23.0"},
+        "cpu": "a processor", "cpu_cores": 2, "gpus": [],
+    }  # fmt: skip
+    (folder / "environment.json").write_text(json.dumps([facts]))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("run")
+    model(run / "base", 10, [-4.0, -3.0, -4.0, -3.0])
+    model(run / "sft", 20, [-2.0, -3.0, -2.0, -3.0], prompts=10)
+    for seed in (1, 2):
+        trained(run, "dpo", seed, 20 + seed, [-2.0, -4.0, -2.0, -4.0])
+        trained(run, "output_preference", seed, 40, [-2.5, -5.0, -2.5, -5.0])
+        trained(run, "iopo", seed, 40 + 20 * (seed - 1), [-2.5, -6.0, -2.5, -6.0])
+    (run / "data").mkdir()
+    (run / "data/counts.json").write_text(json.dumps({"train": 384, "test_splits": {"seen": 1}}))
+    choice = {"chosen": {"iopo": ["optim.lr=1e-5", "objective.beta=0.2"]}}
+    (run / "choice.json").write_text(json.dumps(choice))
+    write_records(run / "jobs.jsonl", [
+        {"job": "paper_table/iopo/seed1 train", "code": 75, "seconds": 5.0,
+         "peak_rss_gb": 3.0},
+        {"job": "paper_table/iopo/seed1 train", "code": 0, "seconds": 7.0,
+         "peak_rss_gb": 2.0},
+    ])  # fmt: skip
+    comparison_table.write(run, "paper_table")
+    return run
+
+
+def test_values_and_differences_are_those_of_the_files(run):
+    found = json.loads((run / "paper_table.json").read_text())
+    values, differences = found["values"], found["differences"]
+    assert values["SFT"]["following"]["value"] == pytest.approx(20 / 80)
+    assert values["IOPO"]["following"]["value"] == pytest.approx(50 / 80)
+    assert values["base"]["group_accuracy"]["value"] == 0
+    assert values["DPO"]["group_accuracy"]["value"] == 1
+    assert differences["SFT"]["IOPO"]["following"]["value"] == pytest.approx(30 / 80)
+    assert differences["SFT"]["IOPO"]["as_sft"]["value"] == pytest.approx(-1)
+    ratio = differences["SFT"]["IOPO"]["logratio_matched"]
+    assert ratio["value"] == ratio["low"] == ratio["high"] == pytest.approx(-0.5)
+    assert values["IOPO"]["logratio_mismatched"]["value"] == pytest.approx(-3)
+
+
+def test_only_what_excludes_zero_is_called_a_gain(run):
+    text = (run / "paper_table.md").read_text()
+    against_sft = text[text.index("## Minus SFT") : text.index("## Minus DPO on both rows")]
+    row = next(x for x in against_sft.splitlines() if x.startswith("| follows all"))
+    head = next(x for x in against_sft.splitlines() if x.startswith("|  |"))
+    cells = dict(zip(head.split("|")[2:-1], row.split("|")[2:-1], strict=True))
+    assert cells[" IOPO "].startswith(" +37.5 [") and cells[" IOPO "].endswith(" gain ")
+    assert cells[" DPO "].startswith(" +1.9 [") and cells[" DPO "].endswith(" not shown ")
+    same = next(x for x in against_sft.splitlines() if x.startswith("| IFEval prompt strict"))
+    assert same.count("+0.0 [+0.0, +0.0] not shown") == 3
+
+
+def test_the_gain_over_dpo_is_the_sum_of_its_parts(run):
+    text = (run / "paper_table.md").read_text()
+    split = text[text.index("## Where the gain over DPO comes from") :]
+    row = next(x for x in split.splitlines() if x.startswith("| follows all"))
+    whole, data, loss = (float(cell.split()[0]) for cell in row.split("|")[2:-1])
+    assert whole == pytest.approx(100 * (50 - 21.5) / 80, abs=0.06)
+    assert whole == pytest.approx(data + loss, abs=0.11)
+
+
+def test_costs_and_provenance(run):
+    text = (run / "paper_table.md").read_text()
+    assert "| IOPO | 2 | 400 | 12 | 3.0 |" in text  # both attempts' time, the larger peak
+    assert "2026-11-25" in text and "2 cores of a processor" in text and "0123456789ab" in text
+    assert "chosen for IOPO: optim.lr=1e-5 objective.beta=0.2" in text
+    for name in ("paper_table.html", "paper_table_values.png", "paper_table_differences.png"):
+        assert (run / name).stat().st_size > 1000
+
+
+def test_an_ablation_stands_beside_iopo_and_against_it(run):
+    folder = run / "ablation_beta/iopo-objective.beta-0.5/seed1"
+    model(folder, 60, [-2.5, -6.0, -2.5, -6.0], prompts=10)
+    comparison_table.write(run, "ablation_beta")
+    found = json.loads((run / "ablation_beta.json").read_text())
+    assert list(found["values"]) == ["base", "SFT", "IOPO", "iopo-objective.beta-0.5"]
+    gain = found["differences"]["IOPO"]["iopo-objective.beta-0.5"]["following"]
+    assert gain["value"] == pytest.approx(20 / 80)  # of seed 1, the one both have
+
+
+def test_what_cannot_be_compared_is_refused(run, tmp_path, capsys):
+    assert comparison_table.main([str(tmp_path)]) == 2
+    assert "SFT checkpoint was not measured" in capsys.readouterr().err
+    logps = run / "base/quads/logps.jsonl"
+    whole = logps.read_text()
+    logps.write_text(whole.splitlines()[0] + "\n")
+    assert comparison_table.main([str(run)]) == 2
+    assert "scored on different quads" in capsys.readouterr().err
+    logps.write_text(whole)

