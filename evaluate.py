@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from iopo.evaluation.config import EvaluateConfig
 from iopo.evaluation.endpoint import EndpointError
 from iopo.evaluation.run import evaluate
-from iopo.model.host_memory import keep_freed_memory
+from iopo.model.host_memory import tune_malloc
 
 ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
@@ -36,7 +36,7 @@ def main(composed: DictConfig) -> None:
             raise ValueError(f"no benchmark was named; add +benchmark=NAME, one of {names}")
         config = OmegaConf.to_object(composed)
         assert isinstance(config, EvaluateConfig)
-        keep_freed_memory()
+        tune_malloc()
         evaluate(config, partial(print, flush=True))
     except ValueError as error:
         print(f"refused: {error}", file=sys.stderr, flush=True)

@@ -17,18 +17,18 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from iopo.config import TrainConfig
-from iopo.model.host_memory import give_back_freed_memory
+from iopo.model.host_memory import trim_malloc
 from iopo.redact import redact
 from iopo.training import export, heldout, loop, optim, samples, setup, start
 from iopo.training.checkpoint import restore
 from iopo.training.checkpoint.tensors import gather_state
 from iopo.training.checkpoint.writer import Checkpoints
 from iopo.training.inputs import load_inputs
-from iopo.training.launch.placement import Ranks
+from iopo.training.launch.placement import RankInfo
 from iopo.training.launch.run_folder import mark_complete
 from iopo.training.launch.signals import INTERRUPTED, OK, SAVED_REQUEUE, Control
 from iopo.training.logger import Teller
-from iopo.training.plan.auto import settle
+from iopo.training.plan.auto import resolve_checkpointing
 from iopo.training.reference import sources as references
 from iopo.training.report import run as report
 from iopo.training.report import sweep
@@ -98,7 +98,7 @@ def config_of_run(asked: DictConfig) -> DictConfig:
     return merged
 
 
-def train(cfg: TrainConfig, run: Path, ranks: Ranks, control: Control) -> None:
+def train(cfg: TrainConfig, run: Path, ranks: RankInfo, control: Control) -> None:
     """One run on one rank, from weights to export. `launch` calls it on every rank."""
     seed_process(cfg.seed, "process", ranks.rank)
     inputs = load_inputs(cfg)
@@ -106,14 +106,16 @@ def train(cfg: TrainConfig, run: Path, ranks: Ranks, control: Control) -> None:
     teller = Teller(run, cfg, main=ranks.is_main)
 
     # The reference comes before any checkpoint: it is the starting weights, never trained ones.
-    prepared = setup.make_policy(settle(cfg, inputs, ranks, run, teller.say), inputs, ranks)
-    policy = setup.policy_of(prepared)
-    reference = references.make_reference(
-        cfg, inputs, job, ranks, prepared, teller.say, control.alive
+    train_model = setup.make_policy(
+        resolve_checkpointing(cfg, inputs, ranks, run, teller.say), inputs, ranks
     )
-    optimizer = optim.make_optimizer(prepared.parameters, cfg.optim)
-    facts = restore.facts(cfg, inputs, ranks.world_size)
-    done = restore.restore(run, prepared, optimizer, ranks, teller.say)
+    policy = setup.policy_of(train_model)
+    reference = references.make_reference(
+        cfg, inputs, job, ranks, train_model, teller.say, control.alive
+    )
+    optimizer = optim.make_optimizer(train_model.parameters, cfg.optim)
+    fingerprint = restore.fingerprint(cfg, inputs, ranks.world_size)
+    done = restore.restore(run, train_model, optimizer, ranks, teller.say)
 
     def evaluate(step: int) -> dict[str, float]:
         values = heldout.evaluate(job, policy, reference, control.alive)
@@ -132,12 +134,12 @@ def train(cfg: TrainConfig, run: Path, ranks: Ranks, control: Control) -> None:
         if done == 0:
             if reference is not None:
                 teller.start(*loop.check_start(job, policy, reference))
-            samples.before(run, cfg, inputs, prepared, ranks)
+            samples.before(run, cfg, inputs, train_model, ranks)
             evaluate(0)
             # What came before drew as many numbers as the caches were cold: training must not care.
             seed_process(cfg.seed, "training", ranks.rank)
-        give_back_freed_memory()
-        for result in loop.train_steps(job, prepared, optimizer, reference, first_step=done + 1):
+        trim_malloc()
+        for result in loop.train_steps(job, train_model, optimizer, reference, first_step=done + 1):
             done, last = result.step, result.step == job.steps
             teller.step(result)
             due = last or every(cfg.evaluation.every_steps, done)
@@ -148,16 +150,16 @@ def train(cfg: TrainConfig, run: Path, ranks: Ranks, control: Control) -> None:
                 teller.flush()
                 if reference is not None:
                     reference.store()
-                state = gather_state(prepared.parameters, optimizer, ranks.rank)
-                checkpoints.save(done, state, facts | {"metrics": measured})
+                state = gather_state(train_model.parameters, optimizer, ranks.rank)
+                checkpoints.save(done, state, fingerprint | {"metrics": measured})
             if stop and not last:
                 return
-    export.export(cfg, run, prepared, inputs, ranks)  # first of all: it is what the run was for
-    samples.after(run, cfg, inputs, prepared, ranks)
+    export.export(cfg, run, train_model, inputs, ranks)  # first of all: it is what the run was for
+    samples.after(run, cfg, inputs, train_model, ranks)
     if ranks.is_main:
         report.write_summary(run)
         report.write_report(run)
-        mark_complete(run, facts | {"step": done})
+        mark_complete(run, fingerprint | {"step": done})
 
 
 def every(period: int | None, step: int) -> bool:

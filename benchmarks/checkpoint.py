@@ -35,7 +35,7 @@ from iopo.training.checkpoint.tensors import gather_state
 from iopo.training.checkpoint.writer import Checkpoints, latest
 from iopo.training.inputs import load_inputs
 from iopo.training.launch.launcher import launch
-from iopo.training.launch.placement import Ranks
+from iopo.training.launch.placement import RankInfo
 from iopo.training.launch.signals import Control
 from iopo.training.reference import sources as references
 
@@ -59,24 +59,26 @@ def config(run: Path) -> TrainConfig:
     return cfg
 
 
-def time_steps(cfg: TrainConfig, run: Path, ranks: Ranks, control: Control) -> None:
+def time_steps(cfg: TrainConfig, run: Path, ranks: RankInfo, control: Control) -> None:
     """A worker for `launch`: seconds of every step and save to RUN/times.json."""
     rounds, steps = (int(os.environ[f"CHECKPOINT_{name}"]) for name in ("ROUNDS", "STEPS"))
     inputs = load_inputs(cfg)
     job = setup.make_job(cfg, inputs, ranks)
-    prepared = setup.make_policy(cfg, inputs, ranks)
-    reference = references.make_reference(cfg, inputs, job, ranks, prepared, print, control.alive)
-    optimizer = optim.make_optimizer(prepared.parameters, cfg.optim)
+    train_model = setup.make_policy(cfg, inputs, ranks)
+    reference = references.make_reference(
+        cfg, inputs, job, ranks, train_model, print, control.alive
+    )
+    optimizer = optim.make_optimizer(train_model.parameters, cfg.optim)
     meta = restore.facts(cfg, inputs, ranks.world_size) | {"metrics": {}}
     times: dict[str, list[float]] = {"plain": [], "saving": [], "staging": [], "sync": []}
 
     def step() -> None:  # always the first one: the same quads, the same work
-        next(loop.train_steps(job, prepared, optimizer, reference, first_step=1))
+        next(loop.train_steps(job, train_model, optimizer, reference, first_step=1))
         control.alive()
 
     def save(checkpoints: Checkpoints, number: int) -> float:
         started = time.perf_counter()
-        checkpoints.save(number, gather_state(prepared.parameters, optimizer, ranks.rank), meta)
+        checkpoints.save(number, gather_state(train_model.parameters, optimizer, ranks.rank), meta)
         return time.perf_counter() - started
 
     with Checkpoints(run, keep=2, asynchronous=True) as checkpoints:

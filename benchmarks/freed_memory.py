@@ -1,7 +1,7 @@
 """What keeping freed memory saves a training step on a CPU: `python -m benchmarks.freed_memory`.
 
 Four quads of the demo set, forward and backward on SmolLM2-135M with all weights trained, in
-fresh processes with and without keep_freed_memory (iopo/model/host_memory.py), in turn. Prints the median
+fresh processes with and without tune_malloc (iopo/model/host_memory.py), in turn. Prints the median
 seconds of each and their ratio, after checking that both gave the same log-probs.
 """
 
@@ -20,7 +20,7 @@ from iopo.data.rows import read_rows
 from iopo.data.tokenize import Chat, Limits, tokenize_rows
 from iopo.logprobs import LogProbs
 from iopo.model.attention import SHARED
-from iopo.model.host_memory import keep_freed_memory
+from iopo.model.host_memory import tune_malloc
 from iopo.model.load import default_dtype, load_causal_lm, load_tokenizer, resolve_model
 from iopo.model.parallel import prepare
 
@@ -30,14 +30,14 @@ ROUNDS = 3
 def child(keep: bool, repeats: int) -> None:
     """One variant in this process: prints its step times and log-probs as JSON."""
     if keep:
-        keep_freed_memory()
+        tune_malloc()
     path = resolve_model("demo")
     chat = Chat(load_tokenizer(path))
     rows = read_rows("data/demo/train.jsonl", kind="quad")[:4]
     examples, _ = tokenize_rows(rows, chat, Limits(512, 256))
     policy = LogProbs(load_causal_lm(path, torch.float32, attention=SHARED)).train()
     cpu = torch.device("cpu")
-    prepared = prepare(policy, device=cpu, dtype=default_dtype("cpu"), mesh=None)
+    train_model = prepare(policy, device=cpu, dtype=default_dtype("cpu"), mesh=None)
     batch = build_shared(examples)
     seconds = []
     for _ in range(repeats):
@@ -45,7 +45,7 @@ def child(keep: bool, repeats: int) -> None:
         logps = policy(batch)
         logps.sum().backward()
         seconds.append(time.perf_counter() - started)
-    prepared.zero_grad()
+    train_model.zero_grad()
     print(json.dumps({"seconds": seconds, "logps": logps.detach().flatten().tolist()}))
 
 

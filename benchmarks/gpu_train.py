@@ -146,7 +146,7 @@ def or_none(trainer: Trainer, work: Callable[[], Any]) -> Any:
         return work()
     except torch.cuda.OutOfMemoryError:
         pass
-    trainer.prepared.zero_grad()  # what the failed step had gathered
+    trainer.train_model.zero_grad()  # what the failed step had gathered
     gc.collect()  # its frames, now that the exception is gone
     torch.cuda.empty_cache()
     return None

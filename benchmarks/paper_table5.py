@@ -22,7 +22,7 @@ from benchmarks.throughput import facts, opened
 from benchmarks.throughput_child import Task, measure
 from benchmarks.throughput_data import SHAPES, shortened
 from benchmarks.throughput_variants import BEST, FRUGAL, PLAIN, SELECTIVE
-from iopo.model.host_memory import keep_freed_memory
+from iopo.model.host_memory import tune_malloc
 from iopo.model.load import default_dtype, resolve_model
 
 WAYS = {"plain": PLAIN, "frugal": FRUGAL, "selective": SELECTIVE, "fast": BEST}
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("times", "memory"), help="default: both")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    keep_freed_memory()
+    tune_malloc()
     model = resolve_model(args.model)
     dtype = str(default_dtype("cpu")).removeprefix("torch.")
     tasks = {o: Task(str(model), dtype, False, args.shape, o, args.threads) for o in OBJECTIVES}

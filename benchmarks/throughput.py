@@ -38,7 +38,7 @@ from benchmarks.throughput_variants import (
     Variant,
 )
 from iopo.data.example import Example
-from iopo.model.host_memory import keep_freed_memory
+from iopo.model.host_memory import tune_malloc
 from iopo.model.load import default_dtype, resolve_model
 
 COLUMNS = (
@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="timed steps per row (1 if quick, else 3)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    keep_freed_memory()  # as train.py does; here for every row
+    tune_malloc()  # as train.py does; here for every row
     model = resolve_model(args.model)
     dtype = args.dtype or str(default_dtype("cpu")).removeprefix("torch.")
     shapes = args.shapes.split(",") if args.shapes else [*(QUICK_QUADS if args.quick else SHAPES)]

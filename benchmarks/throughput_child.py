@@ -23,7 +23,7 @@ from benchmarks.throughput_variants import Trainer, Variant
 from iopo import objectives
 from iopo.data.example import Example
 from iopo.model.attention import SHARED
-from iopo.model.host_memory import give_back_freed_memory
+from iopo.model.host_memory import trim_malloc
 from iopo.model.load import load_causal_lm, load_tokenizer
 
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}  # bytes
@@ -105,7 +105,7 @@ def main() -> None:
         return trainer.step(rows, variant, objective=task.objective, cache=known)
 
     step(examples if variant.compile else [short])  # what is compiled is compiled for its shapes
-    give_back_freed_memory()
+    trim_malloc()
     memory.reset_peak()
     before_step = memory.resident_gb()
     losses = step(examples)

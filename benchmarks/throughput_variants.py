@@ -103,24 +103,24 @@ class Trainer:
             self.reference.to(device)
         policy = LogProbs(causal_lm)
         policy.train()
-        self.prepared = prepare(policy, device=device, dtype=dtype, mesh=None)
+        self.train_model = prepare(policy, device=device, dtype=dtype, mesh=None)
         self.policy = policy
         if shifted:
             self._leave_the_reference()
-        values = self.prepared.parameters.values()
+        values = self.train_model.parameters.values()
         self.optimizer = torch.optim.AdamW(values, lr=lr, weight_decay=0.0, fused=True)
 
     @torch.no_grad()
     def _leave_the_reference(self) -> None:
         """Shift the policy, or every loss would be ln 2 whatever a row computes."""
         generator = torch.Generator().manual_seed(1)
-        for name, parameter in self.prepared.parameters.items():
+        for name, parameter in self.train_model.parameters.items():
             noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
             if name.endswith("lora_B"):
                 parameter.add_(noise, alpha=2e-3)
             elif self.full:
                 parameter.mul_(1 + 1e-2 * noise)
-        self.prepared.refresh()
+        self.train_model.refresh()
 
     def use(self, variant: Variant) -> None:
         """Make the model compute as the row says; has no effect on its weights."""
@@ -170,9 +170,9 @@ class Trainer:
             if parts:  # that reached the log-probs, not yet the model
                 parts.backward(last=False)
             losses |= dict(zip(batch.ids, loss_E.detach(), strict=True))
-        self.prepared.reduce_and_clip(1.0)
+        self.train_model.reduce_and_clip(1.0)
         self.optimizer.step()
-        self.prepared.zero_grad()
+        self.train_model.zero_grad()
         return torch.stack([losses[example.id] for example in examples]).float().cpu()
 
     def divided(
@@ -182,7 +182,7 @@ class Trainer:
         if self.full or direction is None or tokens(rows[0], "shared") <= self.tokens:
             return None
         batches = [build_shared(part).to(self.device) for part in by_prompt(rows)]
-        return PromptByPrompt(self.prepared, batches, direction)
+        return PromptByPrompt(self.train_model, batches, direction)
 
     @torch.no_grad()
     def reference_logps(self, batch: Batch, variant: Variant) -> Tensor:

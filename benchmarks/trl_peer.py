@@ -32,7 +32,7 @@ from iopo.data.example import Example
 from iopo.data.layout import build_shared
 from iopo.files import cache_root
 from iopo.model.attention import SHARED
-from iopo.model.host_memory import keep_freed_memory
+from iopo.model.host_memory import tune_malloc
 from iopo.model.load import default_dtype, load_causal_lm, resolve_model
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +92,7 @@ def ours() -> None:
     """The child of this project's side: reads a task, prints the same JSON as TRL's."""
     task = json.loads(sys.stdin.read())
     torch.set_num_threads(task["threads"])
-    keep_freed_memory()  # as train.py does
+    tune_malloc()  # as train.py does
     dtype = getattr(torch, task["dtype"])
     examples = [
         Example(

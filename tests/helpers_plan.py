@@ -35,21 +35,21 @@ def train(cfg, rows) -> None:
     setup.adapt(cfg, policy)
     cpu = torch.device("cpu")
     how = setup.recomputation(cfg)
-    prepared = prepare(policy, device=cpu, dtype=torch.float32, mesh=None, **how)
-    optimizer = optim.make_optimizer(prepared.parameters, cfg.optim)
+    train_model = prepare(policy, device=cpu, dtype=torch.float32, mesh=None, **how)
+    optimizer = optim.make_optimizer(train_model.parameters, cfg.optim)
     splitting = setup.splitting(cfg, 1)
     batches = [build_shared(part) for part in (by_prompt(rows) if splitting else [rows])]
     for _step in range(2):
         for _micro_batch in range(2):
             if splitting is None:
-                prepared.model(batches[0]).sum().backward()
+                train_model.model(batches[0]).sum().backward()
                 continue
-            parts = PromptByPrompt(prepared, batches, splitting.direction)
+            parts = PromptByPrompt(train_model, batches, splitting.direction)
             parts.log_probs().sum().backward()
             parts.backward(last=True)
-        prepared.reduce_and_clip(1.0)
+        train_model.reduce_and_clip(1.0)
         optimizer.step()
-        prepared.zero_grad()
+        train_model.zero_grad()
 
 
 def rise(overrides: list[str]) -> int:

@@ -32,13 +32,13 @@ def worker(cfg, run, ranks, control):
     """One step on every rank; rank 0 writes the gradients, unclipped."""
     inputs = load_inputs(cfg)
     job = setup.make_job(cfg, inputs, ranks)
-    prepared = setup.make_policy(cfg, inputs, ranks)
-    for name, parameter in prepared.parameters.items():
+    train_model = setup.make_policy(cfg, inputs, ranks)
+    for name, parameter in train_model.parameters.items():
         if name.endswith("lora_B"):  # at zero it would leave no gradient for A
             with torch.no_grad():
                 parameter.fill_(0.01)
-    optimizer = Capture(list(prepared.parameters.values()), lr=1.0)
-    result = next(loop.train_steps(job, prepared, optimizer, reference(job), first_step=1))
+    optimizer = Capture(list(train_model.parameters.values()), lr=1.0)
+    result = next(loop.train_steps(job, train_model, optimizer, reference(job), first_step=1))
     means = result.reduce()
     if ranks.is_main:
         torch.save({"grads": optimizer.seen, "means": means}, run / "grads.pt")

@@ -26,7 +26,7 @@ from iopo.construct.demo import (
     is_heldout,
     write_rows,
 )
-from iopo.construct.quadruples import Draft
+from iopo.construct.quadruples import Candidate
 from iopo.construct.relabel import RelabelRecipe, relabel_file
 from iopo.construct.responses import (
     Job,
@@ -82,13 +82,13 @@ def build(cfg: DictConfig) -> tuple[Collection, Collection, Tally, Counter[str]]
     heldout_tasks = [task for task in tasks if is_heldout(task)]
 
     tally = Tally()
-    drafts: list[Draft] = []
+    drafts: list[Candidate] = []
     if cfg.follow_candidates:
         candidates = follow_candidates(cfg.follow_candidates, train_tasks, bases, cfg.seed + 1)
         responses = sampled(follow_jobs(candidates, cfg.follow_samples))
         for result in followed(candidates, responses, cfg.follow_samples):
             tally.count("follow", result)
-            if isinstance(result, Draft):
+            if isinstance(result, Candidate):
                 drafts.append(result)
     rng = random.Random(cfg.seed)
     train = collect([TRAIN], train_tasks, bases, rng, tally, drafts)

@@ -16,9 +16,9 @@ from iopo.constraints import text as cut
 from iopo.construct.proposals import SEEN_KINDS, UNSEEN_KINDS, held_out, kinds_with_reserved
 from iopo.construct.prose import balanced, whole_sentences
 from iopo.construct.quadruples import (
+    Candidate,
     Choice,
-    Draft,
-    Refused,
+    Rejection,
     edit,
     follow,
     kinds_of,
@@ -64,10 +64,10 @@ class Tally:
     tried: Counter[tuple[str, str]] = field(default_factory=Counter)
     accepted: Counter[tuple[str, str]] = field(default_factory=Counter)
 
-    def count(self, source: str, result: Draft | Refused, refusal: str | None = None) -> None:
-        kinds = set(result.kinds if isinstance(result, Refused) else kinds_of(result))
+    def count(self, source: str, result: Candidate | Rejection, refusal: str | None = None) -> None:
+        kinds = set(result.kinds if isinstance(result, Rejection) else kinds_of(result))
         self.tried.update((source, kind) for kind in kinds)
-        if isinstance(result, Refused):
+        if isinstance(result, Rejection):
             refusal = result.reason
         if refusal is None:
             self.accepted.update((source, kind) for kind in kinds)
@@ -78,7 +78,7 @@ class Collection:
     """The quads of one file so far, and whether another one may join them."""
 
     def __init__(self) -> None:
-        self.drafts: list[tuple[Draft, str]] = []  # with the split's name
+        self.drafts: list[tuple[Candidate, str]] = []  # with the split's name
         self.kinds: Counter[str] = Counter()
         self._texts: set[str] = set()
         self._longer_together = 0
@@ -87,7 +87,7 @@ class Collection:
         """Rare kinds are preferred, so that none outgrows the others."""
         return (4 + self.kinds[kind]) ** -2.5
 
-    def refusal(self, draft: Draft) -> str | None:
+    def refusal(self, draft: Candidate) -> str | None:
         """Why the quad may not join; None if it may."""
         if len({draft.y1, draft.y2} | self._texts) < len(self._texts) + 2:
             return "repeated response"
@@ -98,7 +98,7 @@ class Collection:
             return "length would tell"
         return None
 
-    def add(self, draft: Draft, split: str) -> None:
+    def add(self, draft: Candidate, split: str) -> None:
         self.drafts.append((draft, split))
         self.kinds += kinds_of(draft)
         self._texts |= {draft.y1, draft.y2}
@@ -133,7 +133,7 @@ def collect(
     bases: Bases,
     rng: random.Random,
     tally: Tally,
-    followed: Sequence[Draft] = (),
+    followed: Sequence[Candidate] = (),
 ) -> Collection:
     """Draw quads for every part, one task after the other; `followed` ones join the first part.
 
@@ -172,21 +172,23 @@ def _draw(
     collection: Collection,
     rng: random.Random,
     tally: Tally,
-) -> Draft | None:
+) -> Candidate | None:
     """One quad for the task, or None if no draw gives one."""
     source = relabel if len(bases) > 1 and rng.random() < part.relabel_share else edit
     for _ in range(ATTEMPTS):
         two = len(bases) > 1 and (source is relabel or rng.random() < 0.5)
         first, second = rng.sample(bases, 2) if two else (rng.choice(bases),) * 2
         result = source(task, _some(first, rng), _some(second, rng), choice, rng)
-        refusal = None if isinstance(result, Refused) else collection.refusal(result)
+        refusal = None if isinstance(result, Rejection) else collection.refusal(result)
         tally.count(source.__name__, result, refusal)
-        if isinstance(result, Draft) and refusal is None:
+        if isinstance(result, Candidate) and refusal is None:
             return result
     return None
 
 
-def follow_candidates(quads: int, tasks: Sequence[Task], bases: Bases, seed: int) -> list[Draft]:
+def follow_candidates(
+    quads: int, tasks: Sequence[Task], bases: Bases, seed: int
+) -> list[Candidate]:
     """Instruction pairs to sample responses for; the responses they carry are not used.
 
     Few constraints each: a small model seldom follows many.
@@ -198,7 +200,7 @@ def follow_candidates(quads: int, tasks: Sequence[Task], bases: Bases, seed: int
     return [draft for draft in drafts if len(draft.c1) + len(draft.c2) <= 3][:quads]
 
 
-def follow_jobs(candidates: Sequence[Draft], samples: int) -> list[Job]:
+def follow_jobs(candidates: Sequence[Candidate], samples: int) -> list[Job]:
     """Both instructions of every candidate, `samples` times each, named by their text."""
     return [
         Job(_follow_key(prompt, n), prompt)
@@ -209,8 +211,8 @@ def follow_jobs(candidates: Sequence[Draft], samples: int) -> list[Job]:
 
 
 def followed(
-    candidates: Sequence[Draft], responses: Mapping[str, Response], samples: int
-) -> list[Draft | Refused]:
+    candidates: Sequence[Candidate], responses: Mapping[str, Response], samples: int
+) -> list[Candidate | Rejection]:
     """Each candidate with the first pair of sampled responses that passes all four cells."""
     found = []
     for draft in candidates:
@@ -219,11 +221,11 @@ def followed(
             for prompt in _plain_instructions(draft)
         )
         results = [follow(draft, first, second) for first, second in product(side1, side2)]
-        found.append(next((r for r in results if isinstance(r, Draft)), results[0]))
+        found.append(next((r for r in results if isinstance(r, Candidate)), results[0]))
     return found
 
 
-def _plain_instructions(draft: Draft) -> list[str]:
+def _plain_instructions(draft: Candidate) -> list[str]:
     return [instruction(draft.task, [c.render() for c in side]) for side in (draft.c1, draft.c2)]
 
 
@@ -244,7 +246,7 @@ def _some(sentences: Sequence[str], rng: random.Random) -> str:
     return text if balanced(text) else " ".join(sentences)
 
 
-def _longer_together(draft: Draft) -> int:
+def _longer_together(draft: Candidate) -> int:
     """+1 if the longer instruction has the longer response, -1 if the shorter one, else 0."""
     _, x1, x2 = wordings(draft)
     sign_x = (len(x1) > len(x2)) - (len(x1) < len(x2))

@@ -31,7 +31,7 @@ _EDIT_ORDER = (
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
+class Candidate:
     """A quad before its instructions are written out."""
 
     task: Task
@@ -41,12 +41,12 @@ class Draft:
     y2: str
     source: str  # relabel, edit or follow
 
-    def swapped(self) -> Draft:
+    def swapped(self) -> Candidate:
         return replace(self, c1=self.c2, y1=self.y2, c2=self.c1, y2=self.y1)
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class Rejection:
     """Why no quad was made, and of which kinds it was tried (none known: empty)."""
 
     reason: str
@@ -87,7 +87,7 @@ def four_cells(
 
 def relabel(
     task: Task, first: str, second: str, choice: Choice, rng: random.Random
-) -> Draft | Refused:
+) -> Candidate | Rejection:
     """Write instructions that two given responses satisfy exclusively."""
     own1 = choice.measured(first, second)
     own2 = choice.measured(second, first)
@@ -95,7 +95,7 @@ def relabel(
     only1 = [c for c in own1 if c.kind != "forbid_words" and not c.check(second)]
     only2 = [c for c in own2 if c.kind != "forbid_words" and not c.check(first)]
     if not only1 or not only2:
-        return Refused("nothing tells the responses apart")
+        return Rejection("nothing tells the responses apart")
     same_kinds = sorted({c.kind for c in only1} & {c.kind for c in only2})
     if same_kinds and rng.random() < 0.7:  # the same question answered in two ways
         kind = choice.pick_kind(same_kinds, rng)
@@ -106,12 +106,12 @@ def relabel(
     d2 = opposite[0] if opposite and rng.random() < 0.4 else choice.pick(only2, rng)
     c1 = _fill((d1,), own1, choice, rng)
     c2 = _fill((d2,), own2, choice, rng)
-    return _checked(Draft(task, c1, first, c2, second, "relabel"), rng)
+    return _checked(Candidate(task, c1, first, c2, second, "relabel"), rng)
 
 
 def edit(
     task: Task, first: str, second: str, choice: Choice, rng: random.Random
-) -> Draft | Refused:
+) -> Candidate | Rejection:
     """Change two texts (or one text twice) by rule so that each follows its own constraints."""
     kinds = [kind for kind in choice.kinds if kind in PROPOSABLE]
     kind = choice.pick_kind(kinds, rng)
@@ -120,34 +120,34 @@ def edit(
     c1: tuple[Constraint, ...] = (propose(kind, rng, counts[0]),)
     c2: tuple[Constraint, ...] = (propose(other, rng, counts[1]),)
     if c1 == c2:
-        return Refused("the same constraint twice", (kind,))
+        return Rejection("the same constraint twice", (kind,))
     if rng.random() < 0.3:  # a constraint in common tells that the differing one decides
         common = propose(choice.pick_kind(kinds, rng), rng, min(counts))
         c1, c2 = (*c1, common), (*c2, common)
     tried = tuple({c.kind for c in (*c1, *c2)})
     if not all(map(choice.allowed, (*c1, *c2))):
-        return Refused("parameters of another split", tried)
+        return Rejection("parameters of another split", tried)
     if not sensible(c1) or not sensible(c2):
-        return Refused("conflicting constraints", tried)
+        return Rejection("conflicting constraints", tried)
     y1, y2 = (apply_edits(c, text, task, rng) for c, text in ((c1, first), (c2, second)))
     if y1 is None or y2 is None:
-        return Refused("no rule fits the text", tried)
+        return Rejection("no rule fits the text", tried)
     # phrases cut from an edited text (all capitals, bullets) make odd requests
     quoting = ("start_phrase", "end_phrase", "first_word", "last_word")
     own1 = [c for c in choice.measured(y1, y2) if c.kind not in quoting]
     own2 = [c for c in choice.measured(y2, y1) if c.kind not in quoting]
     c1, c2 = _fill(c1, own1, choice, rng), _fill(c2, own2, choice, rng)
-    return _checked(Draft(task, c1, y1, c2, y2, "edit"), rng)
+    return _checked(Candidate(task, c1, y1, c2, y2, "edit"), rng)
 
 
-def follow(draft: Draft, first: str, second: str) -> Draft | Refused:
+def follow(draft: Candidate, first: str, second: str) -> Candidate | Rejection:
     """The instructions of `draft` with responses that a model gave to them."""
     tried = tuple(kinds_of(draft))
     if not (ends_a_sentence(first) and ends_a_sentence(second)):
-        return Refused("unfinished", tried)
+        return Rejection("unfinished", tried)
     cells = four_cells(draft.c1, first, draft.c2, second)
     if cells != MATCH:
-        return Refused("not followed" if not (cells[0] and cells[2]) else "follows both", tried)
+        return Rejection("not followed" if not (cells[0] and cells[2]) else "follows both", tried)
     return replace(draft, y1=first, y2=second, source="follow")
 
 
@@ -211,17 +211,17 @@ def _fill(
     return chosen
 
 
-def _checked(draft: Draft, rng: random.Random) -> Draft | Refused:
+def _checked(draft: Candidate, rng: random.Random) -> Candidate | Rejection:
     """The draft in random order of sides and constraints, if its four cells hold."""
     tried = tuple(kinds_of(draft))
     if max(len(draft.c1), len(draft.c2)) > MOST_CONSTRAINTS:
-        return Refused("too many constraints", tried)
+        return Rejection("too many constraints", tried)
     if not (ends_a_sentence(draft.y1) and ends_a_sentence(draft.y2)):
-        return Refused("unfinished", tried)
+        return Rejection("unfinished", tried)
     cells = four_cells(draft.c1, draft.y1, draft.c2, draft.y2)
     if cells != MATCH:
         broken = not (cells[0] and cells[2])
-        return Refused("rule broke a constraint" if broken else "follows both", tried)
+        return Rejection("rule broke a constraint" if broken else "follows both", tried)
     draft = replace(
         draft,
         c1=tuple(rng.sample(draft.c1, len(draft.c1))),
@@ -230,12 +230,12 @@ def _checked(draft: Draft, rng: random.Random) -> Draft | Refused:
     return draft.swapped() if rng.random() < 0.5 else draft
 
 
-def kinds_of(draft: Draft) -> Counter[str]:
+def kinds_of(draft: Candidate) -> Counter[str]:
     """How often each kind occurs in both instructions."""
     return Counter(constraint.kind for constraint in (*draft.c1, *draft.c2))
 
 
-def wordings(draft: Draft) -> tuple[dict[Constraint, str], str, str]:
+def wordings(draft: Candidate) -> tuple[dict[Constraint, str], str, str]:
     """The text of every constraint, and both instructions; a pure function of the draft.
 
     A constraint in common reads the same on both sides. Followed instructions stay as the model saw
@@ -250,7 +250,7 @@ def wordings(draft: Draft) -> tuple[dict[Constraint, str], str, str]:
     return written, x1, x2
 
 
-def to_row(draft: Draft, split: str) -> dict[str, Any]:
+def to_row(draft: Candidate, split: str) -> dict[str, Any]:
     """The quad as a row of the data file."""
     written, x1, x2 = wordings(draft)
     c1, c2 = (

@@ -28,7 +28,7 @@ from iopo.construct.prose import (
     ends_a_sentence,
     repeats_itself,
 )
-from iopo.construct.quadruples import Choice, Draft, Refused, edit, kinds_of, to_row
+from iopo.construct.quadruples import Candidate, Choice, Rejection, edit, kinds_of, to_row
 from iopo.construct.relabel import SPLITS, Relabeller, RelabelRecipe
 from iopo.construct.responses import Job, Response, Sampler, sample_all
 from iopo.construct.tasks import Task, read_tasks
@@ -92,10 +92,10 @@ class Making:
     def full(self, split: str) -> bool:
         return len(self.rows[split]) >= self.recipe.wanted()[split]
 
-    def admit(self, source: str, result: Draft | Refused, split: str) -> None:
+    def admit(self, source: str, result: Candidate | Rejection, split: str) -> None:
         """Let a quad in if it fits among the others; count what became of it."""
         refusal = None
-        if isinstance(result, Draft):
+        if isinstance(result, Candidate):
             row = to_row(result, split)
             refusal = "file is full" if self.full(split) else self.relabeller.join(row)
             if refusal is None:
@@ -257,7 +257,7 @@ def _relabel(
         tally.outcomes["relabel", reason] += n
 
 
-def follow_candidates(tasks: Sequence[Task], number: int, rng: random.Random) -> list[Draft]:
+def follow_candidates(tasks: Sequence[Task], number: int, rng: random.Random) -> list[Candidate]:
     """Instruction pairs with one constraint each that exclude one another."""
     found = []
     for n in range(number):
@@ -265,7 +265,7 @@ def follow_candidates(tasks: Sequence[Task], number: int, rng: random.Random) ->
         first = propose(FOLLOW_KINDS[n % len(FOLLOW_KINDS)], rng, 3)
         others = [c for c in first.alternatives(rng) if c.kind in SEEN_KINDS]
         if others:
-            found.append(Draft(task, (first,), "", (rng.choice(others),), "", "follow"))
+            found.append(Candidate(task, (first,), "", (rng.choice(others),), "", "follow"))
     return found
 
 
@@ -278,10 +278,10 @@ def _follow(
     drafts = follow_candidates(train, recipe.follow_candidates, rng)
     responses = sampled(follow_jobs(drafts, recipe.follow_samples))
     for result in followed(drafts, responses, recipe.follow_samples):
-        if isinstance(result, Draft):
+        if isinstance(result, Candidate):
             result = result.swapped() if rng.random() < 0.5 else result
             if any(REFUSAL.search(y) or repeats_itself(y) for y in (result.y1, result.y2)):
-                result = Refused("refusal or repetition", tuple(kinds_of(result)))
+                result = Rejection("refusal or repetition", tuple(kinds_of(result)))
         making.admit("follow", result, "train")
 
 

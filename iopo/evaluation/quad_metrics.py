@@ -244,7 +244,7 @@ def following_gain(before: Sequence[Answer], after: Sequence[Answer]) -> Estimat
     return statistics.cluster_bootstrap(gain, clusters)
 
 
-def health(answers: Sequence[Answer]) -> dict[str, float]:
+def degeneration(answers: Sequence[Answer]) -> dict[str, float]:
     """Signs of damage: words per answer, share empty, cut off, and with a word 4-gram repeated."""
     texts = [answer.text for answer in answers]
     return {

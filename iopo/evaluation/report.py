@@ -60,7 +60,7 @@ def _bounds(metric: str, entry: dict[str, Any]) -> str:
         return ""
     scale, digits = (1, 2) if metric.startswith("CSL") else (100, 1)
     low, high = (f"{scale * bound:.{digits}f}" for bound in entry["bounds"])
-    return f"  (unread judgements: between {low} and {high})"
+    return f"  (unparsed judgements: between {low} and {high})"
 
 
 def page(
@@ -107,15 +107,15 @@ def _warnings(scores: dict[str, Any]) -> list[str]:
         )
         if counts[key]
     ]
-    if scores["unread"]:
-        lines.append(f"{scores['unread']} judgements could not be read; bounds are given")
+    if scores["unparsed"]:
+        lines.append(f"{scores['unparsed']} judgements could not be read; bounds are given")
     if not scores["data"]["known"]:
         lines.append("the data file is not the one we know; scores may not compare")
     return lines
 
 
 def _judge_line(scores: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in scores["judge"].items() if k != "unread"}
+    return {k: v for k, v in scores["judge"].items() if k != "unparsed"}
 
 
 def _groups(scores: dict[str, Any]) -> dict[str, list[str]]:
@@ -168,7 +168,7 @@ def _samples(
     for item, verdict in shown:
         marks = verdict.get("strict", verdict.get("scores"))
         held = _held(verdict, best)
-        label = "unread" if marks is None else f"{100 * held:.0f}%"
+        label = "unparsed" if marks is None else f"{100 * held:.0f}%"
         style = "ok" if held == 1 else "no"
         prompt = "\n\n".join(f"[{m['role']}] {m['content']}" for m in item.messages)
         shown_verdict = {k: v for k, v in verdict.items() if k != "replies"}

@@ -78,7 +78,7 @@ def evaluate(config: EvaluateConfig, say: Say = print) -> dict[str, Any]:
     out = Path(config.out or default_out(config))
     out.mkdir(parents=True, exist_ok=True)
     answers = get_responses(config, everything, items, data, out, say)
-    for line in oddities(answers):
+    for line in warnings(answers):
         say(f"note: {line}")
     judged: dict[str, Any] = {}
     if name in JUDGED:
@@ -132,7 +132,7 @@ def get_responses(
     return responses.make_responses(config, items, data, out, say)
 
 
-def oddities(answers: Responses) -> list[str]:
+def warnings(answers: Responses) -> list[str]:
     """What the user must know about the answers before reading the scores."""
     lines = []
     counts = answers.counts()
@@ -167,8 +167,8 @@ def total(
     """Scores with intervals; with bounds where verdicts could not be read."""
     table = module.measures(items, verdicts)
     scores = scoring.summarise(table, resamples=config.bootstrap, seed=config.seed)
-    unread = sum(row.get("scores", ()) is None for row in verdicts)
-    if unread:
+    unparsed = sum(row.get("scores", ()) is None for row in verdicts)
+    if unparsed:
         lowest, highest = (
             module.measures(items, _filled(module, items, verdicts, score))
             for score in (0.0, float(module.MAXIMUM))
@@ -178,7 +178,7 @@ def total(
         "benchmark": config.benchmark.name,
         "headline": list(module.HEADLINE),
         "items": len(items),
-        "unread": unread,
+        "unparsed": unparsed,
         "scores": scores,
     }
 
@@ -186,7 +186,7 @@ def total(
 def _filled(
     module: ModuleType, items: list[Item], verdicts: list[dict[str, Any]], score: float
 ) -> list[dict[str, Any]]:
-    """The verdicts, with this score for every constraint in place of each unread one."""
+    """The verdicts, with this score for every constraint in place of each unparsed one."""
     out = []
     for item, verdict in zip(items, verdicts, strict=True):
         if verdict["scores"] is None:

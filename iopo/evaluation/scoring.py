@@ -31,10 +31,10 @@ def summarise(table: Measures, *, resamples: int, seed: int) -> dict[str, dict[s
 def with_bounds(
     scores: dict[str, dict[str, Any]], lowest: Measures, highest: Measures
 ) -> dict[str, dict[str, Any]]:
-    """Add "bounds": the value if every unread verdict were the worst, and the best, possible.
+    """Add "bounds": the value if every unparsed verdict were the worst, and the best, possible.
 
-    lowest, highest: the measures with those verdicts filled in. A metric that only unread verdicts
-    have gets a value of None.
+    lowest, highest: the measures with those verdicts filled in. A metric with unparsed verdicts
+    only gets a value of None.
     """
     out = {}
     for metric in {**lowest, **scores}:

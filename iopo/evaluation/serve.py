@@ -180,7 +180,7 @@ def make_server(served: Served, host: str, port: int) -> ThreadingHTTPServer:
             except ValueError:
                 length = -1
             if not 0 <= length <= MAX_BODY_BYTES:
-                self.close_connection = True  # the body stays unread
+                self.close_connection = True  # the body stays unparsed
                 return self._json(413, _error(f"expected a body of at most {MAX_BODY_BYTES} bytes"))
             data = self.rfile.read(length)
             if self.path.rstrip("/") != "/v1/chat/completions":

@@ -81,10 +81,10 @@ def score(run: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     # torch loads only now, so that this process holds next to nothing while the stages train
     from iopo.evaluation import quad_metrics as heldout
     from iopo.evaluation.benchmarks import quads
-    from iopo.model.host_memory import keep_freed_memory
+    from iopo.model.host_memory import tune_malloc
     from iopo.model.load import resolve_model
 
-    keep_freed_memory()
+    tune_malloc()
     rows = quads.read(HELDOUT, ANSWERED)
     folders = (resolve_model("demo"), run / "sft/export", run / "iopo/export")
     summary: dict[str, Any] = {}

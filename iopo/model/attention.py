@@ -51,7 +51,7 @@ def forward_arguments(
     """
     name = config._attn_implementation
     if name == SHARED:
-        # a prepared 4-D mask without elements
+        # a train_model 4-D mask without elements
         mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
         return {"attention_mask": mask, "segments": segments, "use_cache": False}
     if name != FLEX:

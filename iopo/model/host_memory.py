@@ -7,7 +7,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h of glibc
 MIB = 2**20
 
 
-def keep_freed_memory() -> None:
+def tune_malloc() -> None:
     """Let this process keep the memory of freed tensors for the next ones; call it once, early.
 
     By default glibc gives large blocks back to the system, which clears them page by page when they
@@ -21,7 +21,7 @@ def keep_freed_memory() -> None:
         mallopt(M_TOP_PAD, 64 * MIB)
 
 
-def give_back_freed_memory() -> None:
+def trim_malloc() -> None:
     """Return what is free now: loading and generation leave holes of sizes that training lacks."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -1,6 +1,6 @@
 """Spread a model over processes, and keep its trained parameters in fp32 while it computes in bf16.
 
-Two ways, one interface (Prepared):
+Two ways, one interface (TrainModel):
 
 - sharded: FSDP2, one group per decoder block and one for the rest; parameters, gradients and
   optimizer state are divided over the processes of a mesh, gradients after every micro-batch.
@@ -37,7 +37,7 @@ BUCKET_BYTES = 64 * 2**20  # of fp32 gradients per all-reduce
 
 
 @dataclass
-class Prepared:
+class TrainModel:
     """A model ready to train, and what the loop does to it around forward and backward.
 
     parameters: what the optimizer updates, by the model's parameter names; fp32 (fp64 in an fp64
@@ -147,7 +147,7 @@ def prepare(
     checkpoint_every: int = 0,
     selective: bool = False,
     compile_blocks: bool = False,
-) -> Prepared:
+) -> TrainModel:
     """Place, shard or replicate a model (changed in place) whose root's forward does all its work.
 
     dtype: of the computation. Parameters that train are kept in fp32 at least; adapters stay fp32
@@ -162,17 +162,17 @@ def prepare(
     if offload and mesh is None:
         raise ValueError("parallel.offload needs a sharded model: set parallel.shard_processes > 1")
     frozen = any(not p.requires_grad for p in model.parameters())
-    wide = dtype if torch.finfo(dtype).bits >= 32 else torch.float32
+    accum_dtype = dtype if torch.finfo(dtype).bits >= 32 else torch.float32
     _exact_embedding_gradient(language_model(model))
     wrap_blocks(model, checkpoint_every, compile_blocks, selective=selective)
     if mesh is None:
-        return _replicate(model, device, dtype, wide, adapters=frozen)
+        return _replicate(model, device, dtype, accum_dtype, adapters=frozen)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(wide)
-    _shard(model, mesh, dtype, wide, offload)
+            parameter.data = parameter.data.to(accum_dtype)
+    _shard(model, mesh, dtype, accum_dtype, offload)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    return Prepared(model, trained, dtype)
+    return TrainModel(model, trained, dtype)
 
 
 def language_model(model: nn.Module) -> PreTrainedModel:
@@ -208,33 +208,38 @@ def wrap_blocks(
 
 
 def _replicate(
-    model: nn.Module, device: torch.device, dtype: torch.dtype, wide: torch.dtype, *, adapters: bool
-) -> Prepared:
+    model: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    accum_dtype: torch.dtype,
+    *,
+    adapters: bool,
+) -> TrainModel:
     model.to(device)
     parameters, copies = {}, {}
     for name, parameter in model.named_parameters():  # a tied weight comes once
         if not parameter.requires_grad:
             continue
-        if adapters or parameter.dtype == dtype == wide:
-            parameter.data = parameter.data.to(wide)
+        if adapters or parameter.dtype == dtype == accum_dtype:
+            parameter.data = parameter.data.to(accum_dtype)
             parameters[name] = parameter
             continue
-        parameters[name] = nn.Parameter(parameter.detach().to(wide, copy=True))
+        parameters[name] = nn.Parameter(parameter.detach().to(accum_dtype, copy=True))
         parameter.data = parameter.data.to(dtype)
         # autograd then sums in fp32, over micro-batches and over the two uses of a tied weight
-        parameter.grad_dtype = wide
+        parameter.grad_dtype = accum_dtype
         copies[name] = parameter
-    return Prepared(model, parameters, dtype, copies)
+    return TrainModel(model, parameters, dtype, copies)
 
 
 def _shard(
-    model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, wide: torch.dtype, offload: bool
+    model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, accum_dtype: torch.dtype, offload: bool
 ) -> None:
     options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(
-            param_dtype=None if dtype == wide else dtype,
-            reduce_dtype=wide,
+            param_dtype=None if dtype == accum_dtype else dtype,
+            reduce_dtype=accum_dtype,
             cast_forward_inputs=False,
         ),
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
@@ -248,11 +253,13 @@ def _shard(
             # the loss is divided already; gloo has no reduction with a factor
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    _wide_root_gradients(model, inner, wide)
+    _wide_root_gradients(model, inner, accum_dtype)
 
 
-def _wide_root_gradients(model: nn.Module, inner: list[nn.Module], wide: torch.dtype) -> None:
-    """Gradients of the root's own group (embedding, final norm, head) arrive in `wide`.
+def _wide_root_gradients(
+    model: nn.Module, inner: list[nn.Module], accum_dtype: torch.dtype
+) -> None:
+    """Gradients of the root's own group (embedding, final norm, head) arrive in `accum_dtype`.
 
     A tied weight gets one gradient as embedding and one as head; autograd would add them in bf16.
     """
@@ -268,7 +275,7 @@ def _wide_root_gradients(model: nn.Module, inner: list[nn.Module], wide: torch.d
     def widen(module: nn.Module, args: Any) -> None:
         # FSDP's hook ran before this one: these are the gathered parameters
         for owner, name in owners:
-            getattr(owner, name).grad_dtype = wide
+            getattr(owner, name).grad_dtype = accum_dtype
 
     model.register_forward_pre_hook(widen)
 
@@ -285,8 +292,8 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
         (ids,) = ctx.saved_tensors
-        wide = grad.float() if torch.finfo(grad.dtype).bits < 32 else grad
-        sums_VD = torch.ops.aten.embedding_dense_backward(wide, ids, ctx.rows, ctx.padding, False)
+        grad = grad.float() if torch.finfo(grad.dtype).bits < 32 else grad
+        sums_VD = torch.ops.aten.embedding_dense_backward(grad, ids, ctx.rows, ctx.padding, False)
         return None, sums_VD, None
 
 

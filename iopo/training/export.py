@@ -20,9 +20,9 @@ from iopo.data.tokenize import Example
 from iopo.files import replacing
 from iopo.logprobs import LogProbs
 from iopo.model import lora
-from iopo.model.parallel import Prepared, language_model
+from iopo.model.parallel import TrainModel, language_model
 from iopo.training.inputs import Inputs
-from iopo.training.launch.placement import Ranks
+from iopo.training.launch.placement import RankInfo
 
 FOLDER, MERGED, BASE = "export", "export-merged", "export-base"
 PROBE = "A model that was saved must give, once it is loaded again, the same answer as before."
@@ -34,7 +34,9 @@ class ExportError(RuntimeError):
     """An export that does not read back as what was trained; its folder was not made."""
 
 
-def export(cfg: TrainConfig, run: Path, prepared: Prepared, inputs: Inputs, ranks: Ranks) -> None:
+def export(
+    cfg: TrainConfig, run: Path, train_model: TrainModel, inputs: Inputs, ranks: RankInfo
+) -> None:
     """Write what cfg.export asks for into the run folder. Every rank calls it; rank 0 writes."""
     # The adapter's base is model.path, unless the run changed or drew it: then it is written too.
     own_base = inputs.model_path is None or cfg.model.adapter is not None
@@ -43,7 +45,7 @@ def export(cfg: TrainConfig, run: Path, prepared: Prepared, inputs: Inputs, rank
     base = str(cfg.model.path) if hub else str(inputs.model_path and inputs.model_path.resolve())
     if cfg.export.model or cfg.export.merged:
         write_exports(
-            prepared,
+            train_model,
             run,
             tokenizer=inputs.chat.tokenizer,
             device=ranks.device,
@@ -55,7 +57,7 @@ def export(cfg: TrainConfig, run: Path, prepared: Prepared, inputs: Inputs, rank
 
 
 def write_exports(
-    prepared: Prepared,
+    train_model: TrainModel,
     run: Path,
     *,
     tokenizer: PreTrainedTokenizerBase,
@@ -73,20 +75,20 @@ def write_exports(
     """
     probe = build_plain([_probe(tokenizer)]).to(device)
     scored = int(probe.scored_M.sum())
-    expected = _score(prepared.model, probe) / scored
-    tensors = gather(prepared, keep=main)
+    expected = _score(train_model.model, probe) / scored
+    tensors = gather(train_model, keep=main)
     if not main:
         return
 
     def write(folder: Path, weights: dict[str, Tensor], logp: float | None) -> None:
         with replacing(folder) as partial:
-            _save(prepared, partial, weights, tokenizer)
+            _save(train_model, partial, weights, tokenizer)
             reloaded = _read_back(partial, weights)
             if logp is not None:
                 found = _score(LogProbs(reloaded), probe.to("cpu")) / scored
-                _compare(folder, found, logp, TOLERANCE[prepared.dtype])
+                _compare(folder, found, logp, TOLERANCE[train_model.dtype])
 
-    layers = lora.adapters(language_model(prepared.model))
+    layers = lora.adapters(language_model(train_model.model))
     if not layers:
         write(run / FOLDER, tensors, expected)
         return
@@ -97,7 +99,7 @@ def write_exports(
         with replacing(run / FOLDER) as partial:
             named = {n: t for n, t in tensors.items() if ".lora_" in n}
             config = lora.adapter_config(
-                language_model(prepared.model), base or str((run / BASE).resolve())
+                language_model(train_model.model), base or str((run / BASE).resolve())
             )
             lora.write_adapter(partial, config, named)
             tokenizer.save_pretrained(partial)
@@ -113,35 +115,38 @@ def write_exports(
 
 
 @torch.no_grad()
-def gather(prepared: Prepared, *, keep: bool) -> dict[str, Tensor]:
+def gather(train_model: TrainModel, *, keep: bool) -> dict[str, Tensor]:
     """Whole tensors on the CPU by the language model's names; {} where not `keep`. Collective.
 
     Trained weights are rounded to the dtype that computes; adapters stay fp32. Tied weights come
     once.
     """
-    model = language_model(prepared.model)
-    root = next(name for name, module in prepared.model.named_modules() if module is model)
+    model = language_model(train_model.model)
+    root = next(name for name, module in train_model.model.named_modules() if module is model)
     tensors = {}
-    for name, parameter in prepared.model.named_parameters():
+    for name, parameter in train_model.model.named_parameters():
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         if keep:
-            dtype = whole.dtype if ".lora_" in name else prepared.dtype
+            dtype = whole.dtype if ".lora_" in name else train_model.dtype
             short = name.removeprefix(root + ".") if root else name
             tensors[short] = whole.detach().to("cpu", dtype, copy=True)
     return tensors
 
 
 def _save(
-    prepared: Prepared, folder: Path, tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
+    train_model: TrainModel,
+    folder: Path,
+    tensors: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     disable_progress_bar()
     # a copy of the dict: save_pretrained empties it as it goes
-    language_model(prepared.model).save_pretrained(folder, state_dict=dict(tensors))
+    language_model(train_model.model).save_pretrained(folder, state_dict=dict(tensors))
     tokenizer.save_pretrained(folder)
     # transformers notes the live model's settings; a user wants those of the saved one
     file = folder / "config.json"
     config = json.loads(file.read_text())
-    config |= {"dtype": str(prepared.dtype).removeprefix("torch."), "use_cache": True}
+    config |= {"dtype": str(train_model.dtype).removeprefix("torch."), "use_cache": True}
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -10,11 +10,11 @@ from iopo.training import export, optim, setup
 from iopo.training.checkpoint.folders import complete_folders, step_of
 from iopo.training.checkpoint.tensors import load_state
 from iopo.training.inputs import load_inputs
-from iopo.training.launch.placement import Ranks
+from iopo.training.launch.placement import RankInfo
 from iopo.training.launch.signals import Control
 
 
-def export_step(cfg: TrainConfig, scratch: Path, ranks: Ranks, control: Control) -> None:
+def export_step(cfg: TrainConfig, scratch: Path, ranks: RankInfo, control: Control) -> None:
     """A worker for `launch`; scratch takes its error files. The rest of the run stays as it is.
 
     Raises ValueError if the run has no complete checkpoint of that step.
@@ -28,15 +28,15 @@ def export_step(cfg: TrainConfig, scratch: Path, ranks: Ranks, control: Control)
         )
     cfg.parallel.checkpointing = Checkpointing.none  # there is no backward
     inputs = load_inputs(cfg)
-    prepared = setup.make_policy(cfg, inputs, ranks)
-    optimizer = optim.make_optimizer(prepared.parameters, cfg.optim)
-    load_state(folders[step], prepared.parameters, optimizer, rank=ranks.rank, same_world=False)
-    prepared.refresh()
+    train_model = setup.make_policy(cfg, inputs, ranks)
+    optimizer = optim.make_optimizer(train_model.parameters, cfg.optim)
+    load_state(folders[step], train_model.parameters, optimizer, rank=ranks.rank, same_world=False)
+    train_model.refresh()
     control.alive()
     place = run / "exported" / folders[step].name
     if ranks.is_main:
         place.mkdir(parents=True, exist_ok=True)
     cfg.export.model = True
-    export.export(cfg, place, prepared, inputs, ranks)
+    export.export(cfg, place, train_model, inputs, ranks)
     if ranks.is_main:
         print(f"{folders[step]} -> {place}", flush=True)

@@ -38,7 +38,7 @@ def evaluate(
         rows = [job.heldout[i] for i in indices or (0,)]
         batch = job.build(rows)
         policy_Q4, reference_Q4 = policy(batch), None
-        if reference is not None and (reference.together or indices is not None):
+        if reference is not None and (reference.collective or indices is not None):
             reference_Q4 = reference.call(rows, batch).to(job.device)
         if indices is None:  # it took part because other ranks' weights are gathered together
             continue

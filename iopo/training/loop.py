@@ -18,7 +18,7 @@ from iopo.data.batching import Batching, micro_batches, quads_of_step, tokens
 from iopo.data.layout import Batch, build_packed, build_plain, build_shared
 from iopo.data.tokenize import Example
 from iopo.logprobs import LogProbs
-from iopo.model.parallel import Prepared
+from iopo.model.parallel import TrainModel
 from iopo.training import metrics
 from iopo.training.split import PromptByPrompt, Splitting, by_prompt
 
@@ -34,7 +34,7 @@ class Reference:
     call: (examples, their batch) -> float32 [E, M] without gradient. tolerance: largest difference
     of the loss at step 0 from its value at policy == reference. rounding: largest log-ratio, in
     nats, that may still be no more than rounding. store: write down what call has computed; before
-    a checkpoint, so that a resumed run looks up the same bits. together: call gathers weights, so
+    a checkpoint, so that a resumed run looks up the same bits. collective: call gathers weights, so
     that a rank without examples has to call it too.
     """
 
@@ -44,7 +44,7 @@ class Reference:
     tolerance: float
     rounding: float = 0.0
     store: Callable[[], None] = lambda: None
-    together: bool = False
+    collective: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,17 +71,17 @@ class Job:
         make = {"shared": build_shared, "packed": build_packed}[self.batching.layout]
         return make(rows, multiple=LENGTH_STEP).to(self.device)
 
-    def split(self, prepared: Prepared, rows: Sequence[Example]) -> PromptByPrompt:
+    def split(self, train_model: TrainModel, rows: Sequence[Example]) -> PromptByPrompt:
         """The same micro-batch, one prompt at a time."""
         assert self.splitting is not None
         batches = [self.build(part) for part in by_prompt(rows)]
-        return PromptByPrompt(prepared, batches, self.splitting.direction)
+        return PromptByPrompt(train_model, batches, self.splitting.direction)
 
-    def turns(self, step: int) -> set[int]:
+    def split_microbatches(self, step: int) -> set[int]:
         """Numbers of this rank's micro-batches of `step` (from 0) that are split."""
         if self.splitting is None:
             return set()
-        return self.splitting.turns(self.tokens_N, self.batching, step, self.rank)
+        return self.splitting.split_microbatches(self.tokens_N, self.batching, step, self.rank)
 
 
 @dataclass
@@ -116,7 +116,7 @@ class NonFiniteError(RuntimeError):
 
 def train_steps(
     job: Job,
-    prepared: Prepared,
+    train_model: TrainModel,
     optimizer: torch.optim.Optimizer,
     reference: Reference | None,
     *,
@@ -136,37 +136,37 @@ def train_steps(
         sums = torch.zeros(len(names), device=job.device)
         rows_of_step: list[Example] = []
         batches = micro_batches(job.tokens_N, job.batching, step - 1, job.rank)
-        split = job.turns(step - 1)
+        split = job.split_microbatches(step - 1)
         total = len(quads_of_step(len(job.tokens_N), job.batching, step - 1))
         for i, indices in enumerate(batches):
             last = i == len(batches) - 1
-            prepared.set_sync(last)
+            train_model.set_sync(last)
             idle = indices is None  # only other ranks have this micro-batch
             rows = [job.examples[j] for j in indices or (0,)]
             batch = job.build(rows)
             reference_EM = None
-            if reference is not None and (reference.together or not idle):
+            if reference is not None and (reference.collective or not idle):
                 reference_EM = reference.call(rows, batch)
-            parts = job.split(prepared, rows) if i in split else None
+            parts = job.split(train_model, rows) if i in split else None
             if idle:
                 if parts is not None:
                     parts.idle(last=last)
                 else:
-                    prepared.empty_backward(prepared.model, batch)
+                    train_model.empty_backward(train_model.model, batch)
                 continue
-            policy_EM = prepared.model(batch) if parts is None else parts.log_probs()
+            policy_EM = train_model.model(batch) if parts is None else parts.log_probs()
             loss_E, values_EK = score(job, batch, rows, policy_EM, reference_EM)
             (loss_E.sum() / total).backward()
             if parts is not None:  # that reached the log-probs, not yet the model
                 parts.backward(last=last)
             sums += values_EK.sum(0)
             rows_of_step += rows
-        grad_norm = prepared.reduce_and_clip(job.clip_norm).item()
+        grad_norm = train_model.reduce_and_clip(job.clip_norm).item()
         # A NaN in one rank's quads has reached every rank's gradient by now: all stop together.
         if not math.isfinite(grad_norm):
             raise NonFiniteError(_non_finite(step, grad_norm, sums, rows_of_step))
         optimizer.step()
-        prepared.zero_grad()
+        train_model.zero_grad()
         yield StepResult(
             step=step,
             lr=job.lr_at(step),

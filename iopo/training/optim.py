@@ -11,7 +11,7 @@ from iopo.config import OptimConfig, Schedule
 def make_optimizer(parameters: dict[str, nn.Parameter], cfg: OptimConfig) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101) with decay on matrices only: not on norms and biases.
 
-    parameters: fp32, by name (Prepared.parameters). The loop sets `lr` before every step.
+    parameters: fp32, by name (TrainModel.parameters). The loop sets `lr` before every step.
     """
     matrices = [p for p in parameters.values() if p.dim() >= 2]
     vectors = [p for p in parameters.values() if p.dim() < 2]

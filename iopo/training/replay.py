@@ -9,19 +9,19 @@ from pathlib import Path
 from iopo import objectives
 from iopo.config import TrainConfig
 from iopo.data.batching import quads_of_step
-from iopo.model.parallel import Prepared
+from iopo.model.parallel import TrainModel
 from iopo.training import loop, optim, setup
 from iopo.training.checkpoint.folders import complete_folders, read_state
 from iopo.training.checkpoint.tensors import load_state
 from iopo.training.inputs import load_inputs
-from iopo.training.launch.placement import Ranks
+from iopo.training.launch.placement import RankInfo
 from iopo.training.launch.signals import Control
 from iopo.training.metrics import NAMES
-from iopo.training.plan.auto import settle
+from iopo.training.plan.auto import resolve_checkpointing
 from iopo.training.reference import sources as references
 
 
-def replay(cfg: TrainConfig, scratch: Path, ranks: Ranks, control: Control) -> None:
+def replay(cfg: TrainConfig, scratch: Path, ranks: RankInfo, control: Control) -> None:
     """Print loss, gradient norm and every member's log-probs of each example of the step.
 
     A worker for `launch`; scratch takes its error files. Every rank computes every example, since
@@ -38,9 +38,11 @@ def replay(cfg: TrainConfig, scratch: Path, ranks: Ranks, control: Control) -> N
         if ranks.is_main:
             print(text, flush=True)
 
-    prepared = setup.make_policy(settle(cfg, inputs, ranks, scratch, say), inputs, ranks)
-    reference = references.make_reference(cfg, inputs, job, ranks, prepared, say, control.alive)
-    optimizer = optim.make_optimizer(prepared.parameters, cfg.optim)
+    train_model = setup.make_policy(
+        resolve_checkpointing(cfg, inputs, ranks, scratch, say), inputs, ranks
+    )
+    reference = references.make_reference(cfg, inputs, job, ranks, train_model, say, control.alive)
+    optimizer = optim.make_optimizer(train_model.parameters, cfg.optim)
     done = 0
     folders = [f for f in complete_folders(run)[0] if read_state(f)["step"] < step]
     if folders:
@@ -48,37 +50,37 @@ def replay(cfg: TrainConfig, scratch: Path, ranks: Ranks, control: Control) -> N
         same_world = saved["world_size"] == ranks.world_size
         load_state(
             folders[-1],
-            prepared.parameters,
+            train_model.parameters,
             optimizer,
             rank=ranks.rank,
             same_world=same_world,
         )
-        prepared.refresh()
+        train_model.refresh()
         done = saved["step"]
     say(f"weights: {folders[-1] if folders else 'the start'}, then {step - 1 - done} steps")
     if done < step - 1:
-        for result in loop.train_steps(job, prepared, optimizer, reference, first_step=done + 1):
+        for result in loop.train_steps(job, train_model, optimizer, reference, first_step=done + 1):
             control.alive()
             if result.step == step - 1:
                 break
     for index in quads_of_step(len(job.tokens_N), job.batching, step - 1):
         control.alive()
-        say(describe_example(job, prepared, reference, int(index), ranks.world_size))
+        say(describe_example(job, train_model, reference, int(index), ranks.world_size))
 
 
 def describe_example(
-    job: loop.Job, prepared: Prepared, reference: loop.Reference | None, index: int, world: int
+    job: loop.Job, train_model: TrainModel, reference: loop.Reference | None, index: int, world: int
 ) -> str:
     """Id, loss and gradient norm of one example alone, and a line per member."""
     rows = [job.examples[index]]
     batch = job.build(rows)
-    policy_EM = prepared.model(batch)
+    policy_EM = train_model.model(batch)
     reference_EM = None if reference is None else reference.call(rows, batch)
     loss_E, _ = loop.score(job, batch, rows, policy_EM, reference_EM)
-    prepared.set_sync(True)
+    train_model.set_sync(True)
     (loss_E.sum() / world).backward()  # gradients are summed over ranks, and all do the same
-    norm = prepared.reduce_and_clip(float("inf")).item()
-    prepared.zero_grad()
+    norm = train_model.reduce_and_clip(float("inf")).item()
+    train_model.zero_grad()
     lines = [f"{rows[0].id}  loss {loss_E.item():.6g}  gradient norm {norm:.6g}"]
     names = NAMES[objectives.KINDS[job.objective].members]
     ours = policy_EM[0].tolist()

@@ -10,49 +10,53 @@ from iopo.data.chat import Chat
 from iopo.data.rows import Quad
 from iopo.files import read_records, write_records
 from iopo.model.generate import generate
-from iopo.model.parallel import Prepared, language_model
+from iopo.model.parallel import TrainModel, language_model
 from iopo.training.inputs import Inputs
-from iopo.training.launch.placement import Ranks
+from iopo.training.launch.placement import RankInfo
 
 FILE = "samples.jsonl"
 
 
-def before(run: Path, cfg: TrainConfig, inputs: Inputs, prepared: Prepared, ranks: Ranks) -> None:
+def before(
+    run: Path, cfg: TrainConfig, inputs: Inputs, train_model: TrainModel, ranks: RankInfo
+) -> None:
     """Write samples.jsonl with the answers of the starting weights (rank 0; see `_answers`)."""
-    if _wanted(cfg, inputs, prepared, ranks):
+    if _wanted(cfg, inputs, train_model, ranks):
         step = max(1, len(inputs.heldout_quads) // cfg.evaluation.samples)
         few = inputs.heldout_quads[::step][: cfg.evaluation.samples]
-        answers = _answers(cfg, inputs, prepared, few)
+        answers = _answers(cfg, inputs, train_model, few)
         write_records(
             run / FILE, [{"id": a["id"], "prompt": a["prompt"], "before": a} for a in answers]
         )
 
 
-def after(run: Path, cfg: TrainConfig, inputs: Inputs, prepared: Prepared, ranks: Ranks) -> None:
+def after(
+    run: Path, cfg: TrainConfig, inputs: Inputs, train_model: TrainModel, ranks: RankInfo
+) -> None:
     """Add the answers of the trained weights to the rows that `before` left.
 
     Which prompts those are is the file's to say: a run may be resumed with other settings.
     """
-    if not _wanted(cfg, inputs, prepared, ranks) or not (run / FILE).exists():
+    if not _wanted(cfg, inputs, train_model, ranks) or not (run / FILE).exists():
         return
     rows = read_records(run / FILE)
     quads = {quad.id: quad for quad in inputs.heldout_quads}
     known = [quads[row["id"]] for row in rows if row["id"] in quads]
-    answers = {a["id"]: {"after": a} for a in _answers(cfg, inputs, prepared, known)}
+    answers = {a["id"]: {"after": a} for a in _answers(cfg, inputs, train_model, known)}
     write_records(run / FILE, [row | answers.get(row["id"], {}) for row in rows])
 
 
-def _wanted(cfg: TrainConfig, inputs: Inputs, prepared: Prepared, ranks: Ranks) -> bool:
+def _wanted(cfg: TrainConfig, inputs: Inputs, train_model: TrainModel, ranks: RankInfo) -> bool:
     """Sharded weights cannot generate here; `evaluate.py` does it from the export."""
     some = cfg.evaluation.samples > 0 and bool(inputs.heldout_quads)
-    return ranks.is_main and some and not prepared.sharded
+    return ranks.is_main and some and not train_model.sharded
 
 
 def _answers(
-    cfg: TrainConfig, inputs: Inputs, prepared: Prepared, quads: Sequence[Quad]
+    cfg: TrainConfig, inputs: Inputs, train_model: TrainModel, quads: Sequence[Quad]
 ) -> list[dict[str, Any]]:
     return answer(
-        prepared,
+        train_model,
         inputs.chat,
         quads,
         max_new_tokens=cfg.evaluation.max_new_tokens,
@@ -61,14 +65,19 @@ def _answers(
 
 
 def answer(
-    prepared: Prepared, chat: Chat, quads: Sequence[Quad], *, max_new_tokens: int, batch_size: int
+    train_model: TrainModel,
+    chat: Chat,
+    quads: Sequence[Quad],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
 ) -> list[dict[str, Any]]:
     """Greedy answers to x1 of every quad, with what code says of the constraints it can check.
 
     Rows {"id", "prompt", "text", "constraints": [{"text", "follows"}]}. The model computes with
     stock attention meanwhile. Not for sharded models.
     """
-    model = language_model(prepared.model)
+    model = language_model(train_model.model)
     attention = model.config._attn_implementation
     systems = [quad.system if quad.system is not None else chat.system for quad in quads]
     conversations = [

@@ -10,10 +10,10 @@ from iopo.data.batching import Batching, plan_steps, token_counts
 from iopo.logprobs import LogProbs
 from iopo.model import load, lora
 from iopo.model.attention import SHARED
-from iopo.model.parallel import Prepared, make_mesh, prepare
+from iopo.model.parallel import TrainModel, make_mesh, prepare
 from iopo.training import optim
 from iopo.training.inputs import Inputs
-from iopo.training.launch.placement import Ranks
+from iopo.training.launch.placement import RankInfo
 from iopo.training.loop import Job
 from iopo.training.seeds import stream_seed
 from iopo.training.split import Splitting
@@ -55,7 +55,7 @@ def batching(cfg: TrainConfig, world_size: int) -> Batching:
     )
 
 
-def make_job(cfg: TrainConfig, inputs: Inputs, ranks: Ranks) -> Job:
+def make_job(cfg: TrainConfig, inputs: Inputs, ranks: RankInfo) -> Job:
     """What stays the same through the run on this rank."""
     batches = batching(cfg, ranks.world_size)
     plan = plan_steps(len(inputs.train), batches, cfg.optim.epochs, cfg.optim.max_steps)
@@ -154,7 +154,7 @@ def check_sharding(cfg: TrainConfig, world_size: int) -> None:
 def recomputation(cfg: TrainConfig) -> dict[str, Any]:
     """parallel.checkpointing as arguments of `prepare`. `auto` must have been settled before."""
     kind = cfg.parallel.checkpointing
-    assert kind is not Checkpointing.auto, "memory_fit.settle comes first"
+    assert kind is not Checkpointing.auto, "memory_fit.resolve_checkpointing comes first"
     every = {Checkpointing.none: 0, Checkpointing.every_k: cfg.parallel.checkpoint_every_k}
     return {
         "checkpoint_every": every.get(kind, 1),
@@ -162,7 +162,7 @@ def recomputation(cfg: TrainConfig) -> dict[str, Any]:
     }
 
 
-def make_policy(cfg: TrainConfig, inputs: Inputs, ranks: Ranks) -> Prepared:
+def make_policy(cfg: TrainConfig, inputs: Inputs, ranks: RankInfo) -> TrainModel:
     """The policy at its starting weights, adapted, placed and sharded as configured."""
     dtype = compute_dtype(cfg, ranks.device.type)
     wide = dtype if torch.finfo(dtype).bits >= 32 else torch.float32
@@ -182,7 +182,7 @@ def make_policy(cfg: TrainConfig, inputs: Inputs, ranks: Ranks) -> Prepared:
     )
 
 
-def policy_of(prepared: Prepared) -> LogProbs:
+def policy_of(train_model: TrainModel) -> LogProbs:
     """The module inside, by its type (FSDP2 makes it a subclass of itself)."""
-    assert isinstance(prepared.model, LogProbs)
-    return prepared.model
+    assert isinstance(train_model.model, LogProbs)
+    return train_model.model

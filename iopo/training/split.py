@@ -25,7 +25,7 @@ from torch import Tensor
 from iopo.data.batching import Batching, MicroBatch, micro_batches_of_ranks
 from iopo.data.example import Example
 from iopo.data.layout import Batch
-from iopo.model.parallel import Prepared
+from iopo.model.parallel import TrainModel
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,21 @@ class Splitting:
     """Which quads are split, and how.
 
     budget: tokens; a quad above it runs alone (batching.py) and is split.
-    together: sharded models communicate in every forward, so that all ranks split their micro-batch
-        when one does.
+    collective: sharded models communicate in every forward, so that all ranks split their
+        micro-batch when one does.
     direction: of dloss/dlogp_M, to go through each prompt once; None to go twice.
     """
 
     budget: int
-    together: bool
+    collective: bool
     direction: tuple[int, ...] | None
 
-    def turns(self, tokens_N: np.ndarray, batching: Batching, step: int, rank: int) -> set[int]:
+    def split_microbatches(
+        self, tokens_N: np.ndarray, batching: Batching, step: int, rank: int
+    ) -> set[int]:
         """Numbers of the micro-batches of `step` that `rank` splits."""
         per_rank = micro_batches_of_ranks(tokens_N, batching, step)
-        seen = per_rank if self.together else [per_rank[rank]]
+        seen = per_rank if self.collective else [per_rank[rank]]
         return {i for i, at in enumerate(zip(*seen, strict=True)) if self._any_above(tokens_N, at)}
 
     def _any_above(self, tokens_N: np.ndarray, batches: Sequence[MicroBatch]) -> bool:
@@ -68,10 +70,10 @@ class PromptByPrompt:
     """
 
     def __init__(
-        self, prepared: Prepared, batches: Sequence[Batch], direction: tuple[int, ...] | None
+        self, train_model: TrainModel, batches: Sequence[Batch], direction: tuple[int, ...] | None
     ):
         assert direction is None or batches[0].examples == 1, "one scalar for several examples"
-        self.prepared, self.batches, self.direction = prepared, batches, direction
+        self.train_model, self.batches, self.direction = train_model, batches, direction
         self.before: list[Tensor | None] = []  # gradients of the micro-batches before this one
         self.logp_EM = torch.empty(0)
 
@@ -80,13 +82,13 @@ class PromptByPrompt:
         parts = []
         if self.direction is None:
             with torch.no_grad():
-                parts = [self.prepared.model(batch) for batch in self.batches]
+                parts = [self.train_model.model(batch) for batch in self.batches]
         else:
-            self.before = [p.grad for p in self.prepared.parameters.values()]
+            self.before = [p.grad for p in self.train_model.parameters.values()]
             self._set_gradients([None] * len(self.before))
             whole = torch.tensor([self.direction], device=self.batches[0].input_ids.device)
             for batch, signs_EM in zip(self.batches, self._by_prompt(whole), strict=True):
-                logp_EM = self.prepared.model(batch)
+                logp_EM = self.train_model.model(batch)
                 (logp_EM * signs_EM).sum().backward()
                 parts.append(logp_EM.detach())
         self.logp_EM = torch.cat(parts, dim=1).requires_grad_()
@@ -100,11 +102,11 @@ class PromptByPrompt:
         if self.direction is None:
             factors = self._by_prompt(factor_EM)
             for i, (batch, part_EM) in enumerate(zip(self.batches, factors, strict=True)):
-                self.prepared.set_sync(last and i == len(self.batches) - 1)
-                (self.prepared.model(batch) * part_EM).sum().backward()
+                self.train_model.set_sync(last and i == len(self.batches) - 1)
+                (self.train_model.model(batch) * part_EM).sum().backward()
             return
         scalar = factor_EM[0, 0] / self.direction[0]
-        own = [p.grad for p in self.prepared.parameters.values()]
+        own = [p.grad for p in self.train_model.parameters.values()]
         pairs = zip(own, self.before, strict=True)
         self._set_gradients([_scaled_sum(scalar, a, b) for a, b in pairs])
 
@@ -117,7 +119,9 @@ class PromptByPrompt:
         return value_EM.split([batch.members for batch in self.batches], dim=1)
 
     def _set_gradients(self, gradients: Sequence[Tensor | None]) -> None:
-        for parameter, gradient in zip(self.prepared.parameters.values(), gradients, strict=True):
+        for parameter, gradient in zip(
+            self.train_model.parameters.values(), gradients, strict=True
+        ):
             parameter.grad = gradient
 
 

@@ -40,7 +40,7 @@ def start(cfg: TrainConfig, config_text: str, worker: Worker) -> int:
     batching = setup.batching(cfg, placement.world_size)
     inputs = load_inputs(cfg)
     plan = plan_steps(len(inputs.train), batching, cfg.optim.epochs, cfg.optim.max_steps)
-    now = restore.facts(cfg, inputs, placement.world_size)
+    now = restore.fingerprint(cfg, inputs, placement.world_size)
     if restore.is_finished(run, now, plan.steps):
         if placement.is_main:
             print(f"{run} is complete: nothing to do (delete it, or choose another run=)")

@@ -132,8 +132,8 @@ def save(run: Path, step: int) -> Path:
     folder = folder_of(run, step)
     folder.mkdir(parents=True)
     (folder / "state.json").write_text(json.dumps(META | {"step": step}))
-    facts = {"bytes": (folder / "state.json").stat().st_size, "sha256": ""}
-    (folder / "COMPLETE").write_text(json.dumps({"files": {"state.json": facts}}))
+    fingerprint = {"bytes": (folder / "state.json").stat().st_size, "sha256": ""}
+    (folder / "COMPLETE").write_text(json.dumps({"files": {"state.json": fingerprint}}))
     return folder
 
 

@@ -15,7 +15,7 @@ from iopo.construct import __main__ as construct_main
 from iopo.construct import demo, proposals, quadruples, verify
 from iopo.construct.__main__ import build
 from iopo.construct.prose import ends_a_sentence, whole_sentences
-from iopo.construct.quadruples import Choice, Draft, Refused, four_cells
+from iopo.construct.quadruples import Candidate, Choice, Rejection, four_cells
 from iopo.construct.responses import Job, read_cache, sample_all
 from iopo.construct.tasks import Task, instruction, read_tasks
 
@@ -197,7 +197,7 @@ def test_every_accepted_draft_has_the_four_cells(source):
     accepted = 0
     for seed in range(150):
         draft = source(TASK, FIRST, SECOND, choice(), random.Random(seed))
-        if isinstance(draft, Refused):
+        if isinstance(draft, Rejection):
             continue
         accepted += 1
         cells = four_cells(draft.c1, draft.y1, draft.c2, draft.y2)
@@ -221,14 +221,14 @@ def test_relaxing_is_no_quad():
         make("words", relation="at most", number=20),
     )
     loose = strict[:1]
-    draft = Draft(TASK, strict, "A short answer.", loose, "A longer answer " * 9 + ".", "edit")
+    draft = Candidate(TASK, strict, "A short answer.", loose, "A longer answer " * 9 + ".", "edit")
     assert four_cells(draft.c1, draft.y1, draft.c2, draft.y2) == (True, False, True, True)
     assert quadruples._checked(draft, random.Random(0)).reason == "follows both"
 
 
 def test_follow_keeps_what_fits():
     low, high = make("case", style="lower"), make("case", style="upper")
-    draft = Draft(TASK, (low,), "old.", (high,), "OLD.", "edit")
+    draft = Candidate(TASK, (low,), "old.", (high,), "OLD.", "edit")
     kept = quadruples.follow(draft, "a mill.", "A MILL.")
     assert (kept.y1, kept.y2, kept.source) == ("a mill.", "A MILL.", "follow")
     assert quadruples.follow(draft, "A mill.", "A MILL.").reason == "not followed"

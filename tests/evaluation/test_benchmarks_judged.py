@@ -303,7 +303,7 @@ def test_each_benchmark_runs_from_file_to_scores(tmp_path: Path, style: Style) -
                 lambda _: None,
             )
             calls[name] = len(server.bodies)
-        assert found["unread"] == 0
+        assert found["unparsed"] == 0
         metric = found["headline"][0] if name != "followbench" else "HSR/en/content"
         assert found["scores"][metric]["value"] == 1.0
     one_by_one = style is Style.paper

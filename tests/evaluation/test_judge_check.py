@@ -85,7 +85,7 @@ def test_a_judge_that_knows(config: EvaluateConfig, tmp_path: Path) -> None:
     found = values(config, knows, tmp_path / "knows")
     for name in ("balanced_accuracy", "kappa", "accuracy", "unmet_seen/planted", "same_twice"):
         assert found[name] == 1.0, name
-    assert found["unread"] == 0.0
+    assert found["unparsed"] == 0.0
     row = read_records(tmp_path / "knows" / "verdicts.jsonl")[2]
     assert row["id"] == "0/upper" and row["truth"] == [True, False]
     assert row["said"] == [[1.0, 0.0]] * 2
@@ -111,7 +111,7 @@ def test_a_judge_that_contradicts_itself(config: EvaluateConfig, tmp_path: Path)
 
 
 def test_a_judge_that_cannot_be_read(config: EvaluateConfig, tmp_path: Path) -> None:
-    assert values(config, mumbles, tmp_path / "mumbles") == {"unread": 1.0}
+    assert values(config, mumbles, tmp_path / "mumbles") == {"unparsed": 1.0}
     scores = json.loads((tmp_path / "mumbles" / "scores.json").read_text())
     assert scores["judge"][0]["status"] == {"unparsed": 20}
 

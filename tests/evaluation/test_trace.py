@@ -98,8 +98,8 @@ def test_measures_by_hand(tmp_path: Path) -> None:
     assert table["dimension/Other: ·"] == {"2": (0.0, 1.0)}
     assert table["overall_differs"] == {"0": (0.0, 1), "1": (0.0, 1), "3": (1.0, 1)}
     assert trace.stray_tags(items) == {"·": 1}
-    unread = trace.measures(items, [{"scores": None, "overall": None}] + verdicts[1:])
-    assert "0" not in unread["IF-S"]
+    unparsed = trace.measures(items, [{"scores": None, "overall": None}] + verdicts[1:])
+    assert "0" not in unparsed["IF-S"]
 
 
 def test_a_missing_tag_or_field_is_refused(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_unread_judgements_are_counted_and_bounded(tmp_path: Path) -> None:
         scores = evaluate(config(server, tmp_path / "o", data, answers), lambda _: None)
         assert len(server.bodies) == 3 + 3, "asked again twice, then counted"
     assert scores["judge"]["status"] == {"unparsed": 1, "judged": 3}
-    assert scores["unread"] == 1 and list(scores["judge"]["unread"]) == ["0"]
+    assert scores["unparsed"] == 1 and list(scores["judge"]["unparsed"]) == ["0"]
     entry = scores["scores"]["IF-S"]
     assert entry["n"] == 1
     value = entry["value"]

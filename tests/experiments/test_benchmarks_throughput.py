@@ -53,7 +53,7 @@ def test_every_row_takes_the_same_step(full):
         cache = one.cache(quads)
         one.use(row)
         losses = one.step(quads, row, cache=cache)
-        state = torch.cat([p.detach().flatten() for p in one.prepared.parameters.values()])
+        state = torch.cat([p.detach().flatten() for p in one.train_model.parameters.values()])
         if expected is None:
             expected = losses, state
             assert (losses - np.log(2)).abs().min() > 1e-5  # policy and reference do differ

@@ -60,16 +60,16 @@ def micro_batches(turns):
     return [f + [None] * (most - len(f)) for f in forwards]
 
 
-def gradients(root, prepared, forwards, max_norm=float("inf")):
+def gradients(root, train_model, forwards, max_norm=float("inf")):
     rows = sequences()
     for i, j in enumerate(forwards):
-        prepared.set_sync(i == len(forwards) - 1)
+        train_model.set_sync(i == len(forwards) - 1)
         if j is None:
-            prepared.empty_backward(root, rows[0])
+            train_model.empty_backward(root, rows[0])
         else:
             ((root(rows[j]) + 30.0) ** 2 / 8).sum().backward()
-    norm = prepared.reduce_and_clip(max_norm)
-    return {n: whole(p.grad) for n, p in prepared.parameters.items()}, norm
+    norm = train_model.reduce_and_clip(max_norm)
+    return {n: whole(p.grad) for n, p in train_model.parameters.items()}, norm
 
 
 def whole(tensor):
@@ -98,8 +98,8 @@ def spread(kind, how, dtype=torch.float32, **options):
         "hsdp": lambda: parallel.make_mesh("cpu", shard_processes=1),
         "replicate": lambda: None,
     }[how]()
-    prepared = parallel.prepare(root, device=CPU, dtype=dtype, mesh=mesh, **options)
-    return root, prepared
+    train_model = parallel.prepare(root, device=CPU, dtype=dtype, mesh=mesh, **options)
+    return root, train_model
 
 
 def worker(rank, folder):
@@ -109,28 +109,28 @@ def worker(rank, folder):
     forwards = micro_batches(TURNS[2])[rank]
     for kind in ("full", "lora"):
         for how in SPREADS:
-            root, prepared = spread(kind, how, checkpoint_every=2)
-            grads, norm = gradients(root, prepared, forwards)
-            optimizer = torch.optim.SGD(prepared.parameters.values(), lr=1e-3)
+            root, train_model = spread(kind, how, checkpoint_every=2)
+            grads, norm = gradients(root, train_model, forwards)
+            optimizer = torch.optim.SGD(train_model.parameters.values(), lr=1e-3)
             optimizer.step()
-            prepared.zero_grad()
+            train_model.zero_grad()
             # a second step: nothing of the first may be left
-            again, _ = gradients(root, prepared, forwards)
-            weights = {n: whole(p) for n, p in prepared.parameters.items()}
+            again, _ = gradients(root, train_model, forwards)
+            weights = {n: whole(p) for n, p in train_model.parameters.items()}
             results[kind, how] = {"grads": grads, "norm": norm, "again": again, "weights": weights}
     for how in ("shard", "hsdp"):
-        root, prepared = spread("full", how)
-        prepared.set_sync(False)
+        root, train_model = spread("full", how)
+        train_model.set_sync(False)
         root(sequences()[0]).sum().backward()
-        early = [p.grad for p in prepared.parameters.values() if p.grad is not None]
+        early = [p.grad for p in train_model.parameters.values() if p.grad is not None]
         results["early", how] = sum(grad.to_local().numel() for grad in early)
     for how in SPREADS:
-        root, prepared = spread("full", how)
+        root, train_model = spread("full", how)
         with torch.no_grad():
             root(sequences()[0])  # gathers the root's group, and no backward lets go of it
-            for parameter in prepared.parameters.values():
+            for parameter in train_model.parameters.values():
                 parameter.mul_(1.1)  # as a checkpoint does that is loaded
-            prepared.refresh()
+            train_model.refresh()
             results["loaded", how] = root(sequences()[0])
         bf16 = spread("full", how, dtype=torch.bfloat16)
         results["bf16", how] = gradients(*bf16, forwards)[0]
@@ -168,11 +168,11 @@ def test_two_processes_with_unequal_work_give_the_gradients_of_one(two_ranks, ki
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_second_step_starts_clean(two_ranks, kind, how):
     root = make(kind)
-    prepared = parallel.prepare(root, device=CPU, dtype=torch.float32, mesh=None)
-    gradients(root, prepared, TURNS[1][0][0])
-    torch.optim.SGD(prepared.parameters.values(), lr=1e-3).step()
-    prepared.zero_grad()
-    expected, _ = gradients(root, prepared, TURNS[1][0][0])
+    train_model = parallel.prepare(root, device=CPU, dtype=torch.float32, mesh=None)
+    gradients(root, train_model, TURNS[1][0][0])
+    torch.optim.SGD(train_model.parameters.values(), lr=1e-3).step()
+    train_model.zero_grad()
+    expected, _ = gradients(root, train_model, TURNS[1][0][0])
     assert_same(two_ranks[0][kind, how]["again"], expected, 2e-5)
 
 
@@ -236,8 +236,8 @@ def test_checkpointing_changes_no_bit(kind, how, dtype):
         root = make(kind).train()
         if dtype is torch.float64:
             root.to(dtype)
-        prepared = parallel.prepare(root, device=CPU, dtype=dtype, mesh=None, **options)
-        return gradients(root, prepared, range(8))[0]
+        train_model = parallel.prepare(root, device=CPU, dtype=dtype, mesh=None, **options)
+        return gradients(root, train_model, range(8))[0]
 
     plain, recomputed = grads(), grads(**HOW[how])
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
@@ -254,31 +254,31 @@ def test_checkpointing_recomputes_every_kth_block():
 
 
 def bf16_step(root, rows):
-    prepared = parallel.prepare(root, device=CPU, dtype=torch.bfloat16, mesh=None)
+    train_model = parallel.prepare(root, device=CPU, dtype=torch.bfloat16, mesh=None)
     for ids in rows:
         (root(ids) / len(rows)).sum().backward()
-    prepared.reduce_and_clip(float("inf"))
-    return prepared
+    train_model.reduce_and_clip(float("inf"))
+    return train_model
 
 
 def test_bf16_computes_on_copies_of_fp32_parameters():
     root = make("full")
     before = {n: p.detach().clone() for n, p in root.named_parameters()}
-    prepared = bf16_step(root, sequences())
-    assert {p.dtype for p in prepared.parameters.values()} == {torch.float32}
-    assert {p.grad.dtype for p in prepared.parameters.values()} == {torch.float32}
+    train_model = bf16_step(root, sequences())
+    assert {p.dtype for p in train_model.parameters.values()} == {torch.float32}
+    assert {p.grad.dtype for p in train_model.parameters.values()} == {torch.float32}
     assert {p.dtype for p in root.parameters()} == {torch.bfloat16}
-    for name, parameter in prepared.parameters.items():
+    for name, parameter in train_model.parameters.items():
         assert torch.equal(parameter, before[name])
     # updates far below bf16's resolution must add up
     for _ in range(64):
-        for parameter in prepared.parameters.values():
+        for parameter in train_model.parameters.values():
             parameter.data.add_(parameter.data.abs(), alpha=1e-4)
-        prepared.zero_grad()
+        train_model.zero_grad()
     for name, parameter in root.named_parameters():
         parameter = parameter.detach()
         torch.testing.assert_close(
-            parameter.float(), prepared.parameters[name].data, rtol=8e-3, atol=0
+            parameter.float(), train_model.parameters[name].data, rtol=8e-3, atol=0
         )
         moved = (parameter.float() - before[name]).abs().sum() / before[name].abs().sum()
         if parameter.dim() == 2:  # norms are all 1: they move by whole steps of bf16
@@ -290,12 +290,12 @@ def test_many_small_bf16_gradients_are_not_lost():
     """300 equal micro-batches: a sum in bf16 stops growing at about 2^8 times the first."""
     root = make("full")
     ids = sequences()[0]
-    prepared = parallel.prepare(root, device=CPU, dtype=torch.bfloat16, mesh=None)
+    train_model = parallel.prepare(root, device=CPU, dtype=torch.bfloat16, mesh=None)
     root(ids).sum().backward()
-    once = {n: p.grad.clone() for n, p in prepared.copies.items()}
+    once = {n: p.grad.clone() for n, p in train_model.copies.items()}
     for _ in range(299):
         root(ids).sum().backward()
-    for name, parameter in prepared.copies.items():
+    for name, parameter in train_model.copies.items():
         torch.testing.assert_close(parameter.grad, once[name] * 300, rtol=1e-4, atol=1e-6)
 
 
@@ -304,8 +304,8 @@ def test_tied_weight_gets_both_gradients_in_fp32():
     root = make("full")
     ids = torch.full((1, 400), 7)  # one token, many times: a bf16 sum of its rows would stall
     ids[0, ::7] = 11
-    prepared = bf16_step(root, [ids])
-    got = prepared.parameters["causal_lm.model.embed_tokens.weight"].grad
+    train_model = bf16_step(root, [ids])
+    got = train_model.parameters["causal_lm.model.embed_tokens.weight"].grad
     slow = make("full")
     for parameter in slow.parameters():
         parameter.data = parameter.data.bfloat16().float()
@@ -328,10 +328,10 @@ def test_embedding_rows_are_summed_in_fp32():
 
 
 def test_clipping_scales_to_the_norm_and_reports_the_norm_before():
-    root, prepared = spread("full", "replicate")
-    free, norm = gradients(root, prepared, range(8))
-    prepared.zero_grad()
-    clipped, same = gradients(root, prepared, range(8), max_norm=0.5)
+    root, train_model = spread("full", "replicate")
+    free, norm = gradients(root, train_model, range(8))
+    train_model.zero_grad()
+    clipped, same = gradients(root, train_model, range(8), max_norm=0.5)
     torch.testing.assert_close(same, norm)
     total = torch.stack([g.norm() for g in clipped.values()]).norm()
     assert total.item() == pytest.approx(0.5, rel=1e-4)
@@ -339,9 +339,9 @@ def test_clipping_scales_to_the_norm_and_reports_the_norm_before():
 
 
 def test_not_finite_gradients_show_in_the_norm():
-    root, prepared = spread("full", "replicate")
+    root, train_model = spread("full", "replicate")
     (root(sequences()[0]) * float("nan")).sum().backward()
-    assert not torch.isfinite(prepared.reduce_and_clip(1.0))
+    assert not torch.isfinite(train_model.reduce_and_clip(1.0))
 
 
 def test_offload_needs_shards_and_meshes_need_divisors(monkeypatch):

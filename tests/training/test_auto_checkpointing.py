@@ -12,11 +12,11 @@ from test_configs import config
 from iopo.config import Checkpointing
 from iopo.model.host_memory import available_ram
 from iopo.training.inputs import load_inputs
-from iopo.training.launch.placement import Ranks
+from iopo.training.launch.placement import RankInfo
 from iopo.training.plan import auto as memory_fit
 
 CPU = torch.device("cpu")
-ALONE = Ranks(0, 1, 0, 1, CPU)
+ALONE = RankInfo(0, 1, 0, 1, CPU)
 PLENTY, LITTLE = 10**9, 10**6  # bytes; the runs below are planned to take some 10^7
 
 
@@ -32,7 +32,9 @@ def settled(monkeypatch, tmp_path, free: float, *overrides: str):
     """The kind chosen with `free` bytes, and what was said."""
     monkeypatch.setattr(memory_fit, "free_bytes", lambda ranks: int(free))
     said: list[str] = []
-    cfg = memory_fit.settle(*auto(tmp_path, *overrides), ALONE, tmp_path, said.append)
+    cfg = memory_fit.resolve_checkpointing(
+        *auto(tmp_path, *overrides), ALONE, tmp_path, said.append
+    )
     return cfg.parallel.checkpointing.value, " ".join(said)
 
 
@@ -63,7 +65,7 @@ def test_a_run_that_goes_on_keeps_the_choice(monkeypatch, tmp_path):
 def test_other_kinds_are_left_alone(tmp_path):
     cfg, inputs = auto(tmp_path)
     cfg = replace(cfg, parallel=replace(cfg.parallel, checkpointing=Checkpointing.every_k))
-    assert memory_fit.settle(cfg, inputs, ALONE, tmp_path, print) is cfg
+    assert memory_fit.resolve_checkpointing(cfg, inputs, ALONE, tmp_path, print) is cfg
     assert not (tmp_path / memory_fit.FILE).exists()
 
 
@@ -75,7 +77,9 @@ def test_the_plain_layout_has_no_plan_to_choose_by(tmp_path):
 def choose_on_a_rank(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     memory_fit.free_bytes = lambda ranks: PLENTY if rank == 0 else LITTLE
-    cfg = memory_fit.settle(*auto(folder), Ranks(rank, 2, rank, 2, CPU), folder, print)
+    cfg = memory_fit.resolve_checkpointing(
+        *auto(folder), RankInfo(rank, 2, rank, 2, CPU), folder, print
+    )
     (folder / f"rank{rank}").write_text(cfg.parallel.checkpointing.value)
     dist.destroy_process_group()
 

@@ -24,17 +24,17 @@ def logits(model):
 
 
 def trained(model, dtype=torch.float32):
-    prepared = prepare(LogProbs(model), device=CPU, dtype=dtype, mesh=None)
+    train_model = prepare(LogProbs(model), device=CPU, dtype=dtype, mesh=None)
     generator = torch.Generator().manual_seed(1)
-    for parameter in prepared.parameters.values():
+    for parameter in train_model.parameters.values():
         parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
-    prepared.zero_grad()
-    return prepared
+    train_model.zero_grad()
+    return train_model
 
 
-def write(prepared, run, **options):
+def write(train_model, run, **options):
     settings = {"base": "org/base", "plain": True, "merged": False, "main": True} | options
-    export.write_exports(prepared, run, tokenizer=byte_tokenizer(), device=CPU, **settings)
+    export.write_exports(train_model, run, tokenizer=byte_tokenizer(), device=CPU, **settings)
 
 
 def adapted(model):
@@ -46,20 +46,20 @@ def adapted(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [True, False])
 def test_full_model_gives_the_same_logits(tmp_path, dtype, tied):
-    prepared = trained(tiny_llama(tied=tied), dtype)
-    write(prepared, tmp_path)
+    train_model = trained(tiny_llama(tied=tied), dtype)
+    write(train_model, tmp_path)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype="auto")
     assert stock.dtype == dtype and stock.config.use_cache
-    torch.testing.assert_close(logits(stock), logits(prepared.model.causal_lm))
+    torch.testing.assert_close(logits(stock), logits(train_model.model.causal_lm))
     assert AutoTokenizer.from_pretrained(tmp_path / "export").chat_template
     assert sorted(p.name for p in tmp_path.iterdir()) == ["export"]
 
 
 def test_adapter_and_merged_model_give_the_same_logits(tmp_path):
-    prepared = trained(adapted(tiny_qwen2()))
-    expected = logits(prepared.model.causal_lm)
-    prepared.model.train()
-    write(prepared, tmp_path, merged=True)
+    train_model = trained(adapted(tiny_qwen2()))
+    expected = logits(train_model.model.causal_lm)
+    train_model.model.train()
+    write(train_model, tmp_path, merged=True)
     with_peft = peft.PeftModel.from_pretrained(tiny_qwen2(), str(tmp_path / "export"))
     torch.testing.assert_close(logits(with_peft), expected, rtol=1e-4, atol=1e-5)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "export-merged", dtype="auto")
@@ -67,32 +67,32 @@ def test_adapter_and_merged_model_give_the_same_logits(tmp_path):
     config = json.loads((tmp_path / "export" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "org/base"
     # the model in training is untouched
-    assert lora.adapters(prepared.model.causal_lm) and prepared.model.causal_lm.training
+    assert lora.adapters(train_model.model.causal_lm) and train_model.model.causal_lm.training
 
 
 def test_base_without_a_name_is_written_too(tmp_path):
-    prepared = trained(adapted(tiny_qwen2()))
-    write(prepared, tmp_path, base=None)
+    train_model = trained(adapted(tiny_qwen2()))
+    write(train_model, tmp_path, base=None)
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "export"))
-    expected = logits(prepared.model.causal_lm)
+    expected = logits(train_model.model.causal_lm)
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_export_that_reads_back_differently_is_refused(tmp_path, monkeypatch):
-    prepared = trained(tiny_llama())
-    write(prepared, tmp_path)
+    train_model = trained(tiny_llama())
+    write(train_model, tmp_path)
     before = (tmp_path / "export" / "model.safetensors").read_bytes()
-    tensors = export.gather(prepared, keep=True)
+    tensors = export.gather(train_model, keep=True)
 
     def wrong(*_, **__):
         return tensors | {"lm_head.weight": tensors["lm_head.weight"] * 1.5}
 
     monkeypatch.setattr(export, "gather", wrong)
     with pytest.raises(export.ExportError, match="on average"):
-        write(prepared, tmp_path)
+        write(train_model, tmp_path)
     monkeypatch.setattr(export, "gather", lambda *_, **__: tensors | {"extra": torch.ones(2)})
     with pytest.raises(export.ExportError, match="extra"):
-        write(prepared, tmp_path)
+        write(train_model, tmp_path)
     assert (tmp_path / "export" / "model.safetensors").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["export"]
 

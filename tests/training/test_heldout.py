@@ -78,9 +78,9 @@ def test_following_gain_is_paired():
 def test_health_sees_damage():
     texts = ["", "a b c d a b c d", "fine words here"]
     rows = [heldout.Answer("q", "", t, "length", "s", (), (), ()) for t in texts]
-    health = heldout.health(rows)
-    assert health["empty"] == health["repetitive"] == pytest.approx(1 / 3)
-    assert health["cut_off"] == 1
+    degeneration = heldout.degeneration(rows)
+    assert degeneration["empty"] == degeneration["repetitive"] == pytest.approx(1 / 3)
+    assert degeneration["cut_off"] == 1
 
 
 def test_evaluate_folder_scores_everything(model, tmp_path):
@@ -114,7 +114,7 @@ def test_constraints_that_need_a_judge_are_left_out_before_any_answer(model, mon
 def test_samples_after_a_resume_with_other_settings(tmp_path, monkeypatch):
     """The file says which prompts were answered before; without one there is nothing to add."""
     monkeypatch.setattr(samples, "_wanted", lambda *_: True)
-    said = lambda cfg, inputs, prepared, few: [{"id": q.id, "text": "new"} for q in few]  # noqa: E731
+    said = lambda cfg, inputs, train_model, few: [{"id": q.id, "text": "new"} for q in few]  # noqa: E731
     monkeypatch.setattr(samples, "_answers", said)
     inputs = SimpleNamespace(heldout_quads=[quad(0), quad(1)])
     samples.after(tmp_path, None, inputs, None, None)
@@ -149,7 +149,7 @@ def test_without_log_probs_answers_alone_are_judged(model, tmp_path):
     scores, answers = quads.evaluate_folder(
         model, rows, scored=0, controls=False, max_new_tokens=4, details=tmp_path
     )
-    assert set(scores) == {"constraint_accuracy", "constraint_accuracy_seen", "health"}
+    assert set(scores) == {"constraint_accuracy", "constraint_accuracy_seen", "degeneration"}
     assert len(answers) == 4 and not list(tmp_path.iterdir())
 
 

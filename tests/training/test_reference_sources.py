@@ -17,13 +17,13 @@ from omegaconf import OmegaConf
 from iopo.config import TrainConfig
 from iopo.training import loop, optim, setup
 from iopo.training.inputs import load_inputs
-from iopo.training.launch.placement import Ranks
+from iopo.training.launch.placement import RankInfo
 from iopo.training.reference import sources as references
 from iopo.training.reference.cache import Cache
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = "rain wind sun moon tree river stone bird cloud light grass road".split()
-ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
+ALONE = RankInfo(0, 1, 0, 1, torch.device("cpu"))
 ConfigStore.instance().store(name="base_config", node=TrainConfig)
 
 
@@ -51,16 +51,18 @@ class Run:
             self.cfg = OmegaConf.to_object(compose("config", overrides=all_keys))
         self.inputs = load_inputs(self.cfg)
         self.job = setup.make_job(self.cfg, self.inputs, ALONE)
-        self.prepared = setup.make_policy(self.cfg, self.inputs, ALONE)
+        self.train_model = setup.make_policy(self.cfg, self.inputs, ALONE)
         self.said: list[str] = []
         self.reference = references.make_reference(
-            self.cfg, self.inputs, self.job, ALONE, self.prepared, self.said.append, lambda: None
+            self.cfg, self.inputs, self.job, ALONE, self.train_model, self.said.append, lambda: None
         )
         self.cache = Cache(cache, references.manifest(self.cfg, self.inputs, "cpu"))
 
     def train(self, steps: int) -> list[list[float]]:
-        optimizer = optim.make_optimizer(self.prepared.parameters, self.cfg.optim)
-        results = loop.train_steps(self.job, self.prepared, optimizer, self.reference, first_step=1)
+        optimizer = optim.make_optimizer(self.train_model.parameters, self.cfg.optim)
+        results = loop.train_steps(
+            self.job, self.train_model, optimizer, self.reference, first_step=1
+        )
         taken = [result for _, result in zip(range(steps), results, strict=False)]
         return [list(result.reduce().values())[:4] for result in taken]
 
@@ -78,7 +80,7 @@ def test_filled_on_the_way_equals_filled_before(tmp_path, overrides):
         np.testing.assert_allclose(rows[key], expected[key], rtol=1e-5, atol=1e-5)
     # and the adapters had left their start long before the last row was looked up
     with torch.no_grad():
-        moved = on_the_way.prepared.model(on_the_way.job.build(on_the_way.job.examples))
+        moved = on_the_way.train_model.model(on_the_way.job.build(on_the_way.job.examples))
     assert (moved - on_the_way.reference.call(on_the_way.job.examples, None)).abs().max() > 0.1
 
 

@@ -14,7 +14,7 @@ from test_invariance import WORDS, Capture, reference
 from iopo.data.batching import token_counts
 from iopo.training import loop, setup
 from iopo.training.inputs import load_inputs
-from iopo.training.launch.placement import Ranks
+from iopo.training.launch.placement import RankInfo
 
 CPU = torch.device("cpu")
 SPLIT = "parallel.split_quads=true"
@@ -32,7 +32,7 @@ def quads(path: Path, counts: list[int]) -> str:
     return f"data.train={path}"
 
 
-def one_step(ranks: Ranks, *overrides: str):
+def one_step(ranks: RankInfo, *overrides: str):
     """Of the first step: gradients, means, (has gradient, members) of every forward; and how many
     examples are above the budget."""
     cfg = config(
@@ -41,9 +41,9 @@ def one_step(ranks: Ranks, *overrides: str):
     )  # fmt: skip
     inputs = load_inputs(cfg)
     job = setup.make_job(cfg, inputs, ranks)
-    prepared = setup.make_policy(cfg, inputs, ranks)
-    norms_in_own_dtype(prepared.model)
-    for name, parameter in prepared.parameters.items():
+    train_model = setup.make_policy(cfg, inputs, ranks)
+    norms_in_own_dtype(train_model.model)
+    for name, parameter in train_model.parameters.items():
         if name.endswith("lora_B"):  # at zero it would leave no gradient for A
             torch.nn.init.constant_(parameter, 0.01)
     forwards: list[tuple[bool, int]] = []
@@ -51,11 +51,11 @@ def one_step(ranks: Ranks, *overrides: str):
     def see(module, args):
         forwards.append((torch.is_grad_enabled(), args[0].members))
 
-    prepared.model.register_forward_pre_hook(see)
-    optimizer = Capture(list(prepared.parameters.values()), lr=1.0)
+    train_model.model.register_forward_pre_hook(see)
+    optimizer = Capture(list(train_model.parameters.values()), lr=1.0)
     three = cfg.objective.name == "iopo_three"
     source = by_length if three else reference(job)
-    result = next(loop.train_steps(job, prepared, optimizer, source, first_step=1))
+    result = next(loop.train_steps(job, train_model, optimizer, source, first_step=1))
     above = (token_counts(job.examples, "shared") > 450).sum()
     return optimizer.seen, result.reduce(), forwards, int(above)
 
@@ -84,7 +84,7 @@ def assert_equal(whole, split, metrics: float = 1e-10):
 )  # fmt: skip
 @pytest.mark.parametrize("lora", [(), LORA], ids=["full", "lora"])
 def test_split_quads_have_the_gradient_of_whole_ones(tmp_path, overrides, lora):
-    alone, data = Ranks(0, 1, 0, 1, CPU), quads(tmp_path / "quads.jsonl", [28, 3, 5, 26])
+    alone, data = RankInfo(0, 1, 0, 1, CPU), quads(tmp_path / "quads.jsonl", [28, 3, 5, 26])
     whole = one_step(alone, data, *lora, *overrides)
     split = one_step(alone, data, *lora, *overrides, SPLIT)
     assert_equal(whole, split)
@@ -113,7 +113,7 @@ def worker(rank, folder):
     for how, overrides in HOW.items():
         for step in STEPS:
             data = f"data.train={folder}/{step}.jsonl"
-            ranks = Ranks(rank, 2, rank, 2, CPU)
+            ranks = RankInfo(rank, 2, rank, 2, CPU)
             results[how, step] = one_step(ranks, data, *overrides, SPLIT)
     torch.save(results, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
@@ -127,7 +127,7 @@ def test_two_ranks_that_split_have_the_gradient_of_one_that_does_not(tmp_path):
     for step in STEPS:
         data = f"data.train={tmp_path}/{step}.jsonl"
         for how in HOW:
-            whole = one_step(Ranks(0, 1, 0, 1, CPU), data, *(LORA if "lora" in how else ()))
+            whole = one_step(RankInfo(0, 1, 0, 1, CPU), data, *(LORA if "lora" in how else ()))
             for rank in ranks:
                 assert_equal(whole, rank[how, step], metrics=1e-6)
             first, second = (rank[how, step][2] for rank in ranks)

@@ -37,7 +37,7 @@ PLANT = (
 )
 HEADLINE = (
     "balanced_accuracy", "kappa", "accuracy", "met_seen", "unmet_seen", "unmet_seen/as_is",
-    "unmet_seen/planted", "same_twice", "unread",
+    "unmet_seen/planted", "same_twice", "unparsed",
 )  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def measures(cases: list[Item], passes: list[list[Any]]) -> Measures:
 
     for scores_of in passes:
         for case, scores in zip(cases, scores_of, strict=True):
-            add("unread", case, scores is None)
+            add("unparsed", case, scores is None)
             for kind, truth, said in zip(
                 case.row["kinds"], case.row["truth"], scores or (), strict=scores is not None
             ):

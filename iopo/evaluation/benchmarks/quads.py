@@ -173,7 +173,7 @@ def evaluate_folder(
     shares = heldout.following(answers)
     out["constraint_accuracy"] = shares.pop("all")
     out |= {f"constraint_accuracy_{split}": share for split, share in shares.items()}
-    out["health"] = heldout.health(answers)
+    out["degeneration"] = heldout.degeneration(answers)
     return out, answers
 
 

@@ -1,4 +1,4 @@
-"""Have answers scored by a language model: ask, read, ask again, and count what stays unread."""
+"""Have answers scored by a language model: ask, read, ask again, and count what stays unparsed."""
 
 import dataclasses
 from collections.abc import Callable
@@ -190,7 +190,7 @@ def split(question: Question, *, per_criterion: bool, style: Style) -> list[Part
 
 
 def merge(question: Question, parts: list[Part], found: list[Judgement]) -> Judgement:
-    """One judgement from those of its parts; unread parts leave the whole unread."""
+    """One judgement from those of its parts; unparsed parts leave the whole unparsed."""
     if len(found) == 1:
         return dataclasses.replace(found[0], id=question.id)
     bad = [j for j in found if j.scores is None]

@@ -54,7 +54,7 @@ def judge_items(
         "prompt_version": VERSION,
         "status": dict(status),
         "answers_cut": sum(row.get("cut", False) for row in verdicts),
-        "unread": {r["id"]: r["reason"] for r in verdicts if r["scores"] is None},
+        "unparsed": {r["id"]: r["reason"] for r in verdicts if r["scores"] is None},
         "usage": usage,
     }
     for kind in ("unparsed", "failed"):

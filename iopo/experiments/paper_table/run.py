@@ -254,9 +254,9 @@ def compare(comparison: Comparison) -> None:
     """All stages. Raises ValueError where it makes no sense to go on."""
     runner, run, args = comparison.runner, comparison.run, comparison.args
     keep_arguments(args)
-    prepared: list[bool] = []
-    runner.all([lambda: prepared.append(comparison.make_data() and comparison.train_sft())])
-    if not all(prepared):
+    train_model: list[bool] = []
+    runner.all([lambda: train_model.append(comparison.make_data() and comparison.train_sft())])
+    if not all(train_model):
         raise ValueError(f"no data or no SFT checkpoint; {run}/logs says why")
     points = list(comparison.grid_points())
     runner.all([lambda p=p: comparison.try_point(*p) for p in points])  # type: ignore[misc]

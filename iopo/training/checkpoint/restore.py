@@ -7,19 +7,19 @@ from typing import Any
 import torch
 
 from iopo.config import Resume, TrainConfig, plain
-from iopo.model.parallel import Prepared
+from iopo.model.parallel import TrainModel
 from iopo.training import setup
 from iopo.training.checkpoint.folders import COMPLETE_FILE, read_state
 from iopo.training.checkpoint.resume import check_resume, truncate_metrics
 from iopo.training.checkpoint.tensors import load_state
 from iopo.training.checkpoint.writer import latest, latest_intact
 from iopo.training.inputs import Inputs
-from iopo.training.launch.placement import Ranks
+from iopo.training.launch.placement import RankInfo
 from iopo.training.launch.run_folder import read_complete
 from iopo.training.reference import sources as references
 
 
-def facts(cfg: TrainConfig, inputs: Inputs, world_size: int) -> dict[str, Any]:
+def fingerprint(cfg: TrainConfig, inputs: Inputs, world_size: int) -> dict[str, Any]:
     """What a checkpoint must agree with: the config, and hashes of what the run stands on."""
     device = "cuda" if setup.backend(cfg) == "nccl" else "cpu"
     reference = references.manifest(cfg, inputs, device).hash()
@@ -86,9 +86,9 @@ def _refuse_if_all_damaged(run: Path, remarks: list[str]) -> None:
 
 def restore(
     run: Path,
-    prepared: Prepared,
+    train_model: TrainModel,
     optimizer: torch.optim.Optimizer,
-    ranks: Ranks,
+    ranks: RankInfo,
     say: Callable[[str], None],
 ) -> int:
     """Load the newest intact checkpoint, if any, and return the number of steps done.
@@ -106,8 +106,10 @@ def restore(
         saved = read_state(folder)
         step = saved["step"]
         same_world = saved["world_size"] == ranks.world_size
-        load_state(folder, prepared.parameters, optimizer, rank=ranks.rank, same_world=same_world)
-        prepared.refresh()
+        load_state(
+            folder, train_model.parameters, optimizer, rank=ranks.rank, same_world=same_world
+        )
+        train_model.refresh()
         say(f"resuming from {folder}: step {step} is done, the starting weights are ignored")
     if ranks.is_main:
         # Without a checkpoint nothing counts: the run begins again, and so does its record.

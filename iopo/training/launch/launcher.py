@@ -26,9 +26,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from iopo.model.host_memory import keep_freed_memory
+from iopo.model.host_memory import tune_malloc
 from iopo.training.launch import failures
-from iopo.training.launch.placement import Placement, Ranks, find_placement
+from iopo.training.launch.placement import Placement, RankInfo, find_placement
 from iopo.training.launch.signals import (
     FAILED,
     INTERRUPTED,
@@ -38,7 +38,7 @@ from iopo.training.launch.signals import (
     Control,
 )
 
-Worker = Callable[[Any, Path, Ranks, Control], None]
+Worker = Callable[[Any, Path, RankInfo, Control], None]
 
 _GRACE_S = 10.0  # for the other ranks to notice a failure and to write down what they saw
 _PR_SET_PDEATHSIG = 1
@@ -199,7 +199,7 @@ def _run_spawned(
     worker: Worker,
     cfg: Any,
     run_dir: Path,
-    ranks: Ranks,
+    ranks: RankInfo,
     backend: str,
     timeout_s: float,
     address: str,
@@ -226,7 +226,7 @@ def _run_spawned(
 
 
 def _run_adopted(
-    worker: Worker, cfg: Any, run_dir: Path, ranks: Ranks, backend: str, timeout_s: float
+    worker: Worker, cfg: Any, run_dir: Path, ranks: RankInfo, backend: str, timeout_s: float
 ) -> int:
     """Be the rank that a launcher made of this process; the run folder is rank 0's."""
     if "MASTER_ADDR" not in os.environ:  # SLURM's tasks: torchrun sets it
@@ -244,7 +244,7 @@ def _run_adopted(
     return code
 
 
-def _init_group(ranks: Ranks, backend: str, timeout_s: float, store: dist.Store | None) -> None:
+def _init_group(ranks: RankInfo, backend: str, timeout_s: float, store: dist.Store | None) -> None:
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     dist.init_process_group(
@@ -262,7 +262,7 @@ def _run_rank(
     worker: Worker,
     cfg: Any,
     run_dir: Path,
-    ranks: Ranks,
+    ranks: RankInfo,
     timeout_s: float,
     *,
     announce: bool,
@@ -276,7 +276,7 @@ def _run_rank(
     control = Control(stacks, timeout_s)
     torch.set_num_threads(_threads(ranks.local_world_size))
     if ranks.device.type == "cpu":
-        keep_freed_memory()
+        tune_malloc()
     try:
         worker(cfg, run_dir, ranks, control)
         control.alive()

@@ -17,7 +17,7 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
-class Ranks:
+class RankInfo:
     """The place of one process among all: ranks count from 0, `local_` means on this machine."""
 
     rank: int
@@ -53,10 +53,10 @@ class Placement:
         """True in the one process that makes the run folder: rank 0, or the parent of rank 0."""
         return self.first_rank + self.local_rank == 0
 
-    def ranks(self, local_rank: int, backend: str) -> Ranks:
+    def ranks(self, local_rank: int, backend: str) -> RankInfo:
         device = torch.device("cuda", local_rank) if backend == "nccl" else torch.device("cpu")
         rank = self.first_rank + local_rank
-        return Ranks(rank, self.world_size, local_rank, self.local_world_size, device)
+        return RankInfo(rank, self.world_size, local_rank, self.local_world_size, device)
 
 
 def find_placement(processes: int, environ: Mapping[str, str] = os.environ) -> Placement:

@@ -17,7 +17,7 @@ from iopo.config import Checkpointing, Device, TrainConfig
 from iopo.files import write_text
 from iopo.model.host_memory import available_ram
 from iopo.training.inputs import Inputs
-from iopo.training.launch.placement import Ranks
+from iopo.training.launch.placement import RankInfo
 from iopo.training.plan.report import GB, HEADROOM, architecture, evaluate
 
 FILE = "memory.json"
@@ -49,8 +49,8 @@ class Choice:
         )
 
 
-def settle(
-    cfg: TrainConfig, inputs: Inputs, ranks: Ranks, run: Path, say: Callable[[str], None]
+def resolve_checkpointing(
+    cfg: TrainConfig, inputs: Inputs, ranks: RankInfo, run: Path, say: Callable[[str], None]
 ) -> TrainConfig:
     """`cfg` with `auto` replaced by the choice; as it is if it does not say auto.
 
@@ -75,14 +75,14 @@ def settle(
     return replace(cfg, parallel=replace(cfg.parallel, checkpointing=kind))
 
 
-def free_bytes(ranks: Ranks) -> int:
+def free_bytes(ranks: RankInfo) -> int:
     """What this rank may take: free memory of its GPU, or its share of the host's."""
     if ranks.device.type == "cuda":
         return torch.cuda.mem_get_info(ranks.device)[0]
     return available_ram() // ranks.local_world_size
 
 
-def _recorded(run: Path, cfg: TrainConfig, ranks: Ranks) -> Choice | None:
+def _recorded(run: Path, cfg: TrainConfig, ranks: RankInfo) -> Choice | None:
     """The choice that the run began with; None if it has none for as many ranks and tokens."""
     if not (run / FILE).exists():
         return None
@@ -95,7 +95,7 @@ def _micro_batch(cfg: TrainConfig) -> list[int | None]:
     return [cfg.optim.micro_batch_quads, cfg.optim.tokens_per_microbatch]
 
 
-def _choose(cfg: TrainConfig, inputs: Inputs, ranks: Ranks, free_gb: float) -> Choice:
+def _choose(cfg: TrainConfig, inputs: Inputs, ranks: RankInfo, free_gb: float) -> Choice:
     here = replace(
         cfg.plan_for,
         gpus=ranks.world_size,

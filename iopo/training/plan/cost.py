@@ -10,7 +10,7 @@ import torch
 
 from iopo import objectives
 from iopo.config import PlanConfig, ReferenceSource, TrainConfig
-from iopo.model.parallel import Prepared, blocks
+from iopo.model.parallel import TrainModel, blocks
 from iopo.training import setup
 from iopo.training.plan.lengths import Work
 from iopo.training.plan.trace import Trace
@@ -68,7 +68,7 @@ class Transfer:
     path: str
 
 
-def sizes_of(policy: Prepared, dtype: torch.dtype) -> Sizes:
+def sizes_of(policy: TrainModel, dtype: torch.dtype) -> Sizes:
     """Count the parameters of a policy made by plan_trace.meta_policy."""
     inner = blocks(policy.model)
     counts = [_count(block) for block in inner]

@@ -160,7 +160,9 @@ def _from_data(
             if rank >= RANKS_LOOKED_AT:
                 break
             count = max(count, len(batches))
-            turns = splitting.turns(tokens_N, batching, step, rank) if splitting else set()
+            turns = (
+                splitting.split_microbatches(tokens_N, batching, step, rank) if splitting else set()
+            )
             for i, batch in enumerate(batches):
                 rows = [examples[j] for j in batch or ()]
                 seen += _total(rows)

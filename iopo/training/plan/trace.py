@@ -31,7 +31,7 @@ from iopo.kernels import tiled
 from iopo.logprobs import LogProbs
 from iopo.model import load
 from iopo.model.attention import SHARED
-from iopo.model.parallel import Prepared, prepare
+from iopo.model.parallel import TrainModel, prepare
 from iopo.training import setup
 
 META = torch.device("meta")
@@ -59,7 +59,7 @@ class Trace:
     pairs: int
 
 
-def meta_policy(cfg: TrainConfig, config: PretrainedConfig, dtype: torch.dtype) -> Prepared:
+def meta_policy(cfg: TrainConfig, config: PretrainedConfig, dtype: torch.dtype) -> TrainModel:
     """The policy as setup.make_policy makes it on one rank, without values and not sharded."""
     wide = dtype if torch.finfo(dtype).bits >= 32 else torch.float32
     loaded = dtype if cfg.model.lora.rank > 0 else wide
@@ -68,7 +68,7 @@ def meta_policy(cfg: TrainConfig, config: PretrainedConfig, dtype: torch.dtype) 
     return prepare(policy, device=META, dtype=dtype, mesh=None, **setup.recomputation(cfg))
 
 
-def trace(policy: Prepared, examples: Sequence[Example], device_type: str) -> Trace:
+def trace(policy: TrainModel, examples: Sequence[Example], device_type: str) -> Trace:
     """Forward and backward of one micro-batch, as the second or later of a step: there are
     gradients already. device_type: cuda or cpu, whose head's workspace is counted."""
     batch = build_shared(examples).to(META)

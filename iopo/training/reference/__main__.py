@@ -19,7 +19,7 @@ from iopo.redact import redact
 from iopo.training import setup
 from iopo.training.inputs import load_inputs
 from iopo.training.launch.launcher import launch
-from iopo.training.launch.placement import Ranks, find_placement
+from iopo.training.launch.placement import RankInfo, find_placement
 from iopo.training.launch.signals import Control
 from iopo.training.reference import sources as references
 
@@ -66,19 +66,19 @@ def start(cfg: TrainConfig) -> int:
         )
 
 
-def worker(cfg: TrainConfig, scratch: Path, ranks: Ranks, control: Control) -> None:
+def worker(cfg: TrainConfig, scratch: Path, ranks: RankInfo, control: Control) -> None:
     """One rank: the policy at its start, which is the reference, over its share of the rows."""
     cfg.reference.source = ReferenceSource.cache
     cfg.parallel.checkpointing = Checkpointing.none  # there is no backward
     inputs = load_inputs(cfg)
     job = setup.make_job(cfg, inputs, ranks)
-    prepared = setup.make_policy(cfg, inputs, ranks)
+    train_model = setup.make_policy(cfg, inputs, ranks)
 
     def say(text: str) -> None:
         if ranks.is_main:
             print(text, flush=True)
 
-    reference = references.make_reference(cfg, inputs, job, ranks, prepared, say, control.alive)
+    reference = references.make_reference(cfg, inputs, job, ranks, train_model, say, control.alive)
     assert reference is not None  # checked in start
     say(f"reference: all of {len(job.examples)} + {len(job.heldout)} rows in {reference.where}")
 

@@ -19,10 +19,10 @@ from iopo.files import cache_root
 from iopo.logprobs import LogProbs
 from iopo.model import load, lora
 from iopo.model.attention import SHARED
-from iopo.model.parallel import Prepared, make_mesh, prepare
+from iopo.model.parallel import TrainModel, make_mesh, prepare
 from iopo.training import setup
 from iopo.training.inputs import Inputs
-from iopo.training.launch.placement import Ranks
+from iopo.training.launch.placement import RankInfo
 from iopo.training.loop import Job, Reference
 from iopo.training.reference.cache import (
     Cache,
@@ -67,12 +67,12 @@ def make_reference(
     cfg: TrainConfig,
     inputs: Inputs,
     job: Job,
-    ranks: Ranks,
-    prepared: Prepared,
+    ranks: RankInfo,
+    train_model: TrainModel,
     say: Callable[[str], None],
     alive: Callable[[], None],
 ) -> Reference | None:
-    """The reference, built while `prepared` still holds the starting weights; None if not needed.
+    """The reference, built while the policy holds its starting weights; None if not needed.
 
     Call it before a checkpoint is loaded: a reference is never taken from trained weights. Every
     rank calls it together.
@@ -80,7 +80,7 @@ def make_reference(
     if not objectives.KINDS[cfg.objective.name].reference:
         return None
     source = cfg.reference.source
-    policy = setup.policy_of(prepared)
+    policy = setup.policy_of(train_model)
     if source is ReferenceSource.adapter_off:
         check_adapter_off(policy)
         score = base_score(policy)
@@ -89,7 +89,7 @@ def make_reference(
             "adapter_off",
             "the base under the adapters",
             1e-6,
-            together=prepared.sharded,
+            collective=train_model.sharded,
         )
     if source is ReferenceSource.live:
         frozen = _frozen_copy(cfg, inputs, ranks)
@@ -103,23 +103,23 @@ def make_reference(
             "live",
             "a frozen copy of the starting weights",
             1e-6,
-            together=setup.shards(cfg, ranks.world_size),
+            collective=setup.shards(cfg, ranks.world_size),
         )
     cache = Cache(cache_folder(cfg), manifest(cfg, inputs, job.device.type))
-    if source is ReferenceSource.auto and fills_on_the_way(cfg, prepared):
-        return _filling(cfg, cache, job, prepared, say, alive)
-    return _cached(cfg, cache, job, prepared, say, alive)
+    if source is ReferenceSource.auto and fills_on_the_way(cfg, train_model):
+        return _filling(cfg, cache, job, train_model, say, alive)
+    return _cached(cfg, cache, job, train_model, say, alive)
 
 
-def fills_on_the_way(cfg: TrainConfig, prepared: Prepared) -> bool:
+def fills_on_the_way(cfg: TrainConfig, train_model: TrainModel) -> bool:
     """Whether the first epoch computes the reference itself, with the adapters off.
 
     It costs what filling before the start costs, but no time passes before the first step and a run
     that stops early has computed no more than it used. With one epoch nothing is read again. A
     sharded base cannot: its forward needs all ranks, and each misses other rows.
     """
-    adapted = lora.starts_at_zero(prepared.model)
-    return adapted and not prepared.sharded and cfg.optim.epochs > 1
+    adapted = lora.starts_at_zero(train_model.model)
+    return adapted and not train_model.sharded and cfg.optim.epochs > 1
 
 
 def base_score(policy: LogProbs) -> Callable[[Batch], Tensor]:
@@ -145,7 +145,7 @@ def check_adapter_off(policy: LogProbs) -> None:
         )
 
 
-def _frozen_copy(cfg: TrainConfig, inputs: Inputs, ranks: Ranks) -> LogProbs:
+def _frozen_copy(cfg: TrainConfig, inputs: Inputs, ranks: RankInfo) -> LogProbs:
     dtype = setup.compute_dtype(cfg, ranks.device.type)
     frozen = setup.load_model(cfg, inputs, dtype).requires_grad_(False).eval()
     shard = setup.shards(cfg, ranks.world_size)
@@ -158,7 +158,7 @@ def _filling(
     cfg: TrainConfig,
     cache: Cache,
     job: Job,
-    prepared: Prepared,
+    train_model: TrainModel,
     say: Callable[[str], None],
     alive: Callable[[], None],
 ) -> Reference:
@@ -169,7 +169,7 @@ def _filling(
         alive()
 
     waiting = _waiting(say, alive)
-    filled = fill_rows(cache, job, job.heldout, len(MEMBERS), prepared, progress, waiting)
+    filled = fill_rows(cache, job, job.heldout, len(MEMBERS), train_model, progress, waiting)
     rows = cache.read(members) | filled
     missing = missing_examples(rows, job.examples)
     if missing:
@@ -177,13 +177,13 @@ def _filling(
             f"reference: {len(missing)} of {len(job.examples)} examples are not in {cache.folder}; "
             "the first epoch computes them with the adapters off and stores them"
         )
-    score = base_score(setup.policy_of(prepared))
+    score = base_score(setup.policy_of(train_model))
     per_epoch = plan_steps(len(job.examples), job.batching, epochs=1).steps
     batches = [micro_batches(job.tokens_N, job.batching, s, job.rank) for s in range(per_epoch)]
     mine = [job.examples[i] for step in batches for indices in step for i in indices or ()]
     filling = FillingReference(cache, members, rows, score, mine)
     known = [example for example in job.examples if content_key(example) in rows]
-    _recheck(cfg, job, CachedReference(rows, str(cache.folder)), known, prepared, say)
+    _recheck(cfg, job, CachedReference(rows, str(cache.folder)), known, train_model, say)
     return Reference(
         filling,
         "cache",
@@ -198,7 +198,7 @@ def _cached(
     cfg: TrainConfig,
     cache: Cache,
     job: Job,
-    prepared: Prepared,
+    train_model: TrainModel,
     say: Callable[[str], None],
     alive: Callable[[], None],
 ) -> Reference:
@@ -208,10 +208,10 @@ def _cached(
             say(f"reference: {done} of {total} batches")
 
     members, waiting = objectives.KINDS[cfg.objective.name].members, _waiting(say, alive)
-    rows = fill_rows(cache, job, job.examples, members, prepared, progress, waiting)
-    rows = rows | fill_rows(cache, job, job.heldout, len(MEMBERS), prepared, progress, waiting)
+    rows = fill_rows(cache, job, job.examples, members, train_model, progress, waiting)
+    rows = rows | fill_rows(cache, job, job.heldout, len(MEMBERS), train_model, progress, waiting)
     reference = CachedReference(rows, str(cache.folder))
-    _recheck(cfg, job, reference, job.examples, prepared, say)
+    _recheck(cfg, job, reference, job.examples, train_model, say)
     return Reference(
         lambda rows, batch: reference(rows),
         "cache",
@@ -226,7 +226,7 @@ def fill_rows(
     job: Job,
     examples: Sequence[Example],
     members: int,
-    prepared: Prepared,
+    train_model: TrainModel,
     progress: Callable[[int, int], None],
     waiting: Callable[[], None],
 ) -> dict[str, np.ndarray]:
@@ -242,7 +242,7 @@ def fill_rows(
         groups = pass_micro_batches(token_counts(rows, alone.layout), alone, 0)
         return [list(group) for group in groups if group]
 
-    return fill(cache, examples, members, _score_now(job, prepared), batches, progress, waiting)
+    return fill(cache, examples, members, _score_now(job, train_model), batches, progress, waiting)
 
 
 def _waiting(say: Callable[[str], None], alive: Callable[[], None]) -> Callable[[], None]:
@@ -258,12 +258,12 @@ def _waiting(say: Callable[[str], None], alive: Callable[[], None]) -> Callable[
     return waiting
 
 
-def _score_now(job: Job, prepared: Prepared) -> Callable[[Sequence[Example]], Tensor]:
+def _score_now(job: Job, train_model: TrainModel) -> Callable[[Sequence[Example]], Tensor]:
     """Log-probs of the weights as they are, without gradient."""
 
     def score(rows: Sequence[Example]) -> Tensor:
         with torch.no_grad():
-            return prepared.model(job.build(rows))
+            return train_model.model(job.build(rows))
 
     return score
 
@@ -273,13 +273,13 @@ def _recheck(
     job: Job,
     reference: CachedReference,
     known: Sequence[Example],
-    prepared: Prepared,
+    train_model: TrainModel,
     say: Callable[[str], None],
 ) -> None:
     few = known[: cfg.reference.recheck_rows]
     if few:
         tolerance = _rounding(cfg, job, few) if _rounds(cfg, job) else 1e-2
-        difference = recheck(reference, few, _score_now(job, prepared), tolerance)
+        difference = recheck(reference, few, _score_now(job, train_model), tolerance)
         say(f"reference: {len(few)} cached rows scored again, differ by {difference:.2g} nats")
 
 
