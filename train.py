@@ -20,7 +20,7 @@ from iopo.config import TrainConfig
 from iopo.model.host_memory import trim_malloc
 from iopo.redact import redact
 from iopo.training import export, heldout, loop, optim, samples, setup, start
-from iopo.training.checkpoint import restore
+from iopo.training.checkpoint import resume
 from iopo.training.checkpoint.tensors import gather_state
 from iopo.training.checkpoint.writer import Checkpoints
 from iopo.training.inputs import load_inputs
@@ -114,8 +114,8 @@ def train(cfg: TrainConfig, run: Path, ranks: RankInfo, control: Control) -> Non
         cfg, inputs, job, ranks, train_model, teller.say, control.alive
     )
     optimizer = optim.make_optimizer(train_model.parameters, cfg.optim)
-    fingerprint = restore.fingerprint(cfg, inputs, ranks.world_size)
-    done = restore.restore(run, train_model, optimizer, ranks, teller.say)
+    fingerprint = resume.fingerprint(cfg, inputs, ranks.world_size)
+    done = resume.restore(run, train_model, optimizer, ranks)
 
     def evaluate(step: int) -> dict[str, float]:
         values = heldout.evaluate(job, policy, reference, control.alive)

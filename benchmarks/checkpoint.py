@@ -30,9 +30,10 @@ from benchmarks.faults import ROOT, read_rows
 from benchmarks.throughput import facts
 from iopo.config import TrainConfig
 from iopo.training import loop, optim, setup
-from iopo.training.checkpoint import restore
+from iopo.training.checkpoint.folders import latest
+from iopo.training.checkpoint.resume import fingerprint
 from iopo.training.checkpoint.tensors import gather_state
-from iopo.training.checkpoint.writer import Checkpoints, latest
+from iopo.training.checkpoint.writer import Checkpoints
 from iopo.training.inputs import load_inputs
 from iopo.training.launch.launcher import launch
 from iopo.training.launch.placement import RankInfo
@@ -69,7 +70,7 @@ def time_steps(cfg: TrainConfig, run: Path, ranks: RankInfo, control: Control) -
         cfg, inputs, job, ranks, train_model, print, control.alive
     )
     optimizer = optim.make_optimizer(train_model.parameters, cfg.optim)
-    meta = restore.facts(cfg, inputs, ranks.world_size) | {"metrics": {}}
+    meta = fingerprint(cfg, inputs, ranks.world_size) | {"metrics": {}}
     times: dict[str, list[float]] = {"plain": [], "saving": [], "staging": [], "sync": []}
 
     def step() -> None:  # always the first one: the same quads, the same work

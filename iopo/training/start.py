@@ -8,10 +8,10 @@ from pathlib import Path
 from iopo.config import TrainConfig
 from iopo.data.batching import plan_steps
 from iopo.training import setup
-from iopo.training.checkpoint import restore
+from iopo.training.checkpoint import resume
 from iopo.training.export_step import export_step
 from iopo.training.inputs import load_inputs
-from iopo.training.launch.environment import describe_environment
+from iopo.training.launch.run_folder import describe_environment
 from iopo.training.launch.launcher import Worker, launch
 from iopo.training.launch.placement import find_placement
 from iopo.training.launch.run_folder import open_run
@@ -40,12 +40,12 @@ def start(cfg: TrainConfig, config_text: str, worker: Worker) -> int:
     batching = setup.batching(cfg, placement.world_size)
     inputs = load_inputs(cfg)
     plan = plan_steps(len(inputs.train), batching, cfg.optim.epochs, cfg.optim.max_steps)
-    now = restore.fingerprint(cfg, inputs, placement.world_size)
-    if restore.is_finished(run, now, plan.steps):
+    now = resume.fingerprint(cfg, inputs, placement.world_size)
+    if resume.is_finished(run, now, plan.steps):
         if placement.is_main:
             print(f"{run} is complete: nothing to do (delete it, or choose another run=)")
         return 0
-    notes = restore.refuse_or_note(run, now, resume=cfg.checkpoint.resume)
+    notes = resume.refuse_or_note(run, now, resume=cfg.checkpoint.resume)
     if placement.is_main:
         for note in notes:
             print(f"resume: {note}")

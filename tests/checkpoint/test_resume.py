@@ -16,9 +16,8 @@ from safetensors.torch import load_file
 
 from benchmarks import faults
 from benchmarks.faults import Setting
-from iopo.training.checkpoint.folders import step_of
+from iopo.training.checkpoint.folders import latest, step_of
 from iopo.training.checkpoint.tensors import read_whole
-from iopo.training.checkpoint.writer import latest
 
 pytestmark = pytest.mark.timeout(1800)
 # For losses compared across numbers of processes, whose sums are rounded in another order: at the
