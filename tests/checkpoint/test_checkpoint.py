@@ -6,8 +6,6 @@ import pickle
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from helpers_fork import finish, kill, start_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -295,52 +294,26 @@ def worker(cfg, run_dir, ranks, control):
     torch.save(state, run_dir / f"state-{ranks.rank}.pt")
 
 
-def run_worker(run_dir: Path, processes: int, **cfg) -> int:
-    run_dir.mkdir(exist_ok=True)
-    return launch(worker, cfg, run_dir, processes=processes, backend="gloo", timeout_s=60)
+def run_worker(run_dir: Path, cfg: dict) -> int:
+    return launch(worker, cfg, run_dir, processes=1, backend="gloo", timeout_s=60)
 
 
 def final_state(run_dir: Path, rank: int) -> dict[str, torch.Tensor]:
     return torch.load(run_dir / f"state-{rank}.pt", weights_only=True)
 
 
-_PROGRAM = """
-import sys
-from pathlib import Path
-import test_checkpoint
-if __name__ == "__main__":
-    kind, asynchronous, processes, steps = sys.argv[2:]
-    sys.exit(test_checkpoint.run_worker(Path(sys.argv[1]), int(processes), kind=kind,
-             asynchronous=asynchronous == "True", steps=int(steps)))
-"""
-
-
-def kill_and_restart(
-    tmp_path: Path, kind: str, asynchronous: bool, processes: int, kills: int
-) -> None:
-    """Run the toy as a program that saves at every step; kill it some times, then let it end."""
-    script, run_dir = tmp_path / "program.py", tmp_path / "killed"
-    script.write_text(_PROGRAM)
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
-    environ = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+def kill_and_restart(run_dir: Path, cfg: dict, processes: int, kills: int) -> None:
+    """Run the toy, which saves at every step; kill it some times, then let it end."""
     generator = random.Random(0)
-    for attempt in range(kills + 1):
-        steps = 400 if attempt < kills else 60
-        command = [sys.executable, script, run_dir, kind, asynchronous, processes, steps]
-        program = subprocess.Popen(
-            [str(part) for part in command], env=environ, stderr=subprocess.DEVNULL
-        )
-        if attempt == kills:
-            assert program.wait(120) == 0
-            break
-        before = latest(run_dir)[0]
-        end = time.monotonic() + 60
+    for _ in range(kills):
+        ranks = start_ranks(processes, run_worker, run_dir, cfg | {"steps": 400})
+        before, end = latest(run_dir)[0], time.monotonic() + 60
         while latest(run_dir)[0] == before:
             assert time.monotonic() < end, "no checkpoint appeared"
             time.sleep(0.002)
         time.sleep(generator.uniform(0, 0.05))
-        program.kill()
-        program.wait()
+        kill(ranks)
+    assert finish(start_ranks(processes, run_worker, run_dir, cfg)) == [0] * processes
 
 
 @pytest.mark.parametrize(
@@ -355,15 +328,16 @@ def kill_and_restart(
 )
 def test_kills_inside_saves_change_nothing(tmp_path, kind, asynchronous, processes, request):
     kills = 4 if request.node.get_closest_marker("slow") else 2
-    kill_and_restart(tmp_path, kind, asynchronous, processes, kills)
-    reached = max(names(tmp_path / "killed"))
-    steps = {"kind": kind, "asynchronous": asynchronous, "steps": max(60, reached)}
-    assert run_worker(tmp_path / "plain", processes, **steps) == 0
+    killed, plain = tmp_path / "killed", tmp_path / "plain"
+    killed.mkdir(), plain.mkdir()
+    cfg = {"kind": kind, "asynchronous": asynchronous, "steps": 60}
+    kill_and_restart(killed, cfg, processes, kills)
+    cfg["steps"] = reached = max(60, *names(killed))
+    assert finish(start_ranks(processes, run_worker, plain, cfg)) == [0] * processes
     if reached > 60:
-        assert run_worker(tmp_path / "killed", processes, **steps) == 0
+        assert finish(start_ranks(processes, run_worker, killed, cfg)) == [0] * processes
     for rank in range(processes):
-        expected = final_state(tmp_path / "plain", rank)
-        found = final_state(tmp_path / "killed", rank)
+        expected, found = final_state(plain, rank), final_state(killed, rank)
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[key], found[key]) for key in expected)
 
@@ -385,12 +359,14 @@ def reshard(cfg, run_dir, ranks, control):
         torch.save({k: v for k, v in state.items() if "rng" not in k}, run_dir / cfg)
 
 
+def run_reshard(name: str, run_dir: Path) -> int:
+    return launch(reshard, name, run_dir, processes=1, backend="gloo", timeout_s=60)
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_another_number_of_processes_gets_the_same_tensors(tmp_path, before, after):
     for name, processes in (("saved.pt", before), ("loaded.pt", after)):
-        assert (
-            launch(reshard, name, tmp_path, processes=processes, backend="gloo", timeout_s=60) == 0
-        )
+        assert finish(start_ranks(processes, run_reshard, name, tmp_path)) == [0] * processes
     saved = torch.load(tmp_path / "saved.pt", weights_only=True)
     loaded = torch.load(tmp_path / "loaded.pt", weights_only=True)
     assert saved.keys() == loaded.keys() and len(saved) > 8

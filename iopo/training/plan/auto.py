@@ -1,12 +1,12 @@
-"""parallel.checkpointing=auto: the least recomputation whose planned memory is there.
+"""parallel.checkpointing=auto: the least recomputation whose planned memory is free.
 
-Decided once, before the weights load, by rank 0 for all ranks; said, and written to
+Decided once, before the weights load, by rank 0 for all ranks; logged, and written to
 RUN/memory.json. A run that goes on keeps what it began with: recomputing changes no bit of a
 result, but its time and its memory are then those of the same run.
 """
 
 import json
-from collections.abc import Callable
+import logging
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -18,9 +18,10 @@ from iopo.files import write_text
 from iopo.model.host_memory import available_ram
 from iopo.training.inputs import Inputs
 from iopo.training.launch.placement import RankInfo
-from iopo.training.plan.report import GB, HEADROOM, architecture, evaluate
+from iopo.training.plan.report import GB, HEADROOM, plan_report
 
 FILE = "memory.json"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Choice:
 
 
 def resolve_checkpointing(
-    cfg: TrainConfig, inputs: Inputs, ranks: RankInfo, run: Path, say: Callable[[str], None]
+    cfg: TrainConfig, inputs: Inputs, ranks: RankInfo, run: Path
 ) -> TrainConfig:
     """`cfg` with `auto` replaced by the choice; as it is if it does not say auto.
 
@@ -63,11 +64,31 @@ def resolve_checkpointing(
         dist.all_reduce(free, dist.ReduceOp.MIN)
     answer: list[str | None] = [None]
     if ranks.is_main:
-        choice = _recorded(run, cfg, ranks)
-        if choice is None:
-            choice = _choose(cfg, inputs, ranks, free.item() / GB)
+        micro_batch = [cfg.optim.micro_batch_quads, cfg.optim.tokens_per_microbatch]
+        choice = Choice(**json.loads(text)) if (text := _recorded(run)) else None
+        # A choice for other ranks or micro-batches says nothing about these.
+        if choice is None or (choice.ranks, choice.micro_batch) != (ranks.world_size, micro_batch):
+            free_gb = free.item() / GB
+            here = replace(
+                cfg.plan_for,
+                gpus=ranks.world_size,
+                gpus_per_machine=ranks.local_world_size,
+                gpu_gb=free_gb,
+            )
+            parallel = replace(cfg.parallel, device=Device(ranks.device.type))
+            wanted = replace(cfg, plan_for=here, parallel=parallel)
+            plan = plan_report(wanted, inputs.train, advise=False)
+            choice = Choice(
+                checkpointing=plan.cfg.parallel.checkpointing.value,
+                planned_gb=plan.peak / GB,
+                free_gb=free_gb,
+                too_large_gb={kind.value: peak / GB for kind, peak in plan.refused.items()},
+                tokens=plan.trace.tokens,
+                ranks=ranks.world_size,
+                micro_batch=micro_batch,
+            )
             write_text(run / FILE, json.dumps(asdict(choice), indent=1) + "\n")
-        say(str(choice))
+        log.info(str(choice))
         answer = [choice.checkpointing]
     if ranks.world_size > 1:
         dist.broadcast_object_list(answer, device=ranks.device)
@@ -82,34 +103,5 @@ def free_bytes(ranks: RankInfo) -> int:
     return available_ram() // ranks.local_world_size
 
 
-def _recorded(run: Path, cfg: TrainConfig, ranks: RankInfo) -> Choice | None:
-    """The choice that the run began with; None if it has none for as many ranks and tokens."""
-    if not (run / FILE).exists():
-        return None
-    choice = Choice(**json.loads((run / FILE).read_text()))
-    same = (choice.ranks, choice.micro_batch) == (ranks.world_size, _micro_batch(cfg))
-    return choice if same else None
-
-
-def _micro_batch(cfg: TrainConfig) -> list[int | None]:
-    return [cfg.optim.micro_batch_quads, cfg.optim.tokens_per_microbatch]
-
-
-def _choose(cfg: TrainConfig, inputs: Inputs, ranks: RankInfo, free_gb: float) -> Choice:
-    here = replace(
-        cfg.plan_for,
-        gpus=ranks.world_size,
-        gpus_per_machine=ranks.local_world_size,
-        gpu_gb=free_gb,
-    )
-    device = replace(cfg.parallel, device=Device(ranks.device.type))
-    plan = evaluate(replace(cfg, plan_for=here, parallel=device), architecture(cfg), inputs.train)
-    return Choice(
-        checkpointing=plan.cfg.parallel.checkpointing.value,
-        planned_gb=plan.peak / GB,
-        free_gb=free_gb,
-        too_large_gb={kind.value: peak / GB for kind, peak in plan.refused.items()},
-        tokens=plan.trace.tokens,
-        ranks=ranks.world_size,
-        micro_batch=_micro_batch(cfg),
-    )
+def _recorded(run: Path) -> str:
+    return (run / FILE).read_text() if (run / FILE).exists() else ""
