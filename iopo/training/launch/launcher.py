@@ -36,6 +36,7 @@ from iopo.training.launch.signals import (
     SAVED_REQUEUE,
     STOP_SIGNALS,
     Control,
+    heartbeat,
 )
 
 Worker = Callable[[Any, Path, RankInfo, Control], None]
@@ -54,7 +55,7 @@ def launch(
     cfg: anything that pickles. run_dir: an existing folder, shared between machines.
     processes: ranks per machine where none exist yet. backend: "gloo" (CPU) or "nccl" (one GPU
         per rank; small CPU messages still go through gloo).
-    timeout_s: longest silence of a rank, in a collective call or between two `control.alive()`,
+    timeout_s: longest silence of a rank, in a collective call or between two heartbeats,
         before it counts as hung. A failing rank ends the others within min(timeout_s, 10) s.
     Raises ValueError for a launcher's environment that contradicts itself and off the main thread.
     """
@@ -279,7 +280,7 @@ def _run_rank(
         tune_malloc()
     try:
         worker(cfg, run_dir, ranks, control)
-        control.alive()
+        heartbeat()
         dist.destroy_process_group()
     except BaseException as error:  # SystemExit too: a rank that leaves early is a failure
         control.close()
