@@ -1,6 +1,6 @@
 """Going on where a run folder's newest complete checkpoint left off."""
 
-from collections.abc import Callable
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from iopo.training.launch.placement import RankInfo
 from iopo.training.launch.run_folder import read_complete
 from iopo.training.reference import sources as references
 
+log = logging.getLogger(__name__)
+
 
 def fingerprint(cfg: TrainConfig, inputs: Inputs, world_size: int) -> dict[str, Any]:
     """What a checkpoint must agree with: the config, and hashes of what the run stands on."""
-    device = "cuda" if setup.backend(cfg) == "nccl" else "cpu"
-    reference = references.manifest(cfg, inputs, device).hash()
+    device = "cuda" if setup.backend(cfg.parallel) == "nccl" else "cpu"
+    reference = references.manifest(cfg.model, cfg.data, inputs, device).hash()
     identity = {
         "data": inputs.data_hash,
         "tokenizer": inputs.tokenizer_hash,
@@ -89,7 +91,6 @@ def restore(
     train_model: TrainModel,
     optimizer: torch.optim.Optimizer,
     ranks: RankInfo,
-    say: Callable[[str], None],
 ) -> int:
     """Load the newest intact checkpoint, if any, and return the number of steps done.
 
@@ -101,7 +102,7 @@ def restore(
     if folder is None:
         _refuse_if_all_damaged(run, remarks)
     for remark in remarks:
-        say(remark)
+        log.info(remark)
     if folder is not None:
         saved = read_state(folder)
         step = saved["step"]
@@ -110,12 +111,14 @@ def restore(
             folder, train_model.parameters, optimizer, rank=ranks.rank, same_world=same_world
         )
         train_model.refresh()
-        say(f"resuming from {folder}: step {step} is done, the starting weights are ignored")
+        log.info(f"resuming from {folder}: step {step} is done, the starting weights are ignored")
     if ranks.is_main:
         # Without a checkpoint nothing counts: the run begins again, and so does its record.
         cut = truncate_metrics(run / "metrics.jsonl", step if folder is not None else -1)
         if cut and folder is None:
-            say(f"{run} holds no complete checkpoint: beginning again at step 1")
+            log.info(f"{run} holds no complete checkpoint: beginning again at step 1")
         elif cut:
-            say(f"{cut} rows of metrics.jsonl are of later steps, which are now made again: cut")
+            log.info(
+                f"{cut} rows of metrics.jsonl are of later steps, which are now made again: cut"
+            )
     return step

@@ -6,7 +6,7 @@ result, but its time and its memory are then those of the same run.
 """
 
 import json
-from collections.abc import Callable
+import logging
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from iopo.training.launch.placement import RankInfo
 from iopo.training.plan.report import GB, HEADROOM, architecture, evaluate
 
 FILE = "memory.json"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Choice:
 
 
 def resolve_checkpointing(
-    cfg: TrainConfig, inputs: Inputs, ranks: RankInfo, run: Path, say: Callable[[str], None]
+    cfg: TrainConfig, inputs: Inputs, ranks: RankInfo, run: Path
 ) -> TrainConfig:
     """`cfg` with `auto` replaced by the choice; as it is if it does not say auto.
 
@@ -67,7 +69,7 @@ def resolve_checkpointing(
         if choice is None:
             choice = _choose(cfg, inputs, ranks, free.item() / GB)
             write_text(run / FILE, json.dumps(asdict(choice), indent=1) + "\n")
-        say(str(choice))
+        log.info(str(choice))
         answer = [choice.checkpointing]
     if ranks.world_size > 1:
         dist.broadcast_object_list(answer, device=ranks.device)

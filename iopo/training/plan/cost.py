@@ -11,9 +11,10 @@ import torch
 from iopo import objectives
 from iopo.config import PlanConfig, ReferenceSource, TrainConfig
 from iopo.model.parallel import TrainModel, blocks
-from iopo.training import setup
 from iopo.training.plan.lengths import Work
 from iopo.training.plan.trace import Trace
+from iopo.training.policy import shards
+from iopo.training.split import splitting
 
 GATHERED_BLOCKS = 3  # FSDP2: the block that computes, the next one, and the next one's buffer
 REDUCED_BLOCKS = 2  # FSDP2: the block whose gradients leave, and the one before it
@@ -92,8 +93,8 @@ def _count(module: torch.nn.Module) -> tuple[int, int]:
 
 
 def layout_of(cfg: TrainConfig, ranks: int) -> Layout:
-    """As setup.make_policy decides. Raises ValueError if shard_processes does not divide ranks."""
-    sharded = setup.shards(cfg, ranks)
+    """As policy.make_policy decides. Raises ValueError if shard_processes does not divide ranks."""
+    sharded = shards(cfg.model.lora, cfg.parallel, ranks)
     shard = (cfg.parallel.shard_processes or ranks) if sharded else 1
     if ranks % shard:
         raise ValueError(
@@ -136,7 +137,7 @@ def states(cfg: TrainConfig, sizes: Sizes, layout: Layout) -> dict[str, float]:
     rows["gradients"] = w * t / layout.shard
     rows["optimizer (two moments)"] = 2 * w * t / layout.shard
     if reference_source(cfg) is ReferenceSource.live:
-        # references._frozen_copy divides it only beside a policy that trains whole
+        # policy.make_policy divides a frozen copy only beside a policy that trains whole
         divided = layout.shard if cfg.model.lora.rank == 0 else 1
         rows["live reference"] = c * (t + f if cfg.model.lora.rank == 0 else f) / divided
     return rows
@@ -144,8 +145,8 @@ def states(cfg: TrainConfig, sizes: Sizes, layout: Layout) -> dict[str, float]:
 
 def splits_once(cfg: TrainConfig, layout: Layout) -> bool:
     """Whether a split quad goes through the model once: training/split.py."""
-    splitting = setup.splitting(cfg, layout.ranks)
-    return splitting is not None and splitting.direction is not None
+    how = splitting(cfg.objective, cfg.optim, cfg.model.lora, cfg.parallel, layout.ranks)
+    return how is not None and how.direction is not None
 
 
 def reference_source(cfg: TrainConfig) -> ReferenceSource | None:

@@ -14,11 +14,13 @@ from iopo import objectives
 from iopo.config import Checkpointing, Device, TrainConfig
 from iopo.data.example import Example
 from iopo.model import load
-from iopo.training import setup
+from iopo.training.inputs import batching
 from iopo.training.plan import cost as plan_cost
 from iopo.training.plan.cost import Layout, Sizes, Transfer
 from iopo.training.plan.lengths import Work, work
 from iopo.training.plan.trace import Trace, meta_policy, trace
+from iopo.training.policy import compute_dtype
+from iopo.training.split import splitting
 
 GB = 1e9
 # What parallel.checkpointing=auto chooses from. every_k is not among them: it recomputes more than
@@ -89,7 +91,9 @@ def evaluate(
 ) -> Plan:
     """The plan without advice. config: of the model. examples: the training data, if at hand."""
     ranks = cfg.plan_for.gpus
-    amount = work(cfg, setup.batching(cfg, ranks), setup.splitting(cfg, ranks), examples)
+    batches = batching(cfg.optim, cfg.data.layout, cfg.seed, ranks)
+    split = splitting(cfg.objective, cfg.optim, cfg.model.lora, cfg.parallel, ranks)
+    amount = work(cfg, batches, split, examples)
     layout = plan_cost.layout_of(cfg, ranks)
     if cfg.parallel.offload and not layout.sharded:
         raise ValueError(
@@ -112,7 +116,7 @@ def _with_checkpointing(cfg: TrainConfig, kind: Checkpointing) -> TrainConfig:
 
 def _costs(cfg: TrainConfig, config: PretrainedConfig, amount: Work, layout: Layout) -> Plan:
     device_type = "cpu" if cfg.parallel.device is Device.cpu else "cuda"
-    dtype = setup.compute_dtype(cfg, device_type)
+    dtype = compute_dtype(cfg.model, device_type)
     policy = meta_policy(cfg, config, dtype)
     sizes = plan_cost.sizes_of(policy, dtype)
     traced = trace(policy, amount.heaviest, device_type)

@@ -32,7 +32,7 @@ from iopo.logprobs import LogProbs
 from iopo.model import load
 from iopo.model.attention import SHARED
 from iopo.model.parallel import TrainModel, prepare
-from iopo.training import setup
+from iopo.training.policy import adapt, recomputation
 
 META = torch.device("meta")
 CHUNK_BYTES_PER_WORD = 8192  # of the GPU head's backward; triton_gemm.py, absent without Triton
@@ -60,12 +60,12 @@ class Trace:
 
 
 def meta_policy(cfg: TrainConfig, config: PretrainedConfig, dtype: torch.dtype) -> TrainModel:
-    """The policy as setup.make_policy makes it on one rank, without values and not sharded."""
+    """The policy as policy.make_policy makes it on one rank, without values and not sharded."""
     wide = dtype if torch.finfo(dtype).bits >= 32 else torch.float32
     loaded = dtype if cfg.model.lora.rank > 0 else wide
     policy = LogProbs(load.meta_causal_lm(config, loaded, SHARED))
-    setup.adapt(cfg, policy)
-    return prepare(policy, device=META, dtype=dtype, mesh=None, **setup.recomputation(cfg))
+    adapt(policy, cfg.model.lora, cfg.seed)
+    return prepare(policy, device=META, dtype=dtype, mesh=None, **recomputation(cfg.parallel))
 
 
 def trace(policy: TrainModel, examples: Sequence[Example], device_type: str) -> Trace:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from iopo.training.tracker import read_metrics
+from iopo.training.logger import read_metrics
 
 PANELS = [
     ("Loss", ["loss"], None),

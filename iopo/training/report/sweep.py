@@ -10,8 +10,8 @@ import yaml
 from rich.table import Table
 
 from iopo.training.checkpoint.resume import flatten
+from iopo.training.logger import read_metrics
 from iopo.training.report.run import embedded
-from iopo.training.tracker import read_metrics
 
 MEASURES = ("group_accuracy", "x_preference", "y_preference", "loss", "margin")
 OVERLAID = (("train", "loss"), ("train", "margin"), ("train", "accuracy"),
