@@ -53,7 +53,7 @@ def test_user_signal_2_shows_stacks_and_changes_nothing(control, tmp_path):
 def run_python(tmp_path, body: str) -> subprocess.CompletedProcess:
     program = (
         "import signal, sys, time; from pathlib import Path\n"
-        "from iopo.training.launch.signals import Control\n"
+        "from iopo.training.launch.signals import Control, heartbeat\n"
         f"control = Control(Path({str(tmp_path / 'stacks.txt')!r}), timeout_s=0.5)\n{body}"
     )
     return subprocess.run([sys.executable, "-c", program], timeout=60)
@@ -66,7 +66,7 @@ def test_silence_beyond_the_limit_ends_the_process_with_stacks(tmp_path):
 
 
 def test_signs_of_life_keep_it_going_and_an_empty_stacks_file_goes(tmp_path):
-    body = "for _ in range(10):\n time.sleep(0.1); control.alive()\ncontrol.close()"
+    body = "for _ in range(10):\n time.sleep(0.1); heartbeat()\ncontrol.close()"
     assert run_python(tmp_path, body).returncode == 0
     assert not (tmp_path / "stacks.txt").exists()
 

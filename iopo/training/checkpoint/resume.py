@@ -47,11 +47,12 @@ def fingerprint(cfg: TrainConfig, inputs: Inputs, world_size: int) -> dict[str, 
     {"config": nested dict, "identity": {what: hash}, "world_size": int}, as JSON holds it, without
     secrets.
     """
-    device = "cuda" if setup.backend(cfg) == "nccl" else "cpu"
+    device = "cuda" if setup.backend(cfg.parallel) == "nccl" else "cpu"
+    reference = references.manifest(cfg.model, cfg.data, inputs, device).hash()
     identity = {
         "data": inputs.data_hash,
         "tokenizer": inputs.tokenizer_hash,
-        "reference and starting weights": references.manifest(cfg, inputs, device).hash(),
+        "reference and starting weights": reference,
     }
     whole = {"config": plain(cfg), "identity": identity, "world_size": world_size}
     return json.loads(redact(json.dumps(whole)))

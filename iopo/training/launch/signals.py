@@ -67,9 +67,6 @@ class Control:
                 os._exit(INTERRUPTED)
         self._code = max(self._code, INTERRUPTED if number == signal.SIGINT else SAVED_REQUEUE)
 
-    def alive(self) -> None:  # removed once its last caller calls heartbeat
-        heartbeat()
-
     def should_stop(self) -> bool:
         """True on every rank at the same step, once any rank was asked to stop.
 

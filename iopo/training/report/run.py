@@ -12,7 +12,7 @@ from typing import Any
 
 from iopo.files import read_records
 from iopo.page import embedded, page
-from iopo.training.tracker import read_metrics
+from iopo.training.logger import read_metrics
 
 PANELS = [
     ("Loss", ["loss"], None),

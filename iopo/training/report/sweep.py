@@ -11,8 +11,8 @@ from rich.table import Table
 from iopo.page import embedded, page
 from iopo.training.checkpoint.resume import flatten
 from iopo.training.launch.run_folder import COMPLETE_FILE, FAILED_FILE
+from iopo.training.logger import read_metrics
 from iopo.training.report.run import Panel, plot_panels, points_of, text_of
-from iopo.training.tracker import read_metrics
 
 MEASURES = ("group_accuracy", "x_preference", "y_preference", "loss", "margin")
 OVERLAID = (("train", "loss"), ("train", "margin"), ("train", "accuracy"),
