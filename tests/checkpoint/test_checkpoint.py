@@ -330,11 +330,11 @@ def test_kills_inside_saves_change_nothing(tmp_path, kind, asynchronous, process
     kills = 4 if request.node.get_closest_marker("slow") else 2
     killed, plain = tmp_path / "killed", tmp_path / "plain"
     killed.mkdir(), plain.mkdir()
-    cfg = {"kind": kind, "asynchronous": asynchronous, "steps": 60}
+    cfg = {"kind": kind, "asynchronous": asynchronous, "steps": 20}
     kill_and_restart(killed, cfg, processes, kills)
-    cfg["steps"] = reached = max(60, *names(killed))
+    cfg["steps"] = reached = max(20, *names(killed))
     assert finish(start_ranks(processes, run_worker, plain, cfg)) == [0] * processes
-    if reached > 60:
+    if reached > 20:
         assert finish(start_ranks(processes, run_worker, killed, cfg)) == [0] * processes
     for rank in range(processes):
         expected, found = final_state(plain, rank), final_state(killed, rank)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from helpers_fork import finish, start_ranks
 from test_configs import config
 
 from iopo.config import Checkpointing
@@ -81,8 +81,9 @@ def test_the_plain_layout_has_no_plan_to_choose_by(tmp_path):
         auto(tmp_path, "data.layout=plain")
 
 
-def choose_on_a_rank(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def choose_on_a_rank(folder):
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     plan_auto.free_bytes = lambda ranks: PLENTY if rank == 0 else LITTLE
     cfg = resolve_checkpointing(*auto(folder), RankInfo(rank, 2, rank, 2, CPU), folder)
     (folder / f"rank{rank}").write_text(cfg.parallel.checkpointing.value)
@@ -90,7 +91,7 @@ def choose_on_a_rank(rank, folder):
 
 
 def test_all_ranks_choose_by_the_one_with_the_least_memory(tmp_path):
-    mp.spawn(choose_on_a_rank, (tmp_path,), nprocs=2)
+    assert finish(start_ranks(2, choose_on_a_rank, tmp_path)) == [0, 0]
     assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["full", "full"]
 
 
