@@ -157,12 +157,7 @@ def train(cfg: TrainConfig, folder: Path, ranks: RankInfo, control: Control) -> 
 
     with (
         logger,
-        Checkpoints(
-            folder,
-            keep=cfg.checkpoint.keep,
-            asynchronous=cfg.checkpoint.asynchronous,
-            best_metric=cfg.checkpoint.best_metric,
-        ) as checkpoints,
+        Checkpoints(folder, cfg.checkpoint) as checkpoints,
     ):
         if done == 0:
             if reference is not None:

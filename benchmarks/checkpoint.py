@@ -28,7 +28,7 @@ from omegaconf import OmegaConf
 
 from benchmarks.faults import ROOT, read_rows
 from benchmarks.throughput import facts
-from iopo.config import TrainConfig
+from iopo.config import CheckpointConfig, TrainConfig
 from iopo.training import loop, setup
 from iopo.training.checkpoint.folders import latest
 from iopo.training.checkpoint.resume import fingerprint
@@ -76,7 +76,7 @@ def time_steps(cfg: TrainConfig, run: Path, ranks: RankInfo, control: Control) -
         checkpoints.save(number, state, description)
         return time.perf_counter() - started
 
-    with Checkpoints(run, keep=2, asynchronous=True) as checkpoints:
+    with Checkpoints(run, CheckpointConfig(asynchronous=True)) as checkpoints:
         step()
         save(checkpoints, 1)  # the first allocates what the others use again
         for number in range(2, rounds + 2):
@@ -89,7 +89,7 @@ def time_steps(cfg: TrainConfig, run: Path, ranks: RankInfo, control: Control) -
                     step()
                 checkpoints.wait()
                 times["saving" if saving else "plain"].append(time.perf_counter() - started)
-    with Checkpoints(run, keep=2, asynchronous=False) as checkpoints:
+    with Checkpoints(run, CheckpointConfig(asynchronous=False)) as checkpoints:
         times["sync"] = [save(checkpoints, rounds + 2 + i) for i in range(3)]
     folder, _ = latest(run)
     assert folder is not None

@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from iopo.config import CheckpointConfig
 from iopo.training.checkpoint import folders as files
 from iopo.training.checkpoint.folders import latest, latest_intact
 from iopo.training.checkpoint.tensors import gather_state, load_state, read_whole
@@ -68,7 +69,7 @@ def train(run_dir: Path, kind: str, steps: int, rank: int, *, asynchronous: bool
     if folder is not None:
         load_state(folder, toy.parameters, toy.optimizer, rank=rank, same_world=True)
         first = files.step_of(folder) + 1
-    with Checkpoints(run_dir, keep=2, asynchronous=asynchronous) as checkpoints:
+    with Checkpoints(run_dir, CheckpointConfig(asynchronous=asynchronous)) as checkpoints:
         for step in range(first, steps + 1):
             toy.step(step)
             if step % every == 0:
@@ -96,9 +97,8 @@ def alone(tmp_path):
 
 def save_steps(run_dir: Path, *steps: int, keep: int = 9, best_metric=None, metrics=None):
     toy = Toy("lora")
-    with Checkpoints(
-        run_dir, keep=keep, asynchronous=False, best_metric=best_metric
-    ) as checkpoints:
+    cfg = CheckpointConfig(keep=keep, asynchronous=False, best_metric=best_metric)
+    with Checkpoints(run_dir, cfg) as checkpoints:
         for step in steps:
             toy.step(step)
             meta = META | {"metrics": {} if metrics is None else metrics[step]}
@@ -128,7 +128,7 @@ def test_what_is_saved_asynchronously_is_the_state_at_the_call(alone):
     toy = Toy("full")
     toy.step(1)
     before = whole(toy.state())
-    with Checkpoints(alone, keep=2, asynchronous=True) as checkpoints:
+    with Checkpoints(alone, CheckpointConfig(asynchronous=True)) as checkpoints:
         checkpoints.save(1, toy.state(), META)
         toy.step(2)
     load_state(files.folder_of(alone, 1), toy.parameters, toy.optimizer, rank=0, same_world=True)
@@ -147,25 +147,25 @@ def test_a_checkpoint_can_be_read_whole_without_ranks(alone):
 def test_state_json_can_be_read_and_holds_no_secret(alone, monkeypatch):
     monkeypatch.setenv("HUB_TOKEN", "very-secret-1")
     toy = Toy("lora")
-    with Checkpoints(alone, keep=2, asynchronous=False) as checkpoints:
+    with Checkpoints(alone, CheckpointConfig(asynchronous=False)) as checkpoints:
         checkpoints.save(7, toy.state(), META | {"config": {"note": "very-secret-1"}})
     state = files.read_state(files.folder_of(alone, 7))
     assert (state["step"], state["world_size"], state["identity"]) == (7, 1, {})
     assert state["config"] == {"note": "<redacted:HUB_TOKEN>"}
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+@pytest.mark.parametrize("metric", ["group_accuracy", "loss"])
 def test_newest_and_best_are_kept(alone, metric):
-    best, worse = (0.9, 0.2) if metric == "accuracy" else (0.2, 0.9)
+    best, worse = (0.9, 0.2) if metric == "group_accuracy" else (0.2, 0.9)
     values = {1: worse, 2: best, 3: float("nan"), 5: 0.5}
     metrics = {step: {metric: values[step]} if step in values else {} for step in range(1, 6)}
     save_steps(alone, 1, 2, 3, 4, 5, keep=2, best_metric=metric, metrics=metrics)
     assert names(alone) == [2, 4, 5]
 
 
-def test_fewer_than_two_are_refused(alone):
+def test_fewer_than_two_are_refused():
     with pytest.raises(ValueError, match="2 or more"):
-        Checkpoints(alone, keep=1, asynchronous=False)
+        CheckpointConfig(keep=1)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_a_full_disk_is_said_and_leaves_the_last_checkpoint_whole(alone, asynchr
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
     try:
         with pytest.raises(CheckpointError, match="step 2 could not be written.*step-00000001"):
-            with Checkpoints(alone, keep=2, asynchronous=asynchronous) as checkpoints:
+            with Checkpoints(alone, CheckpointConfig(asynchronous=asynchronous)) as checkpoints:
                 checkpoints.save(2, toy.state(), META)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -262,7 +262,7 @@ def test_a_run_folder_that_cannot_be_written_is_said(alone, harm):
         alone.touch()
     toy = Toy("lora")
     with pytest.raises(CheckpointError, match="could not be written"):
-        with Checkpoints(alone, keep=2, asynchronous=False) as checkpoints:
+        with Checkpoints(alone, CheckpointConfig(asynchronous=False)) as checkpoints:
             checkpoints.save(1, toy.state(), META)
     assert not alone.is_dir()
 
@@ -350,7 +350,7 @@ def reshard(cfg, run_dir, ranks, control):
     folder, _ = latest_intact(run_dir)
     if folder is None:
         toy.step(1)
-        with Checkpoints(run_dir, keep=2, asynchronous=False) as checkpoints:
+        with Checkpoints(run_dir, CheckpointConfig(asynchronous=False)) as checkpoints:
             checkpoints.save(1, toy.state(), META)
     else:
         load_state(folder, toy.parameters, toy.optimizer, rank=ranks.rank, same_world=False)

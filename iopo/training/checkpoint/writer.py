@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from iopo.config import CheckpointConfig
 from iopo.files import write_text
 from iopo.redact import redact
 from iopo.training.checkpoint import folders
@@ -32,20 +33,15 @@ class CheckpointError(OSError):
 class Checkpoints:
     """Writes the checkpoints of one run. Every rank has one and calls its methods together.
 
-    keep: newest complete checkpoints to keep, >= 2. best_metric: keep the best by this name in the
-        metrics of `save` as well (loss: the lowest, others: the highest).
-    asynchronous: `save` returns once the state is copied to host memory; a thread writes it while
-        training goes on, over a process group of its own. At most one write is under way: the next
-        `save`, `wait` and the end of the context wait for it and raise its error.
+    cfg.keep: newest complete checkpoints to keep. cfg.best_metric: keep the best by this name in
+        the metrics of `save` as well (loss: the lowest, others: the highest).
+    cfg.asynchronous: `save` returns once the state is copied to host memory; a thread writes it
+        while training goes on, over a process group of its own. At most one write is under way: the
+        next `save`, `wait` and the end of the context wait for it and raise its error.
     """
 
-    def __init__(
-        self, run_dir: Path, *, keep: int, asynchronous: bool, best_metric: str | None = None
-    ) -> None:
-        if keep < 2:
-            raise ValueError(f"checkpoint.keep is {keep}; expected 2 or more")
-        self.run_dir, self.keep, self.best_metric = run_dir, keep, best_metric
-        self.asynchronous = asynchronous
+    def __init__(self, run_dir: Path, cfg: CheckpointConfig) -> None:
+        self.run_dir, self.cfg = run_dir, cfg
         self._group = dist.new_group(backend="gloo")
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._pending: Future[None] | None = None
@@ -71,7 +67,7 @@ class Checkpoints:
         """
         self.wait()
         self._collective(step, lambda: self._start(step, description))
-        if self.asynchronous:
+        if self.cfg.asynchronous:
             self._pending = self._thread.submit(self._write, step, self._stager.stage(state))
         else:
             self._write(step, state)
@@ -119,7 +115,7 @@ class Checkpoints:
             if self._rank == 0:
                 files = {name: entry for part in of_ranks for name, entry in part.items()}
                 folders.publish(self.run_dir, step, files)
-                folders.prune(self.run_dir, self.keep, self.best_metric)
+                folders.prune(self.run_dir, self.cfg.keep, self.cfg.best_metric)
 
         self._collective(step, write_shard)
         of_ranks: list[dict[str, Any]] = [{} for _ in range(self._world)]
