@@ -1,7 +1,7 @@
 """How much a step of the planned run processes: from the data, or from assumed lengths."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -79,17 +79,29 @@ def assumed_work(run: PlannedRun, missing: str) -> Work:
     prompt, response = run.machine.prompt_tokens, run.machine.response_tokens
     usual = example_of(run.rows, prompt, response)
     longest = example_of(run.rows, run.data.max_prompt_tokens, run.data.max_response_tokens)
-    step, heavy_step = (
-        data_work(run, [example] * run.batching.global_batch_quads) for example in (usual, longest)
-    )
-    return replace(
-        step,
+    share = -(-run.batching.global_batch_quads // run.ranks)
+    per_batch = [_per_batch(run, example, share) for example in (usual, longest)]
+    choices = [[usual] * per_batch[0], [longest] * per_batch[1]]
+    parts = [_forward(rows, run.splitting) for rows in choices]
+    return Work(
         source=f"assumed: prompts of {prompt} tokens, responses of {response} ({missing})",
-        heaviest=max(step.heaviest, heavy_step.heaviest, key=_total),
-        longest=heavy_step.longest,
-        longest_part=heavy_step.longest_part,
+        heaviest=max(parts, key=_total),
+        longest=_total([longest]),
+        longest_part=_total(_longest_part([longest])),
+        micro_batches=-(-share // per_batch[0]),
+        split=float(parts[0] is not choices[0]),
+        **_means([usual]),
         steps=None,
     )
+
+
+def _per_batch(run: PlannedRun, example: Example, share: int) -> int:
+    """Equal examples in the fullest micro-batch of a rank that has `share` of them."""
+    limit, budget = run.batching.micro_batch_quads, run.batching.tokens_per_microbatch
+    if limit is None:
+        assert budget is not None  # checked in Batching
+        limit = max(1, budget // _total([example]))
+    return min(share, limit)
 
 
 def _forward(rows: list[Example], splitting: Splitting | None) -> list[Example]:
