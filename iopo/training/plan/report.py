@@ -58,9 +58,8 @@ class Plan:
         return self.peak <= self.run.machine.gpu_gb * GB
 
     def __str__(self) -> str:
-        return "\n".join(
-            [*_head(self), "", *_memory(self), "", *_flops(self), "", *_transfers(self)]
-        )
+        parts = (_head(self), _memory(self), _flops(self), _transfers(self))
+        return "\n\n".join("\n".join(part) for part in parts)
 
 
 def plan_report(
@@ -78,13 +77,10 @@ def plan_report(
             "plan: found data.layout=plain, expected shared; only that one is modelled"
         )
     config, run = architecture(cfg.model), describe(cfg)
-    missing = None
-    if examples is None:
-        missing = lengths.missing_for_lengths(cfg.data, cfg.model)
-        examples = load_inputs(cfg).train if missing is None else None
-    if examples is None:
-        work = lengths.assumed_work(run, str(missing))
+    if examples is None and (missing := lengths.missing_for_lengths(cfg.data, cfg.model)):
+        work = lengths.assumed_work(run, missing)
     else:
+        examples = examples or load_inputs(cfg).train
         work = lengths.data_work(run, examples)
     auto = cfg.parallel.checkpointing is Checkpointing.auto
     kinds = LADDER if auto else (cfg.parallel.checkpointing,)
@@ -92,10 +88,8 @@ def plan_report(
     for kind in kinds:
         parallel = replace(cfg.parallel, checkpointing=kind)
         policy = meta_policy(config, cfg.model.lora, parallel, run.dtype)
-        sizes, traced = (
-            cost.sizes_of(policy, run.dtype),
-            trace(policy, work.heaviest, run.device_type),
-        )
+        sizes = cost.sizes_of(policy, run.dtype)
+        traced = trace(policy, work.heaviest, run.device_type)
         memory = cost.gpu_memory(run, sizes, traced, split=work.split > 0)
         peak = sum(memory.values())
         if peak <= HEADROOM * run.machine.gpu_gb * GB or kind is kinds[-1]:
