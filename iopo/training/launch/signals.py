@@ -65,9 +65,8 @@ class Control:
             self._interrupts += 1
             if self._interrupts == 2:
                 os._exit(INTERRUPTED)
-        self.exit_code = max(
-            self.exit_code, INTERRUPTED if number == signal.SIGINT else SAVED_REQUEUE
-        )
+        code = INTERRUPTED if number == signal.SIGINT else SAVED_REQUEUE
+        self.exit_code = max(self.exit_code, code)
 
     def should_stop(self) -> bool:
         """True on every rank at the same step, once any rank was asked to stop.
