@@ -6,7 +6,9 @@ or data refused, 75 saved after SIGTERM or SIGUSR1 (start again to go on), 130 i
 """
 
 import json
+import logging
 import sys
+import tempfile
 from pathlib import Path
 
 import hydra
@@ -16,26 +18,26 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from iopo.config import TrainConfig
+from iopo.config import TrainConfig, plain
+from iopo.data.batching import plan_steps
 from iopo.model.host_memory import trim_malloc
-from iopo.redact import redact
-from iopo.training import export, heldout, loop, optim, samples, setup, start
-from iopo.training.checkpoint import restore
+from iopo.training import export, loop, report, samples, setup
+from iopo.training.checkpoint import resume
 from iopo.training.checkpoint.tensors import gather_state
 from iopo.training.checkpoint.writer import Checkpoints
-from iopo.training.inputs import load_inputs
-from iopo.training.launch.placement import RankInfo
-from iopo.training.launch.run_folder import mark_complete
+from iopo.training.inputs import batching, load_inputs
+from iopo.training.launch.launcher import launch
+from iopo.training.launch.placement import RankInfo, find_placement
+from iopo.training.launch.run_folder import describe_environment, mark_complete, open_run
 from iopo.training.launch.signals import INTERRUPTED, OK, SAVED_REQUEUE, Control
-from iopo.training.logger import Teller
-from iopo.training.plan.auto import resolve_checkpointing
-from iopo.training.reference import sources as references
-from iopo.training.report import run as report
-from iopo.training.report import sweep
+from iopo.training.logger import Logger, set_up_logging
+from iopo.training.plan.report import plan_report
+from iopo.training.policy import check_sharding
+from iopo.training.replay import replay
 from iopo.training.seeds import seed_process
 
 ConfigStore.instance().store(name="base_config", node=TrainConfig)
-REFUSED = 2
+log = logging.getLogger("iopo.train")
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -47,8 +49,8 @@ def main(composed: DictConfig) -> float | None:
         composed.run = hydra_config.runtime.output_dir
     code = run(composed)
     if multirun:  # the table grows with every job; the last one printed is whole
-        rows = sweep.collect(Path(hydra_config.sweep.dir))
-        Console(width=150).print(sweep.table(rows))
+        rows = report.collect(Path(hydra_config.sweep.dir))
+        Console(width=150).print(report.table(rows))
         # A failure was said above; the other jobs go on, and Hydra exits with 1 at the end.
         if code not in (OK, SAVED_REQUEUE, INTERRUPTED):
             raise RuntimeError(f"{composed.run}: exit code {code}")
@@ -60,18 +62,14 @@ def main(composed: DictConfig) -> float | None:
 
 def run(composed: DictConfig) -> int:
     """One run from a composed config; what is refused is one message, without a traceback."""
-    # By the module's name: spawned ranks can import `train`, but not `__main__`.
-    from train import train as worker
-
     try:
         if composed.replay_step is not None or composed.export_step is not None:
             composed = config_of_run(composed)
         cfg = OmegaConf.to_object(composed)
         assert isinstance(cfg, TrainConfig)
-        return start.start(cfg, OmegaConf.to_yaml(composed), worker)
+        return start(cfg, OmegaConf.to_yaml(composed))
     except (ValueError, FileNotFoundError) as error:
-        print(f"refused: {redact(str(error))}", file=sys.stderr, flush=True)
-        return REFUSED
+        return setup.refuse(error)
 
 
 def config_of_run(asked: DictConfig) -> DictConfig:
@@ -98,68 +96,97 @@ def config_of_run(asked: DictConfig) -> DictConfig:
     return merged
 
 
-def train(cfg: TrainConfig, run: Path, ranks: RankInfo, control: Control) -> None:
-    """One run on one rank, from weights to export. `launch` calls it on every rank."""
-    seed_process(cfg.seed, "process", ranks.rank)
-    inputs = load_inputs(cfg)
-    job = setup.make_job(cfg, inputs, ranks)
-    teller = Teller(run, cfg, main=ranks.is_main)
+def start(cfg: TrainConfig, config_text: str) -> int:
+    """Check everything that needs no weights, make the run folder and run `train` on every rank.
 
-    # The reference comes before any checkpoint: it is the starting weights, never trained ones.
-    train_model = setup.make_policy(
-        resolve_checkpointing(cfg, inputs, ranks, run, teller.say), inputs, ranks
+    Returns the exit code; with plan=true, prints the plan and returns 0. Raises ValueError for a
+    config, data or run folder that cannot be used, before anything is written into the run folder.
+    """
+    # By the module's name: spawned ranks can import `train`, but not `__main__`.
+    from train import train as worker
+
+    if cfg.plan:
+        print(plan_report(cfg))
+        return OK
+    folder, ranks = Path(cfg.run), setup.launch_options(cfg.parallel)
+    if cfg.replay_step is not None or cfg.export_step is not None:
+        look_back = replay if cfg.replay_step is not None else export.export_step
+        with tempfile.TemporaryDirectory() as scratch:
+            return launch(look_back, cfg, Path(scratch), **ranks)
+    placement = find_placement(ranks["processes"])
+    set_up_logging(main=placement.is_main)
+    check_sharding(cfg.parallel, placement.world_size)
+    batches = batching(cfg.optim, cfg.data.layout, cfg.seed, placement.world_size)
+    inputs = load_inputs(cfg)
+    plan = plan_steps(len(inputs.train), batches, cfg.optim.epochs, cfg.optim.max_steps)
+    fingerprint = resume.fingerprint(cfg, inputs, placement.world_size)
+    if resume.is_finished(folder, fingerprint, plan.steps):
+        log.info(f"{folder} is complete: nothing to do (delete it, or choose another run=)")
+        return OK
+    for note in resume.refuse_or_note(folder, fingerprint, resume=cfg.checkpoint.resume):
+        log.info(f"resume: {note}")
+    for line in inputs.report_lines():
+        log.info(line)
+    log.info(f"{plan.steps} steps of {cfg.optim.global_batch_quads} examples, {cfg.run}")
+
+    if not placement.is_main:
+        return launch(worker, cfg, folder, **ranks)
+    environment = describe_environment(Path(__file__).resolve().parent)
+    with open_run(folder, config_text=config_text, environment=environment):
+        reports = {name: report.to_dict() for name, report in inputs.reports.items()}
+        (folder / "data.json").write_text(json.dumps(reports, indent=1) + "\n")
+        return launch(worker, cfg, folder, **ranks)
+
+
+def train(cfg: TrainConfig, folder: Path, ranks: RankInfo, control: Control) -> None:
+    """One run on one rank, from weights to export. `launch` calls it on every rank."""
+    set_up_logging(main=ranks.is_main)
+    seed_process(cfg.seed, "process", ranks.rank)
+    run = setup.build_run(cfg, ranks)  # the reference comes before any checkpoint
+    job, model, reference = run.job, run.model, run.reference
+    fingerprint = resume.fingerprint(cfg, run.inputs, ranks.world_size)
+    done = resume.restore(folder, model, run.optimizer, ranks)
+    logger = Logger(
+        folder, cfg.tracker, plain(cfg), main=ranks.is_main, steps=range(done + 1, job.steps + 1)
     )
-    policy = setup.policy_of(train_model)
-    reference = references.make_reference(
-        cfg, inputs, job, ranks, train_model, teller.say, control.alive
-    )
-    optimizer = optim.make_optimizer(train_model.parameters, cfg.optim)
-    fingerprint = restore.fingerprint(cfg, inputs, ranks.world_size)
-    done = restore.restore(run, train_model, optimizer, ranks, teller.say)
 
     def evaluate(step: int) -> dict[str, float]:
-        values = heldout.evaluate(job, policy, reference, control.alive)
-        teller.heldout(step, values)
+        values = loop.evaluate(job, run.policy, reference)
+        logger.heldout(step, values)
         return values
 
     with (
-        teller.tracking(done, job.steps),
-        Checkpoints(
-            run,
-            keep=cfg.checkpoint.keep,
-            asynchronous=cfg.checkpoint.asynchronous,
-            best_metric=cfg.checkpoint.best_metric,
-        ) as checkpoints,
+        logger,
+        Checkpoints(folder, cfg.checkpoint) as checkpoints,
     ):
         if done == 0:
             if reference is not None:
-                teller.start(*loop.check_start(job, policy, reference))
-            samples.before(run, cfg, inputs, train_model, ranks)
+                loop.check_start(job, run.policy, reference)
+            if ranks.is_main:
+                samples.before(folder, cfg.evaluation, run.inputs, model)
             evaluate(0)
             # What came before drew as many numbers as the caches were cold: training must not care.
             seed_process(cfg.seed, "training", ranks.rank)
         trim_malloc()
-        for result in loop.train_steps(job, train_model, optimizer, reference, first_step=done + 1):
+        period = cfg.checkpoint.save_every_steps
+        for result in loop.train_steps(job, model, run.optimizer, reference, first_step=done + 1):
             done, last = result.step, result.step == job.steps
-            teller.step(result)
+            logger.step(result)
             due = last or every(cfg.evaluation.every_steps, done)
             measured = evaluate(done) if due else {}
             stop = control.should_stop()
-            period = cfg.checkpoint.save_every_steps
             if every(period, done) or stop or (last and period is not None):
-                teller.flush()
-                if reference is not None:
-                    reference.store()
-                state = gather_state(train_model.parameters, optimizer, ranks.rank)
+                logger.flush()
+                state = gather_state(model.parameters, run.optimizer, ranks.rank)
                 checkpoints.save(done, state, fingerprint | {"metrics": measured})
             if stop and not last:
                 return
-    export.export(cfg, run, train_model, inputs, ranks)  # first of all: it is what the run was for
-    samples.after(run, cfg, inputs, train_model, ranks)
+    export.export(cfg, folder, run, ranks)  # first of all: it is what the run was for
     if ranks.is_main:
-        report.write_summary(run)
-        report.write_report(run)
-        mark_complete(run, fingerprint | {"step": done})
+        samples.after(folder, cfg.evaluation, run.inputs, model)
+        report.write_summary(folder)
+        report.write_report(folder)
+        mark_complete(folder, fingerprint | {"step": done})
 
 
 def every(period: int | None, step: int) -> bool:

@@ -2,9 +2,13 @@
 
 A model folder appears whole or not at all, and only after stock transformers has read it back and
 agreed with the model in training about a fixed text.
+
+`python train.py run=DIR export_step=N` exports a checkpoint of a run: export_step writes
+DIR/exported/step-0000000N/export (and export-merged, where the run's config asks for it).
 """
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +18,21 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from iopo.config import TrainConfig
+from iopo.config import Checkpointing, ExportConfig, TrainConfig
 from iopo.data.layout import Batch, build_plain
 from iopo.data.tokenize import Example
 from iopo.files import replacing
 from iopo.logprobs import LogProbs
 from iopo.model import lora
 from iopo.model.parallel import TrainModel, language_model
-from iopo.training.inputs import Inputs
+from iopo.training.checkpoint.folders import complete_folders, step_of
+from iopo.training.checkpoint.tensors import load_state
 from iopo.training.launch.placement import RankInfo
+from iopo.training.launch.signals import Control, heartbeat
+from iopo.training.logger import set_up_logging
+from iopo.training.setup import Run, build_run
+
+log = logging.getLogger(__name__)
 
 FOLDER, MERGED, BASE = "export", "export-merged", "export-base"
 PROBE = "A model that was saved must give, once it is loaded again, the same answer as before."
@@ -34,38 +44,52 @@ class ExportError(RuntimeError):
     """An export that does not read back as what was trained; its folder was not made."""
 
 
-def export(
-    cfg: TrainConfig, run: Path, train_model: TrainModel, inputs: Inputs, ranks: RankInfo
-) -> None:
-    """Write what cfg.export asks for into the run folder. Every rank calls it; rank 0 writes."""
+def export(cfg: TrainConfig, folder: Path, run: Run, ranks: RankInfo) -> None:
+    """Write what cfg.export asks for into `folder`. Every rank calls it; rank 0 writes."""
     # The adapter's base is model.path, unless the run changed or drew it: then it is written too.
-    own_base = inputs.model_path is None or cfg.model.adapter is not None
-    # Others find a model by its id on the hub, or in its folder, wherever they look from.
-    hub = cfg.model.path != "demo" and not Path(str(cfg.model.path)).expanduser().is_dir()
-    base = str(cfg.model.path) if hub else str(inputs.model_path and inputs.model_path.resolve())
+    path, base = run.inputs.model_path, None
+    if path is not None and cfg.model.adapter is None:
+        # Others find a model by its id on the hub, or in its folder, wherever they look from.
+        hub = cfg.model.path != "demo" and not Path(str(cfg.model.path)).expanduser().is_dir()
+        base = str(cfg.model.path) if hub else str(path.resolve())
     if cfg.export.model or cfg.export.merged:
-        write_exports(
-            train_model,
-            run,
-            tokenizer=inputs.chat.tokenizer,
-            device=ranks.device,
-            base=None if own_base else base,
-            plain=cfg.export.model,
-            merged=cfg.export.merged,
-            main=ranks.is_main,
+        write_exports(run.model, folder, cfg.export, run.inputs.chat.tokenizer, base, ranks)
+
+
+def export_step(cfg: TrainConfig, scratch: Path, ranks: RankInfo, control: Control) -> None:
+    """Export the checkpoint of cfg.export_step; a worker for `launch`, whose scratch takes errors.
+
+    Raises ValueError if the run has no complete checkpoint of that step.
+    """
+    set_up_logging(main=ranks.is_main)
+    folder, step = Path(cfg.run), cfg.export_step
+    folders = {step_of(folder): folder for folder in complete_folders(folder)[0]}
+    if step not in folders:
+        raise ValueError(
+            f"export_step: {folder} has no complete checkpoint of step {step}, expected one of "
+            f"{sorted(folders)}"
         )
+    cfg.parallel.checkpointing = Checkpointing.none  # there is no backward
+    cfg.export.model = True
+    run = build_run(cfg, ranks, with_reference=False)
+    parameters = run.model.parameters
+    load_state(folders[step], parameters, run.optimizer, rank=ranks.rank, same_world=False)
+    run.model.refresh()
+    heartbeat()
+    place = folder / "exported" / folders[step].name
+    if ranks.is_main:
+        place.mkdir(parents=True, exist_ok=True)
+    export(cfg, place, run, ranks)
+    log.info(f"{folders[step]} -> {place}")
 
 
 def write_exports(
     train_model: TrainModel,
     run: Path,
-    *,
+    cfg: ExportConfig,
     tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
     base: str | None,
-    plain: bool,
-    merged: bool,
-    main: bool,
+    ranks: RankInfo,
 ) -> None:
     """export/: the model, or with LoRA the adapter; export-merged/: with LoRA, the whole model.
 
@@ -73,11 +97,11 @@ def write_exports(
     Weights are saved in the dtype that the model computes in, so the export computes the same.
     Raises ExportError if a written model does not read back as the one in training.
     """
-    probe = build_plain([_probe(tokenizer)]).to(device)
+    probe = build_plain([_probe(tokenizer)]).to(ranks.device)
     scored = int(probe.scored_M.sum())
     expected = _score(train_model.model, probe) / scored
-    tensors = gather(train_model, keep=main)
-    if not main:
+    tensors = gather(train_model, keep=ranks.is_main)
+    if not ranks.is_main:
         return
 
     def write(folder: Path, weights: dict[str, Tensor], logp: float | None) -> None:
@@ -86,14 +110,20 @@ def write_exports(
             reloaded = _read_back(partial, weights)
             if logp is not None:
                 found = _score(LogProbs(reloaded), probe.to("cpu")) / scored
-                _compare(folder, found, logp, TOLERANCE[train_model.dtype])
+                tolerance = TOLERANCE[train_model.dtype]
+                if not abs(found - logp) <= tolerance:
+                    raise ExportError(
+                        f"{folder}: read back, a token of the probe has a log-probability of "
+                        f"{found:.6f} on average, and {logp:.6f} in training; expected within "
+                        f"{tolerance:g} nats"
+                    )
 
     layers = lora.adapters(language_model(train_model.model))
     if not layers:
         write(run / FOLDER, tensors, expected)
         return
     plain_weights = {n: t for n, t in tensors.items() if ".lora_" not in n}
-    if plain:
+    if cfg.model:
         if base is None:
             write(run / BASE, plain_weights, None)
         with replacing(run / FOLDER) as partial:
@@ -103,7 +133,7 @@ def write_exports(
             )
             lora.write_adapter(partial, config, named)
             tokenizer.save_pretrained(partial)
-    if merged:
+    if cfg.merged:
         for name, layer in layers.items():
             plain_weights[f"{name}.weight"] = lora.merge(
                 tensors[f"{name}.weight"],
@@ -178,11 +208,3 @@ def _score(model: nn.Module, probe: Batch) -> float:
     logp = model(probe).sum().item()
     model.train(training)
     return logp
-
-
-def _compare(folder: Path, found: float, expected: float, tolerance: float) -> None:
-    if not abs(found - expected) <= tolerance:
-        raise ExportError(
-            f"{folder}: read back, a token of the probe has a log-probability of {found:.6f} on "
-            f"average, and {expected:.6f} in training; expected within {tolerance:g} nats"
-        )

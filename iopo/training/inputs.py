@@ -1,4 +1,4 @@
-"""What a run needs and can be known before weights load: the model folder, rows and tokens.
+"""What a run needs and can be known before weights load: model folder, rows, tokens, batches.
 
 Called in the main process before the run folder is made and before any process group exists, and
 again by every rank, which then finds the tokens in the cache.
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from iopo import objectives
-from iopo.config import Overlong, TrainConfig
+from iopo.config import Layout, OptimConfig, Overlong, TrainConfig
+from iopo.data.batching import Batching
 from iopo.data.rows import Quad, Row, read_rows, rows_for, spread
 from iopo.data.tokenize import Chat, Example, Limits, Report, tokenize_rows, tokenizer_hash
 from iopo.files import cache_root, sha256_file
@@ -31,6 +32,10 @@ class Inputs:
     data_hash: str
     tokenizer_hash: str
 
+    def report_lines(self) -> list[str]:
+        """What was kept and dropped, for people: one text per file."""
+        return [f"{name}: " + "\n  ".join(r.lines()) for name, r in self.reports.items()]
+
 
 def load_inputs(cfg: TrainConfig) -> Inputs:
     """Read, check and tokenise the rows of `cfg`.
@@ -38,24 +43,31 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
     Raises ValueError for missing files and bad rows (all of them in one message), rows that break
     the template's prefix property, and held-out rows that are not quads.
     """
+    data = cfg.data
+    if data.train is None:
+        raise ValueError(
+            "data.train: not set; give a .jsonl or .json file (formats: data/README.md)"
+        )
     kind = objectives.KINDS[cfg.objective.name].rows
     rows_kind = "quad" if kind == "three" else kind
-    read = read_rows(_path(cfg.data.train, "data.train"))[: cfg.data.limit_rows]
-    train_rows = rows_for(rows_kind, read, cfg.data.quad_rows)
-    heldout_quads = _heldout_quads(cfg)
+    read = read_rows(Path(data.train))[: data.limit_rows]
+    train_rows = rows_for(rows_kind, read, data.quad_rows)
+    heldout_quads: list[Quad] = []
+    if data.heldout is not None:
+        rows = read_rows(Path(data.heldout), kind="quad")
+        heldout_quads = spread([r for r in rows if isinstance(r, Quad)], cfg.evaluation.quads)
     if cfg.objective.margin_per_constraint > 0:
-        _check_constraints(cfg, train_rows)
+        _check_constraints(train_rows, cfg.objective.margin_per_constraint, data.train)
 
     model_path = None if cfg.model.tiny is not None else resolve_model(str(cfg.model.path))
     tokenizer = byte_tokenizer() if model_path is None else load_tokenizer(model_path)
     chat = Chat(tokenizer, cfg.model.system)
-    limits = Limits(
-        cfg.data.max_prompt_tokens,
-        cfg.data.max_response_tokens,
-        "raise" if cfg.data.on_overlong is Overlong.error else cfg.data.on_overlong.value,
-    )
-    workers = cfg.data.workers or _workers(len(train_rows))
-    cache = Path(cfg.data.cache_dir) if cfg.data.cache_dir else cache_root() / "tokens"
+    overlong = "raise" if data.on_overlong is Overlong.error else data.on_overlong.value
+    limits = Limits(data.max_prompt_tokens, data.max_response_tokens, overlong)
+    # One process per core where there is work for them: starting one costs seconds.
+    many = len(train_rows) > 20_000
+    workers = data.workers or (len(os.sched_getaffinity(0)) if many else 1)
+    cache = Path(data.cache_dir) if data.cache_dir else cache_root() / "tokens"
     train, report = tokenize_rows(
         train_rows,
         chat,
@@ -63,7 +75,7 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
         three=kind == "three",
         workers=workers,
         cache_dir=cache,
-        source=str(cfg.data.train),
+        source=data.train,
     )
     reports = {"train": report}
     heldout: list[Example] = []
@@ -74,11 +86,10 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
             limits,
             workers=workers,
             cache_dir=cache,
-            source=str(cfg.data.heldout),
+            source=str(data.heldout),
         )
         kept = {example.id for example in heldout}
         heldout_quads = [quad for quad in heldout_quads if quad.id in kept]
-    files = [cfg.data.train] + ([cfg.data.heldout] if cfg.data.heldout else [])
     return Inputs(
         model_path=model_path,
         chat=chat,
@@ -86,34 +97,28 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
         heldout=heldout,
         heldout_quads=heldout_quads,
         reports=reports,
-        data_hash=" ".join(sha256_file(str(file)) for file in files),
+        data_hash=" ".join(sha256_file(file) for file in (data.train, data.heldout) if file),
         tokenizer_hash=tokenizer_hash(chat),
     )
 
 
-def _check_constraints(cfg: TrainConfig, rows: Sequence[Row]) -> None:
+def _check_constraints(rows: Sequence[Row], margin: float, file: str) -> None:
     bare = [row.id for row in rows if not (isinstance(row, Quad) and row.c1 and row.c2)]
     if bare:
         raise ValueError(
-            f"objective.margin_per_constraint={cfg.objective.margin_per_constraint} counts the "
-            f"constraints that differ, but {len(bare)} rows of {cfg.data.train} have no c1 and c2 "
-            f"(first: {bare[:5]}); add them, or remove the option"
+            f"objective.margin_per_constraint={margin} counts the constraints that differ, but "
+            f"{len(bare)} rows of {file} have no c1 and c2 (first: {bare[:5]}); add them, or "
+            "remove the option"
         )
 
 
-def _workers(rows: int) -> int:
-    """One per core where there is work for them: starting a process costs seconds."""
-    return len(os.sched_getaffinity(0)) if rows > 20_000 else 1
-
-
-def _heldout_quads(cfg: TrainConfig) -> list[Quad]:
-    if cfg.data.heldout is None:
-        return []
-    rows = read_rows(_path(cfg.data.heldout, "data.heldout"), kind="quad")
-    return spread([row for row in rows if isinstance(row, Quad)], cfg.evaluation.quads)
-
-
-def _path(value: str | None, key: str) -> Path:
-    if value is None:
-        raise ValueError(f"{key}: not set; give a .jsonl or .json file (formats: data/README.md)")
-    return Path(value)
+def batching(cfg: OptimConfig, layout: Layout, seed: int, world_size: int) -> Batching:
+    """How examples become steps; raises ValueError if the ranks do not divide the batch."""
+    return Batching(
+        global_batch_quads=cfg.global_batch_quads,
+        ranks=world_size,
+        seed=seed,
+        layout=layout.value,
+        micro_batch_quads=cfg.micro_batch_quads,
+        tokens_per_microbatch=cfg.tokens_per_microbatch,
+    )

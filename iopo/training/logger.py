@@ -1,77 +1,89 @@
-"""What a run says: rows for metrics.jsonl, a bar on a terminal, plain lines elsewhere.
+"""What a run says and records: lines on stdout, metrics.jsonl, Weights & Biases, a progress bar.
 
-Ranks other than 0 hold a teller that says nothing, so that train.py needs no ifs.
+Every file of the package writes its lines with `log = logging.getLogger(__name__)`; they appear
+once `set_up_logging` was called in the process.
+
+A row of metrics.jsonl is {"step": n, "split": "train" | "heldout", name: value, ...}; step n is the
+n-th optimizer step, counted from 1, and 0 is before the first.
 """
 
+import json
+import logging
+import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import uuid
 from pathlib import Path
+from typing import Any, Self
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from iopo.config import TrainConfig, plain
+from iopo.config import TrackerConfig, Wandb
+from iopo.redact import redact
 from iopo.training.loop import StepResult
-from iopo.training.tracker import Tracker
 
 SHOWN = {"loss": "loss", "margin": "margin", "accuracy": "acc", "tokens_per_s": "tok/s"}
 HELDOUT_SHOWN = ("loss", "group_accuracy", "x_preference", "y_preference")
 LINE_EVERY_S = 10.0
 
+log = logging.getLogger(__name__)
 
-class Teller:
-    """Progress and metrics of one run; silent unless `main`."""
 
-    def __init__(self, run: Path, cfg: TrainConfig, *, main: bool):
-        self.run, self.cfg, self.main = run, cfg, main
-        self.tracker: Tracker | None = None
+class _Stdout(logging.Handler):
+    """Plain lines on the stdout of the moment: rich replaces it while a bar is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), flush=True)
+
+
+def set_up_logging(*, main: bool) -> None:
+    """Show the package's messages on stdout; of a process that is not `main`, only warnings."""
+    package = logging.getLogger("iopo")
+    package.handlers = [_Stdout()]
+    package.propagate = False  # Hydra's handler would print every line again
+    package.setLevel(logging.INFO if main else logging.WARNING)
+
+
+class Logger:
+    """Metrics and progress of the steps done + 1 .. last; use it as a context.
+
+    config: of the run, for Weights & Biases. main: rank 0; on other ranks nothing is written.
+    """
+
+    def __init__(
+        self, run: Path, cfg: TrackerConfig, config: dict[str, Any], *, main: bool, steps: range
+    ):
+        self.every, self.first, self.last = cfg.log_every_steps, steps.start, steps.stop - 1
+        self.file = open(run / "metrics.jsonl", "a", encoding="utf-8") if main else None
+        self.wandb = _start_wandb(run, cfg, config) if main and cfg.wandb is not Wandb.off else None
         self.bar: Progress | None = None
-        self.first = self.last = 0
-        self.started = self.printed = float("-inf")
-
-    def say(self, text: str) -> None:
-        """One line, above the bar if there is one."""
-        if self.bar is not None:
-            self.bar.console.print(text, highlight=False, markup=False)
-        elif self.main:
-            print(text, flush=True)
-
-    @contextmanager
-    def tracking(self, done: int, last: int) -> Iterator[None]:
-        """Open metrics.jsonl and the bar while steps done + 1 .. last run; closes both always."""
-        if not self.main:
-            yield
-            return
-        self.first, self.last, self.started = done + 1, last, time.monotonic()
-        self.tracker = Tracker(self.run, self.cfg.tracker, plain(self.cfg))
-        if sys.stdout.isatty():
+        self.started, self.printed = time.monotonic(), float("-inf")
+        if main and sys.stdout.isatty():
             text = TextColumn("{task.description}")
             count = TextColumn("{task.completed}/{task.total}")
             self.bar = Progress(count, BarColumn(20), text, TimeRemainingColumn())
-            self.task = self.bar.add_task("", total=last, completed=done)
+            self.task = self.bar.add_task("", total=self.last, completed=self.first - 1)
             self.bar.start()
-        try:
-            yield
-        finally:
-            self.tracker.finish()
-            if self.bar is not None:
-                self.bar.stop()
-                self.bar = None
 
-    def start(self, loss: float, worst: float) -> None:
-        """What the check at step 0 found."""
-        self.say(f"step 0: loss {loss:.7f}, largest |log-ratio| to the reference {worst:.2g} nats")
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.file is not None:
+            self.file.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+        if self.bar is not None:
+            self.bar.stop()
 
     def step(self, result: StepResult) -> None:
-        """Log and show a training step. Every rank calls it: the numbers are of all ranks."""
-        due = result.step % self.cfg.tracker.log_every_steps == 0 or result.step == self.last
-        if not due:
+        """Record and show a training step. Every rank calls it: the numbers are of all ranks."""
+        if result.step % self.every and result.step != self.last:
             return
         values = result.reduce()
-        if self.tracker is None:
+        if self.file is None:
             return
-        self.tracker.log(result.step, "train", values)
+        self._record(result.step, "train", values)
         text = "  ".join(f"{label} {values[k]:.4g}" for k, label in SHOWN.items() if k in values)
         if self.bar is not None:
             self.bar.update(self.task, completed=result.step, description=text)
@@ -81,17 +93,52 @@ class Teller:
             self.printed = now
             steps = result.step - self.first + 1
             left = (now - self.started) / steps * (self.last - result.step)
-            print(f"step {result.step}/{self.last}  {text}  {left:.0f} s left", flush=True)
+            log.info(f"step {result.step}/{self.last}  {text}  {left:.0f} s left")
 
     def heldout(self, step: int, values: dict[str, float]) -> None:
-        """Log and show an evaluation on held-out quads; nothing for an empty one."""
-        if self.tracker is None or not values:
-            return
-        self.tracker.log(step, "heldout", values)
-        shown = "  ".join(f"{k} {values[k]:.4g}" for k in HELDOUT_SHOWN)
-        self.say(f"held out, step {step}: {shown}")
+        """Record and show an evaluation on held-out quads; nothing for an empty one."""
+        if self.file is not None and values:
+            self._record(step, "heldout", values)
+            shown = "  ".join(f"{k} {values[k]:.4g}" for k in HELDOUT_SHOWN)
+            log.info(f"held out, step {step}: {shown}")
 
     def flush(self) -> None:
-        """Put all rows on disk; called before a checkpoint, which counts on them."""
-        if self.tracker is not None:
-            self.tracker.flush()
+        """Put all rows on the disk; called before a checkpoint, which counts on them."""
+        if self.file is not None:
+            os.fsync(self.file.fileno())
+
+    def _record(self, step: int, split: str, values: dict[str, float]) -> None:
+        assert self.file is not None
+        rounded = {name: float(f"{value:.8g}") for name, value in values.items()}
+        self.file.write(json.dumps({"step": step, "split": split} | rounded) + "\n")
+        self.file.flush()  # a killed run keeps every finished step
+        if self.wandb is not None:
+            self.wandb.log({f"{split}/{k}": v for k, v in values.items()}, step=step)
+
+
+def _start_wandb(run: Path, cfg: TrackerConfig, config: dict[str, Any]):
+    import wandb
+
+    # One id per run folder: a resumed run continues its own curves.
+    id_file = run / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(uuid.uuid4().hex[:8])
+    return wandb.init(
+        project=redact(cfg.project),
+        name=run.name,
+        id=id_file.read_text(),
+        resume="allow" if cfg.wandb is Wandb.online else None,
+        mode="online" if cfg.wandb is Wandb.online else "offline",
+        dir=str(run),
+        tags=[redact(tag) for tag in cfg.tags],
+        config=json.loads(redact(json.dumps(config))),
+        # argv, git diff and console would go unredacted; environment.json has the first two
+        settings=wandb.Settings(x_disable_meta=True, disable_git=True, console="off"),
+    )
+
+
+def read_metrics(run: Path, split: str | None = None) -> list[dict[str, Any]]:
+    """All rows of a run's metrics.jsonl, in file order, of one split if given."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [row for row in rows if split is None or row["split"] == split]

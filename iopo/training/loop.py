@@ -1,9 +1,10 @@
 """The training loop: a generator that yields after every optimizer step.
 
 It knows nothing of files: train.py decides when to log, save and evaluate. Letters: E examples,
-M members per example.
+M members per example, Q held-out quads.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,37 +15,56 @@ import torch
 from torch import Tensor
 
 from iopo import objectives
-from iopo.data.batching import Batching, micro_batches, quads_of_step, tokens
+from iopo.data.batching import (
+    Batching,
+    micro_batches,
+    pass_micro_batches,
+    quads_of_step,
+    token_counts,
+    tokens,
+)
 from iopo.data.layout import Batch, build_packed, build_plain, build_shared
 from iopo.data.tokenize import Example
 from iopo.logprobs import LogProbs
 from iopo.model.parallel import TrainModel
 from iopo.training import metrics
+from iopo.training.launch.signals import heartbeat
 from iopo.training.split import PromptByPrompt, Splitting, by_prompt
 
 # Packed lengths are rounded up to this many tokens: compiled code, and oneDNN, which keeps a kernel
 # for every shape it has met, then meet few of them (docs/performance.md, "Memory on a CPU").
 LENGTH_STEP = 64
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Reference:
-    """Log-probs of the starting weights: how they are had, and how far off they may be.
+    """Log-probs of the starting weights: how to obtain them, and how far off they may be.
 
-    call: (examples, their batch) -> float32 [E, M] without gradient. tolerance: largest difference
-    of the loss at step 0 from its value at policy == reference. rounding: largest log-ratio, in
-    nats, that may still be no more than rounding. store: write down what call has computed; before
-    a checkpoint, so that a resumed run looks up the same bits. collective: call gathers weights, so
-    that a rank without examples has to call it too.
+    call: (examples, their batch) -> float32 [E, M] without gradient. where: for messages.
+    tolerance: largest difference of the loss at step 0 from its value at policy == reference.
+    rounding: largest log-ratio, in nats, that may still be no more than rounding. collective: call
+    gathers weights, so that a rank without examples has to call it too.
     """
 
     call: Callable[[Sequence[Example], Batch], Tensor]
-    source: str  # cache | live | adapter_off
     where: str
     tolerance: float
     rounding: float = 0.0
-    store: Callable[[], None] = lambda: None
     collective: bool = False
+
+
+def reference_log_probs(
+    reference: Reference | None, rows: Sequence[Example], batch: Batch, *, idle: bool = False
+) -> Tensor | None:
+    """float32 [E, M] on the batch's device; None without a reference.
+
+    idle: the batch is of other ranks, and this one only takes part where all have to.
+    """
+    if reference is None or (idle and not reference.collective):
+        return None
+    return reference.call(rows, batch).to(batch.input_ids.device)
 
 
 @dataclass(frozen=True)
@@ -134,37 +154,14 @@ def train_steps(
         for group in optimizer.param_groups:
             group["lr"] = job.lr_at(step)
         sums = torch.zeros(len(names), device=job.device)
-        rows_of_step: list[Example] = []
-        batches = micro_batches(job.tokens_N, job.batching, step - 1, job.rank)
-        split = job.split_microbatches(step - 1)
-        total = len(quads_of_step(len(job.tokens_N), job.batching, step - 1))
-        for i, indices in enumerate(batches):
-            last = i == len(batches) - 1
-            train_model.set_sync(last)
-            idle = indices is None  # only other ranks have this micro-batch
-            rows = [job.examples[j] for j in indices or (0,)]
-            batch = job.build(rows)
-            reference_EM = None
-            if reference is not None and (reference.collective or not idle):
-                reference_EM = reference.call(rows, batch)
-            parts = job.split(train_model, rows) if i in split else None
-            if idle:
-                if parts is not None:
-                    parts.idle(last=last)
-                else:
-                    train_model.empty_backward(train_model.model, batch)
-                continue
-            policy_EM = train_model.model(batch) if parts is None else parts.log_probs()
-            loss_E, values_EK = score(job, batch, rows, policy_EM, reference_EM)
-            (loss_E.sum() / total).backward()
-            if parts is not None:  # that reached the log-probs, not yet the model
-                parts.backward(last=last)
+        rows: list[Example] = []
+        for rows_of_batch, values_EK in gradients(job, train_model, reference, step):
             sums += values_EK.sum(0)
-            rows_of_step += rows
+            rows += rows_of_batch
         grad_norm = train_model.reduce_and_clip(job.clip_norm).item()
         # A NaN in one rank's quads has reached every rank's gradient by now: all stop together.
         if not math.isfinite(grad_norm):
-            raise NonFiniteError(_non_finite(step, grad_norm, sums, rows_of_step))
+            raise NonFiniteError(_non_finite(step, grad_norm, sums, rows))
         optimizer.step()
         train_model.zero_grad()
         yield StepResult(
@@ -174,9 +171,42 @@ def train_steps(
             seconds=time.perf_counter() - started,
             names=names,
             sums=sums,
-            examples=len(rows_of_step),
-            tokens=sum(tokens(row, "packed") for row in rows_of_step),
+            examples=len(rows),
+            tokens=sum(tokens(row, "packed") for row in rows),
         )
+
+
+def gradients(
+    job: Job, train_model: TrainModel, reference: Reference | None, step: int
+) -> Iterator[tuple[list[Example], Tensor]]:
+    """Add the gradients of this rank's micro-batches of `step`, one by one.
+
+    Yields the examples of each and the metrics' values [E, columns]; nothing for a micro-batch that
+    only other ranks have, but this one takes part in its communication.
+    """
+    batches = micro_batches(job.tokens_N, job.batching, step - 1, job.rank)
+    split = job.split_microbatches(step - 1)
+    total = len(quads_of_step(len(job.tokens_N), job.batching, step - 1))
+    for i, indices in enumerate(batches):
+        last = i == len(batches) - 1
+        train_model.set_sync(last)
+        idle = indices is None
+        rows = [job.examples[j] for j in indices or (0,)]
+        batch = job.build(rows)
+        reference_EM = reference_log_probs(reference, rows, batch, idle=idle)
+        parts = job.split(train_model, rows) if i in split else None
+        if idle:
+            if parts is not None:
+                parts.idle(last=last)
+            else:
+                train_model.empty_backward(train_model.model, batch)
+            continue
+        policy_EM = train_model.model(batch) if parts is None else parts.log_probs()
+        loss_E, values_EK = score(job, batch, rows, policy_EM, reference_EM)
+        (loss_E.sum() / total).backward()
+        if parts is not None:  # that reached the log-probs, not yet the model
+            parts.backward(last=last)
+        yield rows, values_EK
 
 
 def score(
@@ -189,8 +219,6 @@ def score(
     """loss_E with gradient, and the metrics' values [E, columns] without."""
     tokens_EM = batch.scored_M.view(batch.examples, batch.members)
     differing_E = torch.tensor([row.differing for row in rows], device=policy_EM.device)
-    if reference_EM is not None:
-        reference_EM = reference_EM.to(policy_EM.device)
     loss_E = objectives.compute(
         job.objective, policy_EM, reference_EM, tokens_EM, differing_E, job.options
     )
@@ -207,18 +235,19 @@ def _non_finite(step: int, grad_norm: float, sums: Tensor, rows: Sequence[Exampl
 
 
 @torch.no_grad()
-def check_start(job: Job, policy: LogProbs, reference: Reference) -> tuple[float, float]:
+def check_start(job: Job, policy: LogProbs, reference: Reference) -> None:
     """At step 0 the policy is the reference: the loss must be the objective's value at margin 0.
 
-    For the sigmoid link without an added margin that is ln 2. Returns (loss, largest |log-ratio| in
-    nats) over the first step's examples on this rank; raises ValueError if the loss is off by more
-    than the reference's tolerance, and not because a steep objective makes much of rounding.
+    For the sigmoid link without an added margin that is ln 2. Logs the loss and the largest
+    |log-ratio| over the first step's examples on this rank; raises ValueError if the loss is off by
+    more than the reference's tolerance, and not because a steep objective magnifies rounding.
     """
     indices = micro_batches(job.tokens_N, job.batching, 0, job.rank)[0] or (0,)
     rows = [job.examples[j] for j in indices]
     batch = job.build(rows)
     policy_EM = policy(batch)
-    reference_EM = reference.call(rows, batch).to(job.device)
+    reference_EM = reference_log_probs(reference, rows, batch)
+    assert reference_EM is not None
     loss_E, _ = score(job, batch, rows, policy_EM, reference_EM)
     expected_E, _ = score(job, batch, rows, policy_EM, policy_EM)
     worst = (policy_EM - reference_EM).abs().max().item()
@@ -234,4 +263,54 @@ def check_start(job: Job, policy: LogProbs, reference: Reference) -> tuple[float
             f"({reference.where}) does not belong to these starting weights: delete the cache, or "
             "check model.path"
         )
-    return loss, worst
+    log.info(f"step 0: loss {loss:.7f}, largest |log-ratio| to the reference {worst:.2g} nats")
+
+
+# Which columns of a quad's log-probs make the rows of an objective that is not on quads.
+COLUMNS = {"quad": [0, 1, 2, 3], "three": [0, 1, 3], "pair": [0, 1, 2, 3], "sft": [0, 2]}
+
+
+@torch.no_grad()
+def evaluate(job: Job, policy: LogProbs, reference: Reference | None) -> dict[str, float]:
+    """Loss and preferences, means over all held-out quads on all ranks. Every rank calls it.
+
+    Every objective is scored on quads: a pair or sft objective on the rows that a quad holds.
+    Returns the columns of `metrics.columns` and the shares of `metrics.preferences`; {} without
+    held-out quads.
+    """
+    if not job.heldout:
+        return {}
+    kind = objectives.KINDS[job.objective]
+    names = metrics.columns(kind.members, reference is not None)
+    shares = list(metrics.preferences(torch.zeros(1, 4)))
+    sums = torch.zeros(len(names) + len(shares) + 2, device=job.device)
+    policy.eval()
+    tokens_N = token_counts(job.heldout, job.batching.layout)
+    for indices in pass_micro_batches(tokens_N, job.batching, job.rank):
+        heartbeat()
+        rows = [job.heldout[i] for i in indices or (0,)]
+        batch = job.build(rows)
+        policy_Q4 = policy(batch)
+        reference_Q4 = reference_log_probs(reference, rows, batch, idle=indices is None)
+        if indices is None:  # it took part because other ranks' weights are gathered together
+            continue
+        tokens_Q4 = batch.scored_M.view(batch.examples, 4)
+        policy_EM, tokens_EM = _rows(policy_Q4, kind), _rows(tokens_Q4, kind)
+        reference_EM = None if reference_Q4 is None else _rows(reference_Q4, kind)
+        differing_Q = torch.tensor([row.differing for row in rows], device=job.device)
+        differing_E = differing_Q.repeat_interleave(len(policy_EM) // len(rows))
+        loss_E = objectives.compute(
+            job.objective, policy_EM, reference_EM, tokens_EM, differing_E, job.options
+        )
+        per_example = metrics.per_example(loss_E, policy_EM, reference_EM, tokens_EM)
+        per_quad = torch.stack(list(metrics.preferences(policy_Q4).values()), dim=1)
+        counts = sums.new_tensor([len(policy_EM), len(rows)])
+        sums += torch.cat([per_example.sum(0), per_quad.sum(0), counts])
+    policy.train()
+    *totals, example_count, quad_count = metrics.sum_over_ranks(sums)
+    values = {name: totals[i] / example_count for i, name in enumerate(names)}
+    return values | {name: totals[len(names) + i] / quad_count for i, name in enumerate(shares)}
+
+
+def _rows(quads_Q4: Tensor, kind: objectives.Kind) -> Tensor:
+    return quads_Q4[:, COLUMNS[kind.rows]].reshape(-1, kind.members)

@@ -4,21 +4,23 @@ Weights are those that step N met: the newest checkpoint before it, trained on t
 same numbers, on the same topology). Nothing in the run folder is changed. One machine only.
 """
 
+import logging
 from pathlib import Path
 
 from iopo import objectives
-from iopo.config import TrainConfig
+from iopo.config import Checkpointing, TrainConfig
 from iopo.data.batching import quads_of_step
 from iopo.model.parallel import TrainModel
-from iopo.training import loop, optim, setup
+from iopo.training import loop
 from iopo.training.checkpoint.folders import complete_folders, read_state
 from iopo.training.checkpoint.tensors import load_state
-from iopo.training.inputs import load_inputs
 from iopo.training.launch.placement import RankInfo
-from iopo.training.launch.signals import Control
+from iopo.training.launch.signals import Control, heartbeat
+from iopo.training.logger import set_up_logging
 from iopo.training.metrics import NAMES
-from iopo.training.plan.auto import resolve_checkpointing
-from iopo.training.reference import sources as references
+from iopo.training.setup import build_run
+
+log = logging.getLogger(__name__)
 
 
 def replay(cfg: TrainConfig, scratch: Path, ranks: RankInfo, control: Control) -> None:
@@ -27,45 +29,34 @@ def replay(cfg: TrainConfig, scratch: Path, ranks: RankInfo, control: Control) -
     A worker for `launch`; scratch takes its error files. Every rank computes every example, since
     sharded weights are gathered together. Raises ValueError for a step that the run does not have.
     """
-    run = Path(cfg.run)
-    inputs = load_inputs(cfg)
-    job = setup.make_job(cfg, inputs, ranks)
-    step = cfg.replay_step
+    set_up_logging(main=ranks.is_main)
+    if cfg.parallel.checkpointing is Checkpointing.auto:  # decides what fits, and no number
+        cfg.parallel.checkpointing = Checkpointing.full
+    run = build_run(cfg, ranks)
+    job, model, step = run.job, run.model, cfg.replay_step
     if step is None or not 1 <= step <= job.steps:
         raise ValueError(f"replay_step: found {step}, expected 1 to {job.steps}")
-
-    def say(text: str) -> None:
-        if ranks.is_main:
-            print(text, flush=True)
-
-    train_model = setup.make_policy(
-        resolve_checkpointing(cfg, inputs, ranks, scratch, say), inputs, ranks
-    )
-    reference = references.make_reference(cfg, inputs, job, ranks, train_model, say, control.alive)
-    optimizer = optim.make_optimizer(train_model.parameters, cfg.optim)
     done = 0
-    folders = [f for f in complete_folders(run)[0] if read_state(f)["step"] < step]
+    folders = [f for f in complete_folders(Path(cfg.run))[0] if read_state(f)["step"] < step]
     if folders:
         saved = read_state(folders[-1])
         same_world = saved["world_size"] == ranks.world_size
         load_state(
-            folders[-1],
-            train_model.parameters,
-            optimizer,
-            rank=ranks.rank,
-            same_world=same_world,
+            folders[-1], model.parameters, run.optimizer, rank=ranks.rank, same_world=same_world
         )
-        train_model.refresh()
+        model.refresh()
         done = saved["step"]
-    say(f"weights: {folders[-1] if folders else 'the start'}, then {step - 1 - done} steps")
+    log.info(f"weights: {folders[-1] if folders else 'the start'}, then {step - 1 - done} steps")
     if done < step - 1:
-        for result in loop.train_steps(job, train_model, optimizer, reference, first_step=done + 1):
-            control.alive()
+        for result in loop.train_steps(
+            job, model, run.optimizer, run.reference, first_step=done + 1
+        ):
+            heartbeat()
             if result.step == step - 1:
                 break
     for index in quads_of_step(len(job.tokens_N), job.batching, step - 1):
-        control.alive()
-        say(describe_example(job, train_model, reference, int(index), ranks.world_size))
+        heartbeat()
+        log.info(describe_example(job, model, run.reference, int(index), ranks.world_size))
 
 
 def describe_example(
@@ -75,7 +66,7 @@ def describe_example(
     rows = [job.examples[index]]
     batch = job.build(rows)
     policy_EM = train_model.model(batch)
-    reference_EM = None if reference is None else reference.call(rows, batch)
+    reference_EM = loop.reference_log_probs(reference, rows, batch)
     loss_E, _ = loop.score(job, batch, rows, policy_EM, reference_EM)
     train_model.set_sync(True)
     (loss_E.sum() / world).backward()  # gradients are summed over ranks, and all do the same

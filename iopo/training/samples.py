@@ -5,72 +5,48 @@ from pathlib import Path
 from typing import Any
 
 from iopo import constraints
-from iopo.config import TrainConfig
+from iopo.config import EvaluationConfig
 from iopo.data.chat import Chat
 from iopo.data.rows import Quad
 from iopo.files import read_records, write_records
 from iopo.model.generate import generate
 from iopo.model.parallel import TrainModel, language_model
 from iopo.training.inputs import Inputs
-from iopo.training.launch.placement import RankInfo
 
 FILE = "samples.jsonl"
 
 
-def before(
-    run: Path, cfg: TrainConfig, inputs: Inputs, train_model: TrainModel, ranks: RankInfo
-) -> None:
-    """Write samples.jsonl with the answers of the starting weights (rank 0; see `_answers`)."""
-    if _wanted(cfg, inputs, train_model, ranks):
-        step = max(1, len(inputs.heldout_quads) // cfg.evaluation.samples)
-        few = inputs.heldout_quads[::step][: cfg.evaluation.samples]
-        answers = _answers(cfg, inputs, train_model, few)
+def before(run: Path, cfg: EvaluationConfig, inputs: Inputs, train_model: TrainModel) -> None:
+    """Write samples.jsonl with the answers of the starting weights, on rank 0.
+
+    Nothing without held-out quads, and for sharded weights, which cannot generate here:
+    `evaluate.py` does it from the export.
+    """
+    quads = inputs.heldout_quads
+    if cfg.samples and quads and not train_model.sharded:
+        few = quads[:: max(1, len(quads) // cfg.samples)][: cfg.samples]
+        answers = answer(cfg, inputs.chat, few, train_model)
         write_records(
             run / FILE, [{"id": a["id"], "prompt": a["prompt"], "before": a} for a in answers]
         )
 
 
-def after(
-    run: Path, cfg: TrainConfig, inputs: Inputs, train_model: TrainModel, ranks: RankInfo
-) -> None:
-    """Add the answers of the trained weights to the rows that `before` left.
+def after(run: Path, cfg: EvaluationConfig, inputs: Inputs, train_model: TrainModel) -> None:
+    """Add the answers of the trained weights to the rows that `before` wrote.
 
-    Which prompts those are is the file's to say: a run may be resumed with other settings.
+    The file says which prompts those are: a run may be resumed with other settings.
     """
-    if not _wanted(cfg, inputs, train_model, ranks) or not (run / FILE).exists():
+    if not cfg.samples or train_model.sharded or not (run / FILE).exists():
         return
     rows = read_records(run / FILE)
     quads = {quad.id: quad for quad in inputs.heldout_quads}
     known = [quads[row["id"]] for row in rows if row["id"] in quads]
-    answers = {a["id"]: {"after": a} for a in _answers(cfg, inputs, train_model, known)}
+    answers = {a["id"]: {"after": a} for a in answer(cfg, inputs.chat, known, train_model)}
     write_records(run / FILE, [row | answers.get(row["id"], {}) for row in rows])
 
 
-def _wanted(cfg: TrainConfig, inputs: Inputs, train_model: TrainModel, ranks: RankInfo) -> bool:
-    """Sharded weights cannot generate here; `evaluate.py` does it from the export."""
-    some = cfg.evaluation.samples > 0 and bool(inputs.heldout_quads)
-    return ranks.is_main and some and not train_model.sharded
-
-
-def _answers(
-    cfg: TrainConfig, inputs: Inputs, train_model: TrainModel, quads: Sequence[Quad]
-) -> list[dict[str, Any]]:
-    return answer(
-        train_model,
-        inputs.chat,
-        quads,
-        max_new_tokens=cfg.evaluation.max_new_tokens,
-        batch_size=cfg.evaluation.batch_size,
-    )
-
-
 def answer(
-    train_model: TrainModel,
-    chat: Chat,
-    quads: Sequence[Quad],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
+    cfg: EvaluationConfig, chat: Chat, quads: Sequence[Quad], train_model: TrainModel
 ) -> list[dict[str, Any]]:
     """Greedy answers to x1 of every quad, with what code says of the constraints it can check.
 
@@ -91,8 +67,8 @@ def answer(
             model,
             chat.tokenizer,
             conversations,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
+            max_new_tokens=cfg.max_new_tokens,
+            batch_size=cfg.batch_size,
         )
     finally:
         model.set_attn_implementation(attention)

@@ -1,63 +1,74 @@
-"""From a config to a policy on its device."""
+"""From a config to a run: the one place that puts inputs, policy, reference and optimizer together.
 
+Used by training, by the reference fill, by replay and by the export of a checkpoint.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from iopo import objectives
-from iopo.config import Checkpointing, Device, Dtype, TrainConfig
-from iopo.data.batching import Batching, plan_steps, token_counts
+from iopo.config import Device, ParallelConfig, ReferenceSource, TrainConfig
+from iopo.data.batching import plan_steps, token_counts
 from iopo.logprobs import LogProbs
-from iopo.model import load, lora
-from iopo.model.attention import SHARED
-from iopo.model.parallel import TrainModel, make_mesh, prepare
+from iopo.model.parallel import TrainModel
+from iopo.redact import redact
 from iopo.training import optim
-from iopo.training.inputs import Inputs
+from iopo.training.inputs import Inputs, batching, load_inputs
 from iopo.training.launch.placement import RankInfo
-from iopo.training.loop import Job
-from iopo.training.seeds import stream_seed
-from iopo.training.split import Splitting
+from iopo.training.loop import Job, Reference
+from iopo.training.plan.auto import resolve_checkpointing
+from iopo.training.policy import make_policy
+from iopo.training.reference import sources
+from iopo.training.split import splitting
 
-TORCH_DTYPE = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32, Dtype.fp64: torch.float64}
-
-
-def backend(cfg: TrainConfig) -> str:
-    """gloo (CPU) or nccl. Raises ValueError if CUDA is asked for and there is none."""
-    if cfg.parallel.device is Device.cuda and not torch.cuda.is_available():
-        raise ValueError("parallel.device: found cuda, but torch sees no CUDA device; use cpu")
-    cuda = cfg.parallel.device is not Device.cpu and torch.cuda.is_available()
-    return "nccl" if cuda else "gloo"
+REFUSED = 2  # exit code: config or data refused
 
 
-def processes(cfg: TrainConfig) -> int:
-    """Ranks on this machine: as configured, else one per GPU, or one on the CPU."""
-    if cfg.parallel.processes is not None:
-        return cfg.parallel.processes
-    return torch.cuda.device_count() if backend(cfg) == "nccl" else 1
+@dataclass
+class Run:
+    """What the optimizer steps of a run need, on one rank. policy: the module in `model`."""
+
+    inputs: Inputs
+    job: Job
+    model: TrainModel
+    policy: LogProbs
+    reference: Reference | None
+    optimizer: torch.optim.Optimizer
 
 
-def compute_dtype(cfg: TrainConfig, device_type: str) -> torch.dtype:
-    """The dtype of forward and backward; parameters that train are kept in fp32 at least."""
-    if cfg.model.dtype is Dtype.auto:
-        return load.default_dtype(device_type)
-    return TORCH_DTYPE[cfg.model.dtype]
+def build_run(cfg: TrainConfig, ranks: RankInfo, *, with_reference: bool = True) -> Run:
+    """A run before its first step. Every rank calls it together.
 
-
-def batching(cfg: TrainConfig, world_size: int) -> Batching:
-    """How examples become steps; raises ValueError if the ranks do not divide the batch."""
-    return Batching(
-        global_batch_quads=cfg.optim.global_batch_quads,
-        ranks=world_size,
-        seed=cfg.seed,
-        layout=cfg.data.layout.value,
-        micro_batch_quads=cfg.optim.micro_batch_quads,
-        tokens_per_microbatch=cfg.optim.tokens_per_microbatch,
-    )
+    It comes before any checkpoint is loaded: the reference is the starting weights, never trained
+    ones. with_reference: False where no step will be taken.
+    """
+    inputs = load_inputs(cfg)
+    job = make_job(cfg, inputs, ranks)
+    cfg = resolve_checkpointing(cfg, inputs, ranks, Path(cfg.run))
+    model = make_policy(cfg, inputs.model_path, ranks)
+    policy = model.model
+    assert isinstance(policy, LogProbs)  # FSDP2 makes it a subclass of itself
+    reference = None
+    if with_reference and objectives.KINDS[cfg.objective.name].reference:
+        if cfg.reference.source is ReferenceSource.adapter_off:
+            reference = sources.adapter_off(policy, collective=model.sharded)
+        elif cfg.reference.source is ReferenceSource.live:
+            reference = sources.live(make_policy(cfg, inputs.model_path, ranks, frozen=True))
+        else:
+            names = sources.manifest(cfg.model, cfg.data, inputs, ranks.device.type)
+            cache = sources.Cache(sources.cache_folder(cfg.reference), names)
+            reference = sources.cached(cache, job, model, cfg.reference.recheck_rows)
+    optimizer = optim.make_optimizer(model.parameters, cfg.optim)
+    return Run(inputs, job, model, policy, reference, optimizer)
 
 
 def make_job(cfg: TrainConfig, inputs: Inputs, ranks: RankInfo) -> Job:
     """What stays the same through the run on this rank."""
-    batches = batching(cfg, ranks.world_size)
+    batches = batching(cfg.optim, cfg.data.layout, cfg.seed, ranks.world_size)
     plan = plan_steps(len(inputs.train), batches, cfg.optim.epochs, cfg.optim.max_steps)
     o = cfg.objective
     return Job(
@@ -80,109 +91,31 @@ def make_job(cfg: TrainConfig, inputs: Inputs, ranks: RankInfo) -> Job:
         clip_norm=cfg.optim.clip_norm,
         rank=ranks.rank,
         device=ranks.device,
-        splitting=splitting(cfg, ranks.world_size),
+        splitting=splitting(o, cfg.optim, cfg.model.lora, cfg.parallel, ranks.world_size),
     )
 
 
-def splitting(cfg: TrainConfig, world_size: int) -> Splitting | None:
-    """How quads above the token budget are split; None if they run whole."""
-    if not cfg.parallel.split_quads:
-        return None
-    assert cfg.optim.tokens_per_microbatch is not None  # checked in the config
-    sharded = shards(cfg, world_size)
-    once = cfg.model.lora.rank > 0 and not sharded and cfg.objective.sft_weight == 0
-    direction = objectives.KINDS[cfg.objective.name].direction if once else None
-    return Splitting(cfg.optim.tokens_per_microbatch, sharded, direction)
+def backend(cfg: ParallelConfig) -> str:
+    """gloo (CPU) or nccl. Raises ValueError if CUDA is asked for and there is none."""
+    if cfg.device is Device.cuda and not torch.cuda.is_available():
+        raise ValueError("parallel.device: found cuda, but torch sees no CUDA device; use cpu")
+    cuda = cfg.device is not Device.cpu and torch.cuda.is_available()
+    return "nccl" if cuda else "gloo"
 
 
-def load_model(cfg: TrainConfig, inputs: Inputs, dtype: torch.dtype) -> LogProbs:
-    """The starting weights: model.path (or model.tiny) with model.adapter merged in."""
-    if inputs.model_path is None:
-        assert cfg.model.tiny is not None
-        model = load.tiny_causal_lm(cfg.model.tiny, seed=0, dtype=dtype, attention=SHARED)
-    else:
-        model = load.load_causal_lm(inputs.model_path, dtype, attention=SHARED)
-    if cfg.model.adapter is not None:
-        lora.load_adapter(model, cfg.model.adapter)
-        lora.merge_lora(model)
-        model.requires_grad_(True)  # loading an adapter froze them
-    # A layout without shared segments runs the model's stock attention, as a plain trainer does.
-    if cfg.data.layout.value == "plain":
-        model.set_attn_implementation("sdpa")
-    return LogProbs(model)
+def processes(cfg: ParallelConfig) -> int:
+    """Ranks on this machine: as configured, else one per GPU, or one on the CPU."""
+    if cfg.processes is not None:
+        return cfg.processes
+    return torch.cuda.device_count() if backend(cfg) == "nccl" else 1
 
 
-def adapt(cfg: TrainConfig, policy: LogProbs) -> None:
-    """Put the configured adapters, if any, on the policy, in place, and set it to training."""
-    c = cfg.model.lora
-    if c.rank > 0:
-        lora.add_lora(
-            policy.causal_lm,
-            rank=c.rank,
-            alpha=c.alpha,
-            dropout=c.dropout,
-            targets=c.targets,
-            generator=torch.Generator().manual_seed(stream_seed(cfg.seed, "lora")),
-        )
-    policy.train()
+def launch_options(cfg: ParallelConfig) -> dict[str, Any]:
+    """The keyword arguments of `launch`."""
+    return {"processes": processes(cfg), "backend": backend(cfg), "timeout_s": cfg.timeout_s}
 
 
-def shards(cfg: TrainConfig, world_size: int) -> bool:
-    """Whether parameters are divided over the ranks, or every rank holds the model.
-
-    A LoRA base is replicated unless sharding is asked for: it fits, and gathers cost more.
-    """
-    asked = cfg.parallel.shard_processes is not None or cfg.parallel.offload
-    return world_size > 1 and (cfg.model.lora.rank == 0 or asked)
-
-
-def check_sharding(cfg: TrainConfig, world_size: int) -> None:
-    """Raises ValueError for a sharding that so many processes cannot have."""
-    p = cfg.parallel
-    if p.offload and world_size == 1:
-        raise ValueError(
-            "parallel.offload=true keeps sharded weights in host memory, and one process has none; "
-            "remove it, or run two processes or more"
-        )
-    if p.shard_processes is not None and world_size % p.shard_processes:
-        raise ValueError(
-            f"parallel.shard_processes is {p.shard_processes}, which does not divide the "
-            f"{world_size} processes"
-        )
-
-
-def recomputation(cfg: TrainConfig) -> dict[str, Any]:
-    """parallel.checkpointing as arguments of `prepare`. `auto` must have been settled before."""
-    kind = cfg.parallel.checkpointing
-    assert kind is not Checkpointing.auto, "memory_fit.resolve_checkpointing comes first"
-    every = {Checkpointing.none: 0, Checkpointing.every_k: cfg.parallel.checkpoint_every_k}
-    return {
-        "checkpoint_every": every.get(kind, 1),
-        "selective": kind is Checkpointing.selective,
-    }
-
-
-def make_policy(cfg: TrainConfig, inputs: Inputs, ranks: RankInfo) -> TrainModel:
-    """The policy at its starting weights, adapted, placed and sharded as configured."""
-    dtype = compute_dtype(cfg, ranks.device.type)
-    wide = dtype if torch.finfo(dtype).bits >= 32 else torch.float32
-    use_lora = cfg.model.lora.rank > 0
-    policy = load_model(cfg, inputs, dtype if use_lora else wide)
-    adapt(cfg, policy)
-    shard = shards(cfg, ranks.world_size)
-    p = cfg.parallel
-    return prepare(
-        policy,
-        device=ranks.device,
-        dtype=dtype,
-        mesh=make_mesh(ranks.device.type, p.shard_processes) if shard else None,
-        offload=p.offload,
-        compile_blocks=p.compile,
-        **recomputation(cfg),
-    )
-
-
-def policy_of(train_model: TrainModel) -> LogProbs:
-    """The module inside, by its type (FSDP2 makes it a subclass of itself)."""
-    assert isinstance(train_model.model, LogProbs)
-    return train_model.model
+def refuse(error: Exception) -> int:
+    """Print why a config or data is refused: one message, no traceback. Returns the exit code."""
+    print(f"refused: {redact(str(error))}", file=sys.stderr, flush=True)
+    return REFUSED

@@ -22,10 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iopo import objectives
+from iopo.config import LoraConfig, ObjectiveConfig, OptimConfig, ParallelConfig
 from iopo.data.batching import Batching, MicroBatch, micro_batches_of_ranks
 from iopo.data.example import Example
 from iopo.data.layout import Batch
 from iopo.model.parallel import TrainModel
+from iopo.training.policy import shards
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,28 @@ class Splitting:
         """Numbers of the micro-batches of `step` that `rank` splits."""
         per_rank = micro_batches_of_ranks(tokens_N, batching, step)
         seen = per_rank if self.collective else [per_rank[rank]]
-        return {i for i, at in enumerate(zip(*seen, strict=True)) if self._any_above(tokens_N, at)}
 
-    def _any_above(self, tokens_N: np.ndarray, batches: Sequence[MicroBatch]) -> bool:
-        return any(tokens_N[quad] > self.budget for batch in batches for quad in batch or ())
+        def any_above(batches: Sequence[MicroBatch]) -> bool:
+            return any(tokens_N[quad] > self.budget for batch in batches for quad in batch or ())
+
+        return {i for i, batches in enumerate(zip(*seen, strict=True)) if any_above(batches)}
+
+
+def splitting(
+    objective: ObjectiveConfig,
+    optim: OptimConfig,
+    lora: LoraConfig,
+    parallel: ParallelConfig,
+    world_size: int,
+) -> Splitting | None:
+    """How quads above the token budget are split; None if they run whole."""
+    if not parallel.split_quads:
+        return None
+    assert optim.tokens_per_microbatch is not None  # checked in the config
+    sharded = shards(lora, parallel, world_size)
+    once = lora.rank > 0 and not sharded and objective.sft_weight == 0
+    direction = objectives.KINDS[objective.name].direction if once else None
+    return Splitting(optim.tokens_per_microbatch, sharded, direction)
 
 
 def by_prompt(rows: Sequence[Example]) -> list[list[Example]]:
@@ -119,9 +140,8 @@ class PromptByPrompt:
         return value_EM.split([batch.members for batch in self.batches], dim=1)
 
     def _set_gradients(self, gradients: Sequence[Tensor | None]) -> None:
-        for parameter, gradient in zip(
-            self.train_model.parameters.values(), gradients, strict=True
-        ):
+        parameters = self.train_model.parameters.values()
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
 
 

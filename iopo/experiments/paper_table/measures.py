@@ -11,7 +11,7 @@ from iopo.evaluation.items import Measures
 from iopo.evaluation.quad_metrics import Answer, repeats
 from iopo.experiments.paper_table.jobs import costs
 from iopo.files import read_records
-from iopo.training.tracker import read_metrics
+from iopo.training.logger import read_metrics
 
 Runs = dict[str, dict[int | None, Path]]  # method, then seed -> folder
 IFEVAL = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose")

@@ -11,6 +11,7 @@ import os
 import signal
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -22,18 +23,31 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
+_clock: tuple[float, TextIO] | None = None  # time limit and stacks file, while a Control listens
+
+
+def heartbeat() -> None:
+    """Say that this process makes progress: its hang clock starts anew.
+
+    Work that takes long for good reason (an evaluation, an export) calls it in between. Without a
+    `Control` in this process it does nothing.
+    """
+    if _clock is not None:
+        timeout_s, stacks = _clock
+        faulthandler.dump_traceback_later(timeout_s, exit=True, file=stacks)
+
 
 class Control:
-    """One rank's ears. Made by `launch`; the worker calls `should_stop` after each step.
+    """One rank's stop requests. Made by `launch`; the worker calls `should_stop` after each step.
 
-    timeout_s: seconds without `alive` or `should_stop` after which this rank counts as hung: its
-        stacks are written to `stacks_path` and the process exits with code 1. Work that takes long
-        for good reason (an evaluation, an export) calls `alive` in between.
+    timeout_s: seconds without `heartbeat` or `should_stop` after which this rank counts as hung:
+        its stacks are written to `stacks_path` and the process exits with code 1.
+    exit_code: 0, or after a stop 75 (saved, may be requeued) or 130 (interrupted by hand).
     """
 
     def __init__(self, stacks_path: Path, timeout_s: float) -> None:
-        self.timeout_s = timeout_s
-        self._code = OK
+        global _clock
+        self.exit_code = OK
         self._interrupts = 0
         self._stacks_path = stacks_path
         self._stacks = open(stacks_path, "a")
@@ -43,38 +57,33 @@ class Control:
             signal.signal(number, self._on_signal)
         # `launch` starts workers with these blocked, so that none is lost or kills a half-made rank
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        self.alive()
+        _clock = (timeout_s, self._stacks)
+        heartbeat()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts == 2:
                 os._exit(INTERRUPTED)
-        self._code = max(self._code, INTERRUPTED if number == signal.SIGINT else SAVED_REQUEUE)
-
-    def alive(self) -> None:
-        """Say that this rank makes progress: the hang clock starts anew."""
-        faulthandler.dump_traceback_later(self.timeout_s, exit=True, file=self._stacks)
+        code = INTERRUPTED if number == signal.SIGINT else SAVED_REQUEUE
+        self.exit_code = max(self.exit_code, code)
 
     def should_stop(self) -> bool:
         """True on every rank at the same step, once any rank was asked to stop.
 
         A collective call on a few bytes of CPU memory (gloo): all ranks call it, once a step.
         """
-        self.alive()
+        heartbeat()
         if dist.is_initialized() and dist.get_world_size() > 1:
-            code = torch.tensor([self._code], dtype=torch.int32)
+            code = torch.tensor([self.exit_code], dtype=torch.int32)
             dist.all_reduce(code, op=dist.ReduceOp.MAX)
-            self._code = int(code)
-        return self._code != OK
-
-    @property
-    def exit_code(self) -> int:
-        """0, or after a stop 75 (saved, may be requeued) or 130 (interrupted by hand)."""
-        return self._code
+            self.exit_code = int(code)
+        return self.exit_code != OK
 
     def close(self) -> None:
         """Stop listening: the process is about to end. Removes the stacks file if it is empty."""
+        global _clock
+        _clock = None
         faulthandler.cancel_dump_traceback_later()
         faulthandler.unregister(signal.SIGUSR2)
         faulthandler.disable()

@@ -5,6 +5,7 @@ the run then finds every row. What is in the cache stays, and a killed fill goes
 Exit codes are train.py's.
 """
 
+import logging
 import sys
 import tempfile
 from pathlib import Path
@@ -15,17 +16,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from iopo import objectives
 from iopo.config import Checkpointing, ReferenceSource, TrainConfig
-from iopo.redact import redact
 from iopo.training import setup
 from iopo.training.inputs import load_inputs
 from iopo.training.launch.launcher import launch
 from iopo.training.launch.placement import RankInfo, find_placement
 from iopo.training.launch.signals import Control
-from iopo.training.reference import sources as references
+from iopo.training.logger import set_up_logging
+from iopo.training.policy import check_sharding
+from iopo.training.reference.sources import cache_folder
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
-REFUSED = 2
 ConfigStore.instance().store(name="base_config", node=TrainConfig)
+log = logging.getLogger("iopo.training.reference")
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -34,11 +36,9 @@ def main(composed: DictConfig) -> None:
     try:
         cfg = OmegaConf.to_object(composed)
         assert isinstance(cfg, TrainConfig)
-        code = start(cfg)
+        sys.exit(start(cfg))
     except (ValueError, FileNotFoundError) as error:
-        print(f"refused: {redact(str(error))}", file=sys.stderr, flush=True)
-        code = REFUSED
-    sys.exit(code)
+        sys.exit(setup.refuse(error))
 
 
 def start(cfg: TrainConfig) -> int:
@@ -50,37 +50,27 @@ def start(cfg: TrainConfig) -> int:
         raise ValueError(
             f"objective.name={cfg.objective.name} has no reference: there is nothing to fill"
         )
-    setup.check_sharding(cfg, find_placement(setup.processes(cfg)).world_size)
-    for name, report in load_inputs(cfg).reports.items():
-        print(f"{name}: " + "\n  ".join(report.lines()), flush=True)
-    folder = references.cache_folder(cfg)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix="fill-") as scratch:  # of error messages
-        return launch(
-            worker,
-            cfg,
-            Path(scratch),
-            processes=setup.processes(cfg),
-            backend=setup.backend(cfg),
-            timeout_s=cfg.parallel.timeout_s,
-        )
-
-
-def worker(cfg: TrainConfig, scratch: Path, ranks: RankInfo, control: Control) -> None:
-    """One rank: the policy at its start, which is the reference, over its share of the rows."""
+    ranks = setup.launch_options(cfg.parallel)
+    placement = find_placement(ranks["processes"])
+    set_up_logging(main=placement.is_main)
+    check_sharding(cfg.parallel, placement.world_size)
+    for line in load_inputs(cfg).report_lines():
+        log.info(line)
     cfg.reference.source = ReferenceSource.cache
     cfg.parallel.checkpointing = Checkpointing.none  # there is no backward
-    inputs = load_inputs(cfg)
-    job = setup.make_job(cfg, inputs, ranks)
-    train_model = setup.make_policy(cfg, inputs, ranks)
+    folder = cache_folder(cfg.reference)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="fill-") as scratch:  # of error messages
+        return launch(fill, cfg, Path(scratch), **ranks)
 
-    def say(text: str) -> None:
-        if ranks.is_main:
-            print(text, flush=True)
 
-    reference = references.make_reference(cfg, inputs, job, ranks, train_model, say, control.alive)
-    assert reference is not None  # checked in start
-    say(f"reference: all of {len(job.examples)} + {len(job.heldout)} rows in {reference.where}")
+def fill(cfg: TrainConfig, scratch: Path, ranks: RankInfo, control: Control) -> None:
+    """One rank: the policy at its start, which is the reference, over its share of the rows."""
+    set_up_logging(main=ranks.is_main)
+    run = setup.build_run(cfg, ranks)
+    assert run.reference is not None  # checked in start
+    rows = f"{len(run.job.examples)} + {len(run.job.heldout)} rows"
+    log.info(f"reference: all of {rows} in {run.reference.where}")
 
 
 if __name__ == "__main__":

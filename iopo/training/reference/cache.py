@@ -14,9 +14,10 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import logging
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -29,13 +30,15 @@ import transformers
 from torch import Tensor
 
 import iopo
-from iopo.data.layout import Batch
+from iopo.data.batching import Batching, pass_micro_batches, token_counts
 from iopo.data.tokenize import Example, content_key
 from iopo.files import replacing, sha256_text
+from iopo.training.launch.signals import heartbeat
 
 STORE_EVERY_ROUNDS = 64  # of fill: what a kill loses
-STORE_EVERY_S = 60.0  # of FillingReference
 FILL_POLL_S = 1.0  # while another run fills
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,20 +57,16 @@ class Manifest:
     transformers: str = transformers.__version__
     iopo: str = iopo.__version__
 
-    def to_dict(self) -> dict[str, str]:
-        return dataclasses.asdict(self)
-
     def hash(self) -> str:
         """First 32 hex digits of the sha256 of the canonical JSON."""
-        text = json.dumps(self.to_dict(), sort_keys=True)
-        return sha256_text(text)[:32]
+        return sha256_text(json.dumps(dataclasses.asdict(self), sort_keys=True))[:32]
 
 
 class Cache:
     """Log-probs by example content, in one folder: manifest.json, logps-{members}.npz.
 
-    Safe for several runs at once: writers hold a lock and replace the file atomically, so a reader
-    sees an old whole file or a new whole file.
+    Safe for several runs at once: one at a time fills it (`filling`) and replaces the file in one
+    step, so a reader sees an old whole file or a new whole file.
     """
 
     def __init__(self, root: Path, manifest: Manifest):
@@ -96,29 +95,25 @@ class Cache:
         return {bytes(key).hex(): row for key, row in zip(keys, logps, strict=True)}
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the folder's lock, for as long as it takes to replace a file."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "lock", "w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
-
-    @contextmanager
-    def filling(self, waiting: Callable[[], None]) -> Iterator[None]:
+    def filling(self) -> Iterator[None]:
         """Be the one run that computes missing rows; every rank enters together, rank 0 locks.
 
-        While another run fills, all ranks call `waiting` every FILL_POLL_S: it may take hours, and
-        is no hang. A killed run's lock goes with it.
+        While another run fills, all ranks wait: it may take hours, and is no hang. A killed run's
+        lock goes with it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "filling", "w") as handle:
+            waited = False
             while not _told_by_rank_0(lambda: _try_lock(handle)):
-                waiting()
+                if not waited:
+                    log.info("reference: another run is filling this cache; waiting for it")
+                waited = True
+                heartbeat()
                 time.sleep(FILL_POLL_S)
             yield
 
-    def add(self, members: int, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Merge rows into the file, atomically, and return all. Call with the lock held.
+    def add(self, members: int, rows: dict[str, np.ndarray]) -> None:
+        """Merge rows into the file, in one step; only inside `filling`, on rank 0.
 
         A row that is there already stays as it is: the runs that read it go on with its bits.
         """
@@ -128,10 +123,10 @@ class Cache:
         if not np.isfinite(logps).all():
             raise ValueError("reference log-probs: non-finite values; nothing was written")
         checksum = np.frombuffer(_checksum(keys, logps), dtype=np.uint8)
-        (self.folder / "manifest.json").write_text(json.dumps(self.manifest.to_dict(), indent=2))
+        names = json.dumps(dataclasses.asdict(self.manifest), indent=2)
+        (self.folder / "manifest.json").write_text(names)
         with replacing(self.path(members)) as new:
             np.savez(new, keys=keys, logps=logps, checksum=checksum)
-        return merged
 
 
 def _try_lock(handle: IO[str]) -> bool:
@@ -160,7 +155,7 @@ def _damaged(path: Path, why: str) -> ValueError:
 
 
 class CachedReference:
-    """Looks log-probs up by content. `rows` may be shared by all examples of a run."""
+    """Looks log-probs up by content."""
 
     def __init__(self, rows: dict[str, np.ndarray], where: str):
         self.rows, self.where = rows, where
@@ -177,66 +172,6 @@ class CachedReference:
         return torch.from_numpy(np.stack([row for row in found if row is not None]))
 
 
-class FillingReference:
-    """Looks log-probs up; computes those that are missing when they are met, and stores them.
-
-    For a frozen base under adapters: with the adapters off, the model is the reference at any time,
-    so the first epoch can fill the cache on its way. Ranks and runs may fill one cache together:
-    each stores its rows and takes over what the others have stored. What a killed run had not
-    stored is computed again when it is met again.
-
-    rows: those known at the start, for lookups of any members. members: of the rows to be added.
-    score: batch -> float32 [E, M] of the reference, without gradient. expected: what this rank
-    meets in the first epoch; when it has met all, the rows are stored at once, before any other
-    rank asks for them in the second.
-    """
-
-    def __init__(
-        self,
-        cache: Cache,
-        members: int,
-        rows: dict[str, np.ndarray],
-        score: Callable[[Batch], Tensor],
-        expected: Iterable[Example],
-    ):
-        self.cache, self.members, self.rows, self.score = cache, members, rows, score
-        self.expected = {content_key(example) for example in expected} - rows.keys()
-        self.fresh: dict[str, np.ndarray] = {}
-        self.seen, self.stored_at = self._version(), time.monotonic()
-
-    def __call__(self, examples: Sequence[Example], batch: Batch) -> Tensor:
-        """float32 [E, M] on the CPU; batch: of the examples, in the run's layout."""
-        keys = [content_key(example) for example in examples]
-        self.expected -= set(keys)
-        if not self.rows.keys() >= set(keys) and self._version() != self.seen:
-            self.seen = self._version()
-            self.rows |= self.cache.read(self.members)
-        if not self.rows.keys() >= set(keys):
-            logps_EM = self.score(batch).float().cpu().numpy()
-            for key, row in zip(keys, logps_EM, strict=True):
-                if key not in self.rows:
-                    self.rows[key] = self.fresh[key] = row
-        if not self.expected or time.monotonic() - self.stored_at > STORE_EVERY_S:
-            self.store()
-        return torch.from_numpy(np.stack([self.rows[key] for key in keys]))
-
-    def store(self) -> None:
-        """Write what was computed since the last time; does nothing if that is nothing."""
-        if self.fresh:
-            with self.cache.lock():
-                self.rows |= self.cache.add(self.members, self.fresh)
-                self.seen = self._version()
-            self.fresh, self.stored_at = {}, time.monotonic()
-
-    def _version(self) -> tuple[int, int] | None:
-        """Changes with every replacement of the file."""
-        try:
-            status = self.cache.path(self.members).stat()
-        except FileNotFoundError:
-            return None
-        return status.st_mtime_ns, status.st_ino
-
-
 def missing_examples(rows: dict[str, np.ndarray], examples: Sequence[Example]) -> list[Example]:
     """The examples whose content is not among `rows`, each content once."""
     wanted = {content_key(example): example for example in examples}
@@ -248,59 +183,64 @@ def fill(
     examples: Sequence[Example],
     members: int,
     score: Callable[[Sequence[Example]], Tensor],
-    batches: Callable[[Sequence[Example]], list[list[int]]],
-    progress: Callable[[int, int], None],
-    waiting: Callable[[], None] = lambda: None,
+    batching: Batching,
 ) -> dict[str, np.ndarray]:
     """Make sure every example has a row and return all rows. Called by every rank together.
 
-    score: examples -> float32 [E, M] with the reference weights, no gradient. batches: examples ->
-    index lists that fit in memory; equal lists on every rank. Another run that wants the same rows
-    meanwhile waits, calling `waiting`, and then finds them. Rows are stored every
-    STORE_EVERY_ROUNDS batches a rank, so that a killed fill goes on from there.
+    score: examples -> float32 [E, M] with the reference weights, no gradient. batching: of one
+    rank; says which examples fit in memory together. Another run that wants the same rows
+    meanwhile waits and then finds them. Rows are stored every STORE_EVERY_ROUNDS batches of a
+    rank, so that a killed fill goes on from there.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if not examples:
+        return {}
     if _told_by_rank_0(lambda: not missing_examples(cache.read(members), examples)):
         return cache.read(members)
-    with cache.filling(waiting):
-        return _fill_share(cache, examples, members, score, batches, progress, rank, world)
+    with cache.filling():
+        rows = cache.read(members)
+        todo = missing_examples(rows, examples)
+        groups = pass_micro_batches(token_counts(todo, batching.layout), batching, 0)
+        batches = [[todo[i] for i in group] for group in groups if group]
+        return rows | _compute(cache, members, batches, score)
 
 
-def _fill_share(cache, examples, members, score, batches, progress, rank, world):
-    rows = cache.read(members)
-    todo = missing_examples(rows, examples)
-    if not todo:
-        return rows
-    groups = batches(todo)
-    mine: dict[str, np.ndarray] = {}
+def _compute(
+    cache: Cache,
+    members: int,
+    batches: list[list[Example]],
+    score: Callable[[Sequence[Example]], Tensor],
+) -> dict[str, np.ndarray]:
+    """Compute and store the rows of all batches, which the ranks share; returns them."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     # Sharded weights are gathered by every rank in step, so each rank runs as many forwards as the
-    # busiest one; the last round of a rank without work repeats a group and drops the result.
-    rounds = -(-len(groups) // world)
-    for i in range(rounds):
-        index = i * world + rank
-        group = [todo[j] for j in groups[index if index < len(groups) else 0]]
-        logps_EM = score(group).float().cpu().numpy()
-        if index < len(groups):
-            mine |= {content_key(e): row for e, row in zip(group, logps_EM, strict=True)}
-        progress(i + 1, rounds)
-        if (i + 1) % STORE_EVERY_ROUNDS == 0 or i + 1 == rounds:
-            rows |= _exchange(cache, members, mine, rank, world)
-            mine = {}
+    # busiest one; in the last round a rank without work repeats a batch and drops the result.
+    rounds = -(-len(batches) // world)
+    mine: dict[str, np.ndarray] = {}
+    rows: dict[str, np.ndarray] = {}
+    for done in range(1, rounds + 1):
+        index = (done - 1) * world + rank
+        batch = batches[index if index < len(batches) else 0]
+        logps_EM = score(batch).float().cpu().numpy()
+        if index < len(batches):
+            mine |= {content_key(e): row for e, row in zip(batch, logps_EM, strict=True)}
+        heartbeat()
+        if done == rounds or done % max(1, rounds // 10) == 0:
+            log.info(f"reference: {done} of {rounds} batches")
+        if done == rounds or done % STORE_EVERY_ROUNDS == 0:
+            fresh, mine = _gather(mine), {}
+            rows |= fresh
+            if rank == 0:
+                cache.add(members, fresh)
     return rows
 
 
-def _exchange(cache, members, mine, rank, world) -> dict[str, np.ndarray]:
-    """What all ranks have computed, stored by rank 0."""
-    if world > 1:
-        shares: list = [None] * world
-        dist.all_gather_object(shares, mine)
-        mine = {key: row for share in shares for key, row in share.items()}
-    if rank == 0:
-        with cache.lock():
-            cache.add(members, mine)
-    if world > 1:
-        dist.barrier()
-    return mine
+def _gather(mine: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The rows of all ranks, on every rank."""
+    if not dist.is_initialized():
+        return mine
+    shares: list = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, mine)
+    return {key: row for share in shares for key, row in share.items()}
 
 
 def recheck(

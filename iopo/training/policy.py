@@ -1,0 +1,121 @@
+"""From sections of the config to a policy on its device: weights, adapters, dtype, sharding."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iopo.config import (
+    Checkpointing,
+    Dtype,
+    Layout,
+    LoraConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+from iopo.logprobs import LogProbs
+from iopo.model import load, lora
+from iopo.model.attention import SHARED
+from iopo.model.parallel import TrainModel, make_mesh, prepare
+from iopo.training.launch.placement import RankInfo
+from iopo.training.seeds import stream_seed
+
+TORCH_DTYPE = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32, Dtype.fp64: torch.float64}
+
+
+def compute_dtype(cfg: ModelConfig, device_type: str) -> torch.dtype:
+    """The dtype of forward and backward; parameters that train are kept in fp32 at least."""
+    return load.default_dtype(device_type) if cfg.dtype is Dtype.auto else TORCH_DTYPE[cfg.dtype]
+
+
+def make_policy(
+    cfg: TrainConfig, model_path: Path | None, ranks: RankInfo, *, frozen: bool = False
+) -> TrainModel:
+    """The policy at its starting weights, adapted, placed and sharded as configured.
+
+    frozen: the starting weights alone, without adapters and gradients.
+    """
+    dtype = compute_dtype(cfg.model, ranks.device.type)
+    accum_dtype = dtype if torch.finfo(dtype).bits >= 32 else torch.float32
+    whole = cfg.model.lora.rank == 0 and not frozen
+    policy = load_model(cfg.model, model_path, cfg.data.layout, accum_dtype if whole else dtype)
+    if frozen:
+        policy.requires_grad_(False).eval()
+    else:
+        adapt(policy, cfg.model.lora, cfg.seed)
+    p = cfg.parallel
+    sharded = shards(cfg.model.lora, p, ranks.world_size)
+    return prepare(
+        policy,
+        device=ranks.device,
+        dtype=dtype,
+        mesh=make_mesh(ranks.device.type, p.shard_processes) if sharded else None,
+        offload=p.offload,
+        **({} if frozen else {"compile_blocks": p.compile} | recomputation(p)),
+    )
+
+
+def load_model(cfg: ModelConfig, path: Path | None, layout: Layout, dtype: torch.dtype) -> LogProbs:
+    """The starting weights: those in `path` (None: of model.tiny) with model.adapter merged in."""
+    if path is None:
+        assert cfg.tiny is not None
+        model = load.tiny_causal_lm(cfg.tiny, seed=0, dtype=dtype, attention=SHARED)
+    else:
+        model = load.load_causal_lm(path, dtype, attention=SHARED)
+    if cfg.adapter is not None:
+        lora.load_adapter(model, cfg.adapter)
+        lora.merge_lora(model)
+        model.requires_grad_(True)  # loading an adapter froze them
+    # A layout without shared segments runs the model's stock attention, as a plain trainer does.
+    if layout is Layout.plain:
+        model.set_attn_implementation("sdpa")
+    return LogProbs(model)
+
+
+def adapt(policy: LogProbs, cfg: LoraConfig, seed: int) -> None:
+    """Put the configured adapters, if any, on the policy, in place, and set it to training."""
+    if cfg.rank > 0:
+        lora.add_lora(
+            policy.causal_lm,
+            rank=cfg.rank,
+            alpha=cfg.alpha,
+            dropout=cfg.dropout,
+            targets=cfg.targets,
+            generator=torch.Generator().manual_seed(stream_seed(seed, "lora")),
+        )
+    policy.train()
+
+
+def shards(lora: LoraConfig, parallel: ParallelConfig, world_size: int) -> bool:
+    """Whether parameters are divided over the ranks, or every rank holds the model.
+
+    A LoRA base is replicated unless sharding is asked for: it fits, and gathers cost more.
+    """
+    asked = parallel.shard_processes is not None or parallel.offload
+    return world_size > 1 and (lora.rank == 0 or asked)
+
+
+def check_sharding(cfg: ParallelConfig, world_size: int) -> None:
+    """Raises ValueError for a sharding that is not possible on so many processes."""
+    if cfg.offload and world_size == 1:
+        raise ValueError(
+            "parallel.offload=true keeps sharded weights in host memory, and one process has none; "
+            "remove it, or run two processes or more"
+        )
+    if cfg.shard_processes is not None and world_size % cfg.shard_processes:
+        raise ValueError(
+            f"parallel.shard_processes is {cfg.shard_processes}, which does not divide the "
+            f"{world_size} processes"
+        )
+
+
+def recomputation(cfg: ParallelConfig) -> dict[str, Any]:
+    """parallel.checkpointing as arguments of `prepare`; `auto` must have been resolved before."""
+    kind = cfg.checkpointing
+    assert kind is not Checkpointing.auto, "resolve_checkpointing comes first"
+    every = {Checkpointing.none: 0, Checkpointing.every_k: cfg.checkpoint_every_k}
+    return {
+        "checkpoint_every": every.get(kind, 1),
+        "selective": kind is Checkpointing.selective,
+    }
