@@ -29,15 +29,14 @@ from omegaconf import OmegaConf
 from benchmarks.faults import ROOT, read_rows
 from benchmarks.throughput import facts
 from iopo.config import TrainConfig
-from iopo.training import loop, optim, setup
+from iopo.training import loop, setup
 from iopo.training.checkpoint import restore
 from iopo.training.checkpoint.tensors import gather_state
 from iopo.training.checkpoint.writer import Checkpoints, latest
-from iopo.training.inputs import load_inputs
 from iopo.training.launch.launcher import launch
 from iopo.training.launch.placement import RankInfo
-from iopo.training.launch.signals import Control
-from iopo.training.reference import sources as references
+from iopo.training.launch.signals import Control, heartbeat
+from iopo.training.logger import set_up_logging
 
 OVERRIDES = (
     *("data.heldout=null", "data.limit_rows=16", "parallel.device=cpu", "evaluation.samples=0"),
@@ -62,23 +61,19 @@ def config(run: Path) -> TrainConfig:
 def time_steps(cfg: TrainConfig, run: Path, ranks: RankInfo, control: Control) -> None:
     """A worker for `launch`: seconds of every step and save to RUN/times.json."""
     rounds, steps = (int(os.environ[f"CHECKPOINT_{name}"]) for name in ("ROUNDS", "STEPS"))
-    inputs = load_inputs(cfg)
-    job = setup.make_job(cfg, inputs, ranks)
-    train_model = setup.make_policy(cfg, inputs, ranks)
-    reference = references.make_reference(
-        cfg, inputs, job, ranks, train_model, print, control.alive
-    )
-    optimizer = optim.make_optimizer(train_model.parameters, cfg.optim)
-    meta = restore.facts(cfg, inputs, ranks.world_size) | {"metrics": {}}
+    set_up_logging(main=ranks.is_main)
+    built = setup.build_run(cfg, ranks)
+    parameters, optimizer = built.model.parameters, built.optimizer
+    meta = restore.fingerprint(cfg, built.inputs, ranks.world_size) | {"metrics": {}}
     times: dict[str, list[float]] = {"plain": [], "saving": [], "staging": [], "sync": []}
 
     def step() -> None:  # always the first one: the same quads, the same work
-        next(loop.train_steps(job, train_model, optimizer, reference, first_step=1))
-        control.alive()
+        next(loop.train_steps(built.job, built.model, optimizer, built.reference, first_step=1))
+        heartbeat()
 
     def save(checkpoints: Checkpoints, number: int) -> float:
         started = time.perf_counter()
-        checkpoints.save(number, gather_state(train_model.parameters, optimizer, ranks.rank), meta)
+        checkpoints.save(number, gather_state(parameters, optimizer, ranks.rank), meta)
         return time.perf_counter() - started
 
     with Checkpoints(run, keep=2, asynchronous=True) as checkpoints:

@@ -17,9 +17,10 @@ from iopo.logprobs import LogProbs
 from iopo.model.attention import SHARED
 from iopo.model.load import tiny_causal_lm
 from iopo.model.parallel import prepare
-from iopo.training import optim, setup
+from iopo.training import optim
 from iopo.training.plan.lengths import example_of
-from iopo.training.split import PromptByPrompt, by_prompt
+from iopo.training.policy import adapt, recomputation
+from iopo.training.split import PromptByPrompt, by_prompt, splitting
 
 
 def resident(key: str) -> int:
@@ -32,19 +33,19 @@ def resident(key: str) -> int:
 
 def train(cfg, rows) -> None:
     policy = LogProbs(tiny_causal_lm(cfg.model.tiny, seed=0, dtype=torch.float32, attention=SHARED))
-    setup.adapt(cfg, policy)
+    adapt(policy, cfg.model.lora, cfg.seed)
     cpu = torch.device("cpu")
-    how = setup.recomputation(cfg)
+    how = recomputation(cfg.parallel)
     train_model = prepare(policy, device=cpu, dtype=torch.float32, mesh=None, **how)
     optimizer = optim.make_optimizer(train_model.parameters, cfg.optim)
-    splitting = setup.splitting(cfg, 1)
-    batches = [build_shared(part) for part in (by_prompt(rows) if splitting else [rows])]
+    split = splitting(cfg.objective, cfg.optim, cfg.model.lora, cfg.parallel, 1)
+    batches = [build_shared(part) for part in (by_prompt(rows) if split else [rows])]
     for _step in range(2):
         for _micro_batch in range(2):
-            if splitting is None:
+            if split is None:
                 train_model.model(batches[0]).sum().backward()
                 continue
-            parts = PromptByPrompt(train_model, batches, splitting.direction)
+            parts = PromptByPrompt(train_model, batches, split.direction)
             parts.log_probs().sum().backward()
             parts.backward(last=True)
         train_model.reduce_and_clip(1.0)

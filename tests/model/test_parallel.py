@@ -12,10 +12,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from iopo.config import ExportConfig
 from iopo.logprobs import LogProbs
 from iopo.model import lora, parallel
 from iopo.model.tiny import byte_tokenizer
 from iopo.training.export import write_exports
+from iopo.training.launch.placement import RankInfo
 
 CPU = torch.device("cpu")
 # each process's micro-batches of a step, as indices into the eight sequences; () is an empty turn
@@ -140,9 +142,8 @@ def worker(rank, folder):
         dtype=torch.bfloat16,
         mesh=parallel.make_mesh("cpu"),
     )
-    options = {"tokenizer": byte_tokenizer(), "device": CPU, "base": None}
-    flags = {"plain": True, "merged": False, "main": rank == 0}
-    write_exports(exported, Path(folder), **options, **flags)
+    ranks = RankInfo(rank, 2, rank, 2, CPU)
+    write_exports(exported, Path(folder), ExportConfig(), byte_tokenizer(), None, ranks)
     torch.save(results, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 

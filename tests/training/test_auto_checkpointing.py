@@ -29,12 +29,11 @@ def auto(tmp_path, *overrides: str):
 
 
 def settled(monkeypatch, tmp_path, free: float, *overrides: str):
-    """The kind chosen with `free` bytes, and what was said."""
+    """The kind chosen with `free` bytes, and what was logged."""
     monkeypatch.setattr(memory_fit, "free_bytes", lambda ranks: int(free))
     said: list[str] = []
-    cfg = memory_fit.resolve_checkpointing(
-        *auto(tmp_path, *overrides), ALONE, tmp_path, said.append
-    )
+    monkeypatch.setattr(memory_fit.log, "info", said.append)
+    cfg = memory_fit.resolve_checkpointing(*auto(tmp_path, *overrides), ALONE, tmp_path)
     return cfg.parallel.checkpointing.value, " ".join(said)
 
 
@@ -65,7 +64,7 @@ def test_a_run_that_goes_on_keeps_the_choice(monkeypatch, tmp_path):
 def test_other_kinds_are_left_alone(tmp_path):
     cfg, inputs = auto(tmp_path)
     cfg = replace(cfg, parallel=replace(cfg.parallel, checkpointing=Checkpointing.every_k))
-    assert memory_fit.resolve_checkpointing(cfg, inputs, ALONE, tmp_path, print) is cfg
+    assert memory_fit.resolve_checkpointing(cfg, inputs, ALONE, tmp_path) is cfg
     assert not (tmp_path / memory_fit.FILE).exists()
 
 
@@ -77,9 +76,7 @@ def test_the_plain_layout_has_no_plan_to_choose_by(tmp_path):
 def choose_on_a_rank(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     memory_fit.free_bytes = lambda ranks: PLENTY if rank == 0 else LITTLE
-    cfg = memory_fit.resolve_checkpointing(
-        *auto(folder), RankInfo(rank, 2, rank, 2, CPU), folder, print
-    )
+    cfg = memory_fit.resolve_checkpointing(*auto(folder), RankInfo(rank, 2, rank, 2, CPU), folder)
     (folder / f"rank{rank}").write_text(cfg.parallel.checkpointing.value)
     dist.destroy_process_group()
 

@@ -19,11 +19,11 @@ from iopo.data.layout import build_plain, build_shared
 from iopo.logprobs import LogProbs
 from iopo.model.load import tiny_causal_lm
 from iopo.model.parallel import prepare
-from iopo.training import setup
 from iopo.training.plan.cost import communication, gpu_memory, layout_of, sizes_of, states
 from iopo.training.plan.lengths import example_of
 from iopo.training.plan.report import architecture, plan_report
 from iopo.training.plan.trace import Trace, attended_pairs, meta_policy, trace
+from iopo.training.policy import adapt, recomputation
 
 HERE = Path(__file__).parents[1]
 SMALL = (  # 35 M parameters
@@ -92,9 +92,9 @@ def test_flops_are_those_that_pytorch_counts(overrides):
     planned = trace(policy, rows, "cpu")
 
     eager = LogProbs(tiny_causal_lm(cfg.model.tiny, seed=0, dtype=torch.float32, attention="eager"))
-    setup.adapt(cfg, eager)
+    adapt(eager, cfg.model.lora, cfg.seed)
     cpu = torch.device("cpu")
-    how = setup.recomputation(cfg)
+    how = recomputation(cfg.parallel)
     run = prepare(eager, device=cpu, dtype=torch.float32, mesh=None, **how)
     batch = build_plain(rows)
     with FlopCounterMode(display=False) as counter:

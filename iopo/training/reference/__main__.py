@@ -46,6 +46,9 @@ def start(cfg: TrainConfig) -> int:
 
     Raises ValueError for an objective without a reference, and for data that cannot be used.
     """
+    # By the module's name: spawned ranks cannot import `__main__`.
+    from iopo.training.reference.__main__ import fill as worker
+
     if not objectives.KINDS[cfg.objective.name].reference:
         raise ValueError(
             f"objective.name={cfg.objective.name} has no reference: there is nothing to fill"
@@ -61,7 +64,7 @@ def start(cfg: TrainConfig) -> int:
     folder = cache_folder(cfg.reference)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="fill-") as scratch:  # of error messages
-        return launch(fill, cfg, Path(scratch), **ranks)
+        return launch(worker, cfg, Path(scratch), **ranks)
 
 
 def fill(cfg: TrainConfig, scratch: Path, ranks: RankInfo, control: Control) -> None:
