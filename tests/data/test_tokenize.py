@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from helpers_tokenizer import CHATML, tiny_tokenizer
 
-from iopo.data import encode, token_cache
+from iopo import files
+from iopo.data import encode
 from iopo.data.example import percentiles
 from iopo.data.rows import Pair, Quad, Sft
 from iopo.data.tokenize import (
@@ -364,7 +365,7 @@ def test_a_process_that_died_leaves_nothing_that_is_read(chat, tmp_path, monkeyp
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(token_cache.os, "rename", full_disk)
+        patch.setattr(files.os, "replace", full_disk)
         with pytest.raises(OSError, match="No space left"):
             one(chat, cache_dir=tmp_path)
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
