@@ -20,14 +20,14 @@ from iopo import constraints
 from iopo import stats as statistics
 from iopo.data.batching import Batching, pass_micro_batches, token_counts
 from iopo.data.layout import build_shared
-from iopo.data.rows import MEMBERS, Quad
+from iopo.data.rows import Quad
 from iopo.data.tokenize import Example
 from iopo.logprobs import LogProbs
 from iopo.model.attention import SHARED
 from iopo.model.generate import Generation, generate
 from iopo.model.load import default_dtype, load_causal_lm
 from iopo.model.lora import load_adapter, merge_lora
-from iopo.objectives import iopo_margin
+from iopo.objectives import MEMBERS, iopo_margin
 from iopo.stats import Estimate
 from iopo.training.metrics import preferences
 

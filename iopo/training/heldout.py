@@ -11,9 +11,6 @@ from iopo.logprobs import LogProbs
 from iopo.training import metrics
 from iopo.training.loop import Job, Reference
 
-# Which columns of a quad's log-probs make the rows of an objective that is not on quads.
-COLUMNS = {"quad": [0, 1, 2, 3], "three": [0, 1, 3], "pair": [0, 1, 2, 3], "sft": [0, 2]}
-
 
 @torch.no_grad()
 def evaluate(
@@ -27,8 +24,8 @@ def evaluate(
     """
     if not job.heldout:
         return {}
-    kind = objectives.KINDS[job.objective]
-    names = metrics.columns(kind.members, reference is not None)
+    kind = objectives.OBJECTIVES[job.objective].rows
+    names = metrics.columns(kind, reference is not None)
     shares = list(metrics.preferences(torch.zeros(1, 4)))
     sums = torch.zeros(len(names) + len(shares) + 2, device=job.device)
     policy.eval()
@@ -50,7 +47,7 @@ def evaluate(
         loss_E = objectives.compute(
             job.objective, policy_EM, reference_EM, tokens_EM, differing_E, job.options
         )
-        per_example = metrics.per_example(loss_E, policy_EM, reference_EM, tokens_EM)
+        per_example = metrics.per_example(kind, loss_E, policy_EM, reference_EM, tokens_EM)
         per_quad = torch.stack(list(metrics.preferences(policy_Q4).values()), dim=1)
         counts = sums.new_tensor([len(policy_EM), len(rows)])
         sums += torch.cat([per_example.sum(0), per_quad.sum(0), counts])
@@ -60,5 +57,5 @@ def evaluate(
     return values | {name: totals[len(names) + i] / quad_count for i, name in enumerate(shares)}
 
 
-def _rows(quads_Q4: Tensor, kind: objectives.Kind) -> Tensor:
-    return quads_Q4[:, COLUMNS[kind.rows]].reshape(-1, kind.members)
+def _rows(quads_Q4: Tensor, kind: objectives.Rows) -> Tensor:
+    return quads_Q4[:, list(kind.columns)].reshape(-1, len(kind.members))

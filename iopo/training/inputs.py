@@ -12,10 +12,17 @@ from pathlib import Path
 from iopo import objectives
 from iopo.config import Overlong, TrainConfig
 from iopo.data.rows import Quad, Row, read_rows, rows_for, spread
-from iopo.data.tokenize import Chat, Example, Limits, Report, tokenize_rows, tokenizer_hash
+from iopo.data.tokenize import (
+    Chat,
+    Encoder,
+    Example,
+    Limits,
+    Report,
+    tokenize_rows,
+    tokenizer_hash,
+)
 from iopo.files import cache_root, sha256_file
-from iopo.model.load import load_tokenizer, resolve_model
-from iopo.model.tiny import byte_tokenizer
+from iopo.model.load import byte_tokenizer, load_tokenizer, resolve_model
 
 
 @dataclass
@@ -38,10 +45,9 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
     Raises ValueError for missing files and bad rows (all of them in one message), rows that break
     the template's prefix property, and held-out rows that are not quads.
     """
-    kind = objectives.KINDS[cfg.objective.name].rows
-    rows_kind = "quad" if kind == "three" else kind
+    of = objectives.OBJECTIVES[cfg.objective.name].rows
     read = read_rows(_path(cfg.data.train, "data.train"))[: cfg.data.limit_rows]
-    train_rows = rows_for(rows_kind, read, cfg.data.quad_rows)
+    train_rows = rows_for(of.kind, read, cfg.data.quad_rows)
     heldout_quads = _heldout_quads(cfg)
     if cfg.objective.margin_per_constraint > 0:
         _check_constraints(cfg, train_rows)
@@ -58,9 +64,7 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
     cache = Path(cfg.data.cache_dir) if cfg.data.cache_dir else cache_root() / "tokens"
     train, report = tokenize_rows(
         train_rows,
-        chat,
-        limits,
-        three=kind == "three",
+        Encoder(chat, limits, of.columns),
         workers=workers,
         cache_dir=cache,
         source=str(cfg.data.train),
@@ -70,8 +74,7 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
     if heldout_quads:
         heldout, reports["heldout"] = tokenize_rows(
             heldout_quads,
-            chat,
-            limits,
+            Encoder(chat, limits),
             workers=workers,
             cache_dir=cache,
             source=str(cfg.data.heldout),

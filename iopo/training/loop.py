@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from iopo import objectives
-from iopo.data.batching import Batching, micro_batches, quads_of_step, tokens
-from iopo.data.layout import Batch, build_packed, build_plain, build_shared
+from iopo.data.batching import Batching, member_tokens, micro_batches, quads_of_step
+from iopo.data.layout import Batch, build_plain, build_shared
 from iopo.data.tokenize import Example
 from iopo.logprobs import LogProbs
 from iopo.model.parallel import TrainModel
@@ -68,8 +68,7 @@ class Job:
         """Tensors of one micro-batch, in the run's layout, on its device."""
         if self.batching.layout == "plain":
             return build_plain(rows).to(self.device)
-        make = {"shared": build_shared, "packed": build_packed}[self.batching.layout]
-        return make(rows, multiple=LENGTH_STEP).to(self.device)
+        return build_shared(rows, multiple=LENGTH_STEP).to(self.device)
 
     def split(self, train_model: TrainModel, rows: Sequence[Example]) -> PromptByPrompt:
         """The same micro-batch, one prompt at a time."""
@@ -128,7 +127,7 @@ def train_steps(
     gradients depend on neither micro-batch size, accumulation, packing nor ranks.
     Raises NonFiniteError before the update if the gradient's norm is not finite.
     """
-    names = metrics.columns(objectives.KINDS[job.objective].members, reference is not None)
+    names = metrics.columns(objectives.OBJECTIVES[job.objective].rows, reference is not None)
     for step in range(first_step, job.steps + 1):
         started = time.perf_counter()
         for group in optimizer.param_groups:
@@ -175,7 +174,7 @@ def train_steps(
             names=names,
             sums=sums,
             examples=len(rows_of_step),
-            tokens=sum(tokens(row, "packed") for row in rows_of_step),
+            tokens=sum(sum(member_tokens(row)) for row in rows_of_step),
         )
 
 
@@ -194,7 +193,8 @@ def score(
     loss_E = objectives.compute(
         job.objective, policy_EM, reference_EM, tokens_EM, differing_E, job.options
     )
-    return loss_E, metrics.per_example(loss_E, policy_EM, reference_EM, tokens_EM)
+    rows_of = objectives.OBJECTIVES[job.objective].rows
+    return loss_E, metrics.per_example(rows_of, loss_E, policy_EM, reference_EM, tokens_EM)
 
 
 def _non_finite(step: int, grad_norm: float, sums: Tensor, rows: Sequence[Example]) -> str:

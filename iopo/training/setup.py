@@ -58,25 +58,16 @@ def batching(cfg: TrainConfig, world_size: int) -> Batching:
 def make_job(cfg: TrainConfig, inputs: Inputs, ranks: RankInfo) -> Job:
     """What stays the same through the run on this rank."""
     batches = batching(cfg, ranks.world_size)
-    plan = plan_steps(len(inputs.train), batches, cfg.optim.epochs, cfg.optim.max_steps)
-    o = cfg.objective
+    steps = plan_steps(len(inputs.train), batches, cfg.optim.epochs, cfg.optim.max_steps)
     return Job(
-        objective=o.name,
-        options=objectives.Options(
-            beta=o.beta,
-            link=o.link.value,
-            label_smoothing=o.label_smoothing,
-            gamma=o.gamma,
-            odds_weight=o.odds_weight,
-            sft_weight=o.sft_weight,
-            margin_per_constraint=o.margin_per_constraint,
-        ),
+        objective=cfg.objective.name,
+        options=cfg.objective,
         batching=batches,
         examples=inputs.train,
         heldout=inputs.heldout,
         tokens_N=token_counts(inputs.train, batches.layout),
-        steps=plan.steps,
-        lr_at=lambda step: optim.lr_at(step, plan.steps, cfg.optim),
+        steps=steps,
+        lr_at=lambda step: optim.lr_at(step, steps, cfg.optim),
         clip_norm=cfg.optim.clip_norm,
         rank=ranks.rank,
         device=ranks.device,
@@ -91,7 +82,7 @@ def splitting(cfg: TrainConfig, world_size: int) -> Splitting | None:
     assert cfg.optim.tokens_per_microbatch is not None  # checked in the config
     sharded = shards(cfg, world_size)
     once = cfg.model.lora.rank > 0 and not sharded and cfg.objective.sft_weight == 0
-    direction = objectives.KINDS[cfg.objective.name].direction if once else None
+    direction = objectives.OBJECTIVES[cfg.objective.name].direction if once else None
     return Splitting(cfg.optim.tokens_per_microbatch, sharded, direction)
 
 

@@ -39,9 +39,9 @@ def start(cfg: TrainConfig, config_text: str, worker: Worker) -> int:
     setup.check_sharding(cfg, placement.world_size)
     batching = setup.batching(cfg, placement.world_size)
     inputs = load_inputs(cfg)
-    plan = plan_steps(len(inputs.train), batching, cfg.optim.epochs, cfg.optim.max_steps)
+    steps = plan_steps(len(inputs.train), batching, cfg.optim.epochs, cfg.optim.max_steps)
     now = restore.fingerprint(cfg, inputs, placement.world_size)
-    if restore.is_finished(run, now, plan.steps):
+    if restore.is_finished(run, now, steps):
         if placement.is_main:
             print(f"{run} is complete: nothing to do (delete it, or choose another run=)")
         return 0
@@ -51,7 +51,7 @@ def start(cfg: TrainConfig, config_text: str, worker: Worker) -> int:
             print(f"resume: {note}")
         for name, report in inputs.reports.items():
             print(f"{name}: " + "\n  ".join(report.lines()))
-        print(f"{plan.steps} steps of {cfg.optim.global_batch_quads} examples, {cfg.run}")
+        print(f"{steps} steps of {cfg.optim.global_batch_quads} examples, {cfg.run}")
         sys.stdout.flush()
 
     if not placement.is_main:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from iopo.logprobs import LogProbs
 from iopo.model import lora, parallel
-from iopo.model.tiny import byte_tokenizer
+from iopo.model.load import byte_tokenizer
 from iopo.training.export import write_exports
 
 CPU = torch.device("cpu")

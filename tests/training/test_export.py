@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from iopo.logprobs import LogProbs
 from iopo.model import lora
+from iopo.model.load import byte_tokenizer
 from iopo.model.parallel import prepare
-from iopo.model.tiny import byte_tokenizer
 from iopo.training import export
 
 CPU = torch.device("cpu")

@@ -46,7 +46,7 @@ def start(cfg: TrainConfig) -> int:
 
     Raises ValueError for an objective without a reference, and for data that cannot be used.
     """
-    if not objectives.KINDS[cfg.objective.name].reference:
+    if not objectives.OBJECTIVES[cfg.objective.name].reference:
         raise ValueError(
             f"objective.name={cfg.objective.name} has no reference: there is nothing to fill"
         )

@@ -13,13 +13,13 @@ from iopo import objectives
 from iopo.config import ReferenceSource, TrainConfig
 from iopo.data.batching import micro_batches, pass_micro_batches, plan_steps, token_counts
 from iopo.data.layout import Batch
-from iopo.data.rows import MEMBERS
 from iopo.data.tokenize import Example, content_key
 from iopo.files import cache_root
 from iopo.logprobs import LogProbs
 from iopo.model import load, lora
 from iopo.model.attention import SHARED
 from iopo.model.parallel import TrainModel, make_mesh, prepare
+from iopo.objectives import MEMBERS
 from iopo.training import setup
 from iopo.training.inputs import Inputs
 from iopo.training.launch.placement import RankInfo
@@ -77,7 +77,7 @@ def make_reference(
     Call it before a checkpoint is loaded: a reference is never taken from trained weights. Every
     rank calls it together.
     """
-    if not objectives.KINDS[cfg.objective.name].reference:
+    if not objectives.OBJECTIVES[cfg.objective.name].reference:
         return None
     source = cfg.reference.source
     policy = setup.policy_of(train_model)
@@ -163,7 +163,7 @@ def _filling(
     alive: Callable[[], None],
 ) -> Reference:
     """Held-out rows are needed at once and filled; training rows as the first epoch meets them."""
-    members = objectives.KINDS[cfg.objective.name].members
+    members = objectives.OBJECTIVES[cfg.objective.name].members
 
     def progress(done: int, total: int) -> None:
         alive()
@@ -178,7 +178,7 @@ def _filling(
             "the first epoch computes them with the adapters off and stores them"
         )
     score = base_score(setup.policy_of(train_model))
-    per_epoch = plan_steps(len(job.examples), job.batching, epochs=1).steps
+    per_epoch = plan_steps(len(job.examples), job.batching, epochs=1)
     batches = [micro_batches(job.tokens_N, job.batching, s, job.rank) for s in range(per_epoch)]
     mine = [job.examples[i] for step in batches for indices in step for i in indices or ()]
     filling = FillingReference(cache, members, rows, score, mine)
@@ -207,7 +207,7 @@ def _cached(
         if done == total or done % max(1, total // 10) == 0:
             say(f"reference: {done} of {total} batches")
 
-    members, waiting = objectives.KINDS[cfg.objective.name].members, _waiting(say, alive)
+    members, waiting = objectives.OBJECTIVES[cfg.objective.name].members, _waiting(say, alive)
     rows = fill_rows(cache, job, job.examples, members, train_model, progress, waiting)
     rows = rows | fill_rows(cache, job, job.heldout, len(MEMBERS), train_model, progress, waiting)
     reference = CachedReference(rows, str(cache.folder))
