@@ -121,16 +121,16 @@ def start(cfg: TrainConfig, config_text: str) -> int:
     check_sharding(cfg.parallel, placement.world_size)
     batches = batching(cfg.optim, cfg.data.layout, cfg.seed, placement.world_size)
     inputs = load_inputs(cfg)
-    plan = plan_steps(len(inputs.train), batches, cfg.optim.epochs, cfg.optim.max_steps)
+    steps = plan_steps(len(inputs.train), batches, cfg.optim.epochs, cfg.optim.max_steps)
     fingerprint = restore.fingerprint(cfg, inputs, placement.world_size)
-    if restore.is_finished(folder, fingerprint, plan.steps):
+    if restore.is_finished(folder, fingerprint, steps):
         log.info(f"{folder} is complete: nothing to do (delete it, or choose another run=)")
         return OK
     for note in restore.refuse_or_note(folder, fingerprint, resume=cfg.checkpoint.resume):
         log.info(f"resume: {note}")
     for line in inputs.report_lines():
         log.info(line)
-    log.info(f"{plan.steps} steps of {cfg.optim.global_batch_quads} examples, {cfg.run}")
+    log.info(f"{steps} steps of {cfg.optim.global_batch_quads} examples, {cfg.run}")
 
     if not placement.is_main:
         return launch(worker, cfg, folder, **ranks)

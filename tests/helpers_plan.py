@@ -17,6 +17,7 @@ from iopo.logprobs import LogProbs
 from iopo.model.attention import SHARED
 from iopo.model.load import tiny_causal_lm
 from iopo.model.parallel import prepare
+from iopo.objectives import QUAD
 from iopo.training import optim
 from iopo.training.plan.lengths import example_of
 from iopo.training.policy import adapt, recomputation
@@ -59,7 +60,7 @@ def rise(overrides: list[str]) -> int:
     prompt, response = cfg.plan_for.prompt_tokens, cfg.plan_for.response_tokens
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    train(cfg, [example_of("quad", prompt, response)] * (cfg.optim.micro_batch_quads or 1))
+    train(cfg, [example_of(QUAD, prompt, response)] * (cfg.optim.micro_batch_quads or 1))
     return resident("VmHWM") - before
 
 

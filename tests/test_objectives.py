@@ -45,7 +45,7 @@ def test_iopo_by_hand():
     "name", ["iopo", "iopo_three", "input_preference", "output_preference", "dpo"]
 )
 def test_ln2_where_policy_is_reference(name):
-    logps = torch.randn(5, O.KINDS[name].members) * 50
+    logps = torch.randn(5, O.OBJECTIVES[name].members) * 50
     tokens = torch.full(logps.shape, 7)
     loss = compute(name, logps, logps.clone(), tokens, torch.zeros(5), Options())
     torch.testing.assert_close(loss, torch.full((5,), LN2), atol=1e-7, rtol=0)
@@ -123,7 +123,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
 def test_gradients_match_finite_differences(name, options):
-    members = O.KINDS[name].members
+    members = O.OBJECTIVES[name].members
     torch.manual_seed(0)
     policy = (-20 * torch.rand(3, members, dtype=torch.float64) - 1).requires_grad_()
     reference = -20 * torch.rand(3, members, dtype=torch.float64) - 1
@@ -137,9 +137,9 @@ def test_gradients_match_finite_differences(name, options):
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
 def test_direction_is_that_of_the_gradient(name, options):
     """A long quad is back-propagated with these signs before its scalar is known."""
-    if O.KINDS[name].direction is None or options.sft_weight:
+    if O.OBJECTIVES[name].direction is None or options.sft_weight:
         return
-    direction = torch.tensor(O.KINDS[name].direction, dtype=torch.float64)
+    direction = torch.tensor(O.OBJECTIVES[name].direction, dtype=torch.float64)
     torch.manual_seed(0)
     policy = (-20 * torch.rand(3, len(direction), dtype=torch.float64)).requires_grad_()
     reference = -20 * torch.rand(3, len(direction), dtype=torch.float64)

@@ -1,7 +1,7 @@
 """The chat template: text of a prompt, text of a response after it, and where a turn ends.
 
-Training, reference and generation render through this one class, so that a model is trained on the
-exact text that it is asked with.
+Training, generation, evaluation and serving render through this one class, so that a model is
+trained on the exact text that it is asked with.
 """
 
 import hashlib
@@ -90,6 +90,11 @@ class Chat:
             raise ValueError(f"the chat template refuses the roles {roles}: {error}") from error
         assert isinstance(text, str)  # tokenize=False
         return text
+
+    def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation up to where the answer begins."""
+        text = self.render(messages, add_generation_prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def response(self, prompt: str, x: str, y: str, system: str | None = None) -> str:
         """The text that follows `prompt` = self.prompt(x, system): y, the end of the turn, and what

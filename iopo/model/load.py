@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -21,6 +22,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils.logging import disable_progress_bar
 
@@ -32,6 +34,12 @@ DEMO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CONVERT = (
     'convert it once, on a machine where you trust it: python -c "from transformers import '
     "AutoModelForCausalLM as M; M.from_pretrained('SOURCE').save_pretrained('TARGET')\""
+)
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "+ '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -126,6 +134,24 @@ def tiny_causal_lm(
             made, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
         )
     return _finish(model.to(dtype), where="model.tiny")
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of toy size, so that the whole program runs without any download.
+
+    One token per UTF-8 byte (256) plus <|im_start|>, <|im_end|> (end of turn and padding).
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=CHATML,
+    )
 
 
 def architecture(path: str | Path) -> PretrainedConfig:

@@ -17,13 +17,13 @@ from torch import Tensor
 from iopo import objectives
 from iopo.data.batching import (
     Batching,
+    member_tokens,
     micro_batches,
     pass_micro_batches,
     quads_of_step,
     token_counts,
-    tokens,
 )
-from iopo.data.layout import Batch, build_packed, build_plain, build_shared
+from iopo.data.layout import Batch, build_plain, build_shared
 from iopo.data.tokenize import Example
 from iopo.logprobs import LogProbs
 from iopo.model.parallel import TrainModel
@@ -88,8 +88,7 @@ class Job:
         """Tensors of one micro-batch, in the run's layout, on its device."""
         if self.batching.layout == "plain":
             return build_plain(rows).to(self.device)
-        make = {"shared": build_shared, "packed": build_packed}[self.batching.layout]
-        return make(rows, multiple=LENGTH_STEP).to(self.device)
+        return build_shared(rows, multiple=LENGTH_STEP).to(self.device)
 
     def split(self, train_model: TrainModel, rows: Sequence[Example]) -> PromptByPrompt:
         """The same micro-batch, one prompt at a time."""
@@ -148,7 +147,7 @@ def train_steps(
     gradients depend on neither micro-batch size, accumulation, packing nor ranks.
     Raises NonFiniteError before the update if the gradient's norm is not finite.
     """
-    names = metrics.columns(objectives.KINDS[job.objective].members, reference is not None)
+    names = metrics.columns(objectives.OBJECTIVES[job.objective].rows, reference is not None)
     for step in range(first_step, job.steps + 1):
         started = time.perf_counter()
         for group in optimizer.param_groups:
@@ -172,7 +171,7 @@ def train_steps(
             names=names,
             sums=sums,
             examples=len(rows),
-            tokens=sum(tokens(row, "packed") for row in rows),
+            tokens=sum(sum(member_tokens(row)) for row in rows),
         )
 
 
@@ -222,7 +221,8 @@ def score(
     loss_E = objectives.compute(
         job.objective, policy_EM, reference_EM, tokens_EM, differing_E, job.options
     )
-    return loss_E, metrics.per_example(loss_E, policy_EM, reference_EM, tokens_EM)
+    rows_of = objectives.OBJECTIVES[job.objective].rows
+    return loss_E, metrics.per_example(rows_of, loss_E, policy_EM, reference_EM, tokens_EM)
 
 
 def _non_finite(step: int, grad_norm: float, sums: Tensor, rows: Sequence[Example]) -> str:
@@ -266,10 +266,6 @@ def check_start(job: Job, policy: LogProbs, reference: Reference) -> None:
     log.info(f"step 0: loss {loss:.7f}, largest |log-ratio| to the reference {worst:.2g} nats")
 
 
-# Which columns of a quad's log-probs make the rows of an objective that is not on quads.
-COLUMNS = {"quad": [0, 1, 2, 3], "three": [0, 1, 3], "pair": [0, 1, 2, 3], "sft": [0, 2]}
-
-
 @torch.no_grad()
 def evaluate(job: Job, policy: LogProbs, reference: Reference | None) -> dict[str, float]:
     """Loss and preferences, means over all held-out quads on all ranks. Every rank calls it.
@@ -280,8 +276,8 @@ def evaluate(job: Job, policy: LogProbs, reference: Reference | None) -> dict[st
     """
     if not job.heldout:
         return {}
-    kind = objectives.KINDS[job.objective]
-    names = metrics.columns(kind.members, reference is not None)
+    kind = objectives.OBJECTIVES[job.objective].rows
+    names = metrics.columns(kind, reference is not None)
     shares = list(metrics.preferences(torch.zeros(1, 4)))
     sums = torch.zeros(len(names) + len(shares) + 2, device=job.device)
     policy.eval()
@@ -302,7 +298,7 @@ def evaluate(job: Job, policy: LogProbs, reference: Reference | None) -> dict[st
         loss_E = objectives.compute(
             job.objective, policy_EM, reference_EM, tokens_EM, differing_E, job.options
         )
-        per_example = metrics.per_example(loss_E, policy_EM, reference_EM, tokens_EM)
+        per_example = metrics.per_example(kind, loss_E, policy_EM, reference_EM, tokens_EM)
         per_quad = torch.stack(list(metrics.preferences(policy_Q4).values()), dim=1)
         counts = sums.new_tensor([len(policy_EM), len(rows)])
         sums += torch.cat([per_example.sum(0), per_quad.sum(0), counts])
@@ -312,5 +308,5 @@ def evaluate(job: Job, policy: LogProbs, reference: Reference | None) -> dict[st
     return values | {name: totals[len(names) + i] / quad_count for i, name in enumerate(shares)}
 
 
-def _rows(quads_Q4: Tensor, kind: objectives.Kind) -> Tensor:
-    return quads_Q4[:, COLUMNS[kind.rows]].reshape(-1, kind.members)
+def _rows(quads_Q4: Tensor, kind: objectives.Rows) -> Tensor:
+    return quads_Q4[:, list(kind.columns)].reshape(-1, len(kind.members))

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from iopo.config import ExportConfig
 from iopo.logprobs import LogProbs
 from iopo.model import lora, parallel
-from iopo.model.tiny import byte_tokenizer
+from iopo.model.load import byte_tokenizer
 from iopo.training.export import write_exports
 from iopo.training.launch.placement import RankInfo
 

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from iopo.config import ExportConfig
 from iopo.logprobs import LogProbs
 from iopo.model import lora
+from iopo.model.load import byte_tokenizer
 from iopo.model.parallel import prepare
-from iopo.model.tiny import byte_tokenizer
 from iopo.training import export
 from iopo.training.launch.placement import RankInfo
 

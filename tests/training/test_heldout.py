@@ -22,8 +22,7 @@ from iopo.evaluation.config import (
     ModelSection,
 )
 from iopo.files import read_records, write_records
-from iopo.model.load import load_causal_lm, load_tokenizer
-from iopo.model.tiny import byte_tokenizer
+from iopo.model.load import byte_tokenizer, load_causal_lm, load_tokenizer
 from iopo.training import samples
 
 LOWER = {"kind": "case", "params": {"style": "lower"}, "text": "Use lower case only."}

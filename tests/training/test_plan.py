@@ -19,6 +19,7 @@ from iopo.data.layout import build_plain, build_shared
 from iopo.logprobs import LogProbs
 from iopo.model.load import tiny_causal_lm
 from iopo.model.parallel import prepare
+from iopo.objectives import PAIR, QUAD, SINGLE, THREE
 from iopo.training.plan.cost import communication, gpu_memory, layout_of, sizes_of, states
 from iopo.training.plan.lengths import example_of
 from iopo.training.plan.report import architecture, plan_report
@@ -87,7 +88,7 @@ def test_flops_are_those_that_pytorch_counts(overrides):
     sizes = ("num_hidden_layers=3", "num_attention_heads=4", "num_key_value_heads=2")
     cfg = config("+experiment=tiny_random", *overrides, *(f"model.tiny.{s}" for s in sizes))
     assert cfg.model.tiny
-    rows = [example_of("sft", 23, 41)]
+    rows = [example_of(SINGLE, 23, 41)]
     policy = meta_policy(cfg, architecture(cfg), torch.float32)
     planned = trace(policy, rows, "cpu")
 
@@ -261,10 +262,9 @@ def test_what_is_not_modelled_is_refused():
         plan_report(config("model.path=/nowhere"))
 
 
-@pytest.mark.parametrize("kind", ["quad", "three", "pair", "sft"])
-def test_example_of_every_kind(kind):
-    members = {"quad": 4, "three": 3, "pair": 2, "sft": 1}[kind]
-    assert build_shared([example_of(kind, 3, 2)]).members == members
+@pytest.mark.parametrize("rows", [QUAD, THREE, PAIR, SINGLE])
+def test_example_of_every_kind(rows):
+    assert build_shared([example_of(rows, 3, 2)]).members == len(rows.members)
 
 
 def test_planned_models_have_the_parameters_of_real_ones():

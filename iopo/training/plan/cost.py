@@ -151,7 +151,7 @@ def splits_once(cfg: TrainConfig, layout: Layout) -> bool:
 
 def reference_source(cfg: TrainConfig) -> ReferenceSource | None:
     """Where reference log-probs come from in a step; None if the objective has no reference."""
-    if not objectives.KINDS[cfg.objective.name].reference:
+    if not objectives.OBJECTIVES[cfg.objective.name].reference:
         return None
     source = cfg.reference.source
     return ReferenceSource.cache if source is ReferenceSource.auto else source

@@ -24,8 +24,6 @@ from iopo.training.plan.trace import attended_pairs
 from iopo.training.split import Splitting, by_prompt
 
 STEPS_LOOKED_AT, RANKS_LOOKED_AT = 50, 8  # rank 0 gets the longest example of a step
-# (prompts, responses under each) of an example, by the kind of rows
-SHAPES = {"quad": (2, 2), "three": (2, 2), "pair": (1, 2), "sft": (1, 1)}
 
 
 @dataclass(frozen=True)
@@ -73,15 +71,12 @@ def work(
     return _assumed(cfg, batching, splitting, missing)
 
 
-def example_of(kind: str, prompt_tokens: int, response_tokens: int) -> Example:
-    """An example of rows of `kind` with prompts and responses of equal lengths, all token 0."""
-    prompts, responses = SHAPES[kind]
+def example_of(rows: objectives.Rows, prompt_tokens: int, response_tokens: int) -> Example:
+    """An example of these rows with prompts and responses of equal lengths, all token 0."""
     prompt = np.zeros(prompt_tokens, np.int32)
     response = np.zeros(response_tokens, np.int32)
-    under = [(response,) * responses for _ in range(prompts)]
-    if kind == "three":
-        under[1] = (response,)
-    return Example("planned", (prompt,) * prompts, tuple(under))
+    under = tuple((response,) * count for count in rows.responses)
+    return Example("planned", (prompt,) * len(under), under)
 
 
 def _missing(cfg: TrainConfig) -> str | None:
@@ -100,7 +95,7 @@ def _assumed(
     cfg: TrainConfig, batching: Batching, splitting: Splitting | None, missing: str
 ) -> Work:
     """Every example of the assumed lengths; the heaviest micro-batch may be the longest allowed."""
-    kind = objectives.KINDS[cfg.objective.name].rows
+    kind = objectives.OBJECTIVES[cfg.objective.name].rows
     prompt, response = cfg.plan_for.prompt_tokens, cfg.plan_for.response_tokens
     usual = example_of(kind, prompt, response)
     longest = example_of(kind, cfg.data.max_prompt_tokens, cfg.data.max_response_tokens)
@@ -152,7 +147,7 @@ def _from_data(
 ) -> Work:
     """The lengths of the data; micro-batches as they will be, in the first steps."""
     tokens_N = token_counts(examples, batching.layout)
-    steps = plan_steps(len(examples), batching, cfg.optim.epochs, cfg.optim.max_steps).steps
+    steps = plan_steps(len(examples), batching, cfg.optim.epochs, cfg.optim.max_steps)
     heaviest = _forward([examples[int(tokens_N.argmax())]], splitting)
     count = seen = apart = 0
     for step in range(min(steps, STEPS_LOOKED_AT)):

@@ -194,7 +194,7 @@ def _changes(plan: Plan) -> Iterator[tuple[str, TrainConfig]]:
 
 
 def _may_split(cfg: TrainConfig) -> bool:
-    two_prompts = objectives.KINDS[cfg.objective.name].rows in ("quad", "three")
+    two_prompts = len(objectives.OBJECTIVES[cfg.objective.name].rows.responses) == 2
     return two_prompts and cfg.model.lora.dropout == 0 and not cfg.parallel.split_quads
 
 

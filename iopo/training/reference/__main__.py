@@ -39,7 +39,7 @@ def main(composed: DictConfig) -> None:
     try:
         cfg = OmegaConf.to_object(composed)
         assert isinstance(cfg, TrainConfig)
-        if not objectives.KINDS[cfg.objective.name].reference:
+        if not objectives.OBJECTIVES[cfg.objective.name].reference:
             raise ValueError(
                 f"objective.name={cfg.objective.name} has no reference: there is nothing to fill"
             )
