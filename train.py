@@ -21,22 +21,19 @@ from rich.console import Console
 from iopo.config import TrainConfig, plain
 from iopo.data.batching import plan_steps
 from iopo.model.host_memory import trim_malloc
-from iopo.training import export, loop, samples, setup
-from iopo.training.checkpoint import restore
+from iopo.training import export, loop, report, samples, setup
+from iopo.training.checkpoint import resume
 from iopo.training.checkpoint.tensors import gather_state
 from iopo.training.checkpoint.writer import Checkpoints
 from iopo.training.inputs import batching, load_inputs
-from iopo.training.launch.environment import describe_environment
 from iopo.training.launch.launcher import launch
 from iopo.training.launch.placement import RankInfo, find_placement
-from iopo.training.launch.run_folder import mark_complete, open_run
+from iopo.training.launch.run_folder import describe_environment, mark_complete, open_run
 from iopo.training.launch.signals import INTERRUPTED, OK, SAVED_REQUEUE, Control
 from iopo.training.logger import Logger, set_up_logging
 from iopo.training.plan.report import plan_report
 from iopo.training.policy import check_sharding
 from iopo.training.replay import replay
-from iopo.training.report import run as report
-from iopo.training.report import sweep
 from iopo.training.seeds import seed_process
 
 ConfigStore.instance().store(name="base_config", node=TrainConfig)
@@ -52,8 +49,8 @@ def main(composed: DictConfig) -> float | None:
         composed.run = hydra_config.runtime.output_dir
     code = run(composed)
     if multirun:  # the table grows with every job; the last one printed is whole
-        rows = sweep.collect(Path(hydra_config.sweep.dir))
-        Console(width=150).print(sweep.table(rows))
+        rows = report.collect(Path(hydra_config.sweep.dir))
+        Console(width=150).print(report.table(rows))
         # A failure was said above; the other jobs go on, and Hydra exits with 1 at the end.
         if code not in (OK, SAVED_REQUEUE, INTERRUPTED):
             raise RuntimeError(f"{composed.run}: exit code {code}")
@@ -122,11 +119,11 @@ def start(cfg: TrainConfig, config_text: str) -> int:
     batches = batching(cfg.optim, cfg.data.layout, cfg.seed, placement.world_size)
     inputs = load_inputs(cfg)
     steps = plan_steps(len(inputs.train), batches, cfg.optim.epochs, cfg.optim.max_steps)
-    fingerprint = restore.fingerprint(cfg, inputs, placement.world_size)
-    if restore.is_finished(folder, fingerprint, steps):
+    fingerprint = resume.fingerprint(cfg, inputs, placement.world_size)
+    if resume.is_finished(folder, fingerprint, steps):
         log.info(f"{folder} is complete: nothing to do (delete it, or choose another run=)")
         return OK
-    for note in restore.refuse_or_note(folder, fingerprint, resume=cfg.checkpoint.resume):
+    for note in resume.refuse_or_note(folder, fingerprint, resume=cfg.checkpoint.resume):
         log.info(f"resume: {note}")
     for line in inputs.report_lines():
         log.info(line)
@@ -145,18 +142,14 @@ def train(cfg: TrainConfig, folder: Path, ranks: RankInfo, control: Control) -> 
     """One run on one rank, from weights to export. `launch` calls it on every rank."""
     set_up_logging(main=ranks.is_main)
     seed_process(cfg.seed, "process", ranks.rank)
-    run = setup.build_run(
-        cfg, ranks
-    )  # before any checkpoint: the reference is the starting weights
+    # Before any checkpoint: the reference is the starting weights.
+    run = setup.build_run(cfg, ranks)
     job, model, reference = run.job, run.model, run.reference
-    fingerprint = restore.fingerprint(cfg, run.inputs, ranks.world_size)
-    done = restore.restore(folder, model, run.optimizer, ranks)
+    fingerprint = resume.fingerprint(cfg, run.inputs, ranks.world_size)
+    done = resume.restore(folder, model, run.optimizer, ranks)
     c, steps = cfg.checkpoint, range(done + 1, job.steps + 1)
     logger = Logger(folder, cfg.tracker, plain(cfg), main=ranks.is_main, steps=steps)
-    checkpoints = Checkpoints(
-        folder, keep=c.keep, asynchronous=c.asynchronous, best_metric=c.best_metric
-    )
-    with logger, checkpoints:
+    with logger, Checkpoints(folder, c) as checkpoints:
         if done == 0:
             if reference is not None:
                 loop.check_start(job, run.policy, reference)

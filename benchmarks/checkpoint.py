@@ -28,15 +28,15 @@ from omegaconf import OmegaConf
 
 from benchmarks.faults import ROOT, read_rows
 from benchmarks.throughput import facts
-from iopo.config import TrainConfig
+from iopo.config import CheckpointConfig, TrainConfig
 from iopo.training import loop, setup
-from iopo.training.checkpoint import restore
+from iopo.training.checkpoint.folders import latest
+from iopo.training.checkpoint.resume import fingerprint
 from iopo.training.checkpoint.tensors import gather_state
-from iopo.training.checkpoint.writer import Checkpoints, latest
+from iopo.training.checkpoint.writer import Checkpoints
 from iopo.training.launch.launcher import launch
 from iopo.training.launch.placement import RankInfo
 from iopo.training.launch.signals import Control, heartbeat
-from iopo.training.logger import set_up_logging
 
 OVERRIDES = (
     *("data.heldout=null", "data.limit_rows=16", "parallel.device=cpu", "evaluation.samples=0"),
@@ -61,22 +61,22 @@ def config(run: Path) -> TrainConfig:
 def time_steps(cfg: TrainConfig, run: Path, ranks: RankInfo, control: Control) -> None:
     """A worker for `launch`: seconds of every step and save to RUN/times.json."""
     rounds, steps = (int(os.environ[f"CHECKPOINT_{name}"]) for name in ("ROUNDS", "STEPS"))
-    set_up_logging(main=ranks.is_main)
     built = setup.build_run(cfg, ranks)
-    parameters, optimizer = built.model.parameters, built.optimizer
-    meta = restore.fingerprint(cfg, built.inputs, ranks.world_size) | {"metrics": {}}
+    job, model, optimizer = built.job, built.model, built.optimizer
+    description = fingerprint(cfg, built.inputs, ranks.world_size) | {"metrics": {}}
     times: dict[str, list[float]] = {"plain": [], "saving": [], "staging": [], "sync": []}
 
     def step() -> None:  # always the first one: the same quads, the same work
-        next(loop.train_steps(built.job, built.model, optimizer, built.reference, first_step=1))
+        next(loop.train_steps(job, model, optimizer, built.reference, first_step=1))
         heartbeat()
 
     def save(checkpoints: Checkpoints, number: int) -> float:
         started = time.perf_counter()
-        checkpoints.save(number, gather_state(parameters, optimizer, ranks.rank), meta)
+        state = gather_state(model.parameters, optimizer, ranks.rank)
+        checkpoints.save(number, state, description)
         return time.perf_counter() - started
 
-    with Checkpoints(run, keep=2, asynchronous=True) as checkpoints:
+    with Checkpoints(run, CheckpointConfig(asynchronous=True)) as checkpoints:
         step()
         save(checkpoints, 1)  # the first allocates what the others use again
         for number in range(2, rounds + 2):
@@ -89,7 +89,7 @@ def time_steps(cfg: TrainConfig, run: Path, ranks: RankInfo, control: Control) -
                     step()
                 checkpoints.wait()
                 times["saving" if saving else "plain"].append(time.perf_counter() - started)
-    with Checkpoints(run, keep=2, asynchronous=False) as checkpoints:
+    with Checkpoints(run, CheckpointConfig(asynchronous=False)) as checkpoints:
         times["sync"] = [save(checkpoints, rounds + 2 + i) for i in range(3)]
     folder, _ = latest(run)
     assert folder is not None

@@ -22,9 +22,8 @@ from pathlib import Path
 
 import torch
 
-from iopo.training.checkpoint.folders import step_of
+from iopo.training.checkpoint.folders import latest, step_of
 from iopo.training.checkpoint.tensors import read_whole
-from iopo.training.checkpoint.writer import latest
 
 ROOT = Path(__file__).resolve().parents[1]
 CLOCK_COLUMNS = {"step_s", "tokens_per_s"}

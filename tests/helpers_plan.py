@@ -40,12 +40,13 @@ def train(cfg, rows) -> None:
     train_model = prepare(policy, device=cpu, dtype=torch.float32, mesh=None, **how)
     optimizer = optim.make_optimizer(train_model.parameters, cfg.optim)
     split = splitting(cfg.objective, cfg.optim, cfg.model.lora, cfg.parallel, 1)
-    batches = [build_shared(part) for part in (by_prompt(rows) if split else [rows])]
-    for _step in range(2):
-        for _micro_batch in range(2):
+    few = [example_of(QUAD, 4, 4)]  # for optimizer state, then a gradient; then comes the peak
+    for micro_batches in ([few], [few, rows]):
+        for examples in micro_batches:
             if split is None:
-                train_model.model(batches[0]).sum().backward()
+                train_model.model(build_shared(examples)).sum().backward()
                 continue
+            batches = [build_shared(part) for part in by_prompt(examples)]
             parts = PromptByPrompt(train_model, batches, split.direction)
             parts.log_probs().sum().backward()
             parts.backward(last=True)

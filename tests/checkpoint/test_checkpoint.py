@@ -6,8 +6,6 @@ import pickle
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,13 +13,16 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from helpers_fork import finish, kill, start_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from iopo.config import CheckpointConfig
 from iopo.training.checkpoint import folders as files
+from iopo.training.checkpoint.folders import latest, latest_intact
 from iopo.training.checkpoint.tensors import gather_state, load_state, read_whole
-from iopo.training.checkpoint.writer import CheckpointError, Checkpoints, latest, latest_intact
+from iopo.training.checkpoint.writer import CheckpointError, Checkpoints
 from iopo.training.launch.launcher import launch
 from iopo.training.seeds import rng_state, seed_process, set_rng_state
 
@@ -68,7 +69,7 @@ def train(run_dir: Path, kind: str, steps: int, rank: int, *, asynchronous: bool
     if folder is not None:
         load_state(folder, toy.parameters, toy.optimizer, rank=rank, same_world=True)
         first = files.step_of(folder) + 1
-    with Checkpoints(run_dir, keep=2, asynchronous=asynchronous) as checkpoints:
+    with Checkpoints(run_dir, CheckpointConfig(asynchronous=asynchronous)) as checkpoints:
         for step in range(first, steps + 1):
             toy.step(step)
             if step % every == 0:
@@ -96,9 +97,8 @@ def alone(tmp_path):
 
 def save_steps(run_dir: Path, *steps: int, keep: int = 9, best_metric=None, metrics=None):
     toy = Toy("lora")
-    with Checkpoints(
-        run_dir, keep=keep, asynchronous=False, best_metric=best_metric
-    ) as checkpoints:
+    cfg = CheckpointConfig(keep=keep, asynchronous=False, best_metric=best_metric)
+    with Checkpoints(run_dir, cfg) as checkpoints:
         for step in steps:
             toy.step(step)
             meta = META | {"metrics": {} if metrics is None else metrics[step]}
@@ -128,7 +128,7 @@ def test_what_is_saved_asynchronously_is_the_state_at_the_call(alone):
     toy = Toy("full")
     toy.step(1)
     before = whole(toy.state())
-    with Checkpoints(alone, keep=2, asynchronous=True) as checkpoints:
+    with Checkpoints(alone, CheckpointConfig(asynchronous=True)) as checkpoints:
         checkpoints.save(1, toy.state(), META)
         toy.step(2)
     load_state(files.folder_of(alone, 1), toy.parameters, toy.optimizer, rank=0, same_world=True)
@@ -147,25 +147,25 @@ def test_a_checkpoint_can_be_read_whole_without_ranks(alone):
 def test_state_json_can_be_read_and_holds_no_secret(alone, monkeypatch):
     monkeypatch.setenv("HUB_TOKEN", "very-secret-1")
     toy = Toy("lora")
-    with Checkpoints(alone, keep=2, asynchronous=False) as checkpoints:
+    with Checkpoints(alone, CheckpointConfig(asynchronous=False)) as checkpoints:
         checkpoints.save(7, toy.state(), META | {"config": {"note": "very-secret-1"}})
     state = files.read_state(files.folder_of(alone, 7))
     assert (state["step"], state["world_size"], state["identity"]) == (7, 1, {})
     assert state["config"] == {"note": "<redacted:HUB_TOKEN>"}
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+@pytest.mark.parametrize("metric", ["group_accuracy", "loss"])
 def test_newest_and_best_are_kept(alone, metric):
-    best, worse = (0.9, 0.2) if metric == "accuracy" else (0.2, 0.9)
+    best, worse = (0.9, 0.2) if metric == "group_accuracy" else (0.2, 0.9)
     values = {1: worse, 2: best, 3: float("nan"), 5: 0.5}
     metrics = {step: {metric: values[step]} if step in values else {} for step in range(1, 6)}
     save_steps(alone, 1, 2, 3, 4, 5, keep=2, best_metric=metric, metrics=metrics)
     assert names(alone) == [2, 4, 5]
 
 
-def test_fewer_than_two_are_refused(alone):
+def test_fewer_than_two_are_refused():
     with pytest.raises(ValueError, match="2 or more"):
-        Checkpoints(alone, keep=1, asynchronous=False)
+        CheckpointConfig(keep=1)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_a_full_disk_is_said_and_leaves_the_last_checkpoint_whole(alone, asynchr
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
     try:
         with pytest.raises(CheckpointError, match="step 2 could not be written.*step-00000001"):
-            with Checkpoints(alone, keep=2, asynchronous=asynchronous) as checkpoints:
+            with Checkpoints(alone, CheckpointConfig(asynchronous=asynchronous)) as checkpoints:
                 checkpoints.save(2, toy.state(), META)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -262,7 +262,7 @@ def test_a_run_folder_that_cannot_be_written_is_said(alone, harm):
         alone.touch()
     toy = Toy("lora")
     with pytest.raises(CheckpointError, match="could not be written"):
-        with Checkpoints(alone, keep=2, asynchronous=False) as checkpoints:
+        with Checkpoints(alone, CheckpointConfig(asynchronous=False)) as checkpoints:
             checkpoints.save(1, toy.state(), META)
     assert not alone.is_dir()
 
@@ -294,52 +294,26 @@ def worker(cfg, run_dir, ranks, control):
     torch.save(state, run_dir / f"state-{ranks.rank}.pt")
 
 
-def run_worker(run_dir: Path, processes: int, **cfg) -> int:
-    run_dir.mkdir(exist_ok=True)
-    return launch(worker, cfg, run_dir, processes=processes, backend="gloo", timeout_s=60)
+def run_worker(run_dir: Path, cfg: dict) -> int:
+    return launch(worker, cfg, run_dir, processes=1, backend="gloo", timeout_s=60)
 
 
 def final_state(run_dir: Path, rank: int) -> dict[str, torch.Tensor]:
     return torch.load(run_dir / f"state-{rank}.pt", weights_only=True)
 
 
-_PROGRAM = """
-import sys
-from pathlib import Path
-import test_checkpoint
-if __name__ == "__main__":
-    kind, asynchronous, processes, steps = sys.argv[2:]
-    sys.exit(test_checkpoint.run_worker(Path(sys.argv[1]), int(processes), kind=kind,
-             asynchronous=asynchronous == "True", steps=int(steps)))
-"""
-
-
-def kill_and_restart(
-    tmp_path: Path, kind: str, asynchronous: bool, processes: int, kills: int
-) -> None:
-    """Run the toy as a program that saves at every step; kill it some times, then let it end."""
-    script, run_dir = tmp_path / "program.py", tmp_path / "killed"
-    script.write_text(_PROGRAM)
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
-    environ = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+def kill_and_restart(run_dir: Path, cfg: dict, processes: int, kills: int) -> None:
+    """Run the toy, which saves at every step; kill it some times, then let it end."""
     generator = random.Random(0)
-    for attempt in range(kills + 1):
-        steps = 400 if attempt < kills else 60
-        command = [sys.executable, script, run_dir, kind, asynchronous, processes, steps]
-        program = subprocess.Popen(
-            [str(part) for part in command], env=environ, stderr=subprocess.DEVNULL
-        )
-        if attempt == kills:
-            assert program.wait(120) == 0
-            break
-        before = latest(run_dir)[0]
-        end = time.monotonic() + 60
+    for _ in range(kills):
+        ranks = start_ranks(processes, run_worker, run_dir, cfg | {"steps": 400})
+        before, end = latest(run_dir)[0], time.monotonic() + 60
         while latest(run_dir)[0] == before:
             assert time.monotonic() < end, "no checkpoint appeared"
             time.sleep(0.002)
         time.sleep(generator.uniform(0, 0.05))
-        program.kill()
-        program.wait()
+        kill(ranks)
+    assert finish(start_ranks(processes, run_worker, run_dir, cfg)) == [0] * processes
 
 
 @pytest.mark.parametrize(
@@ -354,15 +328,16 @@ def kill_and_restart(
 )
 def test_kills_inside_saves_change_nothing(tmp_path, kind, asynchronous, processes, request):
     kills = 4 if request.node.get_closest_marker("slow") else 2
-    kill_and_restart(tmp_path, kind, asynchronous, processes, kills)
-    reached = max(names(tmp_path / "killed"))
-    steps = {"kind": kind, "asynchronous": asynchronous, "steps": max(60, reached)}
-    assert run_worker(tmp_path / "plain", processes, **steps) == 0
-    if reached > 60:
-        assert run_worker(tmp_path / "killed", processes, **steps) == 0
+    killed, plain = tmp_path / "killed", tmp_path / "plain"
+    killed.mkdir(), plain.mkdir()
+    cfg = {"kind": kind, "asynchronous": asynchronous, "steps": 20}
+    kill_and_restart(killed, cfg, processes, kills)
+    cfg["steps"] = reached = max(20, *names(killed))
+    assert finish(start_ranks(processes, run_worker, plain, cfg)) == [0] * processes
+    if reached > 20:
+        assert finish(start_ranks(processes, run_worker, killed, cfg)) == [0] * processes
     for rank in range(processes):
-        expected = final_state(tmp_path / "plain", rank)
-        found = final_state(tmp_path / "killed", rank)
+        expected, found = final_state(plain, rank), final_state(killed, rank)
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[key], found[key]) for key in expected)
 
@@ -375,7 +350,7 @@ def reshard(cfg, run_dir, ranks, control):
     folder, _ = latest_intact(run_dir)
     if folder is None:
         toy.step(1)
-        with Checkpoints(run_dir, keep=2, asynchronous=False) as checkpoints:
+        with Checkpoints(run_dir, CheckpointConfig(asynchronous=False)) as checkpoints:
             checkpoints.save(1, toy.state(), META)
     else:
         load_state(folder, toy.parameters, toy.optimizer, rank=ranks.rank, same_world=False)
@@ -384,12 +359,14 @@ def reshard(cfg, run_dir, ranks, control):
         torch.save({k: v for k, v in state.items() if "rng" not in k}, run_dir / cfg)
 
 
+def run_reshard(name: str, run_dir: Path) -> int:
+    return launch(reshard, name, run_dir, processes=1, backend="gloo", timeout_s=60)
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_another_number_of_processes_gets_the_same_tensors(tmp_path, before, after):
     for name, processes in (("saved.pt", before), ("loaded.pt", after)):
-        assert (
-            launch(reshard, name, tmp_path, processes=processes, backend="gloo", timeout_s=60) == 0
-        )
+        assert finish(start_ranks(processes, run_reshard, name, tmp_path)) == [0] * processes
     saved = torch.load(tmp_path / "saved.pt", weights_only=True)
     loaded = torch.load(tmp_path / "loaded.pt", weights_only=True)
     assert saved.keys() == loaded.keys() and len(saved) > 8

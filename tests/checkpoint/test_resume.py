@@ -8,17 +8,18 @@ import socket
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
+from helpers_fork import finish, kill, run_train, start_ranks
 from safetensors.torch import load_file
 
 from benchmarks import faults
 from benchmarks.faults import Setting
-from iopo.training.checkpoint.folders import step_of
+from iopo.training.checkpoint.folders import latest, step_of
 from iopo.training.checkpoint.tensors import read_whole
-from iopo.training.checkpoint.writer import latest
 
 pytestmark = pytest.mark.timeout(1800)
 # For losses compared across numbers of processes, whose sums are rounded in another order: at the
@@ -29,14 +30,6 @@ CALM = "optim.lr=1e-5"
 def folder(tmp_path: Path, name: str) -> Path:
     (tmp_path / name).mkdir()
     return tmp_path / name / "run"
-
-
-def wait_for_step(run: Path, program: subprocess.Popen, step: int) -> None:
-    end = time.monotonic() + 400
-    while max((row["step"] for row in faults.read_rows(run)), default=0) < step:
-        assert program.poll() is None, (run.parent / "output.txt").read_text()[-3000:]
-        assert time.monotonic() < end, "the run made no steps"
-        time.sleep(0.01)
 
 
 @pytest.mark.slow
@@ -56,21 +49,28 @@ def test_kills_change_nothing(tmp_path, setting, kills=4):
     [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
 )
 def test_a_stop_saves_the_step_it_has_reached(tmp_path, number, code):
-    setting, steps = Setting(processes=1, lora=False, asynchronous=True), 60
+    setting, steps = Setting(processes=1, lora=False, asynchronous=True), 30
     plain, stopped = folder(tmp_path, "plain"), folder(tmp_path, "stopped")
-    program = faults.start(stopped, setting, steps)
+
+    def start(run: Path) -> list[BaseProcess]:
+        arguments = faults.command(run, setting, steps)[2:]
+        return start_ranks(1, run_train, arguments, run.parent / "cache", run.parent / "output.txt")
+
+    ranks = start(stopped)
     try:
-        wait_for_step(stopped, program, 10)
-        program.send_signal(number)
-        assert program.wait(200) == code
+        while max((row["step"] for row in faults.read_rows(stopped)), default=0) < 5:
+            assert ranks[0].is_alive(), (tmp_path / "stopped" / "output.txt").read_text()[-3000:]
+            time.sleep(0.01)
+        os.kill(ranks[0].pid, number)
+        assert finish(ranks) == [code]
     finally:
-        program.kill()
+        kill(ranks)
     reached = max(row["step"] for row in faults.read_rows(stopped))
     saved, remarks = latest(stopped)
     assert saved is not None and step_of(saved) == reached and remarks == []
     assert reached < steps and not (stopped / "FAILED").exists()
-    faults.finish(stopped, setting, steps)
-    faults.finish(plain, setting, steps)
+    for run in (stopped, plain):
+        assert finish(start(run)) == [0], (run.parent / "output.txt").read_text()[-3000:]
     assert faults.find_difference(plain, stopped, steps) is None
 
 

@@ -1,15 +1,22 @@
 """Which changes a resume accepts, and where the metrics of a resumed run end."""
 
 import json
-from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from test_configs import config
 
 from iopo.config import Resume
 from iopo.training.checkpoint.folders import folder_of
-from iopo.training.checkpoint.restore import is_finished, refuse_or_note
-from iopo.training.checkpoint.resume import check_resume, flatten, plain, truncate_metrics
+from iopo.training.checkpoint.resume import (
+    check_resume,
+    fingerprint,
+    flatten,
+    is_finished,
+    refuse_or_note,
+    truncate_metrics,
+)
 from iopo.training.launch.run_folder import mark_complete
 
 META = {
@@ -82,17 +89,14 @@ def test_all_refused_keys_are_named_at_once():
     assert "seed" in str(caught.value) and "objective.beta" in str(caught.value)
 
 
-class Link(Enum):
-    hinge = "hinge"
-
-
-def test_what_json_changes_is_no_change(monkeypatch):
-    config = {"link": Link.hinge, "clip": float("inf"), "tags": ("a",), "note": "very-secret-1"}
+def test_a_fingerprint_holds_no_secret_and_what_json_changes_is_no_change(monkeypatch):
     monkeypatch.setenv("HUB_TOKEN", "very-secret-1")
-    meta = {"config": config, "identity": {}, "world_size": 1}
-    saved = json.loads(json.dumps(plain(meta)))
-    assert saved["config"]["link"] == "hinge" and "very-secret" not in str(saved)
-    assert check_resume(saved, meta) == []
+    overrides = ["objective.link=hinge", "optim.clip_norm=inf", "tracker.project=very-secret-1"]
+    inputs = SimpleNamespace(data_hash="d", tokenizer_hash="t", model_path=None)
+    now = fingerprint(config("+experiment=tiny_random", *overrides), inputs, 1)
+    saved = json.loads(json.dumps(now))
+    assert saved["config"]["objective"]["link"] == "hinge" and "very-secret" not in str(saved)
+    assert check_resume(saved, now) == []
 
 
 def test_flatten():
@@ -132,8 +136,8 @@ def save(run: Path, step: int) -> Path:
     folder = folder_of(run, step)
     folder.mkdir(parents=True)
     (folder / "state.json").write_text(json.dumps(META | {"step": step}))
-    fingerprint = {"bytes": (folder / "state.json").stat().st_size, "sha256": ""}
-    (folder / "COMPLETE").write_text(json.dumps({"files": {"state.json": fingerprint}}))
+    entry = {"bytes": (folder / "state.json").stat().st_size, "sha256": ""}
+    (folder / "COMPLETE").write_text(json.dumps({"files": {"state.json": entry}}))
     return folder
 
 

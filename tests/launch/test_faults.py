@@ -17,8 +17,7 @@ from helpers_models import tiny_llama
 from helpers_tokenizer import tiny_tokenizer
 
 from benchmarks.faults import ROOT, read_rows
-from iopo.training.checkpoint.folders import folder_of, partial_of, step_of
-from iopo.training.checkpoint.writer import latest
+from iopo.training.checkpoint.folders import folder_of, latest, partial_of, step_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 SAVED, LAST = 12, 18  # the steps of the run that is harmed, and of its continuation

@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 
 from iopo.redact import redact
-from iopo.training.launch.environment import describe_environment
-from iopo.training.launch.run_folder import mark_complete, open_run, read_complete
+from iopo.training.launch.run_folder import (
+    describe_environment,
+    mark_complete,
+    open_run,
+    read_complete,
+)
 
 ROOT = Path(__file__).parents[2]
 

@@ -2,12 +2,14 @@
 
 import faulthandler
 import signal
-import subprocess
-import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from helpers_fork import finish, start_ranks
 
-from iopo.training.launch.signals import STOP_SIGNALS, Control
+from iopo.training.launch.signals import STOP_SIGNALS, Control, heartbeat
 
 
 @pytest.fixture
@@ -50,29 +52,44 @@ def test_user_signal_2_shows_stacks_and_changes_nothing(control, tmp_path):
     assert not control.should_stop()
 
 
-def run_python(tmp_path, body: str) -> subprocess.CompletedProcess:
-    program = (
-        "import signal, sys, time; from pathlib import Path\n"
-        "from iopo.training.launch.signals import Control\n"
-        f"control = Control(Path({str(tmp_path / 'stacks.txt')!r}), timeout_s=0.5)\n{body}"
-    )
-    return subprocess.run([sys.executable, "-c", program], timeout=60)
+def hang(control: Control) -> None:
+    time.sleep(99)
+
+
+def show_life(control: Control) -> None:
+    for _ in range(10):
+        time.sleep(0.1)
+        heartbeat()
+    control.close()
+
+
+def interrupt_twice(control: Control) -> int:
+    # raised in the main thread: a process-wide signal may land in a library's thread, and the
+    # second of a kind is then merged into the first, which Python has not yet handled
+    for _ in range(2):
+        signal.raise_signal(signal.SIGINT)
+    return 3
+
+
+def run_with_control(body: Callable[[Control], int | None], stacks: Path) -> int | None:
+    return body(Control(stacks, timeout_s=0.5))
+
+
+def exit_code_of(body: Callable[[Control], int | None], tmp_path: Path) -> int | None:
+    (code,) = finish(start_ranks(1, run_with_control, body, tmp_path / "stacks.txt"))
+    return code
 
 
 def test_silence_beyond_the_limit_ends_the_process_with_stacks(tmp_path):
-    assert run_python(tmp_path, "def hang():\n time.sleep(99)\nhang()").returncode == 1
+    assert exit_code_of(hang, tmp_path) == 1
     text = (tmp_path / "stacks.txt").read_text()
     assert "Timeout" in text and "in hang" in text
 
 
 def test_signs_of_life_keep_it_going_and_an_empty_stacks_file_goes(tmp_path):
-    body = "for _ in range(10):\n time.sleep(0.1); control.alive()\ncontrol.close()"
-    assert run_python(tmp_path, body).returncode == 0
+    assert exit_code_of(show_life, tmp_path) == 0
     assert not (tmp_path / "stacks.txt").exists()
 
 
 def test_a_second_interrupt_ends_the_process_at_once(tmp_path):
-    # raised in the main thread: a process-wide signal may land in a library's thread, and the
-    # second of a kind is then merged into the first, which Python has not yet handled
-    body = "for _ in range(2): signal.raise_signal(signal.SIGINT)\nsys.exit(3)"
-    assert run_python(tmp_path, body).returncode == 130
+    assert exit_code_of(interrupt_twice, tmp_path) == 130

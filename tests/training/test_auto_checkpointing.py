@@ -1,19 +1,21 @@
 """parallel.checkpointing=auto: what is chosen, that all ranks choose alike, and that it is kept."""
 
 import json
+import logging
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from helpers_fork import finish, start_ranks
 from test_configs import config
 
 from iopo.config import Checkpointing
 from iopo.model.host_memory import available_ram
 from iopo.training.inputs import load_inputs
 from iopo.training.launch.placement import RankInfo
-from iopo.training.plan import auto as memory_fit
+from iopo.training.plan import auto as plan_auto
+from iopo.training.plan import resolve_checkpointing
 
 CPU = torch.device("cpu")
 ALONE = RankInfo(0, 1, 0, 1, CPU)
@@ -28,44 +30,50 @@ def auto(tmp_path, *overrides: str):
     return cfg, load_inputs(cfg)
 
 
-def settled(monkeypatch, tmp_path, free: float, *overrides: str):
-    """The kind chosen with `free` bytes, and what was logged."""
-    monkeypatch.setattr(memory_fit, "free_bytes", lambda ranks: int(free))
-    said: list[str] = []
-    monkeypatch.setattr(memory_fit.log, "info", said.append)
-    cfg = memory_fit.resolve_checkpointing(*auto(tmp_path, *overrides), ALONE, tmp_path)
-    return cfg.parallel.checkpointing.value, " ".join(said)
+@pytest.fixture
+def resolved(monkeypatch, tmp_path, caplog):
+    """Call it with free bytes and overrides for the kind that is chosen and what is logged."""
+    caplog.set_level("INFO", "iopo")
+    monkeypatch.setattr(logging.getLogger("iopo"), "propagate", True)
+
+    def resolve(free: float, *overrides: str) -> tuple[str, str]:
+        monkeypatch.setattr(plan_auto, "free_bytes", lambda ranks: int(free))
+        caplog.clear()
+        cfg = resolve_checkpointing(*auto(tmp_path, *overrides), ALONE, tmp_path)
+        return cfg.parallel.checkpointing.value, " ".join(caplog.messages)
+
+    return resolve
 
 
-def test_what_is_chosen_is_said_and_written_down(monkeypatch, tmp_path):
+def test_what_is_chosen_is_said_and_written_down(resolved, tmp_path):
     for free, kind in ((PLENTY, "none"), (LITTLE, "full")):
-        (tmp_path / memory_fit.FILE).unlink(missing_ok=True)
-        chosen, said = settled(monkeypatch, tmp_path, free)
+        (tmp_path / plan_auto.FILE).unlink(missing_ok=True)
+        chosen, said = resolved(free)
         assert chosen == kind and f"auto: {kind}" in said
-        written = json.loads((tmp_path / memory_fit.FILE).read_text())
+        written = json.loads((tmp_path / plan_auto.FILE).read_text())
         assert written["checkpointing"] == kind
         assert written["free_gb"] == pytest.approx(free / 1e9)
         assert ("MORE THAN" in said) == (kind == "full")
     assert written["too_large_gb"].keys() == {"none", "selective"}
     none, selective = written["too_large_gb"].values()
     assert none > selective > written["planned_gb"] > 0
-    (tmp_path / memory_fit.FILE).unlink()
-    assert settled(monkeypatch, tmp_path, selective * 1e9 / 0.89)[0] == "selective"
+    (tmp_path / plan_auto.FILE).unlink()
+    assert resolved(selective * 1e9 / 0.89)[0] == "selective"
 
 
-def test_a_run_that_goes_on_keeps_the_choice(monkeypatch, tmp_path):
-    assert settled(monkeypatch, tmp_path, PLENTY)[0] == "none"
-    again, said = settled(monkeypatch, tmp_path, LITTLE)
+def test_a_run_that_goes_on_keeps_the_choice(resolved):
+    assert resolved(PLENTY)[0] == "none"
+    again, said = resolved(LITTLE)
     assert again == "none" and "auto: none" in said
     smaller = "optim.tokens_per_microbatch=100"
-    assert settled(monkeypatch, tmp_path, LITTLE, smaller)[0] == "full"
+    assert resolved(LITTLE, smaller)[0] == "full"
 
 
 def test_other_kinds_are_left_alone(tmp_path):
     cfg, inputs = auto(tmp_path)
     cfg = replace(cfg, parallel=replace(cfg.parallel, checkpointing=Checkpointing.every_k))
-    assert memory_fit.resolve_checkpointing(cfg, inputs, ALONE, tmp_path) is cfg
-    assert not (tmp_path / memory_fit.FILE).exists()
+    assert resolve_checkpointing(cfg, inputs, ALONE, tmp_path) is cfg
+    assert not (tmp_path / plan_auto.FILE).exists()
 
 
 def test_the_plain_layout_has_no_plan_to_choose_by(tmp_path):
@@ -73,16 +81,17 @@ def test_the_plain_layout_has_no_plan_to_choose_by(tmp_path):
         auto(tmp_path, "data.layout=plain")
 
 
-def choose_on_a_rank(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    memory_fit.free_bytes = lambda ranks: PLENTY if rank == 0 else LITTLE
-    cfg = memory_fit.resolve_checkpointing(*auto(folder), RankInfo(rank, 2, rank, 2, CPU), folder)
+def choose_on_a_rank(folder):
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    plan_auto.free_bytes = lambda ranks: PLENTY if rank == 0 else LITTLE
+    cfg = resolve_checkpointing(*auto(folder), RankInfo(rank, 2, rank, 2, CPU), folder)
     (folder / f"rank{rank}").write_text(cfg.parallel.checkpointing.value)
     dist.destroy_process_group()
 
 
 def test_all_ranks_choose_by_the_one_with_the_least_memory(tmp_path):
-    mp.spawn(choose_on_a_rank, (tmp_path,), nprocs=2)
+    assert finish(start_ranks(2, choose_on_a_rank, tmp_path)) == [0, 0]
     assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["full", "full"]
 
 

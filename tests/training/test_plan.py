@@ -18,11 +18,12 @@ from iopo.data.example import Example
 from iopo.data.layout import build_plain, build_shared
 from iopo.logprobs import LogProbs
 from iopo.model.load import tiny_causal_lm
-from iopo.model.parallel import prepare
+from iopo.model.parallel import TrainModel, prepare
 from iopo.objectives import PAIR, QUAD, SINGLE, THREE
-from iopo.training.plan.cost import communication, gpu_memory, layout_of, sizes_of, states
+from iopo.training.plan.cost import Sizes, communication, gpu_memory, sizes_of, states
+from iopo.training.plan.description import PlannedRun, architecture, describe
 from iopo.training.plan.lengths import example_of
-from iopo.training.plan.report import architecture, plan_report
+from iopo.training.plan.report import plan_report
 from iopo.training.plan.trace import Trace, attended_pairs, meta_policy, trace
 from iopo.training.policy import adapt, recomputation
 
@@ -76,6 +77,10 @@ def small_config(*overrides: str) -> TrainConfig:
     return config(*SMALL, *overrides)
 
 
+def policy_of(cfg: TrainConfig, dtype: torch.dtype) -> TrainModel:
+    return meta_policy(architecture(cfg.model), cfg.model.lora, cfg.parallel, dtype)
+
+
 FULL, SELECTIVE = "parallel.checkpointing=full", "parallel.checkpointing=selective"
 
 
@@ -89,8 +94,7 @@ def test_flops_are_those_that_pytorch_counts(overrides):
     cfg = config("+experiment=tiny_random", *overrides, *(f"model.tiny.{s}" for s in sizes))
     assert cfg.model.tiny
     rows = [example_of(SINGLE, 23, 41)]
-    policy = meta_policy(cfg, architecture(cfg), torch.float32)
-    planned = trace(policy, rows, "cpu")
+    planned = trace(policy_of(cfg, torch.float32), rows, "cpu")
 
     eager = LogProbs(tiny_causal_lm(cfg.model.tiny, seed=0, dtype=torch.float32, attention="eager"))
     adapt(eager, cfg.model.lora, cfg.seed)
@@ -164,41 +168,41 @@ def test_a_7b_quad_costs_what_the_shapes_say(prompt, response, tera):
 NOTHING = Trace(0, 0, {}, {}, 1, 1, 1)
 
 
-def seven_b(*overrides: str):
-    cfg = config("+experiment=qwen2_7b_iopo", *overrides)
-    return cfg, sizes_of(meta_policy(cfg, architecture(cfg), torch.bfloat16), torch.bfloat16)
+def seven_b(*overrides: str) -> tuple[PlannedRun, Sizes]:
+    cfg = config("+experiment=qwen2_7b_iopo", "plan_for.gpus=8", *overrides)
+    return describe(cfg), sizes_of(policy_of(cfg, torch.bfloat16), torch.bfloat16)
 
 
 def test_full_fine_tuning_is_divided_by_the_ranks():
-    cfg, sizes = seven_b("model.lora.rank=0")
+    run, sizes = seven_b("model.lora.rank=0")
     assert sizes.total == sizes.trained == 7_615_616_512
     assert sizes.block == 233_057_792
-    layout = layout_of(cfg, 8)
-    assert (layout.sharded, layout.shard, layout.replicas) == (True, 8, 1)
-    assert sum(states(cfg, sizes, layout).values()) == 16 * sizes.total / 8
+    assert (run.sharded, run.shard, run.replicas) == (True, 8, 1)
+    assert sum(states(run, sizes).values()) == 16 * sizes.total / 8
     # no row is as large as the whole fp32 gradient, which each micro-batch divides
-    assert max(gpu_memory(cfg, sizes, layout, NOTHING).values()) < 4 * sizes.total
-    gathers, scatter = communication(cfg, sizes, layout, 3)
+    assert max(gpu_memory(run, sizes, NOTHING).values()) < 4 * sizes.total
+    gathers, scatter = communication(run, sizes, 3)
     assert gathers.bytes == 3 * 7 / 8 * 2 * (2 * 28 * sizes.block + sizes.root)
     assert scatter.bytes == 3 * 7 / 8 * 4 * sizes.total
     assert (gathers.path, scatter.path) == ("machine", "machine")
 
 
 def test_hybrid_sharding_sends_only_gradients_between_machines():
-    cfg, sizes = seven_b("model.lora.rank=0", "parallel.shard_processes=8")
-    transfers = communication(cfg, sizes, layout_of(cfg, 64), 1)
+    shards = ("model.lora.rank=0", "parallel.shard_processes=8", "optim.global_batch_quads=192")
+    run, sizes = seven_b(*shards, "plan_for.gpus=64")
+    transfers = communication(run, sizes, 1)
     assert [t.path for t in transfers] == ["machine", "machine", "network"]
     assert transfers[2].bytes == 2 * 7 / 8 * 4 * sizes.total / 8
     with pytest.raises(ValueError, match="does not divide plan_for.gpus=12"):
-        layout_of(cfg, 12)
+        seven_b(*shards, "plan_for.gpus=12")
 
 
 def test_adapters_are_replicated_and_send_little():
-    cfg, sizes = seven_b()
-    assert sizes.trained == 20_185_088 and not layout_of(cfg, 8).sharded
-    rows = gpu_memory(cfg, sizes, layout_of(cfg, 8), NOTHING)
+    run, sizes = seven_b()
+    assert sizes.trained == 20_185_088 and not run.sharded
+    rows = gpu_memory(run, sizes, NOTHING)
     assert sum(rows.values()) == 2 * sizes.frozen + (16 + 4) * sizes.trained
-    (reduce,) = communication(cfg, sizes, layout_of(cfg, 8), 3)
+    (reduce,) = communication(run, sizes, 3)
     assert reduce.bytes == 2 * 7 / 8 * 4 * sizes.trained
 
 
@@ -269,7 +273,7 @@ def test_example_of_every_kind(rows):
 
 def test_planned_models_have_the_parameters_of_real_ones():
     cfg = small_config("model.tiny.vocab_size=300", "model.tiny.hidden_size=32")
-    policy = meta_policy(cfg, architecture(cfg), torch.float32)
+    policy = policy_of(cfg, torch.float32)
     real = tiny_llama(
         hidden_size=32, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=8,
         num_key_value_heads=4,

@@ -12,9 +12,10 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from iopo.files import sha256_file, write_text
 
@@ -62,13 +63,13 @@ def find_damage(folder: Path, *, sizes_only: bool, part: int = 0, parts: int = 1
     part, parts: look at every parts-th file only, so that several processes can share the work.
     """
     recorded = json.loads((folder / COMPLETE_FILE).read_text())["files"]
-    for name, facts in sorted(recorded.items())[part::parts]:
+    for name, expected in sorted(recorded.items())[part::parts]:
         path = folder / name
         if not path.exists():
             return f"{name} is missing"
-        if path.stat().st_size != facts["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, expected {facts['bytes']}"
-        if not sizes_only and describe_file(path)["sha256"] != facts["sha256"]:
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, expected {expected['bytes']}"
+        if not sizes_only and sha256_file(path) != expected["sha256"]:
             return f"{name} has another sha256 than when it was written"
     return None
 
@@ -77,13 +78,44 @@ def describe_file(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def start_partial(run_dir: Path, step: int) -> None:
+def latest(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest complete checkpoint, by its files' sizes, and remarks on those left out."""
+    complete, remarks = complete_folders(run_dir)
+    return (complete[-1] if complete else None), remarks
+
+
+def latest_intact(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """As `latest`, but every byte is compared with its hash; all ranks call it and share the work.
+
+    The one to resume from: a damaged newest checkpoint costs the steps since the one before it.
+    """
+    shared: list[Any] = [complete_folders(run_dir)]
+    dist.broadcast_object_list(shared, src=0)
+    complete, remarks = shared[0]
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for folder in reversed(complete):
+        damage = first_of_ranks(find_damage(folder, sizes_only=False, part=rank, parts=world))
+        if damage is None:
+            return folder, remarks
+        remarks.append(f"{folder} is damaged ({damage}): ignored")
+    return None, remarks
+
+
+def first_of_ranks(problem: str | None, group: dist.ProcessGroup | None = None) -> str | None:
+    """The problem of the lowest rank that has one, on every rank; None if none has."""
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem, group=group)
+    return next((p for p in problems if p is not None), None)
+
+
+def start_partial(run_dir: Path, step: int) -> Path:
     """Make an empty folder to write into. Raises OSError if the run folder is gone or read-only."""
     partial = partial_of(run_dir, step)
     partial.parent.mkdir(exist_ok=True)  # no parents: a run folder that vanished is an error
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir()
+    return partial
 
 
 def publish(run_dir: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
@@ -99,24 +131,21 @@ def publish(run_dir: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
 
 
 def prune(run_dir: Path, keep: int, best_metric: str | None) -> None:
-    """Remove complete checkpoints but the newest `keep` and the best one."""
-    folders, _ = complete_folders(run_dir)
-    kept: set[Path | None] = set(folders[-keep:])
-    if best_metric is not None:
-        kept.add(best_folder(folders, best_metric))
-    for folder in folders:
+    """Remove complete checkpoints but the newest `keep` and the best one.
+
+    best_metric: the lowest loss or the highest of others, the later of equals; None: no best one.
+    """
+    complete, _ = complete_folders(run_dir)
+    kept, scored = set(complete[-keep:]), []
+    for folder in complete if best_metric is not None else []:
+        value = read_state(folder)["metrics"].get(best_metric, math.nan)
+        if math.isfinite(value):
+            scored.append((-value if best_metric == "loss" else value, folder))
+    if scored:
+        kept.add(max(scored)[1])
+    for folder in complete:
         if folder not in kept:
             remove(folder)
-
-
-def best_folder(folders: Iterable[Path], metric: str) -> Path | None:
-    """The one with the best `metric` (loss: lowest), the later of equals; None if none has it."""
-    scored = []
-    for folder in folders:
-        value = read_state(folder)["metrics"].get(metric, math.nan)
-        if math.isfinite(value):
-            scored.append((-value if metric == "loss" else value, step_of(folder), folder))
-    return max(scored)[2] if scored else None
 
 
 def remove(folder: Path) -> None:

@@ -1,51 +1,70 @@
-"""Whether a run may go on with the config it is given now, and where its metrics must end."""
+"""Whether a run folder may go on with the config it is given now, and going on."""
 
 import json
+import logging
 import os
 from collections.abc import Mapping
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from iopo.config import Resume, TrainConfig, plain
+from iopo.model.parallel import TrainModel
 from iopo.redact import redact
+from iopo.training import setup
+from iopo.training.checkpoint.folders import COMPLETE_FILE, latest, latest_intact, read_state
+from iopo.training.checkpoint.tensors import load_state
+from iopo.training.inputs import Inputs
+from iopo.training.launch.placement import RankInfo
+from iopo.training.launch.run_folder import read_complete
+from iopo.training.reference import sources as references
+
+log = logging.getLogger(__name__)
 
 # Keys that change neither the objective nor the data nor the reference nor the model. All others
 # refuse a resume: a key that is added later must be put here by someone who thought about it.
 HARMLESS = (
-    "run",
-    "plan",
-    "plan_for",
-    "replay_step",
-    "export_step",
-    "parallel",
-    "checkpoint",
-    "evaluation",
-    "tracker",
-    "export",
-    "data.cache_dir",
-    "data.workers",
-    "reference.cache_dir",
-    "reference.recheck_rows",
+    *("run", "plan", "plan_for", "replay_step", "export_step"),
+    *("parallel", "checkpoint", "evaluation", "tracker", "export"),
+    *("data.cache_dir", "data.workers", "reference.cache_dir", "reference.recheck_rows"),
 )
 # Harmless to what is learned, but not without a trace.
+_SCHEDULE = "the learning-rate schedule now ends elsewhere"
+_ROUNDING = "other sums of the same numbers: equal up to rounding only"
 CONSEQUENCES = {
-    "optim.epochs": "the learning-rate schedule now ends elsewhere",
-    "optim.max_steps": "the learning-rate schedule now ends elsewhere",
-    "optim.micro_batch_quads": "other sums of the same numbers: equal up to rounding only",
-    "optim.tokens_per_microbatch": "other sums of the same numbers: equal up to rounding only",
-    "parallel.split_quads": "other sums of the same numbers: equal up to rounding only",
+    "optim.epochs": _SCHEDULE,
+    "optim.max_steps": _SCHEDULE,
+    "optim.micro_batch_quads": _ROUNDING,
+    "optim.tokens_per_microbatch": _ROUNDING,
+    "parallel.split_quads": _ROUNDING,
 }
+
+
+def fingerprint(cfg: TrainConfig, inputs: Inputs, world_size: int) -> dict[str, Any]:
+    """What a checkpoint must agree with: the config, and hashes of what the run stands on.
+
+    {"config": nested dict, "identity": {what: hash}, "world_size": int}, as JSON holds it, without
+    secrets.
+    """
+    device = "cuda" if setup.backend(cfg.parallel) == "nccl" else "cpu"
+    reference = references.manifest(cfg.model, cfg.data, inputs, device).hash()
+    identity = {
+        "data": inputs.data_hash,
+        "tokenizer": inputs.tokenizer_hash,
+        "reference and starting weights": reference,
+    }
+    whole = {"config": plain(cfg), "identity": identity, "world_size": world_size}
+    return json.loads(redact(json.dumps(whole)))
 
 
 def check_resume(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Sentences on harmless differences between a checkpoint's state.json and the present run.
 
-    saved: from `read_state`. current: {"config": nested dict, "identity": {what: hash},
-        "world_size": int}; identity names what the run stands on (data, reference, tokenizer).
+    saved: from `read_state`. current: from `fingerprint`.
     Raises ValueError naming every key that alters the objective, the data, the reference or the
     model.
     """
-    current = plain(current)
     notes: list[str] = []
     refused: list[str] = []
     for what in sorted(saved["identity"].keys() | current["identity"].keys()):
@@ -78,19 +97,6 @@ def check_resume(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[s
     return notes
 
 
-def plain(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """`facts` as state.json holds them: enums by value, tuples as lists, secrets redacted."""
-
-    def convert(value: Any) -> Any:
-        if isinstance(value, Enum):
-            return value.value
-        if isinstance(value, Path):
-            return str(value)
-        raise TypeError(f"{value!r} has no place in state.json")
-
-    return json.loads(redact(json.dumps(facts, default=convert)))
-
-
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
     flat: dict[str, Any] = {}
@@ -100,6 +106,97 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def refuse_or_note(run: Path, now: dict, *, resume: Resume) -> list[str]:
+    """Before anything is written: may this run folder be resumed by this config?
+
+    Returns sentences for the person. Raises ValueError, naming keys, if it may not, if there is a
+    checkpoint and checkpoint.resume is never, and if there is none and it is must.
+    """
+    folder, remarks = latest(run)
+    if folder is None:
+        _refuse_if_all_damaged(run, remarks)
+        if resume is Resume.must:
+            found = "; ".join(remarks) or "nothing to resume"
+            raise ValueError(
+                f"{run} holds no complete checkpoint and checkpoint.resume is must ({found}); give "
+                "run= the folder of the run that is to go on"
+            )
+        return []
+    if resume is Resume.never:
+        raise ValueError(
+            f"{run} holds {folder.name} and checkpoint.resume is never; choose another run="
+        )
+    return check_resume(read_state(folder), now)
+
+
+def is_finished(run: Path, now: dict, steps: int) -> bool:
+    """Whether the run in this folder reached its end, and `steps`, what is asked for now.
+
+    Raises ValueError, naming keys, if it reached it with another objective, data, reference or
+    model; and if more steps are asked for than it made, but it left no checkpoint to go on from.
+    """
+    ended = read_complete(run)
+    if ended is None:
+        return False
+    check_resume(ended, now)
+    if steps <= ended["step"]:
+        return True
+    if latest(run)[0] is None:
+        raise ValueError(
+            f"{run} ended after {ended['step']} steps and left no checkpoint, so it cannot go on "
+            f"to {steps} (checkpoint.save_every_steps was null); choose another run="
+        )
+    return False
+
+
+def _refuse_if_all_damaged(run: Path, remarks: list[str]) -> None:
+    """A run that was saved is never begun again in silence: someone must decide that."""
+    if any((run / "checkpoints").glob(f"step-*/{COMPLETE_FILE}")):
+        raise ValueError(
+            f"{run} has checkpoints, but none of them is intact:\n  "
+            + "\n  ".join(remarks)
+            + f"\nPut one back from a copy, or delete {run / 'checkpoints'} to begin at step 1"
+        )
+
+
+def restore(
+    run: Path, train_model: TrainModel, optimizer: torch.optim.Optimizer, ranks: RankInfo
+) -> int:
+    """Load the newest intact checkpoint, if any, and return the number of steps done.
+
+    metrics.jsonl is cut to that step, so that no step stands in it twice. Every rank calls it.
+    Raises ValueError if there are checkpoints, and all of them are damaged.
+    """
+    folder, remarks = latest_intact(run)
+    if folder is None:
+        _refuse_if_all_damaged(run, remarks)
+    for remark in remarks:
+        log.info(remark)
+    # Without a checkpoint nothing counts: the run begins again, and so does its record.
+    step = 0 if folder is None else load_checkpoint(folder, train_model, optimizer, ranks)
+    if folder is not None:
+        log.info(f"resuming from {folder}: step {step} is done, the starting weights are ignored")
+    if ranks.is_main:
+        cut = truncate_metrics(run / "metrics.jsonl", -1 if folder is None else step)
+        if cut and folder is None:
+            log.info(f"{run} holds no complete checkpoint: beginning again at step 1")
+        elif cut:
+            again = "rows of metrics.jsonl are of later steps, which are now made again"
+            log.info(f"{cut} {again}: cut")
+    return step
+
+
+def load_checkpoint(
+    folder: Path, train_model: TrainModel, optimizer: torch.optim.Optimizer, ranks: RankInfo
+) -> int:
+    """Fill model, optimizer and, on the same number of ranks, the generators; the steps done."""
+    saved = read_state(folder)
+    same_world = saved["world_size"] == ranks.world_size
+    load_state(folder, train_model.parameters, optimizer, rank=ranks.rank, same_world=same_world)
+    train_model.refresh()
+    return saved["step"]
 
 
 def truncate_metrics(path: Path, step: int) -> int:

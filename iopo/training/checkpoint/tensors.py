@@ -56,32 +56,35 @@ def load_state(
     reader = _Reader(folder)
     saved = reader.read_metadata().state_dict_metadata
     _check_parameters(folder, saved, parameters)
-    state: dict[str, Any] = {}
-    for key, facts in saved.items():
-        if not isinstance(facts, TensorStorageMetadata):
+    state: dict[str, Tensor] = {}
+    moments: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
+    generators: dict[str, Tensor] = {}
+    for key, entry in saved.items():
+        if not isinstance(entry, TensorStorageMetadata):
             raise ValueError(f"{folder}: {key} is no tensor; refused")
         kind, rest = key.split("/", 1)
         if kind == _PARAMETERS:
             state[key] = parameters[rest].detach()
         elif kind == _OPTIMIZER:
-            _, name = rest.split("/", 1)
-            state[key] = _empty(facts, parameters[name])
+            what, name = rest.split("/", 1)
+            state[key] = moments[name][what] = _empty(entry, parameters[name])
         elif kind == _RNG and same_world and rest.startswith(f"{rank}/"):
-            state[key] = torch.empty(facts.size, dtype=torch.uint8)
+            state[key] = generators[rest.split("/", 1)[1]] = _empty(entry)
     dcp.load(state, storage_reader=reader)
-    _fill_optimizer(optimizer, parameters, state)
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    filled = {index: moments[name] for index, name in enumerate(ordered) if moments[name]}
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": filled, "param_groups": groups})
     if same_world:
-        prefix = f"{_RNG}/{rank}/"
-        set_rng_state({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
+        set_rng_state(generators)
 
 
 def read_whole(folder: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint, unsharded, in this process alone: for tools and comparisons."""
     reader = _Reader(folder)
-    state: dict[str, Any] = {}
-    for key, facts in reader.read_metadata().state_dict_metadata.items():
-        assert isinstance(facts, TensorStorageMetadata)
-        state[key] = torch.empty(facts.size, dtype=facts.properties.dtype)
+    saved = reader.read_metadata().state_dict_metadata
+    state = {key: _empty(entry) for key, entry in saved.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it runs without a process group: as asked
         dcp.load(state, storage_reader=reader, no_dist=True)
@@ -102,29 +105,12 @@ def _check_parameters(
         )
 
 
-def _empty(facts: TensorStorageMetadata, parameter: nn.Parameter) -> Tensor:
-    """Room for one piece of optimizer state: laid out like its parameter, or a scalar."""
-    if tuple(facts.size) == tuple(parameter.shape):
-        return torch.zeros_like(parameter, dtype=facts.properties.dtype)
-    return torch.zeros(facts.size, dtype=facts.properties.dtype)
-
-
-def _fill_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], state: dict[str, Any]
-) -> None:
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    groups = optimizer.state_dict()["param_groups"]
-    by_index: dict[int, dict[str, Tensor]] = {}
-    for group, packed in zip(optimizer.param_groups, groups, strict=True):
-        for parameter, index in zip(group["params"], packed["params"], strict=True):
-            ending = "/" + names[id(parameter)]
-            by_index[index] = {
-                key.split("/", 2)[1]: value
-                for key, value in state.items()
-                if key.startswith(_OPTIMIZER + "/") and "/" + key.split("/", 2)[2] == ending
-            }
-    filled = {index: values for index, values in by_index.items() if values}
-    optimizer.load_state_dict({"state": filled, "param_groups": groups})
+def _empty(entry: Any, parameter: nn.Parameter | None = None) -> Tensor:
+    """Memory to read a tensor into: laid out as its parameter, if it has one of its shape."""
+    assert isinstance(entry, TensorStorageMetadata)
+    if parameter is not None and tuple(entry.size) == tuple(parameter.shape):
+        return torch.zeros_like(parameter, dtype=entry.properties.dtype)
+    return torch.zeros(entry.size, dtype=entry.properties.dtype)
 
 
 class _IndexUnpickler(pickle.Unpickler):

@@ -39,7 +39,7 @@ def record_error(run_dir: Path, rank: int, error: BaseException) -> bool:
     except FileExistsError:
         return False
     except OSError as unwritable:
-        print(f"{details}(not written to {path}: {unwritable})", file=sys.stderr, flush=True)
+        _print(f"{details}(not written to {path}: {unwritable})\n")
     return True
 
 
@@ -48,14 +48,12 @@ def record_death(run_dir: Path, rank: int, exit_code: int) -> None:
 
     Replaces what other ranks wrote: they failed because this one was gone.
     """
-    stacks = stacks_path(run_dir, rank)
+    how = f"exited with code {exit_code}"
     if exit_code < 0:
-        name = signal.Signals(-exit_code).name
-        how = f"was ended by {name}"
-        if -exit_code == signal.SIGKILL:
-            how += " (by hand, by the scheduler, or by the system when memory ran out)"
-    else:
-        how = f"exited with code {exit_code}"
+        how = f"was ended by {signal.Signals(-exit_code).name}"
+    if exit_code == -signal.SIGKILL:
+        how += " (by hand, by the scheduler, or by the system when memory ran out)"
+    stacks = stacks_path(run_dir, rank)
     if stacks.exists() and stacks.stat().st_size:
         how += f"; stacks of its threads: {stacks}"
         if "Timeout (" in stacks.read_text():
@@ -64,14 +62,17 @@ def record_death(run_dir: Path, rank: int, exit_code: int) -> None:
     try:
         write_text(run_dir / FAILED_FILE, text)
     except OSError as unwritable:
-        print(f"{text}(not written to {run_dir}: {unwritable})", file=sys.stderr, flush=True)
+        _print(f"{text}(not written to {run_dir}: {unwritable})\n")
 
 
 def print_failure(run_dir: Path) -> None:
     """Print the FAILED file, the one message of a failed run, to stderr."""
     if (run_dir / FAILED_FILE).exists():  # else the folder was unwritable, and stderr has it all
-        text = (run_dir / FAILED_FILE).read_text()
-        print(f"FAILED {run_dir}\n{text}", file=sys.stderr, end="", flush=True)
+        _print(f"FAILED {run_dir}\n{(run_dir / FAILED_FILE).read_text()}")
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, end="", flush=True)
 
 
 def _stamp() -> str:

@@ -16,12 +16,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,18 @@ Worker = Callable[[Any, Path, RankInfo, Control], None]
 
 _GRACE_S = 10.0  # for the other ranks to notice a failure and to write down what they saw
 _PR_SET_PDEATHSIG = 1
+_ENDED_WELL = (OK, SAVED_REQUEUE, INTERRUPTED)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What every rank does, and the limits under which it does it; see `launch`."""
+
+    worker: Worker
+    cfg: Any
+    run_dir: Path
+    backend: str
+    timeout_s: float
 
 
 def launch(
@@ -55,8 +68,8 @@ def launch(
     cfg: anything that pickles. run_dir: an existing folder, shared between machines.
     processes: ranks per machine where none exist yet. backend: "gloo" (CPU) or "nccl" (one GPU
         per rank; small CPU messages still go through gloo).
-    timeout_s: longest silence of a rank, in a collective call or between two heartbeats,
-        before it counts as hung. A failing rank ends the others within min(timeout_s, 10) s.
+    timeout_s: longest silence of a rank, in a collective call or between two heartbeats, before it
+        counts as hung. A failing rank ends the others within min(timeout_s, 10) s.
     Raises ValueError for a launcher's environment that contradicts itself and off the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -66,45 +79,52 @@ def launch(
         raise ValueError(f"run folder {run_dir} does not exist; make it with open_run()")
     if backend == "gloo":  # kernels of past shapes; 1024 by default (docs/performance.md)
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-    if placement.adopted:
-        ranks = placement.ranks(placement.local_rank, backend)
-        return _run_adopted(worker, cfg, run_dir, ranks, backend, timeout_s)
-    store = None
+    task = _Task(worker, cfg, run_dir, backend, timeout_s)
+    return _run_adopted(task, placement) if placement.adopted else _spawn(task, placement)
+
+
+def _spawn(task: _Task, placement: Placement) -> int:
+    """Start the ranks of this machine, pass signals on to them, and wait for their ends."""
+    store, port = None, placement.port
     if placement.first_rank == 0:  # the parent hosts it: it outlives every rank, on a free port
-        store = dist.TCPStore(
-            placement.address, placement.port, is_master=True, wait_for_workers=False
-        )
+        store = dist.TCPStore(placement.address, port, is_master=True, wait_for_workers=False)
+        port = store.port
     else:
-        _await_folder(run_dir, timeout_s)
-    port = store.port if store is not None else placement.port
+        _await_folder(task)
     children: list[SpawnProcess] = []
     with _forward_signals(children) as received:
         for local_rank in range(placement.local_world_size):
-            ranks = placement.ranks(local_rank, backend)
-            arguments = (worker, cfg, run_dir, ranks, backend, timeout_s, placement.address, port)
-            children.append(_start(ranks.rank, arguments))
-        codes = _supervise(children, min(timeout_s, _GRACE_S))
-    code = _conclude(run_dir, placement, codes, killed_by_hand=received.count(signal.SIGINT) > 1)
+            ranks = placement.ranks(local_rank, task.backend)
+            children.append(_start(task, ranks, placement.address, port))
+        codes = _supervise(children, min(task.timeout_s, _GRACE_S))
+    if received.count(signal.SIGINT) > 1:
+        return INTERRUPTED
+    code = _conclude(task.run_dir, placement, codes)
     if code == SAVED_REQUEUE:
-        _tell_earlier_handlers(received)
+        # Whoever listened before: submitit's handler requeues the job, and exits.
+        for number in dict.fromkeys(received):
+            handler = signal.getsignal(number)
+            if callable(handler):
+                handler(number, None)
     return code
 
 
-def _await_folder(run_dir: Path, timeout_s: float) -> None:
+def _await_folder(task: _Task) -> None:
     """Wait until the folder, which rank 0's machine makes, can be seen from this process."""
-    end = time.monotonic() + timeout_s
-    while not run_dir.is_dir():
+    end = time.monotonic() + task.timeout_s
+    while not task.run_dir.is_dir():
         if time.monotonic() > end:
             raise ValueError(
-                f"run folder {run_dir} did not appear within {timeout_s:g} s; rank 0's machine "
-                "makes it: it must be on a file system that all machines see"
+                f"run folder {task.run_dir} did not appear within {task.timeout_s:g} s; rank 0's "
+                "machine makes it: it must be on a file system that all machines see"
             )
         time.sleep(0.1)
 
 
-def _start(rank: int, arguments: tuple) -> SpawnProcess:
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=_run_spawned, args=arguments, name=f"rank-{rank}")
+def _start(task: _Task, ranks: RankInfo, address: str, port: int) -> SpawnProcess:
+    process = multiprocessing.get_context("spawn").Process(
+        target=_run_spawned, args=(task, ranks, address, port), name=f"rank-{ranks.rank}"
+    )
     # Blocked until the rank has its handlers: a signal during its imports must not be lost.
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
@@ -127,9 +147,7 @@ def _forward_signals(children: list[SpawnProcess]) -> Iterator[list[int]]:
         received.append(number)
         if received.count(signal.SIGINT) > 1:
             number = signal.SIGKILL
-        for child in children:
-            if child.is_alive() and child.pid is not None:
-                os.kill(child.pid, signal.SIGUSR1 if number == signal.SIGUSR2 else number)
+        _send(children, signal.SIGUSR1 if number == signal.SIGUSR2 else number)
 
     numbers = (*STOP_SIGNALS, signal.SIGUSR2)
     previous = {number: signal.signal(number, forward) for number in numbers}
@@ -138,17 +156,13 @@ def _forward_signals(children: list[SpawnProcess]) -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        for child in children:  # only an exception in the parent leaves any alive
-            if child.is_alive():
-                child.kill()
+        _send(children, signal.SIGKILL)  # only an exception in the parent leaves any alive
 
 
-def _tell_earlier_handlers(received: list[int]) -> None:
-    """Call whoever listened before `launch` did: submitit's handler requeues the job, and exits."""
-    for number in dict.fromkeys(received):
-        handler = signal.getsignal(number)
-        if callable(handler):
-            handler(number, None)
+def _send(children: Iterable[SpawnProcess], number: int) -> None:
+    for child in children:
+        if child.is_alive() and child.pid is not None:
+            os.kill(child.pid, number)
 
 
 def _supervise(children: list[SpawnProcess], grace_s: float) -> dict[int, int]:
@@ -158,33 +172,30 @@ def _supervise(children: list[SpawnProcess], grace_s: float) -> dict[int, int]:
     """
     codes: dict[int, int] = {}
     waiting = {child.sentinel: local_rank for local_rank, child in enumerate(children)}
-    deadline = float("inf")
-    while waiting and time.monotonic() < deadline:
-        timeout = None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
+    deadline: float | None = None
+    while waiting and (deadline is None or time.monotonic() < deadline):
+        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
         ready = multiprocessing.connection.wait(list(waiting), timeout)
         for local_rank in [rank for sentinel, rank in waiting.items() if sentinel in ready]:
-            waiting.pop(children[local_rank].sentinel)
-            children[local_rank].join()
-            codes[local_rank] = children[local_rank].exitcode or OK
-            if codes[local_rank] not in (OK, SAVED_REQUEUE, INTERRUPTED):
-                deadline = min(deadline, time.monotonic() + grace_s)
-    for number, pause_s in ((signal.SIGUSR2, 0.5), (signal.SIGKILL, 0.0)):  # stacks, then the end
-        for local_rank in waiting.values():
-            pid = children[local_rank].pid
-            if children[local_rank].is_alive() and pid is not None:
-                os.kill(pid, number)
-        time.sleep(pause_s if waiting else 0.0)
+            child = children[local_rank]
+            waiting.pop(child.sentinel)
+            child.join()
+            codes[local_rank] = child.exitcode or OK
+            if codes[local_rank] not in _ENDED_WELL and deadline is None:
+                deadline = time.monotonic() + grace_s
+    if waiting:
+        remaining = [children[local_rank] for local_rank in waiting.values()]
+        _send(remaining, signal.SIGUSR2)  # stacks, then the end
+        time.sleep(0.5)
+        _send(remaining, signal.SIGKILL)
     for child in children:
         child.join()
     return codes
 
 
-def _conclude(
-    run_dir: Path, placement: Placement, codes: dict[int, int], *, killed_by_hand: bool
-) -> int:
-    failed = [i for i, code in codes.items() if code not in (OK, SAVED_REQUEUE, INTERRUPTED)]
-    if killed_by_hand:
-        return INTERRUPTED
+def _conclude(run_dir: Path, placement: Placement, codes: dict[int, int]) -> int:
+    """The run's exit code; after a failure, one message with its cause."""
+    failed = [i for i, code in codes.items() if code not in _ENDED_WELL]
     if not failed:
         return max(codes.values())
     for local_rank in failed:
@@ -196,16 +207,7 @@ def _conclude(
     return FAILED
 
 
-def _run_spawned(
-    worker: Worker,
-    cfg: Any,
-    run_dir: Path,
-    ranks: RankInfo,
-    backend: str,
-    timeout_s: float,
-    address: str,
-    port: int,
-) -> None:
+def _run_spawned(task: _Task, ranks: RankInfo, address: str, port: int) -> None:
     """Main function of a spawned rank."""
     os.setsid()  # Ctrl-C goes to the parent alone, which passes it on
     # Die with the parent, even if it is killed: no orphan may go on writing into the run folder.
@@ -215,79 +217,64 @@ def _run_spawned(
         os._exit(FAILED)
 
     try:
-        store = dist.TCPStore(address, port, timeout=timedelta(seconds=timeout_s))
-        _init_group(ranks, backend, timeout_s, dist.PrefixStore("ranks", store))
+        store = dist.TCPStore(address, port, timeout=timedelta(seconds=task.timeout_s))
+        _init_group(task, ranks, dist.PrefixStore("ranks", store))
     except (RuntimeError, OSError) as error:
-        failures.record_error(run_dir, ranks.rank, error)
+        failures.record_error(task.run_dir, ranks.rank, error)
         _leave(FAILED)
-    code = _run_rank(worker, cfg, run_dir, ranks, timeout_s, announce=False)
-    if code == FAILED:
-        _leave(code)
-    sys.exit(code)
+    sys.exit(_run_rank(task, ranks, announce=False))
 
 
-def _run_adopted(
-    worker: Worker, cfg: Any, run_dir: Path, ranks: RankInfo, backend: str, timeout_s: float
-) -> int:
+def _run_adopted(task: _Task, placement: Placement) -> int:
     """Be the rank that a launcher made of this process; the run folder is rank 0's."""
     if "MASTER_ADDR" not in os.environ:  # SLURM's tasks: torchrun sets it
-        placement = find_placement(ranks.local_world_size)
         os.environ["MASTER_ADDR"] = placement.address
         os.environ["MASTER_PORT"] = str(placement.port)
-    _init_group(ranks, backend, timeout_s, None)
-    shared = [str(run_dir)]
+    ranks = placement.ranks(placement.local_rank, task.backend)
+    _init_group(task, ranks, None)
+    shared = [str(task.run_dir)]
     dist.broadcast_object_list(shared, src=0)
-    run_dir = Path(shared[0])
-    _await_folder(run_dir, timeout_s)
-    code = _run_rank(worker, cfg, run_dir, ranks, timeout_s, announce=True)
-    if code == FAILED:
-        _leave(code)  # other ranks may hang: no orderly end of the process group
-    return code
+    task = replace(task, run_dir=Path(shared[0]))
+    _await_folder(task)
+    return _run_rank(task, ranks, announce=True)
 
 
-def _init_group(ranks: RankInfo, backend: str, timeout_s: float, store: dist.Store | None) -> None:
-    if ranks.device.type == "cuda":
+def _init_group(task: _Task, ranks: RankInfo, store: dist.Store | None) -> None:
+    cuda = ranks.device.type == "cuda"
+    if cuda:
         torch.cuda.set_device(ranks.device)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if backend == "nccl" else backend,
+        "cpu:gloo,cuda:nccl" if cuda else task.backend,
         store=store,
         rank=ranks.rank,
         world_size=ranks.world_size,
         # A little more than the ranks' own hang clock: the stacks come first.
-        timeout=timedelta(seconds=timeout_s + 5),
-        device_id=ranks.device if backend == "nccl" else None,
+        timeout=timedelta(seconds=task.timeout_s + 5),
+        device_id=ranks.device if cuda else None,
     )
 
 
-def _run_rank(
-    worker: Worker,
-    cfg: Any,
-    run_dir: Path,
-    ranks: RankInfo,
-    timeout_s: float,
-    *,
-    announce: bool,
-) -> int:
+def _run_rank(task: _Task, ranks: RankInfo, *, announce: bool) -> int:
     """Run the worker; turn its end, good or bad, into an exit code and files in the run folder.
 
-    Only once the group exists: then rank 0 has cleared errors/ of an earlier attempt.
+    Only once the group exists: then rank 0 has cleared errors/ of an earlier attempt. After a
+    failure the process ends here, without waiting for ranks that are gone or hang.
     """
-    stacks = failures.stacks_path(run_dir, ranks.rank)
+    stacks = failures.stacks_path(task.run_dir, ranks.rank)
     stacks.parent.mkdir(exist_ok=True)
-    control = Control(stacks, timeout_s)
+    control = Control(stacks, task.timeout_s)
     torch.set_num_threads(_threads(ranks.local_world_size))
     if ranks.device.type == "cpu":
         tune_malloc()
     try:
-        worker(cfg, run_dir, ranks, control)
+        task.worker(task.cfg, task.run_dir, ranks, control)
         heartbeat()
         dist.destroy_process_group()
     except BaseException as error:  # SystemExit too: a rank that leaves early is a failure
         control.close()
-        first = failures.record_error(run_dir, ranks.rank, error)
-        if announce and first:
-            failures.print_failure(run_dir)
-        return FAILED
+        if failures.record_error(task.run_dir, ranks.rank, error) and announce:
+            failures.print_failure(task.run_dir)
+        _leave(FAILED)
     control.close()
     return control.exit_code
 
@@ -299,7 +286,7 @@ def _threads(local_world_size: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // local_world_size)
 
 
-def _leave(code: int) -> None:
+def _leave(code: int) -> NoReturn:
     """End the process now: no teardown that could wait for a rank that is gone."""
     sys.stdout.flush()
     sys.stderr.flush()

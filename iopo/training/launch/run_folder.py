@@ -3,7 +3,7 @@
 config.yaml        the resolved config of the latest attempt (config.1.yaml, ...: earlier ones)
 environment.json   one entry per attempt: code, versions, machine, argv
 metrics.jsonl      one line per logged step
-checkpoints/       see checkpoint.py
+checkpoints/       see checkpoint/folders.py
 errors/            tracebacks and stacks of the latest attempt, per rank
 COMPLETE | FAILED  how the latest attempt ended; neither: it runs, was stopped, or was killed
 lock               held by a live run; names its process
@@ -12,20 +12,26 @@ lock               held by a live run; names its process
 import fcntl
 import json
 import os
+import platform
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+
 from iopo.files import write_text
 from iopo.redact import redact
-from iopo.training.checkpoint.resume import plain
 
 COMPLETE_FILE = "COMPLETE"
 FAILED_FILE = "FAILED"
+_PACKAGES = ("torch", "transformers", "safetensors", "numpy", "hydra-core", "triton", "wandb")
 
 
 @contextmanager
@@ -41,7 +47,8 @@ def open_run(run_dir: Path, *, config_text: str, environment: dict[str, Any]) ->
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     lock = None if run_dir.exists() else _create(run_dir, config_text, environment)
     if lock is None:
-        lock = _reopen(run_dir)
+        _check_is_run(run_dir)
+        lock = _lock(run_dir)
         _record_attempt(run_dir, config_text, environment)
     with lock:  # closing the file releases the lock; so does any death of this process
         yield
@@ -53,12 +60,52 @@ def read_complete(run_dir: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def mark_complete(run_dir: Path, facts: dict[str, Any]) -> None:
-    """Say that the run reached its last step. Called by rank 0 once everything is on disk.
+def mark_complete(run_dir: Path, description: dict[str, Any]) -> None:
+    """Record that the run reached its last step. Called by rank 0 once everything is on disk.
 
-    facts: "step", and what `check_resume` compares; secrets are redacted.
+    description: "step", and the fingerprint that `check_resume` compares; secrets are redacted.
     """
-    write_text(run_dir / COMPLETE_FILE, json.dumps(plain(facts), indent=1) + "\n")
+    write_text(run_dir / COMPLETE_FILE, redact(json.dumps(description, indent=1)) + "\n")
+
+
+def describe_environment(repository: Path) -> dict[str, Any]:
+    """One entry of environment.json: argv, git commit and diff, versions, host, cores, GPUs.
+
+    repository: folder of the source; without git, or outside a repository, the commit is null.
+    The result is not redacted: `open_run` does that.
+    """
+    installed = {d.metadata["Name"].lower() for d in metadata.distributions()}
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "argv": sys.argv,
+        "git_commit": _git(repository, "rev-parse", "HEAD"),
+        "git_diff": _git(repository, "diff", "HEAD"),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES if name in installed},
+        "host": platform.node(),
+        "cpu": _cpu(),
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+    }
+
+
+def _cpu() -> str:
+    """The processor's name, on Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "")
+
+
+def _git(repository: Path, *arguments: str) -> str | None:
+    command = ["git", "-C", str(repository), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _create(run_dir: Path, config_text: str, environment: dict[str, Any]) -> TextIO | None:
@@ -78,7 +125,7 @@ def _create(run_dir: Path, config_text: str, environment: dict[str, Any]) -> Tex
     return lock
 
 
-def _reopen(run_dir: Path) -> TextIO:
+def _check_is_run(run_dir: Path) -> None:
     found = [p.name for p in run_dir.iterdir()]
     # Hydra makes its output folder before the program starts, with its own files in it.
     foreign = [n for n in found if n not in (".hydra", "lock") and not n.endswith(".log")]
@@ -87,7 +134,6 @@ def _reopen(run_dir: Path) -> TextIO:
             f"{run_dir} is not a run folder: it holds {', '.join(sorted(foreign)[:5])} but no "
             "config.yaml; choose another run_dir or empty this one"
         )
-    return _lock(run_dir)
 
 
 def _lock(run_dir: Path) -> TextIO:
@@ -123,5 +169,4 @@ def _record_attempt(run_dir: Path, config_text: str, environment: dict[str, Any]
 
     path = run_dir / "environment.json"
     attempts = json.loads(path.read_text()) if path.exists() else []
-    attempts.append(environment)
-    write_text(path, redact(json.dumps(attempts, indent=1)) + "\n")
+    write_text(path, redact(json.dumps([*attempts, environment], indent=1)) + "\n")

@@ -23,7 +23,6 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-
 _clock: tuple[float, TextIO] | None = None  # time limit and stacks file, while a Control listens
 
 
@@ -43,11 +42,12 @@ class Control:
 
     timeout_s: seconds without `heartbeat` or `should_stop` after which this rank counts as hung:
         its stacks are written to `stacks_path` and the process exits with code 1.
+    exit_code: 0, or after a stop 75 (saved, may be requeued) or 130 (interrupted by hand).
     """
 
     def __init__(self, stacks_path: Path, timeout_s: float) -> None:
         global _clock
-        self._code = OK
+        self.exit_code = OK
         self._interrupts = 0
         self._stacks_path = stacks_path
         self._stacks = open(stacks_path, "a")
@@ -65,10 +65,8 @@ class Control:
             self._interrupts += 1
             if self._interrupts == 2:
                 os._exit(INTERRUPTED)
-        self._code = max(self._code, INTERRUPTED if number == signal.SIGINT else SAVED_REQUEUE)
-
-    def alive(self) -> None:  # removed once its last caller calls heartbeat
-        heartbeat()
+        code = INTERRUPTED if number == signal.SIGINT else SAVED_REQUEUE
+        self.exit_code = max(self.exit_code, code)
 
     def should_stop(self) -> bool:
         """True on every rank at the same step, once any rank was asked to stop.
@@ -77,15 +75,10 @@ class Control:
         """
         heartbeat()
         if dist.is_initialized() and dist.get_world_size() > 1:
-            code = torch.tensor([self._code], dtype=torch.int32)
+            code = torch.tensor([self.exit_code], dtype=torch.int32)
             dist.all_reduce(code, op=dist.ReduceOp.MAX)
-            self._code = int(code)
-        return self._code != OK
-
-    @property
-    def exit_code(self) -> int:
-        """0, or after a stop 75 (saved, may be requeued) or 130 (interrupted by hand)."""
-        return self._code
+            self.exit_code = int(code)
+        return self.exit_code != OK
 
     def close(self) -> None:
         """Stop listening: the process is about to end. Removes the stacks file if it is empty."""

@@ -6,20 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from iopo import objectives
-from iopo.config import TrainConfig
-from iopo.data.batching import (
-    Batching,
-    first_fit,
-    micro_batches_of_ranks,
-    plan_steps,
-    token_counts,
-    tokens,
-)
+from iopo.config import DataConfig, ModelConfig
+from iopo.data.batching import micro_batches_of_ranks, plan_steps, token_counts
 from iopo.data.example import Example
 from iopo.data.layout import build_shared
 from iopo.files import cache_root
-from iopo.training.inputs import load_inputs
+from iopo.objectives import Rows
+from iopo.training.plan.description import PlannedRun
 from iopo.training.plan.trace import attended_pairs
 from iopo.training.split import Splitting, by_prompt
 
@@ -53,25 +46,7 @@ class Work:
     steps: int | None
 
 
-def work(
-    cfg: TrainConfig,
-    batching: Batching,
-    splitting: Splitting | None,
-    examples: Sequence[Example] | None = None,
-) -> Work:
-    """The work of a step on batching.ranks ranks, by the lengths of the data if it can be read.
-
-    examples: the training data, if it is at hand.
-    """
-    if examples is not None:
-        return _from_data(cfg, batching, splitting, examples)
-    missing = _missing(cfg)
-    if missing is None:
-        return _from_data(cfg, batching, splitting, load_inputs(cfg).train)
-    return _assumed(cfg, batching, splitting, missing)
-
-
-def example_of(rows: objectives.Rows, prompt_tokens: int, response_tokens: int) -> Example:
+def example_of(rows: Rows, prompt_tokens: int, response_tokens: int) -> Example:
     """An example of these rows with prompts and responses of equal lengths, all token 0."""
     prompt = np.zeros(prompt_tokens, np.int32)
     response = np.zeros(response_tokens, np.int32)
@@ -79,40 +54,50 @@ def example_of(rows: objectives.Rows, prompt_tokens: int, response_tokens: int) 
     return Example("planned", (prompt,) * len(under), under)
 
 
-def _missing(cfg: TrainConfig) -> str | None:
+def missing_for_lengths(data: DataConfig, model: ModelConfig) -> str | None:
     """What keeps the lengths of the data from being known on this machine; None if nothing."""
-    if cfg.data.train is None or not Path(cfg.data.train).is_file():
-        return f"{cfg.data.train} is not here"
-    if cfg.model.tiny is not None:
+    if data.train is None or not Path(data.train).is_file():
+        return f"{data.train} is not here"
+    if model.tiny is not None:
         return None
-    demo = cfg.model.path == "demo" and (cache_root() / "smollm2-135m-instruct").is_dir()
-    if demo or Path(str(cfg.model.path)).expanduser().is_dir():
+    demo = model.path == "demo" and (cache_root() / "smollm2-135m-instruct").is_dir()
+    if demo or Path(str(model.path)).expanduser().is_dir():
         return None
-    return f"the tokenizer of {cfg.model.path} is not here"
+    return f"the tokenizer of {model.path} is not here"
 
 
-def _assumed(
-    cfg: TrainConfig, batching: Batching, splitting: Splitting | None, missing: str
-) -> Work:
-    """Every example of the assumed lengths; the heaviest micro-batch may be the longest allowed."""
-    kind = objectives.OBJECTIVES[cfg.objective.name].rows
-    prompt, response = cfg.plan_for.prompt_tokens, cfg.plan_for.response_tokens
-    usual = example_of(kind, prompt, response)
-    longest = example_of(kind, cfg.data.max_prompt_tokens, cfg.data.max_response_tokens)
-    share = -(-batching.global_batch_quads // batching.ranks)
-    per_batch, longest_per_batch = (_per_batch(batching, e, share) for e in (usual, longest))
-    choices = [[usual] * per_batch, [longest] * longest_per_batch]
-    parts = [_forward(rows, splitting) for rows in choices]
+def assumed_work(run: PlannedRun, missing: str) -> Work:
+    """The work of a step whose examples all have the lengths of plan_for.
+
+    The heaviest micro-batch may be one of the longest examples that the limits allow.
+    missing: why the lengths of the data are not known.
+    """
+    prompt, response = run.machine.prompt_tokens, run.machine.response_tokens
+    usual = example_of(run.rows, prompt, response)
+    longest = example_of(run.rows, run.data.max_prompt_tokens, run.data.max_response_tokens)
+    share = -(-run.batching.global_batch_quads // run.ranks)
+    per_batch = [_per_batch(run, example, share) for example in (usual, longest)]
+    choices = [[usual] * per_batch[0], [longest] * per_batch[1]]
+    parts = [_forward(rows, run.splitting) for rows in choices]
     return Work(
         source=f"assumed: prompts of {prompt} tokens, responses of {response} ({missing})",
         heaviest=max(parts, key=_total),
-        longest=tokens(longest, "shared"),
+        longest=_total([longest]),
         longest_part=_total(_longest_part([longest])),
-        micro_batches=-(-share // per_batch),
+        micro_batches=-(-share // per_batch[0]),
         split=float(parts[0] is not choices[0]),
         **_means([usual]),
         steps=None,
     )
+
+
+def _per_batch(run: PlannedRun, example: Example, share: int) -> int:
+    """Equal examples in the fullest micro-batch of a rank that has `share` of them."""
+    limit, budget = run.batching.micro_batch_quads, run.batching.tokens_per_microbatch
+    if limit is None:
+        assert budget is not None  # checked in Batching
+        limit = max(1, budget // _total([example]))
+    return min(share, limit)
 
 
 def _forward(rows: list[Example], splitting: Splitting | None) -> list[Example]:
@@ -129,42 +114,27 @@ def _total(rows: Sequence[Example]) -> int:
     return int(sum(token_counts(rows, "shared")))
 
 
-def _per_batch(batching: Batching, example: Example, share: int) -> int:
-    """Equal examples in the fullest micro-batch of a rank that has `share` of them."""
-    if batching.micro_batch_quads is not None:
-        return min(share, batching.micro_batch_quads)
-    assert batching.tokens_per_microbatch is not None  # checked in Batching
-    costs = token_counts([example], batching.layout).repeat(share)
-    bins = first_fit(costs, range(share), batching.tokens_per_microbatch, batching.layout)
-    return max(map(len, bins))
-
-
-def _from_data(
-    cfg: TrainConfig,
-    batching: Batching,
-    splitting: Splitting | None,
-    examples: Sequence[Example],
-) -> Work:
-    """The lengths of the data; micro-batches as they will be, in the first steps."""
+def data_work(run: PlannedRun, examples: Sequence[Example]) -> Work:
+    """The work of a step by the lengths of the data; micro-batches as in the first steps."""
+    splitting, batching = run.splitting, run.batching
     tokens_N = token_counts(examples, batching.layout)
-    steps = plan_steps(len(examples), batching, cfg.optim.epochs, cfg.optim.max_steps)
+    steps = plan_steps(len(examples), batching, run.optim.epochs, run.optim.max_steps)
     heaviest = _forward([examples[int(tokens_N.argmax())]], splitting)
     count = seen = apart = 0
     for step in range(min(steps, STEPS_LOOKED_AT)):
-        for rank, batches in enumerate(micro_batches_of_ranks(tokens_N, batching, step)):
-            if rank >= RANKS_LOOKED_AT:
-                break
+        of_ranks = micro_batches_of_ranks(tokens_N, batching, step)[:RANKS_LOOKED_AT]
+        for rank, batches in enumerate(of_ranks):
             count = max(count, len(batches))
-            turns = (
-                splitting.split_microbatches(tokens_N, batching, step, rank) if splitting else set()
-            )
+            split: set[int] = set()
+            if splitting is not None:
+                split = splitting.split_microbatches(tokens_N, batching, step, rank)
             for i, batch in enumerate(batches):
                 rows = [examples[j] for j in batch or ()]
                 seen += _total(rows)
-                apart += _total(rows) if i in turns else 0
+                apart += _total(rows) if i in split else 0
                 heaviest = max(heaviest, _forward(rows, splitting) if rows else [], key=_total)
     return Work(
-        source=f"{cfg.data.train}: {len(examples)} examples",
+        source=f"{run.data.train}: {len(examples)} examples",
         heaviest=heaviest,
         longest=int(tokens_N.max()),
         longest_part=max(_total(_longest_part([example])) for example in examples),

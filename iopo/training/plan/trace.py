@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import PretrainedConfig
 
-from iopo.config import TrainConfig
+from iopo.config import LoraConfig, ParallelConfig
 from iopo.data.example import Example
 from iopo.data.layout import SharedSegments, build_shared
 from iopo.kernels import tiled
@@ -59,13 +59,15 @@ class Trace:
     pairs: int
 
 
-def meta_policy(cfg: TrainConfig, config: PretrainedConfig, dtype: torch.dtype) -> TrainModel:
+def meta_policy(
+    config: PretrainedConfig, lora: LoraConfig, parallel: ParallelConfig, dtype: torch.dtype
+) -> TrainModel:
     """The policy as policy.make_policy makes it on one rank, without values and not sharded."""
-    wide = dtype if torch.finfo(dtype).bits >= 32 else torch.float32
-    loaded = dtype if cfg.model.lora.rank > 0 else wide
+    accum_dtype = dtype if torch.finfo(dtype).bits >= 32 else torch.float32
+    loaded = dtype if lora.rank > 0 else accum_dtype
     policy = LogProbs(load.meta_causal_lm(config, loaded, SHARED))
-    adapt(policy, cfg.model.lora, cfg.seed)
-    return prepare(policy, device=META, dtype=dtype, mesh=None, **recomputation(cfg.parallel))
+    adapt(policy, lora, seed=0)
+    return prepare(policy, device=META, dtype=dtype, mesh=None, **recomputation(parallel))
 
 
 def trace(policy: TrainModel, examples: Sequence[Example], device_type: str) -> Trace:
@@ -111,10 +113,7 @@ class Watch(TorchDispatchMode):
     """
 
     def __init__(
-        self,
-        own: Sequence[Tensor],
-        formulas: dict[Any, Callable[..., float]],
-        device_type: str,
+        self, own: Sequence[Tensor], formulas: dict[Any, Callable[..., float]], device_type: str
     ) -> None:
         super().__init__()
         self.known = {tensor.untyped_storage()._cdata for tensor in own}
@@ -154,18 +153,18 @@ class Watch(TorchDispatchMode):
 def head_workspace(op: Any, args: tuple[Any, ...], device_type: str) -> int:
     """Bytes that a head operator which computes a gradient takes inside and returns.
 
-    A chunk of d loss / d logits on CUDA (triton_gemm.py); wide copies of the rows and some tiles
-    elsewhere (tiled.py).
+    A chunk of d loss / d logits on CUDA (triton_gemm.py); copies of the rows in the accum dtype and
+    some tiles elsewhere (tiled.py).
     """
     hidden_RD, weight_VD = (args[1], args[2]) if op is OPS.linear_logprob_backward else args[:2]
     (rows, width), words = hidden_RD.shape, weight_VD.shape[0]
     if device_type == "cuda":
         return min(rows * hidden_RD.element_size(), CHUNK_BYTES_PER_WORD) * words
-    wide = max(4, hidden_RD.element_size())
-    copies = 2 if wide > hidden_RD.element_size() else 1  # of [R, D]
+    accum_bytes = max(4, hidden_RD.element_size())
+    copies = 2 if accum_bytes > hidden_RD.element_size() else 1  # of [R, D]
     tiles = tiled.WORDS * (tiled.ROWS + 2 * width)
     need_weight = op is OPS.linear_logprob_backward and args[9]
-    return wide * (rows * width * (copies + int(need_weight)) + tiles)
+    return accum_bytes * (rows * width * (copies + int(need_weight)) + tiles)
 
 
 def _head_flops(hidden_RD: Tensor, weight_VD: Tensor, *rest: Any) -> int:

@@ -1,16 +1,17 @@
 """Curves and one page per run, from files in the run folder alone (no network, no weights).
 
 `python -m iopo.training.report RUN` writes RUN/curves.png and RUN/report.html again; for a sweep's
-folder it writes sweep.html, sweep.png and sweep.csv (iopo/training/sweep.py).
+folder it writes sweep.html, sweep.png and sweep.csv (sweep.py).
 """
 
-import base64
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
+from iopo.files import read_records
+from iopo.page import embedded, page
 from iopo.training.logger import read_metrics
 
 PANELS = [
@@ -25,60 +26,71 @@ PANELS = [
 ]  # fmt: skip
 
 
+@dataclass
+class Panel:
+    """Curves over one x axis: ((x, y) points, format and further options of `Axes.plot`) each.
+
+    chance: what a coin would reach, as a grey line.
+    """
+
+    title: str
+    x_name: str
+    curves: list[tuple[list[tuple[float, float]], str, dict[str, Any]]]
+    chance: float | None = None
+
+
+def plot_panels(path: Path, panels: Sequence[Panel], *, across: int, width: float) -> Path:
+    """A PNG of panels, `across` in a line; width: of the picture, in inches."""
+    from matplotlib.figure import Figure  # here: a start would wait for it
+
+    lines = -(-len(panels) // across)
+    figure = Figure(figsize=(width, 3.4 * lines))
+    axes = figure.subplots(lines, across, squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        for points, style, options in panel.curves:
+            if points:
+                axis.plot(*zip(*points, strict=True), style, **options)
+        axis.set_title(panel.title, fontsize=10)
+        axis.set_xlabel(panel.x_name, fontsize=8)
+        axis.tick_params(labelsize=8)
+        if panel.chance is not None:
+            axis.axhline(panel.chance, color="0.7", linewidth=0.8, zorder=0)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize=7, framealpha=0.7, loc="best")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def points_of(rows: list[dict[str, Any]], split: str, name: str) -> list[tuple[float, float]]:
+    """(step, value) of each row of a split that has this number."""
+    return [(r["step"], r[name]) for r in rows if r["split"] == split and name in r]
+
+
 def plot_curves(run: Path) -> Path:
     """Draw every panel that the run has numbers for into RUN/curves.png.
 
     Lines are training steps; dots joined by dashes are held-out values.
     """
     rows = read_metrics(run)
-    keys = {key for row in rows for key in row}
-    panels = [panel for panel in PANELS if keys & set(panel[1])]
-    from matplotlib.figure import Figure  # here: a start would wait for it
-
-    lines = -(-len(panels) // 3)
-    figure = Figure(figsize=(13, 3.4 * lines))
-    axes = figure.subplots(lines, 3)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    for axis, (title, names, chance) in zip(axes.flat, panels, strict=False):
-        _plot_panel(axis, rows, names)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("optimizer step", fontsize=8)
-        axis.tick_params(labelsize=8)
-        if chance is not None:
-            axis.axhline(chance, color="0.7", linewidth=0.8, zorder=0)
-        axis.legend(fontsize=7, framealpha=0.7, loc="best")
-    figure.tight_layout()
-    path = run / "curves.png"
-    figure.savefig(path, dpi=110)
-    return path
+    panels = []
+    for title, names, chance in PANELS:
+        curves = []
+        for i, name in enumerate(names):
+            train, heldout = (points_of(rows, split, name) for split in ("train", "heldout"))
+            look = {"color": f"C{i}", "linewidth": 1.1, "markersize": 4}
+            label = {"label": name.split("/")[-1]}
+            curves.append((train, "-", look | label))
+            curves.append((heldout, "o--", look if train else look | label))  # one entry for both
+        if any(points for points, *_ in curves):
+            panels.append(Panel(title, "optimizer step", curves, chance))
+    return plot_panels(run / "curves.png", panels, across=3, width=13)
 
 
-def _plot_panel(axis, rows: list[dict[str, Any]], names: list[str]) -> None:
-    for i, name in enumerate(names):
-        label: str | None = name.split("/")[-1]
-        for split, style in (("train", "-"), ("heldout", "o--")):
-            points = [(r["step"], r[name]) for r in rows if r["split"] == split and name in r]
-            if points:
-                axis.plot(*zip(*points, strict=True), style, color=f"C{i}", label=label,
-                          linewidth=1.1, markersize=4)  # fmt: skip
-                label = None  # one entry for both
-
-
-PAGE = jinja2.Environment(autoescape=True).from_string("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ run }}</title><style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem;
-  color: #222 }
-img { max-width: 100% }
-table { border-collapse: collapse; margin: 1rem 0 }
-td, th { border: 1px solid #ddd; padding: .35rem .6rem; text-align: left; vertical-align: top }
-td.n { text-align: right; font-variant-numeric: tabular-nums }
-pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 13px }
-.answer { white-space: pre-wrap } .ok { color: #17703c } .no { color: #a02020 }
-</style></head><body>
-<h1>{{ run }}</h1>
-<p>{{ headline }}</p>
-{% if summary %}<table><tr><th>measure</th>{% for c in columns %}<th>{{ c }}</th>{% endfor %}</tr>
+PAGE = page("""<p>{{ headline }}</p>
+{% if summary %}<table><tr><th>measure</th><th>first</th><th>last</th></tr>
 {% for name, cells in summary %}<tr><td>{{ name }}</td>
 {% for cell in cells %}<td class="n">{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>{% endif %}
 <h2>Curves</h2><img alt="training curves" src="{{ curves }}">
@@ -94,7 +106,6 @@ pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 13px }
 {% endfor %}</table>
 <h2>Configuration</h2><pre>{{ config }}</pre>
 <h2>Environment</h2><pre>{{ environment }}</pre>
-</body></html>
 """)
 
 
@@ -103,27 +114,21 @@ def write_report(run: Path) -> Path:
 
     Files that the run did not write are left out of the page.
     """
-    curves = embedded(plot_curves(run))
     rows = read_metrics(run)
-    page = PAGE.render(
-        run=run.name,
+    samples = run / "samples.jsonl"
+    text = PAGE.render(
+        title=run.name,
         headline=_headline(rows),
-        columns=["first", "last"],
-        summary=_summary(rows),
-        curves=curves,
-        samples=_json_lines(run / "samples.jsonl"),
-        data=_data_rows(_json(run / "data.json")),
-        config=_text(run / "config.yaml"),
-        environment=_text(run / "environment.json"),
+        summary=_first_and_last(rows),
+        curves=embedded(plot_curves(run)),
+        samples=read_records(samples) if samples.exists() else [],
+        data=_data_rows(json.loads(text_of(run / "data.json") or "{}")),
+        config=text_of(run / "config.yaml"),
+        environment=text_of(run / "environment.json"),
     )
     path = run / "report.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return path
-
-
-def embedded(image: Path) -> str:
-    """A PNG as a data: address, so that a page is one file."""
-    return "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode()
 
 
 def write_summary(run: Path) -> Path:
@@ -132,8 +137,7 @@ def write_summary(run: Path) -> Path:
     metric is the last held-out group accuracy, which sweeps compare; null without held-out quads.
     """
     rows = read_metrics(run)
-    train = [row for row in rows if row["split"] == "train"]
-    heldout = [row for row in rows if row["split"] == "heldout"]
+    train, heldout = ([r for r in rows if r["split"] == split] for split in ("train", "heldout"))
     summary = {
         "steps": train[-1]["step"] if train else 0,
         "metric": heldout[-1]["group_accuracy"] if heldout else None,
@@ -144,6 +148,11 @@ def write_summary(run: Path) -> Path:
     path = run / "summary.json"
     path.write_text(json.dumps(summary, indent=1) + "\n")
     return path
+
+
+def text_of(path: Path) -> str:
+    """The text of a file; empty if there is none."""
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def _headline(rows: list[dict[str, Any]]) -> str:
@@ -159,17 +168,16 @@ def _seconds(train: list[dict[str, Any]]) -> float:
     return sum(logged) / len(logged) * train[-1]["step"] if logged else 0.0
 
 
-def _summary(rows: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+def _first_and_last(rows: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     """First and last value of every number, training and held out."""
     out = []
     for split in ("heldout", "train"):
         mine = [row for row in rows if row["split"] == split]
         for name in mine[-1] if mine else []:
-            if name in ("step", "split"):
-                continue
-            first, last = mine[0].get(name), mine[-1][name]
-            cells = ["" if first is None else f"{first:.4g}", f"{last:.4g}"]
-            out.append((f"{split}: {name}", cells))
+            if name not in ("step", "split"):
+                first, last = mine[0].get(name), mine[-1][name]
+                cells = ["" if first is None else f"{first:.4g}", f"{last:.4g}"]
+                out.append((f"{split}: {name}", cells))
     return out
 
 
@@ -180,15 +188,3 @@ def _data_rows(data: dict[str, Any]) -> list[tuple[str, str]]:
             shown = json.dumps(value, ensure_ascii=False)
             out.append((f"{name}: {key}", shown if len(shown) < 2000 else shown[:2000] + " ..."))
     return out
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(_text(path) or "{}")
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in _text(path).split("\n") if line]

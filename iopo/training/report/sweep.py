@@ -5,13 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 from rich.table import Table
 
+from iopo.page import embedded, page
 from iopo.training.checkpoint.resume import flatten
+from iopo.training.launch.run_folder import COMPLETE_FILE, FAILED_FILE
 from iopo.training.logger import read_metrics
-from iopo.training.report.run import embedded
+from iopo.training.report.run import Panel, plot_panels, points_of, text_of
 
 MEASURES = ("group_accuracy", "x_preference", "y_preference", "loss", "margin")
 OVERLAID = (("train", "loss"), ("train", "margin"), ("train", "accuracy"),
@@ -26,29 +27,21 @@ def collect(sweep: Path) -> list[dict[str, Any]]:
     """
     # at any depth: a job's folder is named after its overrides, and paths among them nest it
     folders = sorted(path.parent for path in sweep.rglob("config.yaml"))
-    configs = [flatten(yaml.safe_load((f / "config.yaml").read_text())) for f in folders]
+    configs = [flatten(yaml.safe_load(text_of(f / "config.yaml"))) for f in folders]
     keys = sorted({key for config in configs for key in config} - {"run"})
     differing = [key for key in keys if len({str(config.get(key)) for config in configs}) > 1]
-    return [
-        {"run": str(folder.relative_to(sweep)), "state": _state(folder)}
-        | {key: config.get(key) for key in differing}
-        | _measures(folder)
-        for folder, config in zip(folders, configs, strict=True)
-    ]
-
-
-def _state(folder: Path) -> str:
-    if (folder / "COMPLETE").exists():
-        return "complete"
-    return "failed" if (folder / "FAILED").exists() else "unfinished"
-
-
-def _measures(folder: Path) -> dict[str, Any]:
-    if not (folder / "summary.json").exists():
-        return {}
-    summary = json.loads((folder / "summary.json").read_text())
-    last = summary["heldout"][1] if summary["heldout"] else summary["train"]
-    return {k: last[k] for k in MEASURES if k in last} | {"seconds": summary["seconds"]}
+    rows = []
+    for folder, config in zip(folders, configs, strict=True):
+        ends = {COMPLETE_FILE: "complete", FAILED_FILE: "failed"}
+        state = next((end for file, end in ends.items() if (folder / file).exists()), "unfinished")
+        row = {"run": str(folder.relative_to(sweep)), "state": state}
+        row |= {key: config.get(key) for key in differing}
+        if text := text_of(folder / "summary.json"):
+            summary = json.loads(text)
+            last = summary["heldout"][1] if summary["heldout"] else summary["train"]
+            row |= {k: last[k] for k in MEASURES if k in last} | {"seconds": summary["seconds"]}
+        rows.append(row)
+    return rows
 
 
 def best(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -78,65 +71,31 @@ def _cell(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def write_csv(sweep: Path, rows: list[dict[str, Any]]) -> Path:
-    """SWEEP/sweep.csv with every row."""
-    path = sweep / "sweep.csv"
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns(rows))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
 def plot(sweep: Path, rows: list[dict[str, Any]]) -> Path:
     """SWEEP/sweep.png: curves of all runs overlaid, then the metric against each numeric key."""
     keys = [k for k in columns(rows) if "." in k or k == "seed"]
     numeric = [k for k in keys if all(isinstance(r.get(k), int | float) for r in rows)][:4]
-    panels = len(OVERLAID) + len(numeric)
-    from matplotlib.figure import Figure  # here: a start would wait for it
-
-    lines = -(-panels // 4)
-    figure = Figure(figsize=(15, 3.3 * lines))
-    axes = figure.subplots(lines, 4)
-    for axis in axes.flat[panels:]:
-        axis.set_visible(False)
     top = best(rows)
-    for axis, (split, name) in zip(axes.flat, OVERLAID, strict=False):
+    panels = []
+    for split, name in OVERLAID:
+        curves = []
         for row in rows:
-            _plot_run(axis, sweep / row["run"], split, name, bold=row is top)
-        axis.set_title(f"{split}: {name}", fontsize=10)
-        axis.set_xlabel("optimizer step", fontsize=8)
-    for axis, key in zip(axes.flat[len(OVERLAID) :], numeric, strict=False):
+            if (sweep / row["run"] / "metrics.jsonl").exists():
+                points = points_of(read_metrics(sweep / row["run"]), split, name)
+                bold = {"color": "C1", "linewidth": 2, "zorder": 3}
+                curves.append((points, "-", bold if row is top else {"color": "C0", "alpha": 0.5}))
+        panels.append(Panel(f"{split}: {name}", "optimizer step", curves))
+    for key in numeric:
         points = [(r[key], r["group_accuracy"]) for r in rows if "group_accuracy" in r]
-        axis.plot(*zip(*points, strict=True), "o") if points else None
-        axis.set_xlabel(key, fontsize=8)
-        axis.set_title("held-out group accuracy", fontsize=10)
-    figure.tight_layout()
-    path = sweep / "sweep.png"
-    figure.savefig(path, dpi=110)
-    return path
+        panels.append(Panel("held-out group accuracy", key, [(points, "o", {})]))
+    return plot_panels(sweep / "sweep.png", panels, across=4, width=15)
 
 
-def _plot_run(axis, run: Path, split: str, name: str, *, bold: bool) -> None:
-    if not (run / "metrics.jsonl").exists():
-        return
-    points = [(r["step"], r[name]) for r in read_metrics(run, split) if name in r]
-    if points:
-        style = {"color": "C1", "linewidth": 2, "zorder": 3} if bold else {"color": "C0"}
-        axis.plot(*zip(*points, strict=True), "-", alpha=1 if bold else 0.5, **style)
-
-
-PAGE = jinja2.Environment(autoescape=True).from_string("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ sweep }}</title><style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1300px; margin: 2rem auto; padding: 0 1rem }
-img { max-width: 100% } table { border-collapse: collapse } .best { background: #fff3d6 }
-td, th { border: 1px solid #ddd; padding: .3rem .5rem; text-align: left }
-</style></head><body><h1>{{ sweep }}</h1>
-<p>{{ rows | length }} runs; the highlighted one has the highest held-out group accuracy.</p>
-<table><tr>{% for k in keys %}<th>{{ k }}</th>{% endfor %}</tr>
+PAGE = page("""<p>{{ rows | length }} runs; the highlighted one has the highest held-out group
+accuracy.</p><table><tr>{% for k in keys %}<th>{{ k }}</th>{% endfor %}</tr>
 {% for row in rows %}<tr{% if row is sameas top %} class="best"{% endif %}>
 {% for k in keys %}<td>{{ cell(row.get(k)) }}</td>{% endfor %}</tr>{% endfor %}</table>
-<img alt="curves of all runs and metric by parameter" src="{{ image }}"></body></html>
+<img alt="curves of all runs and metric by parameter" src="{{ image }}">
 """)
 
 
@@ -145,11 +104,15 @@ def write_page(sweep: Path) -> Path:
     rows = collect(sweep)
     if not rows:
         raise ValueError(f"{sweep}: no run folders (with a config.yaml) in it")
-    write_csv(sweep, rows)
+    keys = columns(rows)
+    with open(sweep / "sweep.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, keys)
+        writer.writeheader()
+        writer.writerows(rows)
     image = embedded(plot(sweep, rows))
-    page = PAGE.render(
-        sweep=sweep.name, rows=rows, keys=columns(rows), cell=_cell, top=best(rows), image=image
+    text = PAGE.render(
+        title=sweep.name, rows=rows, keys=keys, cell=_cell, top=best(rows), image=image
     )
     path = sweep / "sweep.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return path
