@@ -215,13 +215,25 @@ def score(
     policy_EM: Tensor,
     reference_EM: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """loss_E with gradient, and the metrics' values [E, columns] without."""
+    """loss_E with gradient, and the metrics' values [E, columns] without.
+
+    Log-probs are of the batch's members. Where these are quads and the objective is on pairs, single
+    responses or three members, E counts the examples that the quads hold.
+    """
+    rows_of = objectives.OBJECTIVES[job.objective].rows
     tokens_EM = batch.scored_M.view(batch.examples, batch.members)
     differing_E = torch.tensor([row.differing for row in rows], device=policy_EM.device)
+    if batch.members != len(rows_of.members):
+
+        def of_quads(values_Q4: Tensor) -> Tensor:
+            return values_Q4[:, list(rows_of.columns)].reshape(-1, len(rows_of.members))
+
+        policy_EM, tokens_EM = of_quads(policy_EM), of_quads(tokens_EM)
+        reference_EM = None if reference_EM is None else of_quads(reference_EM)
+        differing_E = differing_E.repeat_interleave(len(policy_EM) // len(rows))
     loss_E = objectives.compute(
         job.objective, policy_EM, reference_EM, tokens_EM, differing_E, job.options
     )
-    rows_of = objectives.OBJECTIVES[job.objective].rows
     return loss_E, metrics.per_example(rows_of, loss_E, policy_EM, reference_EM, tokens_EM)
 
 
@@ -276,8 +288,7 @@ def evaluate(job: Job, policy: LogProbs, reference: Reference | None) -> dict[st
     """
     if not job.heldout:
         return {}
-    kind = objectives.OBJECTIVES[job.objective].rows
-    names = metrics.columns(kind, reference is not None)
+    names = metrics.columns(objectives.OBJECTIVES[job.objective].rows, reference is not None)
     shares = list(metrics.preferences(torch.zeros(1, 4)))
     sums = torch.zeros(len(names) + len(shares) + 2, device=job.device)
     policy.eval()
@@ -290,23 +301,11 @@ def evaluate(job: Job, policy: LogProbs, reference: Reference | None) -> dict[st
         reference_Q4 = reference_log_probs(reference, rows, batch, idle=indices is None)
         if indices is None:  # it took part because other ranks' weights are gathered together
             continue
-        tokens_Q4 = batch.scored_M.view(batch.examples, 4)
-        policy_EM, tokens_EM = _rows(policy_Q4, kind), _rows(tokens_Q4, kind)
-        reference_EM = None if reference_Q4 is None else _rows(reference_Q4, kind)
-        differing_Q = torch.tensor([row.differing for row in rows], device=job.device)
-        differing_E = differing_Q.repeat_interleave(len(policy_EM) // len(rows))
-        loss_E = objectives.compute(
-            job.objective, policy_EM, reference_EM, tokens_EM, differing_E, job.options
-        )
-        per_example = metrics.per_example(kind, loss_E, policy_EM, reference_EM, tokens_EM)
+        _, per_example = score(job, batch, rows, policy_Q4, reference_Q4)
         per_quad = torch.stack(list(metrics.preferences(policy_Q4).values()), dim=1)
-        counts = sums.new_tensor([len(policy_EM), len(rows)])
+        counts = sums.new_tensor([len(per_example), len(rows)])
         sums += torch.cat([per_example.sum(0), per_quad.sum(0), counts])
     policy.train()
     *totals, example_count, quad_count = metrics.sum_over_ranks(sums)
     values = {name: totals[i] / example_count for i, name in enumerate(names)}
     return values | {name: totals[len(names) + i] / quad_count for i, name in enumerate(shares)}
-
-
-def _rows(quads_Q4: Tensor, kind: objectives.Rows) -> Tensor:
-    return quads_Q4[:, list(kind.columns)].reshape(-1, len(kind.members))

@@ -22,7 +22,7 @@ from iopo.training.launch.placement import RankInfo
 from iopo.training.loop import Job, Reference
 from iopo.training.plan.auto import resolve_checkpointing
 from iopo.training.policy import make_policy
-from iopo.training.reference import sources
+from iopo.training.reference import Cache, adapter_off, cache_folder, cached, live, manifest
 from iopo.training.split import splitting
 
 REFUSED = 2  # exit code: config or data refused
@@ -55,13 +55,13 @@ def build_run(cfg: TrainConfig, ranks: RankInfo, *, with_reference: bool = True)
     reference = None
     if with_reference and objectives.OBJECTIVES[cfg.objective.name].reference:
         if cfg.reference.source is ReferenceSource.adapter_off:
-            reference = sources.adapter_off(policy, collective=model.sharded)
+            reference = adapter_off(policy, collective=model.sharded)
         elif cfg.reference.source is ReferenceSource.live:
-            reference = sources.live(make_policy(cfg, inputs.model_path, ranks, frozen=True))
+            reference = live(make_policy(cfg, inputs.model_path, ranks, frozen=True))
         else:
-            names = sources.manifest(cfg.model, cfg.data, inputs, ranks.device.type)
-            cache = sources.Cache(sources.cache_folder(cfg.reference), names)
-            reference = sources.cached(cache, job, model, cfg.reference.recheck_rows)
+            names = manifest(cfg.model, cfg.data, inputs, ranks.device.type)
+            cache = Cache(cache_folder(cfg.reference), names)
+            reference = cached(cache, job, model, cfg.reference.recheck_rows)
     optimizer = optim.make_optimizer(model.parameters, cfg.optim)
     return Run(inputs, job, model, policy, reference, optimizer)
 
