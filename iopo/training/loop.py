@@ -217,8 +217,8 @@ def score(
 ) -> tuple[Tensor, Tensor]:
     """loss_E with gradient, and the metrics' values [E, columns] without.
 
-    Log-probs are of the batch's members. Where these are quads and the objective is on pairs, single
-    responses or three members, E counts the examples that the quads hold.
+    Log-probs are of the batch's members. Where these are quads and the objective is on other rows,
+    E counts the examples that the quads hold.
     """
     rows_of = objectives.OBJECTIVES[job.objective].rows
     tokens_EM = batch.scored_M.view(batch.examples, batch.members)
