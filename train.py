@@ -161,7 +161,7 @@ def train(cfg: TrainConfig, folder: Path, ranks: RankInfo, control: Control) -> 
         trim_malloc()
         for result in loop.train_steps(job, model, run.optimizer, reference, first_step=done + 1):
             done, last, measured = result.step, result.step == job.steps, {}
-            logger.step(result)
+            logger.step(done, result.reduce)
             if last or every(cfg.evaluation.every_steps, done):
                 measured = loop.evaluate(job, run.policy, reference)
                 logger.heldout(done, measured)
