@@ -35,8 +35,8 @@ def train(cfg, rows) -> None:
     policy = LogProbs(tiny_causal_lm(cfg.model.tiny, seed=0, dtype=torch.float32, attention=SHARED))
     setup.adapt(cfg, policy)
     cpu = torch.device("cpu")
-    how = setup.recomputation(cfg)
-    train_model = prepare(policy, device=cpu, dtype=torch.float32, mesh=None, **how)
+    how = setup.block_options(cfg.parallel)
+    train_model = prepare(policy, device=cpu, dtype=torch.float32, mesh=None, block_options=how)
     optimizer = optim.make_optimizer(train_model.parameters, cfg.optim)
     splitting = setup.splitting(cfg, 1)
     batches = [build_shared(part) for part in (by_prompt(rows) if splitting else [rows])]

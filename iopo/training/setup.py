@@ -1,16 +1,14 @@
 """From a config to a policy on its device."""
 
-from typing import Any
-
 import torch
 
 from iopo import objectives
-from iopo.config import Checkpointing, Device, Dtype, TrainConfig
+from iopo.config import Checkpointing, Device, Dtype, ParallelConfig, TrainConfig
 from iopo.data.batching import Batching, plan_steps, token_counts
 from iopo.logprobs import LogProbs
 from iopo.model import load, lora
 from iopo.model.attention import SHARED
-from iopo.model.parallel import TrainModel, make_mesh, prepare
+from iopo.model.parallel import BlockOptions, TrainModel, make_mesh, prepare
 from iopo.training import optim
 from iopo.training.inputs import Inputs
 from iopo.training.launch.placement import RankInfo
@@ -142,15 +140,13 @@ def check_sharding(cfg: TrainConfig, world_size: int) -> None:
         )
 
 
-def recomputation(cfg: TrainConfig) -> dict[str, Any]:
-    """parallel.checkpointing as arguments of `prepare`. `auto` must have been settled before."""
-    kind = cfg.parallel.checkpointing
-    assert kind is not Checkpointing.auto, "memory_fit.resolve_checkpointing comes first"
-    every = {Checkpointing.none: 0, Checkpointing.every_k: cfg.parallel.checkpoint_every_k}
-    return {
-        "checkpoint_every": every.get(kind, 1),
-        "selective": kind is Checkpointing.selective,
-    }
+def block_options(parallel: ParallelConfig) -> BlockOptions:
+    """What the configuration does to each block. `auto` must have been resolved before."""
+    kind = parallel.checkpointing
+    assert kind is not Checkpointing.auto, "resolve_checkpointing comes first"
+    every = {Checkpointing.none: 0, Checkpointing.every_k: parallel.checkpoint_every_k}
+    selective = kind is Checkpointing.selective
+    return BlockOptions(every.get(kind, 1), selective, parallel.compile)
 
 
 def make_policy(cfg: TrainConfig, inputs: Inputs, ranks: RankInfo) -> TrainModel:
@@ -168,8 +164,7 @@ def make_policy(cfg: TrainConfig, inputs: Inputs, ranks: RankInfo) -> TrainModel
         dtype=dtype,
         mesh=make_mesh(ranks.device.type, p.shard_processes) if shard else None,
         offload=p.offload,
-        compile_blocks=p.compile,
-        **recomputation(cfg),
+        block_options=block_options(cfg.parallel),
     )
 
 

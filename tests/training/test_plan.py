@@ -95,8 +95,8 @@ def test_flops_are_those_that_pytorch_counts(overrides):
     eager = LogProbs(tiny_causal_lm(cfg.model.tiny, seed=0, dtype=torch.float32, attention="eager"))
     setup.adapt(cfg, eager)
     cpu = torch.device("cpu")
-    how = setup.recomputation(cfg)
-    run = prepare(eager, device=cpu, dtype=torch.float32, mesh=None, **how)
+    how = setup.block_options(cfg.parallel)
+    run = prepare(eager, device=cpu, dtype=torch.float32, mesh=None, block_options=how)
     batch = build_plain(rows)
     with FlopCounterMode(display=False) as counter:
         run.model(batch).sum().backward()

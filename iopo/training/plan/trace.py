@@ -14,7 +14,7 @@ Letters: T packed tokens, R response rows, D width, V vocabulary, H heads, E hea
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,7 +65,8 @@ def meta_policy(cfg: TrainConfig, config: PretrainedConfig, dtype: torch.dtype) 
     loaded = dtype if cfg.model.lora.rank > 0 else wide
     policy = LogProbs(load.meta_causal_lm(config, loaded, SHARED))
     setup.adapt(cfg, policy)
-    return prepare(policy, device=META, dtype=dtype, mesh=None, **setup.recomputation(cfg))
+    options = replace(setup.block_options(cfg.parallel), compile=False)
+    return prepare(policy, device=META, dtype=dtype, mesh=None, block_options=options)
 
 
 def trace(policy: TrainModel, examples: Sequence[Example], device_type: str) -> Trace:
