@@ -22,7 +22,7 @@ from iopo.data.layout import Batch, build_plain, build_shared
 from iopo.logprobs import LogProbs
 from iopo.model import lora
 from iopo.model.attention import SHARED
-from iopo.model.parallel import blocks, prepare, wrap_blocks
+from iopo.model.parallel import BlockOptions, blocks, prepare, wrap_blocks
 from iopo.objectives import OBJECTIVES
 from iopo.training.split import PromptByPrompt, by_prompt
 
@@ -141,9 +141,8 @@ class Trainer:
         """Make the model compute as the row says; has no effect on its weights."""
         for block in blocks(self.policy):
             vars(block).pop("forward", None)  # what wrap_blocks has put over the class's own
-        wrap_blocks(
-            self.policy, variant.checkpoint_every, variant.compile, selective=variant.selective
-        )
+        options = BlockOptions(variant.checkpoint_every, variant.selective, variant.compile)
+        wrap_blocks(self.policy, options)
         attention = "sdpa" if variant.layout == "plain" else SHARED
         self.policy.causal_lm.set_attn_implementation(attention)
         if self.reference is not None:

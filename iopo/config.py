@@ -5,9 +5,9 @@ checks run in __post_init__, when train.py turns the composed config into object
 and evaluate.py nothing imports Hydra. Comments on the keys, with units, are in conf/*.yaml.
 """
 
-import enum
 import json
 from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
 from typing import Any
 
 from iopo.objectives import OBJECTIVES, SMOOTHED_LINKS, Link, Options
@@ -15,61 +15,15 @@ from iopo.objectives import OBJECTIVES, SMOOTHED_LINKS, Link, Options
 HELDOUT_MEASURES = ("loss", "group_accuracy", "x_preference", "y_preference")  # of any objective
 
 
-class Dtype(enum.StrEnum):
-    auto = enum.auto()
-    bf16 = enum.auto()
-    fp32 = enum.auto()
-    fp64 = enum.auto()
-
-
-class Layout(enum.StrEnum):
-    shared = enum.auto()
-    plain = enum.auto()
-
-
-class Overlong(enum.StrEnum):
-    drop = enum.auto()
-    truncate = enum.auto()
-    error = enum.auto()
-
-
-class Schedule(enum.StrEnum):
-    cosine = enum.auto()
-    linear = enum.auto()
-    constant = enum.auto()
-
-
-class ReferenceSource(enum.StrEnum):
-    auto = enum.auto()
-    cache = enum.auto()
-    live = enum.auto()
-    adapter_off = enum.auto()
-
-
-class Wandb(enum.StrEnum):
-    off = enum.auto()
-    offline = enum.auto()
-    online = enum.auto()
-
-
-class Checkpointing(enum.StrEnum):
-    none = enum.auto()
-    every_k = enum.auto()
-    selective = enum.auto()
-    full = enum.auto()
-    auto = enum.auto()
-
-
-class Resume(enum.StrEnum):
-    auto = enum.auto()
-    must = enum.auto()
-    never = enum.auto()
-
-
-class Device(enum.StrEnum):
-    auto = enum.auto()
-    cpu = enum.auto()
-    cuda = enum.auto()
+Dtype = StrEnum("Dtype", ["auto", "bf16", "fp32", "fp64"])
+Layout = StrEnum("Layout", ["shared", "plain"])
+Overlong = StrEnum("Overlong", ["drop", "truncate", "error"])
+Schedule = StrEnum("Schedule", ["cosine", "linear", "constant"])
+ReferenceSource = StrEnum("ReferenceSource", ["auto", "cache", "live", "adapter_off"])
+Wandb = StrEnum("Wandb", ["off", "offline", "online"])
+Checkpointing = StrEnum("Checkpointing", ["none", "every_k", "selective", "full", "auto"])
+Resume = StrEnum("Resume", ["auto", "must", "never"])
+Device = StrEnum("Device", ["auto", "cpu", "cuda"])
 
 
 def _require(ok: bool, key: str, found: Any, expected: str) -> None:

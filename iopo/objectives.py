@@ -16,7 +16,7 @@ Equations are those of arXiv 2411.06208v3 (IOPO, ACL 2025) unless a function say
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum, auto
+from enum import StrEnum
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -100,16 +100,7 @@ def exo(margin: Tensor, *, beta: float, label_smoothing: float = 1e-3) -> Tensor
     return win.exp() * (win - math.log(1 - e)) + lose.exp() * (lose - math.log(e))
 
 
-class Link(StrEnum):
-    """Names of the link functions."""
-
-    sigmoid = auto()
-    hinge = auto()
-    ipo = auto()
-    robust = auto()
-    exo = auto()
-
-
+Link = StrEnum("Link", ["sigmoid", "hinge", "ipo", "robust", "exo"])
 LINKS: dict[str, Callable[..., Tensor]] = {
     Link.sigmoid: sigmoid, Link.hinge: hinge, Link.ipo: ipo, Link.robust: robust, Link.exo: exo,
 }  # fmt: skip

@@ -20,7 +20,7 @@ from iopo.model.parallel import prepare
 from iopo.objectives import QUAD
 from iopo.training import optim
 from iopo.training.plan.lengths import example_of
-from iopo.training.policy import adapt, recomputation
+from iopo.training.policy import adapt, block_options
 from iopo.training.split import PromptByPrompt, by_prompt, splitting
 
 
@@ -36,8 +36,8 @@ def train(cfg, rows) -> None:
     policy = LogProbs(tiny_causal_lm(cfg.model.tiny, seed=0, dtype=torch.float32, attention=SHARED))
     adapt(policy, cfg.model.lora, cfg.seed)
     cpu = torch.device("cpu")
-    how = recomputation(cfg.parallel)
-    train_model = prepare(policy, device=cpu, dtype=torch.float32, mesh=None, **how)
+    how = block_options(cfg.parallel)
+    train_model = prepare(policy, device=cpu, dtype=torch.float32, mesh=None, block_options=how)
     optimizer = optim.make_optimizer(train_model.parameters, cfg.optim)
     split = splitting(cfg.objective, cfg.optim, cfg.model.lora, cfg.parallel, 1)
     few = [example_of(QUAD, 4, 4)]  # for optimizer state, then a gradient; then comes the peak

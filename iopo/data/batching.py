@@ -1,7 +1,7 @@
 """Which examples make which step, rank and micro-batch: pure functions of (seed, epoch, step).
 
 An epoch is one random order of all examples, cut into steps of `global_batch_quads`. The last step
-of an epoch holds what is left: nothing is dropped or repeated, and the loss is divided by the
+of an epoch holds the rest: nothing is dropped or repeated, and the loss is divided by the
 number of quads that the step really holds (`len(quads_of_step(...))`). Which quads a step holds
 depends on neither ranks, layout nor packing, so the position of a run is one integer, the step.
 
@@ -192,8 +192,7 @@ def _balanced(
 
 def _split(tokens_N: np.ndarray, share: list[int], batching: Batching) -> list[list[int]]:
     """A rank's quads, longest first, as few micro-batches as the limit allows."""
-    if batching.micro_batch_quads is not None:
-        size = batching.micro_batch_quads
+    if (size := batching.micro_batch_quads) is not None:
         return [share[at : at + size] for at in range(0, len(share), size)]
     assert batching.tokens_per_microbatch is not None  # checked in Batching
     return first_fit(tokens_N, share, batching.tokens_per_microbatch, batching.layout)

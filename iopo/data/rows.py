@@ -8,7 +8,6 @@ answer (released code, data/processors/pairwise.py; the release itself cannot lo
 because its converter refuses two human turns in a row).
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from iopo.data import checks
-from iopo.files import iter_records
+from iopo.files import iter_records, sha256_text
 
 MAX_LISTED = 20  # bad rows shown of one file; the rest is counted
 GOOD_SHAREGPT_ROW = {
@@ -137,7 +136,9 @@ def _row(decoded: object, kind: str | None) -> tuple[Row | None, list[str]]:
         key: decoded[key] for key in keys + checks.OPTIONAL[kind] if key in decoded
     }
     if fields.get("id") is None:
-        fields["id"] = _texts_id([fields[key] for key in keys], fields.get("system"))
+        system = fields.get("system")
+        texts = [fields[key] for key in keys] + ([system] if system is not None else [])
+        fields["id"] = sha256_text(json.dumps(texts))[:16]
     return CLASSES[kind](**fields), []
 
 
@@ -196,11 +197,6 @@ def _wrong_turns(roles: list[str]) -> str:
             " and one response: render the earlier turns into x1 and x2"
         )
     return found
-
-
-def _texts_id(texts: Sequence[str], system: str | None) -> str:
-    parts = list(texts) + ([system] if system is not None else [])
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def _duplicate(decoded: object, row_id: str, first_line: int) -> str:

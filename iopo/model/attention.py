@@ -1,7 +1,7 @@
 """The attention function that lets transformers' models run on the shared layout.
 
 `register_attention` makes it known to transformers under the name SHARED; a model loaded with
-`attn_implementation=SHARED` then works on all layouts. With `segments=` among the keyword
+`attn_implementation=SHARED` then works on both layouts. With `segments=` among the keyword
 arguments of the model's forward, attention is by segments (see SharedSegments): PyTorch's
 varlen_attn on CUDA, attention_cpu on the CPU. Without it (plain layout, generation) it is
 transformers' own "sdpa".

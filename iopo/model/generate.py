@@ -78,31 +78,25 @@ def generate(
     stops = end_of_turn_ids(model, chat.tokenizer)
     # Long prompts first: the first batch is the largest, so memory runs out at once or never.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    answers: dict[int, list[int]] = {}
+    answers: dict[int, Generation] = {}
     with inference(model):
         for start in range(0, len(order), decoding.batch_size):
             batch = order[start : start + decoding.batch_size]
             for i, tokens in _decode(model, prompts, batch, stops, decoding):
-                answers[i] = tokens
+                stopped = tokens[-1] in stops
+                said = tokens[:-1] if stopped else tokens
+                text = str(chat.tokenizer.decode(said, skip_special_tokens=True))
+                answers[i] = Generation(text, "stop" if stopped else "length", len(tokens))
                 if on_progress is not None:
                     on_progress(len(answers), len(prompts))
-    found = []
-    for i in range(len(prompts)):
-        stopped = answers[i][-1] in stops
-        text = chat.tokenizer.decode(
-            answers[i][: -1 if stopped else None], skip_special_tokens=True
-        )
-        found.append(Generation(str(text), "stop" if stopped else "length", len(answers[i])))
-    return found
+    return [answers[i] for i in range(len(prompts))]
 
 
 def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Tokens that end an answer: the tokenizer's end token and the generation config's."""
-    found = {tokenizer.eos_token_id}
     config = model.generation_config
     named = config.eos_token_id if config is not None else None
-    found.update(named if isinstance(named, list) else [named])
-    found.discard(None)
+    found = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
     if not found:
         raise ValueError(
             "generate: neither the tokenizer nor the generation config names an end-of-turn token; "

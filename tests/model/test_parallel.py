@@ -16,6 +16,7 @@ from iopo.config import ExportConfig
 from iopo.logprobs import LogProbs
 from iopo.model import lora, parallel
 from iopo.model.load import byte_tokenizer
+from iopo.model.parallel import BlockOptions
 from iopo.training.export import write_exports
 from iopo.training.launch.placement import RankInfo
 
@@ -100,7 +101,9 @@ def spread(kind, how, dtype=torch.float32, **options):
         "hsdp": lambda: parallel.make_mesh("cpu", shard_processes=1),
         "replicate": lambda: None,
     }[how]()
-    train_model = parallel.prepare(root, device=CPU, dtype=dtype, mesh=mesh, **options)
+    train_model = parallel.prepare(
+        root, device=CPU, dtype=dtype, mesh=mesh, block_options=BlockOptions(**options)
+    )
     return root, train_model
 
 
@@ -237,7 +240,9 @@ def test_checkpointing_changes_no_bit(kind, how, dtype):
         root = make(kind).train()
         if dtype is torch.float64:
             root.to(dtype)
-        train_model = parallel.prepare(root, device=CPU, dtype=dtype, mesh=None, **options)
+        train_model = parallel.prepare(
+            root, device=CPU, dtype=dtype, mesh=None, block_options=BlockOptions(**options)
+        )
         return gradients(root, train_model, range(8))[0]
 
     plain, recomputed = grads(), grads(**HOW[how])
@@ -358,5 +363,5 @@ def test_offload_needs_shards_and_meshes_need_divisors(monkeypatch):
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same_gradients():
     expected = gradients(*spread("full", "replicate"), range(8))[0]
-    compiled = spread("full", "replicate", compile_blocks=True, checkpoint_every=1)
+    compiled = spread("full", "replicate", compile=True, checkpoint_every=1)
     assert_same(gradients(*compiled, range(8))[0], expected, 1e-5)

@@ -25,7 +25,7 @@ from iopo.training.plan.description import PlannedRun, architecture, describe
 from iopo.training.plan.lengths import example_of
 from iopo.training.plan.report import plan_report
 from iopo.training.plan.trace import Trace, attended_pairs, meta_policy, trace
-from iopo.training.policy import adapt, recomputation
+from iopo.training.policy import adapt, block_options
 
 HERE = Path(__file__).parents[1]
 SMALL = (  # 35 M parameters
@@ -99,8 +99,8 @@ def test_flops_are_those_that_pytorch_counts(overrides):
     eager = LogProbs(tiny_causal_lm(cfg.model.tiny, seed=0, dtype=torch.float32, attention="eager"))
     adapt(eager, cfg.model.lora, cfg.seed)
     cpu = torch.device("cpu")
-    how = recomputation(cfg.parallel)
-    run = prepare(eager, device=cpu, dtype=torch.float32, mesh=None, **how)
+    how = block_options(cfg.parallel)
+    run = prepare(eager, device=cpu, dtype=torch.float32, mesh=None, block_options=how)
     batch = build_plain(rows)
     with FlopCounterMode(display=False) as counter:
         run.model(batch).sum().backward()
