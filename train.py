@@ -118,16 +118,16 @@ def start(cfg: TrainConfig, config_text: str) -> int:
     check_sharding(cfg.parallel, placement.world_size)
     batches = batching(cfg.optim, cfg.data.layout, cfg.seed, placement.world_size)
     inputs = load_inputs(cfg)
-    plan = plan_steps(len(inputs.train), batches, cfg.optim.epochs, cfg.optim.max_steps)
+    steps = plan_steps(len(inputs.train), batches, cfg.optim.epochs, cfg.optim.max_steps)
     fingerprint = resume.fingerprint(cfg, inputs, placement.world_size)
-    if resume.is_finished(folder, fingerprint, plan.steps):
+    if resume.is_finished(folder, fingerprint, steps):
         log.info(f"{folder} is complete: nothing to do (delete it, or choose another run=)")
         return OK
     for note in resume.refuse_or_note(folder, fingerprint, resume=cfg.checkpoint.resume):
         log.info(f"resume: {note}")
     for line in inputs.report_lines():
         log.info(line)
-    log.info(f"{plan.steps} steps of {cfg.optim.global_batch_quads} examples, {cfg.run}")
+    log.info(f"{steps} steps of {cfg.optim.global_batch_quads} examples, {cfg.run}")
 
     if not placement.is_main:
         return launch(worker, cfg, folder, **ranks)
@@ -142,46 +142,38 @@ def train(cfg: TrainConfig, folder: Path, ranks: RankInfo, control: Control) -> 
     """One run on one rank, from weights to export. `launch` calls it on every rank."""
     set_up_logging(main=ranks.is_main)
     seed_process(cfg.seed, "process", ranks.rank)
-    run = setup.build_run(cfg, ranks)  # the reference comes before any checkpoint
+    # Before any checkpoint: the reference is the starting weights.
+    run = setup.build_run(cfg, ranks)
     job, model, reference = run.job, run.model, run.reference
     fingerprint = resume.fingerprint(cfg, run.inputs, ranks.world_size)
     done = resume.restore(folder, model, run.optimizer, ranks)
-    logger = Logger(
-        folder, cfg.tracker, plain(cfg), main=ranks.is_main, steps=range(done + 1, job.steps + 1)
-    )
-
-    def evaluate(step: int) -> dict[str, float]:
-        values = loop.evaluate(job, run.policy, reference)
-        logger.heldout(step, values)
-        return values
-
-    with (
-        logger,
-        Checkpoints(folder, cfg.checkpoint) as checkpoints,
-    ):
+    c, steps = cfg.checkpoint, range(done + 1, job.steps + 1)
+    logger = Logger(folder, cfg.tracker, plain(cfg), main=ranks.is_main, steps=steps)
+    with logger, Checkpoints(folder, c) as checkpoints:
         if done == 0:
             if reference is not None:
                 loop.check_start(job, run.policy, reference)
             if ranks.is_main:
                 samples.before(folder, cfg.evaluation, run.inputs, model)
-            evaluate(0)
+            logger.heldout(0, loop.evaluate(job, run.policy, reference))
             # What came before drew as many numbers as the caches were cold: training must not care.
             seed_process(cfg.seed, "training", ranks.rank)
         trim_malloc()
-        period = cfg.checkpoint.save_every_steps
         for result in loop.train_steps(job, model, run.optimizer, reference, first_step=done + 1):
-            done, last = result.step, result.step == job.steps
-            logger.step(result)
-            due = last or every(cfg.evaluation.every_steps, done)
-            measured = evaluate(done) if due else {}
+            done, last, measured = result.step, result.step == job.steps, {}
+            logger.step(done, result.reduce)
+            if last or every(cfg.evaluation.every_steps, done):
+                measured = loop.evaluate(job, run.policy, reference)
+                logger.heldout(done, measured)
             stop = control.should_stop()
-            if every(period, done) or stop or (last and period is not None):
+            if every(c.save_every_steps, done) or stop or (last and c.save_every_steps is not None):
                 logger.flush()
                 state = gather_state(model.parameters, run.optimizer, ranks.rank)
                 checkpoints.save(done, state, fingerprint | {"metrics": measured})
             if stop and not last:
                 return
-    export.export(cfg, folder, run, ranks)  # first of all: it is what the run was for
+    # The export comes first: it is what the run was for.
+    export.export(run, folder, cfg.model, cfg.export, ranks)
     if ranks.is_main:
         samples.after(folder, cfg.evaluation, run.inputs, model)
         report.write_summary(folder)

@@ -17,7 +17,7 @@ import torch
 
 from iopo.data.layout import build_shared
 from iopo.data.rows import read_rows
-from iopo.data.tokenize import Chat, Limits, tokenize_rows
+from iopo.data.tokenize import Chat, Encoder, Limits, tokenize_rows
 from iopo.logprobs import LogProbs
 from iopo.model.attention import SHARED
 from iopo.model.host_memory import tune_malloc
@@ -34,7 +34,7 @@ def child(keep: bool, repeats: int) -> None:
     path = resolve_model("demo")
     chat = Chat(load_tokenizer(path))
     rows = read_rows("data/demo/train.jsonl", kind="quad")[:4]
-    examples, _ = tokenize_rows(rows, chat, Limits(512, 256))
+    examples, _ = tokenize_rows(rows, Encoder(chat, Limits(512, 256)))
     policy = LogProbs(load_causal_lm(path, torch.float32, attention=SHARED)).train()
     cpu = torch.device("cpu")
     train_model = prepare(policy, device=cpu, dtype=default_dtype("cpu"), mesh=None)

@@ -47,7 +47,7 @@ class Task:
     def examples(self) -> list[Example]:
         """The rows of the step: quads, or the pairs or sft rows that the quads began as."""
         quads = make_quads(self.shape, demo_examples(load_tokenizer(self.model)))[: self.quads]
-        rows = objectives.KINDS[self.objective].rows
+        rows = objectives.OBJECTIVES[self.objective].rows.kind
         return as_pairs(quads) if rows == "pair" else as_sft(quads) if rows == "sft" else quads
 
     def trainer(self, live: bool) -> Trainer:

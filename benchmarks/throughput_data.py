@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from iopo.data.encode import Limits
 from iopo.data.example import Example
 from iopo.data.rows import read_rows
-from iopo.data.tokenize import Chat, tokenize_rows
+from iopo.data.tokenize import Chat, Encoder, Limits, tokenize_rows
 
 TRAIN = Path(__file__).parent.parent / "data" / "demo" / "train.jsonl"
 # name -> (prompt tokens, response tokens, quads in a step); None: as in the demo data
@@ -25,7 +24,7 @@ SHAPES: dict[str, tuple[int, int, int] | tuple[None, None, int]] = {
 def demo_examples(tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """All training quads of the demo."""
     limits = Limits(max_prompt_tokens=4096, max_response_tokens=4096)
-    return tokenize_rows(read_rows(TRAIN), Chat(tokenizer), limits)[0]
+    return tokenize_rows(read_rows(TRAIN), Encoder(Chat(tokenizer), limits))[0]
 
 
 def make_quads(shape: str, demo: Sequence[Example]) -> list[Example]:

@@ -18,15 +18,14 @@ from transformers import PreTrainedModel
 from iopo import objectives
 from iopo.data.batching import Batching, pass_micro_batches, token_counts, tokens
 from iopo.data.example import Example
-from iopo.data.layout import Batch, build_packed, build_plain, build_shared
+from iopo.data.layout import Batch, build_plain, build_shared
 from iopo.logprobs import LogProbs
 from iopo.model import lora
 from iopo.model.attention import SHARED
-from iopo.model.parallel import blocks, prepare, wrap_blocks
-from iopo.objectives import KINDS
+from iopo.model.parallel import BlockOptions, blocks, prepare, wrap_blocks
+from iopo.objectives import OBJECTIVES
 from iopo.training.split import PromptByPrompt, by_prompt
 
-BUILD = {"plain": build_plain, "packed": build_packed, "shared": build_shared}
 LORA_RANK = 16
 TOKENS_PER_MICROBATCH = 1024  # as in conf/optim/default.yaml
 
@@ -64,6 +63,22 @@ LADDER = (
 )
 PLAIN, CACHED, FRUGAL, SELECTIVE, BEST = (LADDER[i] for i in (0, 4, 5, 6, 7))
 COMPILED = replace(BEST, name="no checkpointing + compile", compile=True)
+
+
+def unshared(example: Example) -> Example:
+    """The same members, each with its own copy of its prompt: what sharing is compared with."""
+    forest = zip(example.prompts, example.responses, strict=True)
+    paths = [(prompt, (response,)) for prompt, responses in forest for response in responses]
+    prompts, responses = zip(*paths, strict=True)
+    return replace(example, prompts=prompts, responses=responses)
+
+
+def build_packed(examples: Sequence[Example], *, multiple: int = 1) -> Batch:
+    """The log-probs of build_shared from 4(P + R) tokens per quad."""
+    return build_shared([unshared(example) for example in examples], multiple=multiple)
+
+
+BUILD = {"plain": build_plain, "packed": build_packed, "shared": build_shared}
 
 
 class Trainer:
@@ -126,9 +141,8 @@ class Trainer:
         """Make the model compute as the row says; has no effect on its weights."""
         for block in blocks(self.policy):
             vars(block).pop("forward", None)  # what wrap_blocks has put over the class's own
-        wrap_blocks(
-            self.policy, variant.checkpoint_every, variant.compile, selective=variant.selective
-        )
+        options = BlockOptions(variant.checkpoint_every, variant.selective, variant.compile)
+        wrap_blocks(self.policy, options)
         attention = "sdpa" if variant.layout == "plain" else SHARED
         self.policy.causal_lm.set_attn_implementation(attention)
         if self.reference is not None:
@@ -147,7 +161,7 @@ class Trainer:
         cache: example id -> reference log-probs [M]; needed by rows without a live reference.
         """
         losses: dict[str, Tensor] = {}
-        wanted = KINDS[objective].reference
+        wanted = OBJECTIVES[objective].reference
         for rows in self.micro_batches(examples, variant):
             batch = BUILD[variant.layout](rows).to(self.device)
             reference_EM = None
@@ -156,7 +170,9 @@ class Trainer:
             elif wanted:
                 assert cache is not None
                 reference_EM = torch.tensor([cache[e.id] for e in rows], device=self.device)
-            parts = self.divided(rows, KINDS[objective].direction) if variant.by_prompt else None
+            parts = (
+                self.divided(rows, OBJECTIVES[objective].direction) if variant.by_prompt else None
+            )
             policy_EM = parts.log_probs() if parts else logps(self.policy, batch, variant)
             loss_E = objectives.compute(
                 objective,
@@ -199,11 +215,13 @@ class Trainer:
             global_batch_quads=len(examples),
             ranks=1,
             seed=0,
-            layout=variant.layout,
+            layout="plain" if plain else "shared",
             micro_batch_quads=1 if plain else None,
             tokens_per_microbatch=None if plain else self.tokens,
         )
-        counts = token_counts(examples, variant.layout)
+        packed = variant.layout == "packed"
+        counted = [unshared(example) for example in examples] if packed else examples
+        counts = token_counts(counted, batching.layout)
         picked = pass_micro_batches(counts, batching, rank=0)
         return [[examples[i] for i in indices] for indices in picked if indices is not None]
 

@@ -5,86 +5,35 @@ checks run in __post_init__, when train.py turns the composed config into object
 and evaluate.py nothing imports Hydra. Comments on the keys, with units, are in conf/*.yaml.
 """
 
-from dataclasses import dataclass, field, fields, is_dataclass
-from enum import Enum
+import json
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
 from typing import Any
 
-OBJECTIVES = (
-    "iopo", "input_preference", "output_preference", "iopo_three", "dpo", "simpo", "orpo", "sft",
-)  # fmt: skip
-ON_QUADS, WITH_REFERENCE = OBJECTIVES[:4], OBJECTIVES[:5]
+from iopo.objectives import OBJECTIVES, SMOOTHED_LINKS, Link, Options
 
 HELDOUT_MEASURES = ("loss", "group_accuracy", "x_preference", "y_preference")  # of any objective
 
 
-class Link(Enum):
-    sigmoid = "sigmoid"
-    hinge = "hinge"
-    ipo = "ipo"
-    robust = "robust"
-    exo = "exo"
-
-
-class Dtype(Enum):
-    auto = "auto"
-    bf16 = "bf16"
-    fp32 = "fp32"
-    fp64 = "fp64"
-
-
-class Layout(Enum):
-    shared = "shared"
-    plain = "plain"
-
-
-class Overlong(Enum):
-    drop = "drop"
-    truncate = "truncate"
-    error = "error"
-
-
-class Schedule(Enum):
-    cosine = "cosine"
-    linear = "linear"
-    constant = "constant"
-
-
-class ReferenceSource(Enum):
-    auto = "auto"
-    cache = "cache"
-    live = "live"
-    adapter_off = "adapter_off"
-
-
-class Wandb(Enum):
-    off = "off"
-    offline = "offline"
-    online = "online"
-
-
-class Checkpointing(Enum):
-    none = "none"
-    every_k = "every_k"
-    selective = "selective"
-    full = "full"
-    auto = "auto"
-
-
-class Resume(Enum):
-    auto = "auto"
-    must = "must"
-    never = "never"
-
-
-class Device(Enum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
+Dtype = StrEnum("Dtype", ["auto", "bf16", "fp32", "fp64"])
+Layout = StrEnum("Layout", ["shared", "plain"])
+Overlong = StrEnum("Overlong", ["drop", "truncate", "error"])
+Schedule = StrEnum("Schedule", ["cosine", "linear", "constant"])
+ReferenceSource = StrEnum("ReferenceSource", ["auto", "cache", "live", "adapter_off"])
+Wandb = StrEnum("Wandb", ["off", "offline", "online"])
+Checkpointing = StrEnum("Checkpointing", ["none", "every_k", "selective", "full", "auto"])
+Resume = StrEnum("Resume", ["auto", "must", "never"])
+Device = StrEnum("Device", ["auto", "cpu", "cuda"])
 
 
 def _require(ok: bool, key: str, found: Any, expected: str) -> None:
     if not ok:
         raise ValueError(f"{key}: found {found!r}, expected {expected}")
+
+
+def _refuse(wrong: bool, message: str) -> None:
+    if wrong:
+        raise ValueError(message)
 
 
 def _at_least(section: Any, name: str, low: int, *keys: str) -> None:
@@ -146,49 +95,32 @@ class DataConfig:
 
 
 @dataclass
-class ObjectiveConfig:
+class ObjectiveConfig(Options):
     name: str = "iopo"
-    beta: float = 0.1
-    link: Link = Link.sigmoid
-    label_smoothing: float = 0.0
-    gamma: float = 0.0
-    odds_weight: float = 0.1
-    sft_weight: float = 0.0
-    margin_per_constraint: float = 0.0
 
     def __post_init__(self):
-        _require(
-            self.name in OBJECTIVES, "objective.name", self.name, "one of " + ", ".join(OBJECTIVES)
-        )
+        names = ", ".join(OBJECTIVES)
+        _require(self.name in OBJECTIVES, "objective.name", self.name, f"one of {names}")
         _require(self.beta > 0, "objective.beta", self.beta, "more than 0 (the paper uses 0.1)")
         key, e = "objective.label_smoothing", self.label_smoothing
         _require(0 <= e < 0.5, key, e, "0 <= e < 0.5")
         if self.link is Link.exo:
             _require(e > 0, key, e, "more than 0 with objective.link=exo (for example 0.001)")
-        if self.link in (Link.hinge, Link.ipo):
-            _require(e == 0, key, e, f"0: objective.link={self.link.value} has none")
+        if self.link not in SMOOTHED_LINKS:
+            _require(e == 0, key, e, f"0: objective.link={self.link} has none")
         weights = ("gamma", "odds_weight", "sft_weight", "margin_per_constraint")
         _at_least(self, "objective", 0, *weights)
-        self._refuse_idle_options()
+        for option in fields(Options):
+            value, users = getattr(self, option.name), _users(option.name)
+            _refuse(
+                value != option.default and self.name not in users,
+                f"objective.{option.name}={value} has no effect with objective.name={self.name}; "
+                f"remove it (used by {', '.join(users)})",
+            )
 
-    def _refuse_idle_options(self) -> None:
-        """An option that the chosen objective does not read is an error, not a silent no-op."""
-        uses = {
-            "beta": (*WITH_REFERENCE, "simpo"),
-            "gamma": ("simpo",),
-            "odds_weight": ("orpo",),
-            "sft_weight": (*WITH_REFERENCE, "simpo"),
-            "margin_per_constraint": ON_QUADS,
-            "link": WITH_REFERENCE,
-            "label_smoothing": WITH_REFERENCE,
-        }
-        for key, objectives in uses.items():
-            default = type(self).__dataclass_fields__[key].default
-            if getattr(self, key) != default and self.name not in objectives:
-                raise ValueError(
-                    f"objective.{key}={getattr(self, key)} has no effect with "
-                    f"objective.name={self.name}; remove it (used by {', '.join(objectives)})"
-                )
+
+def _users(option: str) -> list[str]:
+    return [name for name, objective in OBJECTIVES.items() if option in objective.reads]
 
 
 @dataclass
@@ -237,11 +169,11 @@ class ParallelConfig:
     def __post_init__(self):
         _at_least(self, "parallel", 1, "processes", "shard_processes", "checkpoint_every_k")
         _require(self.timeout_s > 0, "parallel.timeout_s", self.timeout_s, "more than 0 seconds")
-        if self.checkpoint_every_k != 2 and self.checkpointing is not Checkpointing.every_k:
-            raise ValueError(
-                f"parallel.checkpoint_every_k={self.checkpoint_every_k} has no effect with "
-                f"parallel.checkpointing={self.checkpointing.value}; set that to every_k"
-            )
+        _refuse(
+            self.checkpoint_every_k != 2 and self.checkpointing is not Checkpointing.every_k,
+            f"parallel.checkpoint_every_k={self.checkpoint_every_k} has no effect with "
+            f"parallel.checkpointing={self.checkpointing}; set that to every_k",
+        )
 
 
 @dataclass
@@ -336,59 +268,51 @@ class TrainConfig:
     plan_for: PlanConfig = field(default_factory=PlanConfig)
 
     def __post_init__(self):
-        adapted = self.model.lora.rank > 0
-        if self.reference.source is ReferenceSource.adapter_off and not adapted:
-            raise ValueError(
-                "reference.source=adapter_off: there are no adapters (model.lora.rank is 0), "
-                "expected model.lora.rank of 1 or more, or reference.source=cache or live"
-            )
-        if self.export.merged and not adapted:
-            raise ValueError(
-                "export.merged=true has no effect without adapters (model.lora.rank is 0); the "
-                "export is the whole model already"
-            )
-        if self.parallel.checkpointing is Checkpointing.auto and self.data.layout is Layout.plain:
-            raise ValueError(
-                "parallel.checkpointing=auto plans the memory of a run, which is modelled for "
-                "data.layout=shared only; with data.layout=plain expected none, every_k, selective "
-                "or full"
-            )
-        if not adapted and self.model.lora != LoraConfig():
-            raise ValueError(
-                "model.lora: alpha, dropout and targets have no effect at model.lora.rank=0, which "
-                "trains all weights; set the rank of the adapters"
-            )
-        if self.data.quad_rows == "first" and self.objective.name in ON_QUADS:
-            raise ValueError(
-                f"data.quad_rows=first has no effect with objective.name={self.objective.name}, "
-                "which takes whole quads; remove it"
-            )
-        source = self.reference.source
-        if source is not ReferenceSource.auto and self.objective.name not in WITH_REFERENCE:
-            raise ValueError(
-                f"reference.source={source.value} has no effect with "
-                f"objective.name={self.objective.name}, which has no reference; remove it"
-            )
+        adapted, source = self.model.lora.rank > 0, self.reference.source
+        name = self.objective.name
+        objective = OBJECTIVES[name]
+        on_quads = objective.rows.kind == "quad"
+        _refuse(
+            source is ReferenceSource.adapter_off and not adapted,
+            "reference.source=adapter_off: there are no adapters (model.lora.rank is 0), "
+            "expected model.lora.rank of 1 or more, or reference.source=cache or live",
+        )
+        _refuse(
+            self.export.merged and not adapted,
+            "export.merged=true has no effect without adapters (model.lora.rank is 0); the "
+            "export is the whole model already",
+        )
+        _refuse(
+            self.parallel.checkpointing is Checkpointing.auto and self.data.layout is Layout.plain,
+            "parallel.checkpointing=auto plans the memory of a run, which is modelled for "
+            "data.layout=shared only; with data.layout=plain expected none, every_k, selective "
+            "or full",
+        )
+        _refuse(
+            not adapted and self.model.lora != LoraConfig(),
+            "model.lora: alpha, dropout and targets have no effect at model.lora.rank=0, which "
+            "trains all weights; set the rank of the adapters",
+        )
+        _refuse(
+            self.data.quad_rows == "first" and on_quads,
+            f"data.quad_rows=first has no effect with objective.name={name}, which takes whole "
+            "quads; remove it",
+        )
+        _refuse(
+            source is not ReferenceSource.auto and not objective.reference,
+            f"reference.source={source} has no effect with objective.name={name}, which has no "
+            "reference; remove it",
+        )
         if self.parallel.split_quads:
-            self._check_split_quads()
-
-    def _check_split_quads(self) -> None:
-        name, budget = self.objective.name, self.optim.tokens_per_microbatch
-        dropout, so = self.model.lora.dropout, "with parallel.split_quads=true"
-        expected = f"an objective on quads {so}: two prompts"
-        _require(name in ON_QUADS, "objective.name", name, expected)
-        _require(budget is not None, "optim.tokens_per_microbatch", None, f"a number {so}")
-        _require(dropout == 0, "model.lora.dropout", dropout, f"0 {so}: other elements would drop")
+            budget, dropout = self.optim.tokens_per_microbatch, self.model.lora.dropout
+            so = "with parallel.split_quads=true"
+            expected = f"an objective on quads {so}: two prompts"
+            _require(on_quads, "objective.name", name, expected)
+            _require(budget is not None, "optim.tokens_per_microbatch", None, f"a number {so}")
+            why = f"0 {so}: other elements would drop"
+            _require(dropout == 0, "model.lora.dropout", dropout, why)
 
 
-def plain(cfg: Any) -> Any:
-    """A config as dicts, lists and scalars, for JSON: enums become their values."""
-    if is_dataclass(cfg):
-        return {f.name: plain(getattr(cfg, f.name)) for f in fields(cfg)}
-    if isinstance(cfg, Enum):
-        return cfg.value
-    if isinstance(cfg, dict):
-        return {key: plain(value) for key, value in cfg.items()}
-    if isinstance(cfg, list):
-        return [plain(value) for value in cfg]
-    return cfg
+def plain(cfg: Any) -> dict[str, Any]:
+    """A config as JSON gives it back: dicts, lists and scalars, enums by their values."""
+    return json.loads(json.dumps(asdict(cfg)))

@@ -21,7 +21,7 @@ class LogProbs(nn.Module):
     """A causal language model that returns log-probabilities of responses instead of logits.
 
     causal_lm: a transformers causal LM whose output layer is an nn.Linear (with or without bias,
-        tied or not), loaded with attn_implementation=SHARED for the shared and packed layouts.
+        tied or not), loaded with attn_implementation=SHARED for the shared layout.
         It stays reachable as `.causal_lm` and is not changed.
     """
 

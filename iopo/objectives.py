@@ -7,19 +7,24 @@ included. r = policy - reference is the log-ratio; only `policy` receives gradie
 returns one float32 value per example and never averages: the training loop divides by the number of
 examples in the whole step, so that results do not depend on micro-batches or ranks.
 
+OBJECTIVES, at the end, describes each objective once; what the program does for one (rows, options,
+metrics, held-out loss, memory plan) it reads there. A new objective is a function and a line in it.
+
 Equations are those of arXiv 2411.06208v3 (IOPO, ACL 2025) unless a function says otherwise.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 
 import torch.nn.functional as F
 from torch import Tensor
 
+MEMBERS = ("x1y1", "x1y2", "x2y2", "x2y1")
 X1Y1, X1Y2, X2Y2, X2Y1 = range(4)
 
-Link = Callable[[Tensor], Tensor]
+LinkFunction = Callable[[Tensor], Tensor]
 
 
 # --- margins: what each objective wants to be large (nats) --------------------------------------
@@ -95,14 +100,17 @@ def exo(margin: Tensor, *, beta: float, label_smoothing: float = 1e-3) -> Tensor
     return win.exp() * (win - math.log(1 - e)) + lose.exp() * (lose - math.log(e))
 
 
-LINKS = {"sigmoid": sigmoid, "hinge": hinge, "ipo": ipo, "robust": robust, "exo": exo}
-SMOOTHED_LINKS = ("sigmoid", "robust", "exo")
+Link = StrEnum("Link", ["sigmoid", "hinge", "ipo", "robust", "exo"])
+LINKS: dict[str, Callable[..., Tensor]] = {
+    Link.sigmoid: sigmoid, Link.hinge: hinge, Link.ipo: ipo, Link.robust: robust, Link.exo: exo,
+}  # fmt: skip
+SMOOTHED_LINKS = (Link.sigmoid, Link.robust, Link.exo)
 
 
 # --- objectives on quads -------------------------------------------------------------------------
 
 
-def iopo(policy_Q4: Tensor, reference_Q4: Tensor, *, link: Link) -> Tensor:
+def iopo(policy_Q4: Tensor, reference_Q4: Tensor, *, link: LinkFunction) -> Tensor:
     """Prefer the matched members to the mismatched ones, jointly: link((P1 + P2) / 2). Eq. 9.
 
     policy_Q4, reference_Q4: float32 [Q, 4]. With link = sigmoid(., beta) this is
@@ -114,7 +122,7 @@ def iopo(policy_Q4: Tensor, reference_Q4: Tensor, *, link: Link) -> Tensor:
     return link(iopo_margin(log_ratio(policy_Q4, reference_Q4, 4)))
 
 
-def iopo_three(policy_Q3: Tensor, reference_Q3: Tensor, *, link: Link) -> Tensor:
+def iopo_three(policy_Q3: Tensor, reference_Q3: Tensor, *, link: LinkFunction) -> Tensor:
     """The memory-saving form with three members x1y1, x1y2, x2y1: link(P1). Eq. 11.
 
     P1 = 2 r[x1y1] - r[x1y2] - r[x2y1], without the 1/2 of Eq. 9, as printed. The partition
@@ -124,7 +132,7 @@ def iopo_three(policy_Q3: Tensor, reference_Q3: Tensor, *, link: Link) -> Tensor
     return link(2 * r_Q3[:, 0] - r_Q3[:, 1] - r_Q3[:, 2])
 
 
-def input_preference(policy_Q4: Tensor, reference_Q4: Tensor, *, link: Link) -> Tensor:
+def input_preference(policy_Q4: Tensor, reference_Q4: Tensor, *, link: LinkFunction) -> Tensor:
     """Each response prefers its own instruction: "w/o Output Pref" of section 6.2.
 
     ( link(r[x1y1] - r[x2y1]) + link(r[x2y2] - r[x1y2]) ) / 2: two separate logistic terms, averaged
@@ -134,7 +142,7 @@ def input_preference(policy_Q4: Tensor, reference_Q4: Tensor, *, link: Link) -> 
     return (link(r_Q4[:, X1Y1] - r_Q4[:, X2Y1]) + link(r_Q4[:, X2Y2] - r_Q4[:, X1Y2])) / 2
 
 
-def output_preference(policy_Q4: Tensor, reference_Q4: Tensor, *, link: Link) -> Tensor:
+def output_preference(policy_Q4: Tensor, reference_Q4: Tensor, *, link: LinkFunction) -> Tensor:
     """DPO on both rows of a quad: "w/o Input Pref" of section 6.2.
 
     ( link(r[x1y1] - r[x1y2]) + link(r[x2y2] - r[x2y1]) ) / 2. It differs from `iopo` only in where
@@ -147,7 +155,7 @@ def output_preference(policy_Q4: Tensor, reference_Q4: Tensor, *, link: Link) ->
 # --- objectives on pairs (column 0 chosen, column 1 rejected) and on single sequences -------------
 
 
-def dpo(policy_P2: Tensor, reference_P2: Tensor, *, link: Link) -> Tensor:
+def dpo(policy_P2: Tensor, reference_P2: Tensor, *, link: LinkFunction) -> Tensor:
     """link(r[chosen] - r[rejected]), one value per pair (DPO, arXiv 2305.18290, Eq. 7)."""
     r_P2 = log_ratio(policy_P2, reference_P2, 2)
     return link(r_P2[:, 0] - r_P2[:, 1])
@@ -192,53 +200,111 @@ def sft_anchor(policy_Q4: Tensor, tokens_Q4: Tensor) -> Tensor:
     return -(policy_Q4[:, matched] / tokens_Q4[:, matched]).mean(1)
 
 
-# --- choosing one by name -------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What an objective needs: which rows, how many members each, and whether a reference.
-
-    direction: dloss/dpolicy of an example is one scalar times this, whatever the log-probs are;
-        None where there is more than one scalar to it.
-    """
-
-    rows: str  # quad | three | pair | sft
-    members: int
-    reference: bool
-    direction: tuple[int, ...] | None = None
-
-
-KINDS = {
-    "iopo": Kind("quad", 4, True, (1, -1, 1, -1)),
-    "input_preference": Kind("quad", 4, True),
-    "output_preference": Kind("quad", 4, True),
-    "iopo_three": Kind("three", 3, True, (2, -1, -1)),
-    "dpo": Kind("pair", 2, True),
-    "simpo": Kind("pair", 2, False),
-    "orpo": Kind("pair", 2, False),
-    "sft": Kind("sft", 1, False),
-}
-REFERENCE_OBJECTIVES: dict[str, Callable[..., Tensor]] = {
-    "iopo": iopo,
-    "input_preference": input_preference,
-    "output_preference": output_preference,
-    "iopo_three": iopo_three,
-    "dpo": dpo,
-}
-
-
-@dataclass(frozen=True)
+@dataclass
 class Options:
-    """Numbers of an objective, as in conf/objective/*.yaml (validated in iopo/config.py)."""
+    """Numbers of an objective, as in conf/objective/*.yaml (checked in iopo/config.py)."""
 
     beta: float = 0.1
-    link: str = "sigmoid"
+    link: Link = Link.sigmoid
     label_smoothing: float = 0.0
     gamma: float = 0.0  # SimPO: target reward margin
     odds_weight: float = 0.1  # ORPO
     sft_weight: float = 0.0
     margin_per_constraint: float = 0.0
+
+
+def _quad_margins(r_Q4: Tensor) -> dict[str, Tensor]:
+    a, b, c, d = r_Q4.unbind(1)
+    return {
+        "margin": (a - b) + (c - d),
+        "margin/out_x1": a - b,
+        "margin/out_x2": c - d,
+        "margin/in_y1": a - d,
+        "margin/in_y2": c - b,
+    }
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What an example of an objective is made of.
+
+    kind: of the data's rows: quad | pair | sft.
+    members: names, in the order of the columns.
+    responses: how many under each prompt; (2, 1) are two under the first and one under the second.
+    columns: of a quad's four log-probs, those that make the examples that a quad holds, one after
+        the other: a quad is one quad, two pairs or two sft rows.
+    margins: log-ratios [E, members] -> what is reported of them, in nats, by name, `margin` first.
+    """
+
+    kind: str
+    members: tuple[str, ...]
+    responses: tuple[int, ...]
+    columns: tuple[int, ...]
+    margins: Callable[[Tensor], dict[str, Tensor]] = lambda r_EM: {}
+
+
+QUAD = Rows("quad", MEMBERS, (2, 2), (X1Y1, X1Y2, X2Y2, X2Y1), _quad_margins)
+THREE = Rows(
+    "quad", ("x1y1", "x1y2", "x2y1"), (2, 1), (X1Y1, X1Y2, X2Y1),
+    lambda r_Q3: {"margin": 2 * r_Q3[:, 0] - r_Q3[:, 1] - r_Q3[:, 2]},
+)  # fmt: skip
+PAIR = Rows(
+    "pair", ("chosen", "rejected"), (2,), (X1Y1, X1Y2, X2Y2, X2Y1),
+    lambda r_P2: {"margin": r_P2[:, 0] - r_P2[:, 1]},
+)  # fmt: skip
+SINGLE = Rows("sft", ("y",), (1,), (X1Y1, X2Y2))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An objective and everything that the program must know of it.
+
+    loss: (policy_EM, reference_EM, tokens_EM, link, options) -> loss_E; reference_EM is None for an
+        objective without a reference.
+    reads: the options that change it; another one that is set is refused.
+    reference: whether it compares the policy with a reference.
+    direction: dloss/dpolicy of an example is one scalar times this, whatever the log-probs are;
+        None where there is more than one scalar to it.
+    """
+
+    rows: Rows
+    loss: Callable[..., Tensor]
+    reads: tuple[str, ...]
+    reference: bool = False
+    direction: tuple[int, ...] | None = None
+
+    @property
+    def members(self) -> int:
+        return len(self.rows.members)
+
+
+def _of_log_ratios(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda policy, reference, tokens, link, options: loss(policy, reference, link=link)
+
+
+LINKED = ("beta", "link", "label_smoothing", "sft_weight")
+ON_QUADS = (*LINKED, "margin_per_constraint")
+OBJECTIVES = {
+    "iopo": Objective(QUAD, _of_log_ratios(iopo), ON_QUADS, True, (1, -1, 1, -1)),
+    "input_preference": Objective(QUAD, _of_log_ratios(input_preference), ON_QUADS, True),
+    "output_preference": Objective(QUAD, _of_log_ratios(output_preference), ON_QUADS, True),
+    "iopo_three": Objective(THREE, _of_log_ratios(iopo_three), ON_QUADS, True, (2, -1, -1)),
+    "dpo": Objective(PAIR, _of_log_ratios(dpo), LINKED, True),
+    "simpo": Objective(
+        PAIR,
+        lambda policy, _r, tokens, _l, o: simpo(policy, tokens, beta=o.beta, gamma=o.gamma),
+        ("beta", "gamma", "sft_weight"),
+    ),
+    "orpo": Objective(
+        PAIR,
+        lambda policy, _r, tokens, _l, o: orpo(policy, tokens, weight=o.odds_weight),
+        ("odds_weight",),
+    ),
+    "sft": Objective(SINGLE, lambda policy, _r, tokens, _l, o: sft(policy, tokens), ()),
+}
 
 
 def compute(
@@ -251,27 +317,19 @@ def compute(
 ) -> Tensor:
     """Loss per example [E] of the objective called `name`, float32.
 
-    policy_EM, reference_EM: [E, members] as `KINDS[name]` says; reference None where not needed.
+    policy_EM, reference_EM: [E, members] as in OBJECTIVES; reference None where not needed.
     tokens_EM: response tokens scored per member, integer. differing_E: constraints in which x1 and
     x2 differ; with margin_per_constraint = g the argument of the sigmoid is beta m - g differing,
     a margin that grows with the distance of the instructions (RPO, arXiv 2505.22172).
     """
-    if name == "sft":
-        return sft(policy_EM, tokens_EM)
-    if name == "simpo":
-        loss_E = simpo(policy_EM, tokens_EM, beta=options.beta, gamma=options.gamma)
-    elif name == "orpo":
-        loss_E = orpo(policy_EM, tokens_EM, weight=options.odds_weight)
-    else:
-        smoothing = (
-            {"label_smoothing": options.label_smoothing} if options.link in SMOOTHED_LINKS else {}
-        )
+    smoothed = options.link in SMOOTHED_LINKS
+    smoothing = {"label_smoothing": options.label_smoothing} if smoothed else {}
+
+    def link(margin_E: Tensor) -> Tensor:
         offset_E = options.margin_per_constraint * differing_E / options.beta
+        return LINKS[options.link](margin_E - offset_E, beta=options.beta, **smoothing)
 
-        def link(margin_E: Tensor) -> Tensor:
-            return LINKS[options.link](margin_E - offset_E, beta=options.beta, **smoothing)
-
-        loss_E = REFERENCE_OBJECTIVES[name](policy_EM, reference_EM, link=link)
+    loss_E = OBJECTIVES[name].loss(policy_EM, reference_EM, tokens_EM, link, options)
     if options.sft_weight:
         loss_E = loss_E + options.sft_weight * sft_anchor(policy_EM, tokens_EM)
     return loss_E

@@ -17,9 +17,10 @@ from iopo.logprobs import LogProbs
 from iopo.model.attention import SHARED
 from iopo.model.load import tiny_causal_lm
 from iopo.model.parallel import prepare
+from iopo.objectives import QUAD
 from iopo.training import optim
 from iopo.training.plan.lengths import example_of
-from iopo.training.policy import adapt, recomputation
+from iopo.training.policy import adapt, block_options
 from iopo.training.split import PromptByPrompt, by_prompt, splitting
 
 
@@ -35,11 +36,11 @@ def train(cfg, rows) -> None:
     policy = LogProbs(tiny_causal_lm(cfg.model.tiny, seed=0, dtype=torch.float32, attention=SHARED))
     adapt(policy, cfg.model.lora, cfg.seed)
     cpu = torch.device("cpu")
-    how = recomputation(cfg.parallel)
-    train_model = prepare(policy, device=cpu, dtype=torch.float32, mesh=None, **how)
+    how = block_options(cfg.parallel)
+    train_model = prepare(policy, device=cpu, dtype=torch.float32, mesh=None, block_options=how)
     optimizer = optim.make_optimizer(train_model.parameters, cfg.optim)
     split = splitting(cfg.objective, cfg.optim, cfg.model.lora, cfg.parallel, 1)
-    few = [example_of("quad", 4, 4)]  # for optimizer state, then a gradient; then comes the peak
+    few = [example_of(QUAD, 4, 4)]  # for optimizer state, then a gradient; then comes the peak
     for micro_batches in ([few], [few, rows]):
         for examples in micro_batches:
             if split is None:
@@ -60,7 +61,7 @@ def rise(overrides: list[str]) -> int:
     prompt, response = cfg.plan_for.prompt_tokens, cfg.plan_for.response_tokens
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    train(cfg, [example_of("quad", prompt, response)] * (cfg.optim.micro_batch_quads or 1))
+    train(cfg, [example_of(QUAD, prompt, response)] * (cfg.optim.micro_batch_quads or 1))
     return resident("VmHWM") - before
 
 

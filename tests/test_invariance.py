@@ -11,9 +11,11 @@ from omegaconf import OmegaConf
 from torch.distributed.tensor import DTensor
 
 from iopo.config import TrainConfig
-from iopo.training import loop, setup
+from iopo.training import loop
 from iopo.training.inputs import load_inputs
 from iopo.training.launch.launcher import launch
+from iopo.training.policy import make_policy
+from iopo.training.setup import make_job
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = "rain wind sun moon tree river stone bird cloud light grass road".split()
@@ -31,8 +33,8 @@ class Capture(torch.optim.SGD):
 def worker(cfg, run, ranks, control):
     """One step on every rank; rank 0 writes the gradients, unclipped."""
     inputs = load_inputs(cfg)
-    job = setup.make_job(cfg, inputs, ranks)
-    train_model = setup.make_policy(cfg, inputs, ranks)
+    job = make_job(cfg, inputs, ranks)
+    train_model = make_policy(cfg, inputs.model_path, ranks)
     for name, parameter in train_model.parameters.items():
         if name.endswith("lora_B"):  # at zero it would leave no gradient for A
             with torch.no_grad():
@@ -51,7 +53,7 @@ def reference(job) -> loop.Reference:
         lengths = [[float(len(r)) for rs in row.responses for r in rs] for row in rows]
         return -4.0 * torch.tensor(lengths) + torch.tensor([0.0, 3.0, -5.0, 1.0])
 
-    return loop.Reference(call, "test", "test", 1.0)
+    return loop.Reference(call, "test", 1.0)
 
 
 def gradients(tmp_path: Path, data: Path, micro, accumulation, ranks, *overrides: str):

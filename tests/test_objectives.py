@@ -4,14 +4,27 @@ import math
 
 import pytest
 import torch
+from helpers_models import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from iopo import objectives as O
+from iopo.config import ObjectiveConfig
+from iopo.data.batching import Batching, token_counts
+from iopo.data.chat import Chat
+from iopo.data.rows import Quad, rows_for
+from iopo.data.tokenize import Encoder, Limits, tokenize_rows
+from iopo.logprobs import LogProbs
+from iopo.model.attention import SHARED
+from iopo.model.load import byte_tokenizer
+from iopo.model.parallel import prepare
 from iopo.objectives import Options, compute
+from iopo.training.loop import Job, Reference, train_steps
+from iopo.training.plan.lengths import example_of
 
 LN2 = math.log(2)
+CPU = torch.device("cpu")
 values = st.lists(st.floats(-20, 20), min_size=8, max_size=8)
 
 
@@ -45,7 +58,7 @@ def test_iopo_by_hand():
     "name", ["iopo", "iopo_three", "input_preference", "output_preference", "dpo"]
 )
 def test_ln2_where_policy_is_reference(name):
-    logps = torch.randn(5, O.KINDS[name].members) * 50
+    logps = torch.randn(5, O.OBJECTIVES[name].members) * 50
     tokens = torch.full(logps.shape, 7)
     loss = compute(name, logps, logps.clone(), tokens, torch.zeros(5), Options())
     torch.testing.assert_close(loss, torch.full((5,), LN2), atol=1e-7, rtol=0)
@@ -123,7 +136,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
 def test_gradients_match_finite_differences(name, options):
-    members = O.KINDS[name].members
+    members = O.OBJECTIVES[name].members
     torch.manual_seed(0)
     policy = (-20 * torch.rand(3, members, dtype=torch.float64) - 1).requires_grad_()
     reference = -20 * torch.rand(3, members, dtype=torch.float64) - 1
@@ -137,9 +150,9 @@ def test_gradients_match_finite_differences(name, options):
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
 def test_direction_is_that_of_the_gradient(name, options):
     """A long quad is back-propagated with these signs before its scalar is known."""
-    if O.KINDS[name].direction is None or options.sft_weight:
+    if O.OBJECTIVES[name].direction is None or options.sft_weight:
         return
-    direction = torch.tensor(O.KINDS[name].direction, dtype=torch.float64)
+    direction = torch.tensor(O.OBJECTIVES[name].direction, dtype=torch.float64)
     torch.manual_seed(0)
     policy = (-20 * torch.rand(3, len(direction), dtype=torch.float64)).requires_grad_()
     reference = -20 * torch.rand(3, len(direction), dtype=torch.float64)
@@ -201,3 +214,39 @@ def test_wrong_shapes_are_refused(shape):
 def test_low_precision_log_probs_are_refused():
     with pytest.raises(ValueError, match="bfloat16"):
         O.iopo(torch.zeros(2, 4).bfloat16(), torch.zeros(2, 4), link=sigmoid)
+
+
+def test_a_new_objective_is_one_line_of_the_table(monkeypatch):
+    """Log-ratio of one matched member, on three members: nothing else knows its name."""
+
+    def matched(policy, reference, tokens, link, options):
+        return link(policy[:, 0] - reference[:, 0])
+
+    toy = O.Objective(O.THREE, matched, ("beta",), reference=True, direction=(1, 0, 0))
+    monkeypatch.setitem(O.OBJECTIVES, "toy", toy)
+    assert ObjectiveConfig(name="toy", beta=0.5).name == "toy"
+    with pytest.raises(ValueError, match="gamma=1.0 has no effect with objective.name=toy"):
+        ObjectiveConfig(name="toy", gamma=1.0)
+
+    quad_row = Quad("q", "ask 1", "tell 1", "ask 2", "tell 2", c1=[], c2=[])
+    encoder = Encoder(Chat(byte_tokenizer()), Limits(99, 99), toy.rows.columns)
+    (example,), _ = tokenize_rows(rows_for(toy.rows.kind, [quad_row]), encoder)
+    assert tuple(len(ys) for ys in example.responses) == toy.rows.responses
+    planned = example_of(toy.rows, 5, 3)
+    assert tuple(map(len, planned.responses)) == toy.rows.responses
+
+    model = tiny_llama(vocab=258, attention=SHARED)
+    train_model = prepare(LogProbs(model), device=CPU, dtype=torch.float32, mesh=None)
+    optimizer = torch.optim.SGD(train_model.parameters.values(), lr=0.1)
+    zeros = Reference(lambda rows, batch: torch.zeros(1, toy.members), "cache", "", 1.0)
+    (step,) = train_steps(job_of("toy", [example]), train_model, optimizer, zeros, first_step=1)
+    assert set(step.reduce()) >= {"loss", "margin", "accuracy", "logratio/x2y1"}
+
+
+def job_of(name, examples):
+    batching = Batching(1, 1, seed=0, micro_batch_quads=1)
+    return Job(
+        objective=name, options=Options(), batching=batching, examples=examples, heldout=[],
+        tokens_N=token_counts(examples, "shared"), steps=1, lr_at=lambda step: 0.1, clip_norm=1.0,
+        rank=0, device=CPU,
+    )  # fmt: skip

@@ -121,26 +121,19 @@ def transformers_sampler(
     """
     import torch
 
-    from iopo.model.generate import generate
+    from iopo.data.chat import Chat
+    from iopo.model.generate import Decoding, generate
     from iopo.model.load import default_dtype, load_causal_lm, load_tokenizer, resolve_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = resolve_model(path)
     model = load_causal_lm(folder, default_dtype(device))
     torch.nn.Module.to(model, device)
-    tokenizer = load_tokenizer(folder)
+    chat = Chat(load_tokenizer(folder))
 
     def sampler(prompts: Sequence[str], seed: int) -> list[tuple[str, str]]:
-        answers = generate(
-            model,
-            tokenizer,
-            [[{"role": "user", "content": prompt}] for prompt in prompts],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            batch_size=CHUNK,
-            seed=seed,
-        )
+        decoding = Decoding(max_new_tokens, temperature, top_p, batch_size=CHUNK, seed=seed)
+        answers = generate(model, chat, [chat.messages(prompt) for prompt in prompts], decoding)
         return [(answer.text.strip(), answer.finish_reason) for answer in answers]
 
     return sampler

@@ -1,7 +1,7 @@
 """Which examples make which step, rank and micro-batch: pure functions of (seed, epoch, step).
 
 An epoch is one random order of all examples, cut into steps of `global_batch_quads`. The last step
-of an epoch holds what is left: nothing is dropped or repeated, and the loss is divided by the
+of an epoch holds the rest: nothing is dropped or repeated, and the loss is divided by the
 number of quads that the step really holds (`len(quads_of_step(...))`). Which quads a step holds
 depends on neither ranks, layout nor packing, so the position of a run is one integer, the step.
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from iopo.data.example import Example
 
-LAYOUTS = ("shared", "packed", "plain")
+LAYOUTS = ("shared", "plain")
 DATA_ORDER = 0x0D0E  # name of this stream of random numbers, beside the seed
 WINDOW_QUADS = 1024  # quads that a pass over the data set shares out at once
 
@@ -35,7 +35,7 @@ class Batching:
 
     Exactly one of micro_batch_quads (quads per forward and rank) and tokens_per_microbatch (most
     tokens that a forward processes in the layout) is given. A quad longer than the token budget
-    runs alone; `oversize` lists those. seed: of the data order only.
+    runs alone. seed: of the data order only.
     Raises ValueError for values that do not fit together, such as ranks that do not divide
     global_batch_quads.
     """
@@ -68,31 +68,24 @@ class Batching:
             )
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How long a run is: quads in the data set, steps, and quads of an epoch's last step."""
-
-    quads: int
-    steps_per_epoch: int
-    steps: int
-    last_step_quads: int
-
-
 def tokens(example: Example, layout: str) -> int:
     """Tokens that the example costs alone: shared sum(P) + sum(R), that is 2P + 4R of a quad;
-    packed the sum over members of P + R; plain members times the longest member."""
-    paths = [
+    plain members times the longest member."""
+    members = member_tokens(example)
+    if layout == "plain":
+        return len(members) * max(members)
+    assert layout == "shared", layout
+    copies = (len(ys) - 1 for ys in example.responses)
+    return sum(members) - sum(len(x) * n for x, n in zip(example.prompts, copies, strict=True))
+
+
+def member_tokens(example: Example) -> list[int]:
+    """Tokens of each member alone: its response and its own copy of the prompt."""
+    return [
         len(prompt) + len(response)
         for prompt, responses in zip(example.prompts, example.responses, strict=True)
         for response in responses
     ]
-    if layout == "plain":
-        return len(paths) * max(paths)
-    if layout == "packed":
-        return sum(paths)
-    assert layout == "shared", layout
-    responses = sum(len(ids) for under_prompt in example.responses for ids in under_prompt)
-    return sum(map(len, example.prompts)) + responses
 
 
 def token_counts(examples: Iterable[Example], layout: str) -> np.ndarray:
@@ -108,29 +101,15 @@ def microbatch_tokens(tokens_N: np.ndarray, members: Sequence[int], layout: str)
     return int(costs.max()) * len(costs) if layout == "plain" else int(costs.sum())
 
 
-def plan_steps(quads: int, batching: Batching, epochs: int, max_steps: int | None = None) -> Plan:
+def plan_steps(quads: int, batching: Batching, epochs: int, max_steps: int | None = None) -> int:
     """Steps of a run of `epochs` passes over `quads` examples, or fewer where max_steps says so.
 
     Raises ValueError when there are no examples.
     """
     if quads < 1:
         raise ValueError("the training set has no examples, expected 1 or more")
-    per_epoch = -(-quads // batching.global_batch_quads)
-    steps = per_epoch * epochs
-    return Plan(
-        quads=quads,
-        steps_per_epoch=per_epoch,
-        steps=steps if max_steps is None else min(steps, max_steps),
-        last_step_quads=quads - (per_epoch - 1) * batching.global_batch_quads,
-    )
-
-
-def oversize(tokens_N: np.ndarray, batching: Batching) -> list[int]:
-    """Indices of the examples that exceed the token budget alone: each runs as its own micro-batch,
-    so a rank's memory must hold the longest of them."""
-    if batching.tokens_per_microbatch is None:
-        return []
-    return np.flatnonzero(tokens_N > batching.tokens_per_microbatch).tolist()
+    steps = -(-quads // batching.global_batch_quads) * epochs
+    return steps if max_steps is None else min(steps, max_steps)
 
 
 @lru_cache(maxsize=2)
@@ -213,8 +192,7 @@ def _balanced(
 
 def _split(tokens_N: np.ndarray, share: list[int], batching: Batching) -> list[list[int]]:
     """A rank's quads, longest first, as few micro-batches as the limit allows."""
-    if batching.micro_batch_quads is not None:
-        size = batching.micro_batch_quads
+    if (size := batching.micro_batch_quads) is not None:
         return [share[at : at + size] for at in range(0, len(share), size)]
     assert batching.tokens_per_microbatch is not None  # checked in Batching
     return first_fit(tokens_N, share, batching.tokens_per_microbatch, batching.layout)

@@ -1,10 +1,9 @@
 """The chat template: text of a prompt, text of a response after it, and where a turn ends.
 
-Training, reference and generation render through this one class, so that a model is trained on the
-exact text that it is asked with.
+Training, generation, evaluation and serving render through this one class, so that a model is
+trained on the exact text that it is asked with.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -14,6 +13,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+
+from iopo.files import sha256_text
 
 TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 DEFAULT_DATE = date(2024, 7, 26)  # what Llama 3.1's template writes when it is told no date
@@ -91,6 +92,11 @@ class Chat:
         assert isinstance(text, str)  # tokenize=False
         return text
 
+    def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation up to where the answer begins."""
+        text = self.render(messages, add_generation_prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def response(self, prompt: str, x: str, y: str, system: str | None = None) -> str:
         """The text that follows `prompt` = self.prompt(x, system): y, the end of the turn, and what
         the template writes after it.
@@ -132,7 +138,8 @@ class Chat:
                 f"{prompt[-20:]!r} and the response begins with the header {header!r}: write the "
                 "header at the end of the template under {% if add_generation_prompt %}"
             )
-        special = special_ids(self.tokenizer)
+        added = self.tokenizer.added_tokens_decoder
+        special = {*self.tokenizer.all_special_ids, *added}
         for token in self.tokenizer(tail, add_special_tokens=False)["input_ids"]:
             if token in special:
                 return token
@@ -140,11 +147,6 @@ class Chat:
             f"the chat template writes no special token after a response, only {tail!r}: end the "
             "assistant turn of the template with {{ eos_token }}"
         )
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids of tokens that stand for a whole string: special ones and all others that were added."""
-    return frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
 
 
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
@@ -166,4 +168,4 @@ def tokenizer_hash(chat: Chat) -> str:
         backend.pop(changing, None)
     tokens = {key: str(value) for key, value in chat.tokenizer.special_tokens_map.items()}
     parts = [backend, chat.template, tokens, chat.system, chat.options]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return sha256_text(json.dumps(parts, sort_keys=True))

@@ -1,6 +1,7 @@
 """What a row must look like, as a list of faults: one sentence each, without file or line."""
 
 import difflib
+import re
 from collections.abc import Mapping
 
 REQUIRED = {
@@ -81,10 +82,9 @@ def _meant(key: str, wanted: tuple[str, ...], row: Mapping[str, object]) -> str 
     """Our key that an unknown `key` was probably meant to be, if any."""
     if key in wanted:
         return None
-    plain = key.lower().strip().replace("_", "").replace("-", "").replace(" ", "")
-    for ours in wanted:
-        if plain == ours:
-            return ours
+    plain = re.sub("[-_ ]", "", key.lower().strip())
+    if plain in wanted:
+        return plain
     alias = ALIASES.get(key.lower())
     if alias in wanted and alias not in row:
         return alias
@@ -127,16 +127,10 @@ def _same_text(first: object, second: object) -> bool:
 
 
 def _json_type(value: object) -> str:
-    if value is None:
-        return "null"
     names = {
-        str: "a string",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        list: "a list",
-        dict: "an object",
-    }
+        type(None): "null", str: "a string", bool: "a boolean", int: "a number",
+        float: "a number", list: "a list", dict: "an object",
+    }  # fmt: skip
     return names.get(type(value), type(value).__name__)
 
 

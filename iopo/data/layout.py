@@ -1,7 +1,6 @@
-"""From tokenised examples to the tensors of one micro-batch, in three layouts.
+"""From tokenised examples to the tensors of one micro-batch, in two layouts.
 
 shared  all examples in one row, each prompt once: [x1 | y1 | y2 | x2 | y2 | y1] of a quad
-packed  as shared, but every member has its own copy of the prompt: what sharing is compared with
 plain   one right-padded row per member: the reference path
 
 The shared layout processes 2P + 4R tokens of a quad instead of 4(P + R). Positions restart after
@@ -60,11 +59,10 @@ class SharedSegments:
 class Batch:
     """One micro-batch. All tensors are int64 unless said otherwise.
 
-    input_ids, positions: [1, T] (shared, packed) or [S, L] (plain).
+    input_ids, positions: [1, T] (shared) or [S, L] (plain).
     rows_R: the row of hidden.flatten(0, 1) that predicts each response token; has duplicates.
     targets_R: the response token itself.
-    member_R: its member, 0 .. examples * members - 1, ascending.
-    scored_M: response tokens per member, [examples * members].
+    scored_M: response tokens per member, [examples * members]; a member's rows are neighbours.
     ids: one per example.
     attention: the segments; None in the plain layout.
     padding_mask: bool [S, L], True on tokens; None unless the layout is plain.
@@ -74,7 +72,6 @@ class Batch:
     positions: Tensor
     rows_R: Tensor
     targets_R: Tensor
-    member_R: Tensor
     scored_M: Tensor
     examples: int
     members: int
@@ -84,7 +81,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device` (copies do not block the host where memory is pinned)."""
-        tensors = ("input_ids", "positions", "rows_R", "targets_R", "member_R", "scored_M")
+        tensors = ("input_ids", "positions", "rows_R", "targets_R", "scored_M")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in tensors}
         segments, mask = self.attention, self.padding_mask
         moved["attention"] = None if segments is None else segments.to(device)
@@ -107,8 +104,8 @@ def build_shared(examples: Sequence[Example], *, multiple: int = 1) -> Batch:
     tensor([[0, 1, 2, 3, 4, 3, 0, 1, 1, 2]])
     >>> batch.rows_R, batch.targets_R       # row 2 (token 3) predicts 4, and 6
     (tensor([2, 3, 2, 6, 6, 8]), tensor([4, 5, 6, 8, 9, 9]))
-    >>> batch.member_R, batch.scored_M
-    (tensor([0, 0, 1, 2, 3, 3]), tensor([2, 1, 1, 2]))
+    >>> batch.scored_M
+    tensor([2, 1, 1, 2])
     >>> batch.attention.ranges_N4.tolist()  # start, stop, prefix_start, prefix_stop
     [[0, 5, 0, 0], [5, 6, 0, 3], [6, 8, 6, 6], [8, 10, 6, 7]]
     >>> batch.attention.gather_K.tolist()
@@ -147,21 +144,15 @@ def build_shared(examples: Sequence[Example], *, multiple: int = 1) -> Batch:
     return Batch(
         input_ids=_joined(tokens)[None],
         positions=_joined(positions)[None],
-        **_scored(rows, targets),
+        rows_R=_joined(rows),
+        targets_R=_joined(targets),
+        scored_M=torch.tensor([len(response) for response in targets]),
         examples=len(examples),
         members=members,
         ids=tuple(example.id for example in examples),
         attention=segments(ranges),
         padding_mask=None,
     )
-
-
-def build_packed(examples: Sequence[Example], *, multiple: int = 1) -> Batch:
-    """Pack whole examples into one row, every member with its own copy of its prompt.
-
-    The same log-probs as build_shared from 4(P + R) tokens per quad; multiple as there.
-    """
-    return build_shared([_unshared(example) for example in examples], multiple=multiple)
 
 
 def build_plain(examples: Sequence[Example]) -> Batch:
@@ -178,7 +169,12 @@ def build_plain(examples: Sequence[Example]) -> Batch:
     tensor([ True,  True,  True,  True, False])
     """
     members = _members_of_each(examples)
-    pairs = [pair for example in examples for pair in _paths(example)]
+    pairs = [
+        (prompt, response)
+        for example in examples
+        for prompt, responses in zip(example.prompts, example.responses, strict=True)
+        for response in responses
+    ]
     length = max(len(prompt) + len(response) for prompt, response in pairs)
     input_ids = np.zeros((len(pairs), length), np.int64)
     mask = np.zeros((len(pairs), length), bool)
@@ -192,7 +188,9 @@ def build_plain(examples: Sequence[Example]) -> Batch:
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         positions=torch.arange(length).repeat(len(pairs), 1),
-        **_scored(rows, [response for _, response in pairs]),
+        rows_R=_joined(rows),
+        targets_R=_joined([response for _, response in pairs]),
+        scored_M=torch.tensor([len(response) for _, response in pairs]),
         examples=len(examples),
         members=members,
         ids=tuple(example.id for example in examples),
@@ -243,34 +241,11 @@ def _members_of_each(examples: Sequence[Example]) -> int:
     return counts.pop()
 
 
-def _paths(example: Example) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The (prompt, response) of every member, in member order."""
-    pairs = zip(example.prompts, example.responses, strict=True)
-    return [(prompt, response) for prompt, responses in pairs for response in responses]
-
-
-def _unshared(example: Example) -> Example:
-    paths = _paths(example)
-    prompts, responses = tuple(p for p, _ in paths), tuple((r,) for _, r in paths)
-    return replace(example, prompts=prompts, responses=responses)
-
-
 def _predicting_rows(last_prompt_row: int, own: int, length: int) -> np.ndarray:
     """Rows that predict a response of `length` tokens whose first token stands in row `own`."""
     rows = np.arange(own - 1, own + length - 1)
     rows[:1] = last_prompt_row
     return rows
-
-
-def _scored(rows: list[np.ndarray], targets: list[np.ndarray]) -> dict[str, Tensor]:
-    """The scored fields of a batch from each member's predicting rows and response tokens."""
-    lengths = torch.tensor([len(response) for response in targets])
-    return {
-        "rows_R": _joined(rows),
-        "targets_R": _joined(targets),
-        "member_R": torch.repeat_interleave(torch.arange(len(targets)), lengths),
-        "scored_M": lengths,
-    }
 
 
 def _joined(arrays: list[np.ndarray]) -> Tensor:

@@ -1,20 +1,31 @@
 """Rows of text: what a quad, a pair and an sft row are, and how files of them are read and checked.
 
 Every fault of a file is reported in one ValueError, before anything is tokenised or loaded.
+
+Rows of the authors' release (ShareGPT messages) are read as quads: `conversations` holds x1 and x2
+as two human turns, `chosen` is y1, and `rejected` is y2, the right answer to x2 and not a bad
+answer (released code, data/processors/pairwise.py; the release itself cannot load this file,
+because its converter refuses two human turns in a row).
 """
 
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from iopo.data import checks, sharegpt
-from iopo.files import iter_records
+from iopo.data import checks
+from iopo.files import iter_records, sha256_text
 
-MEMBERS = ("x1y1", "x1y2", "x2y2", "x2y1")
 MAX_LISTED = 20  # bad rows shown of one file; the rest is counted
+GOOD_SHAREGPT_ROW = {
+    "conversations": [
+        {"from": "human", "value": "Name a fruit. Use capital letters only."},
+        {"from": "human", "value": "Name a fruit. Use small letters only."},
+    ],
+    "chosen": {"from": "gpt", "value": "APPLE"},
+    "rejected": {"from": "gpt", "value": "apple"},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +75,7 @@ def read_rows(path: str | Path, kind: str | None = None) -> list[Row]:
     """The rows of a .jsonl file or a .json list, in file order.
 
     kind: "quad" | "pair" | "sft", or None for the kind of the file's first readable row; one file
-    holds one kind. The authors' ShareGPT rows are quads (see sharegpt.py). A row without an id gets
-    the first 16 hex digits of the sha256 of its texts.
+    holds one kind. A row without an id gets the first 16 hex digits of the sha256 of its texts.
     Raises ValueError that lists every bad row with file:line, what was found and a good row.
     """
     path = Path(path)
@@ -81,17 +91,13 @@ def read_rows(path: str | Path, kind: str | None = None) -> list[Row]:
         if fault is not None:
             bad.append((line, fault))
             continue
+        sharegpt = isinstance(decoded, dict) and "conversations" in decoded
         if isinstance(decoded, dict) and kind is None:
-            kind = "quad" if sharegpt.is_sharegpt(decoded) else checks.kind_of(decoded)
+            kind = "quad" if sharegpt else checks.kind_of(decoded)
             good_row = checks.GOOD_ROW[kind or "quad"]
         row, faults = _row(decoded, kind)
-        if (
-            faults
-            and kind == "quad"
-            and isinstance(decoded, dict)
-            and sharegpt.is_sharegpt(decoded)
-        ):
-            good_row = sharegpt.GOOD_ROW
+        if faults and kind == "quad" and sharegpt:
+            good_row = GOOD_SHAREGPT_ROW
         if row is not None and row.id in line_of_id:
             faults.append(_duplicate(decoded, row.id, line_of_id[row.id]))
         if row is None or faults:
@@ -119,8 +125,8 @@ def _row(decoded: object, kind: str | None) -> tuple[Row | None, list[str]]:
             "expected x1, y1, x2, y2 or x, chosen, rejected or x, y",
         ]
     faults: list[str] = []
-    if kind == "quad" and sharegpt.is_sharegpt(decoded):
-        decoded, faults = sharegpt.to_quad(decoded)
+    if kind == "quad" and "conversations" in decoded:
+        decoded, faults = _from_sharegpt(decoded)
     if not faults:
         faults = checks.check_row(decoded, kind)
     if faults:
@@ -130,13 +136,67 @@ def _row(decoded: object, kind: str | None) -> tuple[Row | None, list[str]]:
         key: decoded[key] for key in keys + checks.OPTIONAL[kind] if key in decoded
     }
     if fields.get("id") is None:
-        fields["id"] = _texts_id([fields[key] for key in keys], fields.get("system"))
+        system = fields.get("system")
+        texts = [fields[key] for key in keys] + ([system] if system is not None else [])
+        fields["id"] = sha256_text(json.dumps(texts))[:16]
     return CLASSES[kind](**fields), []
 
 
-def _texts_id(texts: Sequence[str], system: str | None) -> str:
-    parts = list(texts) + ([system] if system is not None else [])
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+def _from_sharegpt(row: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:
+    """The row under the keys of a quad, and the faults that stopped parts of it from moving.
+
+    A leading turn from `system` becomes the system prompt of both instructions. Dialogues of
+    several turns (2(2T-1) messages for T turns) are refused: a member is one prompt, one response.
+    """
+    quad = {key: row[key] for key in ("id", "system", "c1", "c2") if key in row}
+    turns, faults = _turns(row["conversations"])
+    if faults:
+        return quad, faults
+    if turns and turns[0][0] == "system":
+        if "system" in row:
+            faults.append("a system prompt stands both in 'system' and in 'conversations'")
+        quad["system"] = turns.pop(0)[1]
+    roles = [role for role, _ in turns]
+    if roles == ["human", "human"]:
+        quad["x1"], quad["x2"] = turns[0][1], turns[1][1]
+    else:
+        faults.append(_wrong_turns(roles))
+    for key, name in (("chosen", "y1"), ("rejected", "y2")):
+        if key not in row:
+            faults.append(f"{key!r} ({name}) is missing")
+            continue
+        reply, reply_faults = _turns([row[key]])
+        faults += [f"{key!r}: {fault}" for fault in reply_faults]
+        if reply and reply[0][0] != "gpt":
+            faults.append(f"{key!r} is from {reply[0][0]!r}, expected 'gpt'")
+        elif reply:
+            quad[name] = reply[0][1]
+    return quad, faults
+
+
+def _turns(messages: object) -> tuple[list[tuple[str, object]], list[str]]:
+    """(role, text) of each message, or a fault."""
+    if not isinstance(messages, list):
+        return [], [f"'conversations' is {type(messages).__name__}, expected a list of messages"]
+    turns: list[tuple[str, object]] = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not {"from", "value"} <= message.keys():
+            found = sorted(message) if isinstance(message, dict) else type(message).__name__
+            return [], [f'message {number} is {found}, expected {{"from": ..., "value": ...}}']
+        turns.append((str(message["from"]), message["value"]))
+    return turns, []
+
+
+def _wrong_turns(roles: list[str]) -> str:
+    found = f"'conversations' has the turns {roles}, expected two human turns (x1 and x2)"
+    if roles == ["human"]:
+        return found + "; one turn is an ordinary preference pair: give it as x, chosen, rejected"
+    if len(roles) > 2 and len(roles) % 4 == 2:
+        return (
+            found + "; dialogues of several turns are not supported, because a member is one prompt"
+            " and one response: render the earlier turns into x1 and x2"
+        )
+    return found
 
 
 def _duplicate(decoded: object, row_id: str, first_line: int) -> str:

@@ -14,7 +14,7 @@ import tokenizers
 from iopo.data.example import Example, Report
 from iopo.files import replacing, sha256_text
 
-CODE = ("chat.py", "encode.py", "tokenize.py", "example.py", "token_cache.py")
+CODE = ("chat.py", "tokenize.py", "example.py", "token_cache.py")
 Result = tuple[list[Example], Report]
 
 

@@ -1,69 +1,319 @@
 """Rows to token ids, once: in several processes, kept on disk, and with an account of it all.
 
-How a row is rendered, cut and joined is in encode.py.
+The boundary. The prompt's text is the template's with the generation prompt; the response's text
+is the rest of the template's text for the whole conversation. They are tokenised apart and joined,
+as generation does it. A response is scored up to and including the first end-of-turn token; what
+the template writes after it (a line break, mostly) is not part of the example.
+
+The limits. A prompt's tokens are the same for both of its responses, and a response's for both of
+its prompts, because each text is tokenised and cut once.
 """
 
+import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
-from iopo.data import token_cache
-from iopo.data.chat import Chat, tokenizer_hash
-from iopo.data.encode import Encoder, Limits, Outcome
-from iopo.data.example import Example, Report, content_key, percentiles
-from iopo.data.rows import MAX_LISTED, Row
+import numpy as np
 
-__all__ = ["Chat", "Example", "Limits", "Report", "content_key", "tokenize_rows", "tokenizer_hash"]
+from iopo.data import token_cache
+from iopo.data.chat import Chat, special_texts, tokenizer_hash
+from iopo.data.example import Example, Report, content_key, percentiles
+from iopo.data.rows import MAX_LISTED, Pair, Quad, Row
+
+__all__ = [
+    "Chat", "Encoder", "Example", "Limits", "Report", "content_key", "tokenize_rows",
+    "tokenizer_hash",
+]  # fmt: skip
+
+BLOCK_ROWS = 1000
+ALL_MEMBERS = (0, 1, 2, 3)
+PROMPT_TOO_LONG = "prompt longer than max_prompt_tokens"
+RESPONSE_TOO_LONG = "response longer than max_response_tokens"
+SPECIAL_TOKEN = "text holds a special token of the tokenizer"
+EQUAL_PROMPTS = "the two prompts are equal after truncation"
+EQUAL_RESPONSES = "the two responses are equal after truncation"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long prompts and responses may be, in tokens, template and end-of-turn token included.
+
+    on_overlong: "drop" the row and report it; "raise"; or "truncate": a response loses its end (and
+    with it the end-of-turn token), a prompt the end of its instruction, while the template's text
+    around the instruction stays whole. (The released code cuts the prompt from the right, assistant
+    header included.)
+    """
+
+    max_prompt_tokens: int
+    max_response_tokens: int
+    on_overlong: str = "drop"
+
+    def __post_init__(self) -> None:
+        if self.on_overlong not in ("drop", "truncate", "raise"):
+            raise ValueError(
+                f"on_overlong is {self.on_overlong!r}, expected 'drop', 'truncate' or 'raise'"
+            )
+        for name in ("max_prompt_tokens", "max_response_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
+
+
+@dataclass
+class Outcome:
+    """What one process made of its rows."""
+
+    examples: list[Example] = field(default_factory=list)
+    dropped: dict[str, list[str]] = field(default_factory=dict)
+    truncated: dict[str, list[str]] = field(default_factory=dict)
+    joint: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    def add(self, other: "Outcome") -> None:
+        self.examples += other.examples
+        self.joint += other.joint
+        self.faults += other.faults
+        for mine, others in ((self.dropped, other.dropped), (self.truncated, other.truncated)):
+            for reason, ids in others.items():
+                mine.setdefault(reason, []).extend(ids)
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """The texts of one row: for each prompt its instruction, itself and its responses."""
+
+    row: Row
+    instructions: tuple[str, ...]
+    prompts: tuple[str, ...]
+    responses: tuple[tuple[str, ...], ...]
+
+
+class Encoder:
+    """Rows to examples in one process; every distinct text of a block is tokenised once.
+
+    columns: the members of a quad that its example keeps (Rows.columns in objectives.py).
+    """
+
+    def __init__(self, chat: Chat, limits: Limits, columns: tuple[int, ...] = ALL_MEMBERS):
+        self.chat, self.limits, self.columns = chat, limits, columns
+        self.end_of_turn = chat.end_of_turn()
+        forbidden = {
+            *special_texts(chat.tokenizer),
+            str(chat.tokenizer.convert_ids_to_tokens(self.end_of_turn)),
+        }
+        self.special = re.compile("|".join(map(re.escape, sorted(forbidden, reverse=True))))
+        self.ids: dict[str, np.ndarray] = {}  # of the texts of the present block
+
+    def encode(self, rows: Sequence[Row]) -> Outcome:
+        """Block by block: the tokenizer's lists of Python numbers take ten times their arrays."""
+        outcome = Outcome()
+        for at in range(0, len(rows), BLOCK_ROWS):
+            self._encode_block(rows[at : at + BLOCK_ROWS], outcome)
+        return outcome
+
+    def _encode_block(self, rows: Sequence[Row], outcome: Outcome) -> None:
+        rendered: list[_Texts] = []
+        for row in rows:
+            try:
+                if self._holds_special(row):
+                    outcome.dropped.setdefault(SPECIAL_TOKEN, []).append(row.id)
+                else:
+                    rendered.append(self._render(row))
+            except ValueError as error:
+                outcome.faults.append(f"row {row.id!r}: {error}")
+        self._tokenize(rendered)
+        for texts in rendered:
+            try:
+                self._finish(texts, outcome)
+            except ValueError as error:
+                outcome.faults.append(f"row {texts.row.id!r}: {error}")
+
+    def _holds_special(self, row: Row) -> bool:
+        parts = [
+            row.system or "",
+            *(text for x, ys in _forest(row, self.columns) for text in (x, *ys)),
+        ]
+        return any(self.special.search(text) for text in parts)
+
+    def _render(self, row: Row) -> _Texts:
+        forest = _forest(row, self.columns)
+        prompts = tuple(self.chat.prompt(x, row.system) for x, _ in forest)
+        responses = tuple(
+            tuple(self.chat.response(prompt, x, y, row.system) for y in ys)
+            for prompt, (x, ys) in zip(prompts, forest, strict=True)
+        )
+        return _Texts(row, tuple(x for x, _ in forest), prompts, responses)
+
+    def _tokenize(self, rendered: Iterable[_Texts]) -> None:
+        """All texts of the rows at once, and those that the joint comparison needs."""
+        texts: dict[str, None] = {}
+        for row in rendered:
+            for prompt, responses in zip(row.prompts, row.responses, strict=True):
+                header = self._header(prompt)
+                texts.update(dict.fromkeys((prompt, header, *responses)))
+                texts.update(dict.fromkeys(header + response for response in responses))
+        self.ids = {}
+        if texts:
+            encoded = self.chat.tokenizer(list(texts), add_special_tokens=False, verbose=False)
+            for text, ids in zip(texts, encoded["input_ids"], strict=True):
+                self.ids[text] = np.array(ids, dtype=np.int32)
+
+    def _header(self, prompt: str) -> str:
+        """The prompt from its last special token on: tokens before it do not see what follows."""
+        last = max((found.start() for found in self.special.finditer(prompt)), default=0)
+        return prompt[last:]
+
+    def _joint_differs(self, texts: _Texts) -> bool:
+        for prompt, responses in zip(texts.prompts, texts.responses, strict=True):
+            header = self._header(prompt)
+            for response in responses:
+                apart = np.concatenate((self.ids[header], self.ids[response]))
+                if not np.array_equal(apart, self.ids[header + response]):
+                    return True
+        return False
+
+    def _finish(self, texts: _Texts, outcome: Outcome) -> None:
+        """Cut at the end of turn, apply the limits, and book the row under what became of it."""
+        row_id = texts.row.id
+        prompts = [self.ids[text] for text in texts.prompts]
+        responses = [[self._until_end(text) for text in ys] for ys in texts.responses]
+        too_long = []
+        if max(map(len, prompts)) > self.limits.max_prompt_tokens:
+            too_long.append((PROMPT_TOO_LONG, max(map(len, prompts))))
+        longest = max(len(ids) for ys in responses for ids in ys)
+        if longest > self.limits.max_response_tokens:
+            too_long.append((RESPONSE_TOO_LONG, longest))
+        if too_long and self.limits.on_overlong == "raise":
+            found = " and ".join(f"{reason} ({length} tokens)" for reason, length in too_long)
+            raise ValueError(
+                f"{found}: raise the limit, or set data.on_overlong to drop or truncate"
+            )
+        if too_long and self.limits.on_overlong == "drop":
+            outcome.dropped.setdefault(too_long[0][0], []).append(row_id)
+            return
+        if too_long:
+            prompts = [
+                self._cut_prompt(*parts)
+                for parts in zip(prompts, texts.prompts, texts.instructions, strict=True)
+            ]
+            responses = [[ids[: self.limits.max_response_tokens] for ids in ys] for ys in responses]
+            if (equal := _made_equal(prompts, responses)) is not None:
+                outcome.dropped.setdefault(equal, []).append(row_id)
+                return
+            for reason, _ in too_long:
+                outcome.truncated.setdefault(reason, []).append(row_id)
+        if self._joint_differs(texts):
+            outcome.joint.append(row_id)
+        forest = tuple(map(tuple, responses))
+        outcome.examples.append(Example(row_id, tuple(prompts), forest, _differing(texts.row)))
+
+    def _until_end(self, text: str) -> np.ndarray:
+        """Tokens of a response up to and including the first end-of-turn token."""
+        ids = self.ids[text]
+        ends = np.flatnonzero(ids == self.end_of_turn)
+        if len(ends) == 0:
+            name = self.chat.tokenizer.convert_ids_to_tokens(self.end_of_turn)
+            raise ValueError(
+                f"the template writes no end-of-turn token {name!r} after the response, only "
+                f"{text[-30:]!r}: end every assistant turn of the template with it"
+            )
+        return ids[: ends[0] + 1]
+
+    def _cut_prompt(self, ids: np.ndarray, prompt: str, instruction: str) -> np.ndarray:
+        """The prompt without the end of its instruction, so that it fits; the frame stays."""
+        if len(ids) <= self.limits.max_prompt_tokens:
+            return ids
+        _, found, frame = prompt.rpartition(instruction.strip())
+        encoded = self.chat.tokenizer(frame, add_special_tokens=False)["input_ids"]
+        after = np.array(encoded, dtype=np.int32)
+        keep = self.limits.max_prompt_tokens - len(after)
+        if not found or keep < 1 or not np.array_equal(ids[-len(after) :], after):
+            raise ValueError(
+                f"the prompt of {len(ids)} tokens cannot be cut to {self.limits.max_prompt_tokens} "
+                f"within the template, which ends it with {frame!r}: raise max_prompt_tokens, or "
+                "set data.on_overlong to drop"
+            )
+        return np.concatenate((ids[:keep], after))
+
+
+def _forest(row: Row, columns: tuple[int, ...]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """(instruction, its responses) in member order; of a quad the members in `columns`."""
+    if isinstance(row, Quad):
+        ys = (row.y1, row.y2, row.y2, row.y1)
+        under_x1 = tuple(ys[column] for column in columns if column < 2)
+        under_x2 = tuple(ys[column] for column in columns if column >= 2)
+        return ((row.x1, under_x1), (row.x2, under_x2))
+    if isinstance(row, Pair):
+        return ((row.x, (row.chosen, row.rejected)),)
+    return ((row.x, (row.y,)),)
+
+
+def _differing(row: Row) -> int:
+    """Constraints of x1 that x2 has not, or the other way round, whichever are more."""
+    if not isinstance(row, Quad) or row.c1 is None or row.c2 is None:
+        return 0
+    sides = [
+        {json.dumps([c["kind"], c["params"]], sort_keys=True) for c in side}
+        for side in (row.c1, row.c2)
+    ]
+    return max(len(sides[0] - sides[1]), len(sides[1] - sides[0]))
+
+
+def _made_equal(prompts: list[np.ndarray], responses: list[list[np.ndarray]]) -> str | None:
+    """The reason to drop a row whose two prompts or two responses have become the same."""
+    if len(prompts) == 2 and np.array_equal(prompts[0], prompts[1]):
+        return EQUAL_PROMPTS
+    if len(responses[0]) == 2 and np.array_equal(responses[0][0], responses[0][1]):
+        return EQUAL_RESPONSES
+    return None
 
 
 def tokenize_rows(
     rows: Sequence[Row],
-    chat: Chat,
-    limits: Limits,
+    encoder: Encoder,
     *,
-    three: bool = False,
     workers: int = 0,
     cache_dir: str | Path | None = None,
     source: str = "rows",
 ) -> tuple[list[Example], Report]:
     """Examples of the rows that can be used, in their order, and the report of all rows.
 
-    three: quads become iopo_three examples (no x2y2 member). workers: processes to spread the rows
-    over; 0 or 1 is this process. cache_dir: where results are kept, None for nowhere; the key holds
-    everything that changes the result, and of several processes that ask for the same one works.
-    source: the file that the message for no row left names.
+    workers: processes to spread the rows over; 0 or 1 is this process. cache_dir: where results are
+    kept, None for nowhere; the key holds everything that changes the result, and of several
+    processes that ask for the same one works. source: the file that an error names.
     Call it before any process group exists: a first run may take minutes.
     Raises ValueError naming the rows that break the template's prefix property or end without an
-    end-of-turn token, the overlong ones if the limits say so, and when no row is left.
+    end-of-turn token, the overlong ones if the limits say so, and when no row remains.
     """
 
     def work() -> tuple[list[Example], Report]:
-        outcome = _in_processes(rows, chat, limits, three, workers)
+        outcome = _in_processes(rows, encoder, workers)
         return outcome.examples, _report(len(rows), outcome)
 
     if cache_dir is None:
         examples, report = work()
     else:
-        parts = [tokenizer_hash(chat), [repr(row) for row in rows], repr(limits), three]
-        examples, report = token_cache.get(Path(cache_dir), token_cache.key(parts), work)
+        how = [tokenizer_hash(encoder.chat), repr(encoder.limits), encoder.columns]
+        name = token_cache.key([*how, [repr(row) for row in rows]])
+        examples, report = token_cache.get(Path(cache_dir), name, work)
     if not examples:
         raise ValueError(f"{source}: no row is left:\n  " + "\n  ".join(report.lines()))
     return examples, report
 
 
-def _in_processes(
-    rows: Sequence[Row], chat: Chat, limits: Limits, three: bool, workers: int
-) -> Outcome:
+def _in_processes(rows: Sequence[Row], encoder: Encoder, workers: int) -> Outcome:
     outcome = Outcome()
     if workers <= 1:
-        outcome = Encoder(chat, limits, three).encode(rows)
+        outcome = encoder.encode(rows)
     else:
         size = -(-len(rows) // workers)
-        jobs = [(rows[at : at + size], chat, limits, three) for at in range(0, len(rows), size)]
+        parts = [rows[at : at + size] for at in range(0, len(rows), size)]
         # spawn, not fork: the tokenizer runs threads, and a fork may keep their locks forever.
-        with get_context("spawn").Pool(len(jobs)) as pool:
-            for part in pool.imap(_work, jobs):
+        with get_context("spawn").Pool(len(parts), _one_thread) as pool:
+            for part in pool.imap(encoder.encode, parts):
                 outcome.add(part)
     if outcome.faults:
         shown = outcome.faults[:MAX_LISTED]
@@ -76,10 +326,8 @@ def _in_processes(
     return outcome
 
 
-def _work(job: tuple[Sequence[Row], Chat, Limits, bool]) -> Outcome:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # in this worker: one process a core is enough
-    rows, chat, limits, three = job
-    return Encoder(chat, limits, three).encode(rows)
+def _one_thread() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # in a worker: one process a core is enough
 
 
 def _report(rows: int, outcome: Outcome) -> Report:

@@ -19,15 +19,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from iopo import constraints
 from iopo import stats as statistics
 from iopo.data.batching import Batching, pass_micro_batches, token_counts
+from iopo.data.chat import Chat
 from iopo.data.layout import build_shared
-from iopo.data.rows import MEMBERS, Quad
+from iopo.data.rows import Quad
 from iopo.data.tokenize import Example
 from iopo.logprobs import LogProbs
 from iopo.model.attention import SHARED
-from iopo.model.generate import Generation, generate
+from iopo.model.generate import Decoding, Generation, generate
 from iopo.model.load import default_dtype, load_causal_lm
 from iopo.model.lora import load_adapter, merge_lora
-from iopo.objectives import iopo_margin
+from iopo.objectives import MEMBERS, iopo_margin
 from iopo.stats import Estimate
 from iopo.training.metrics import preferences
 
@@ -161,20 +162,13 @@ def answer_prompts(
     if bare:
         raise ValueError(f"code cannot check the constraints (c1, c2) of these quads: {bare[:5]}")
     prompts = [quad.x1 if side == 1 else quad.x2 for quad, _, side in sides]
+    chat = Chat(tokenizer, system)
     conversations = [
-        _conversation(prompt, quad.system if quad.system is not None else system)
+        chat.messages(prompt, quad.system)
         for prompt, (quad, _, _) in zip(prompts, sides, strict=True)
     ]
-    generations = generate(
-        model,
-        tokenizer,
-        conversations,
-        max_new_tokens=max_new_tokens,
-        temperature=0.0,
-        batch_size=batch_size,
-        seed=0,
-        on_progress=progress,
-    )
+    decoding = Decoding(max_new_tokens, batch_size=batch_size)
+    generations = generate(model, chat, conversations, decoding, progress)
     return [
         _judge(f"{quad.id}/{side}", prompt, split, rows, generation)
         for (quad, split, side), prompt, rows, generation in zip(
@@ -194,11 +188,6 @@ def checkable(quad: Quad) -> bool:
         for row in rows:
             constraints.from_dict(row)
     return True
-
-
-def _conversation(prompt: str, system: str | None) -> list[dict[str, str]]:
-    turns = [] if system is None else [{"role": "system", "content": system}]
-    return turns + [{"role": "user", "content": prompt}]
 
 
 def _judge(

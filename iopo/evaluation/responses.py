@@ -211,25 +211,24 @@ def _in_process(
 ) -> None:
     """Batches of similar length. They are the same whatever is done already, so a resumed run
     gives the answers that an uninterrupted one would have given."""
-    from iopo.model.generate import generate
+    from iopo.data.chat import Chat
+    from iopo.model.generate import Decoding, generate
 
     model, tokenizer = load_model(config.model)
-    section = config.generate
+    chat, section = Chat(tokenizer), config.generate
     order = sorted(items, key=lambda item: -sum(len(m["content"]) for m in item.messages))
     made = len(done)
     for start in range(0, len(order), section.batch_size):
         batch = order[start : start + section.batch_size]
         if all(item.id in done for item in batch):
             continue
-        answers = generate(
-            model,
-            tokenizer,
-            [conversation(item, section) for item in batch],
-            max_new_tokens=section.max_new_tokens,
-            temperature=section.temperature,
+        decoding = Decoding(
+            section.max_new_tokens,
+            section.temperature,
             batch_size=section.batch_size,
             seed=batch_seed(section.seed, batch),
         )
+        answers = generate(model, chat, [conversation(item, section) for item in batch], decoding)
         rows = [
             {**row_key(i), "response": a.text, "finish_reason": a.finish_reason, "tokens": a.tokens}
             for i, a in zip(batch, answers, strict=True)

@@ -20,11 +20,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iopo.config import Dtype
+from iopo.data.chat import Chat
 from iopo.evaluation.config import ModelSection
 from iopo.evaluation.responses import load_model
 from iopo.model.generate import (
+    Decoding,
     Generation,
-    encode_prompt,
     end_of_turn_ids,
     generate,
     growing_cache,
@@ -48,25 +49,24 @@ class Served:
         self.started = int(time.time())
         self._model = model
         self._tokenizer = tokenizer
+        self._chat = Chat(tokenizer)
         self._lock = threading.Lock()  # one forward at a time: threads only wait
 
     def prompt_tokens(self, messages: list[dict[str, str]]) -> int:
-        return len(encode_prompt(self._tokenizer, messages))
+        return len(self._chat.prompt_ids(messages))
 
     def answer(self, request: "ChatRequest") -> Generation:
         """The whole answer. Raises BadRequest if the prompt does not fit."""
         with self._lock:
             try:
-                (found,) = generate(
-                    self._model,
-                    self._tokenizer,
-                    [request.messages],
-                    max_new_tokens=self._room(request),
-                    temperature=request.temperature,
-                    top_p=request.top_p,
+                decoding = Decoding(
+                    self._room(request),
+                    request.temperature,
+                    request.top_p,
                     batch_size=1,
                     seed=request.seed,
                 )
+                (found,) = generate(self._model, self._chat, [request.messages], decoding)
             except ValueError as error:
                 raise BadRequest(str(error)) from error
         return found
@@ -76,7 +76,7 @@ class Served:
 
         At a temperature above 0 the draws are others than those of `answer`.
         """
-        prompt = encode_prompt(self._tokenizer, request.messages)
+        prompt = self._chat.prompt_ids(request.messages)
         stops = end_of_turn_ids(self._model, self._tokenizer)
         limit = self._room(request)
         generator = torch.Generator().manual_seed(request.seed)

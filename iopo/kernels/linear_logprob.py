@@ -37,7 +37,7 @@ def linear_logprob(
     softcap tanh(z / softcap) if softcap is given (Gemma 2) and z otherwise.
 
     hidden_RD, weight_VD: [R, D] and [V, D], bfloat16, float16, float32 or float64, the same dtype.
-        Every row of the weight is a word, as in the model's own logits: for a vocabulary padded
+        Every row of the weight is an entry, as in the model's own logits: for a vocabulary padded
         to V pass the whole weight to include the padding, weight_VD[:n] to leave it out.
     targets_R: int64 [R], in [0, V).
     bias_V: [V] in the same dtype. softcap: > 0.
@@ -96,14 +96,14 @@ def _check(
         raise ValueError(f"linear_logprob: softcap must be above 0, or None, found {softcap}")
 
 
-def _check_targets(targets_R: Tensor, words: int) -> None:
+def _check_targets(targets_R: Tensor, vocab: int) -> None:
     """Inside the operator, where the values exist even under torch.compile."""
-    wrong_R = (targets_R < 0) | (targets_R >= words)
+    wrong_R = (targets_R < 0) | (targets_R >= vocab)
     if targets_R.is_cuda:
-        torch._assert_async(~wrong_R.any(), f"linear_logprob: targets outside [0, {words})")
+        torch._assert_async(~wrong_R.any(), f"linear_logprob: targets outside [0, {vocab})")
     elif wrong_R.any():
         raise ValueError(
-            f"linear_logprob: targets must be in [0, {words}), found {int(targets_R[wrong_R][0])}; "
+            f"linear_logprob: targets must be in [0, {vocab}), found {int(targets_R[wrong_R][0])}; "
             "select the rows to score before the call, masked ones (-100) are not skipped"
         )
 

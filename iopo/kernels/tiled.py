@@ -1,14 +1,14 @@
 """Row chunks x vocabulary tiles with an online log-sum-exp: CPU, and any device without Triton.
 
-Shapes: R response rows, r rows of one chunk, D width, V vocabulary, v words of one tile.
+Shapes: R response rows, r rows of one chunk, D width, V vocabulary, v entries of one tile.
 Logits exist one r x v tile at a time, in the accumulation dtype ("wide": float32, float64 for
-float64 inputs); only the gradient of the weight keeps the R x v errors of some words, to be one
+float64 inputs); only the gradient of the weight keeps the R x v errors of some entries, to be one
 product. The vocabulary is the outer loop, so that a bfloat16 tile of the weight is widened once for
 all rows and a tile of its gradient is finished before the next one begins.
 Tiles live in buffers that are allocated once: fresh memory costs a CPU more than the exponentials.
 
 The target is kept out of the sum over the vocabulary. With `others` the sum of exp(z_v - shift)
-over the other words and `hit` the target's own exponential
+over the other entries and `hit` the target's own exponential
     logp = -log1p(others / hit)    where hit > others,    1 - p[target] = -expm1(logp),
 which cannot be above 0 and stays exact for confident tokens, where log p and 1 - p taken from a sum
 that contains the target would be differences of nearly equal numbers.
@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-ROWS, WORDS = 2048, 1024  # a tile of float32 is 8 MB at most and stays in the caches
+ROWS, VOCAB = 2048, 1024  # a tile of float32 is 8 MB at most and stays in the caches
 SLACK = 16.0  # the reference of the exponentials moves only if a logit passes it by this much
 
 
@@ -47,12 +47,12 @@ def forward(
     mean_RD = torch.zeros_like(hidden_RD) if with_gradient else None
     logits_buffer, weight_buffer = _buffers(hidden_RD, weight_VD)
     with _products_of(dtype):
-        for words in _spans(weight_VD.shape[0], WORDS):
-            weight_vD = _widened(weight_VD[words], weight_buffer)
+        for vocab in _spans(weight_VD.shape[0], VOCAB):
+            weight_vD = _widened(weight_VD[vocab], weight_buffer)
             for rows in _spans(hidden_RD.shape[0], ROWS):
                 logits_rv = _product(hidden_RD[rows], weight_vD, logits_buffer)
-                slope_rv = _finish_logits(logits_rv, bias_V, words, softcap)
-                here_r, column_r1 = _targets_in(targets_R[rows], words)
+                slope_rv = _finish_logits(logits_rv, bias_V, vocab, softcap)
+                here_r, column_r1 = _targets_in(targets_R[rows], vocab)
                 logit_r1 = logits_rv.gather(1, column_r1)
                 target_R[rows] = torch.where(here_r, logit_r1.squeeze(1), target_R[rows])
                 logits_rv.scatter_(1, column_r1, logit_r1.masked_fill_(here_r[:, None], -torch.inf))
@@ -122,15 +122,15 @@ def backward(
     errors_buffer = hidden_RD.new_empty(kept_rows * len(weight_buffer), dtype=narrow)
     scaled_RD = (hidden_RD * factor_R[:, None]).to(narrow) if need_weight else hidden_RD
     with _products_of(dtype):
-        for words in _spans(weight_VD.shape[0], WORDS):
-            weight_vD = _widened(weight_VD[words], weight_buffer)
+        for vocab in _spans(weight_VD.shape[0], VOCAB):
+            weight_vD = _widened(weight_VD[vocab], weight_buffer)
             errors_Rv = errors_buffer[: kept_rows * len(weight_vD)].view(kept_rows, len(weight_vD))
             for rows in _spans(hidden_RD.shape[0], ROWS):
                 buffer = errors_Rv[rows].view(-1) if in_place else logits_buffer
                 error_rv = _product(hidden_RD[rows], weight_vD, buffer)
-                slope_rv = _finish_logits(error_rv, bias_V, words, softcap)
+                slope_rv = _finish_logits(error_rv, bias_V, vocab, softcap)
                 error_rv.sub_(shift_R[rows, None]).exp_()
-                here_r, column_r1 = _targets_in(targets_R[rows], words)
+                here_r, column_r1 = _targets_in(targets_R[rows], vocab)
                 miss_r1 = torch.where(here_r[:, None], miss_R1[rows], error_rv.gather(1, column_r1))
                 error_rv.scatter_(1, column_r1, miss_r1)
                 if slope_rv is not None:
@@ -139,11 +139,11 @@ def backward(
                 if need_weight and not in_place:
                     errors_Rv[rows] = error_rv
                 if grad_bias_V is not None:
-                    grad_bias_V[words] += factor_R[rows] @ error_rv
+                    grad_bias_V[vocab] += factor_R[rows] @ error_rv
             if grad_weight_VD is not None and narrow == dtype:
-                torch.mm(errors_Rv.t(), scaled_RD, out=grad_weight_VD[words])
+                torch.mm(errors_Rv.t(), scaled_RD, out=grad_weight_VD[vocab])
             elif grad_weight_VD is not None:
-                grad_weight_VD[words] = errors_Rv.t() @ scaled_RD
+                grad_weight_VD[vocab] = errors_Rv.t() @ scaled_RD
     grad_bias_V = None if grad_bias_V is None else grad_bias_V.to(dtype)
     return grad_hidden_RD.mul_(factor_R[:, None]).to(dtype), grad_weight_VD, grad_bias_V
 
@@ -151,7 +151,7 @@ def backward(
 def log_probability(
     reference_R: Tensor, sum_R: Tensor, target_R: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp, shift, scale) from the target's logit and the other words' sum of exponentials.
+    """(logp, shift, scale) from the target's logit and the others' sum of exponentials.
 
     In float64 and rounded once: a few numbers per row, whose rounding would show in the result.
     """
@@ -192,10 +192,10 @@ def _spans(total: int, size: int) -> Iterator[slice]:
 
 
 def _buffers(hidden_RD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory for the logits of one tile and for its words' weights, in hidden's (wide) dtype."""
-    words = min(WORDS, weight_VD.shape[0])
-    logits = hidden_RD.new_empty(min(ROWS, hidden_RD.shape[0]) * words)
-    return logits, hidden_RD.new_empty(words, weight_VD.shape[1])
+    """Memory for the logits of one tile and for its weights, in hidden's (wide) dtype."""
+    vocab = min(VOCAB, weight_VD.shape[0])
+    logits = hidden_RD.new_empty(min(ROWS, hidden_RD.shape[0]) * vocab)
+    return logits, hidden_RD.new_empty(vocab, weight_VD.shape[1])
 
 
 def _widened(weight_vD: Tensor, buffer: Tensor) -> Tensor:
@@ -205,8 +205,8 @@ def _widened(weight_vD: Tensor, buffer: Tensor) -> Tensor:
 
 
 def _product(hidden_rD: Tensor, weight_vD: Tensor, buffer: Tensor) -> Tensor:
-    rows, words = len(hidden_rD), len(weight_vD)
-    logits_rv = buffer[: rows * words].view(rows, words)
+    rows, vocab = len(hidden_rD), len(weight_vD)
+    logits_rv = buffer[: rows * vocab].view(rows, vocab)
     return torch.mm(hidden_rD, weight_vD.t(), out=logits_rv)
 
 
@@ -216,11 +216,11 @@ def _multiplies(dtype: torch.dtype) -> bool:
 
 
 def _finish_logits(
-    logits_rv: Tensor, bias_V: Tensor | None, words: slice, softcap: float | None
+    logits_rv: Tensor, bias_V: Tensor | None, vocab: slice, softcap: float | None
 ) -> Tensor | None:
     """Add the bias and cap the logits in place; return the cap's derivative if there is a cap."""
     if bias_V is not None:
-        logits_rv += bias_V[words]
+        logits_rv += bias_V[vocab]
     if softcap is None:
         return None
     tanh_rv = logits_rv.div_(softcap).tanh_()
@@ -229,7 +229,7 @@ def _finish_logits(
     return slope_rv
 
 
-def _targets_in(targets_r: Tensor, words: slice) -> tuple[Tensor, Tensor]:
-    """(is the target one of these words, its column there or 0)."""
-    here_r = (targets_r >= words.start) & (targets_r < words.stop)
-    return here_r, torch.where(here_r, targets_r - words.start, 0)[:, None]
+def _targets_in(targets_r: Tensor, vocab: slice) -> tuple[Tensor, Tensor]:
+    """(is the target one of these entries, its column there or 0)."""
+    here_r = (targets_r >= vocab.start) & (targets_r < vocab.stop)
+    return here_r, torch.where(here_r, targets_r - vocab.start, 0)[:, None]

@@ -1,10 +1,10 @@
 """CUDA: a matrix product whose epilogue reduces the logits, in Triton.
 
-Shapes: R response rows, r rows of one chunk, D width, V vocabulary, B word blocks.
-Forward: each program multiplies one block of rows with one block of words and keeps, of its float32
-accumulator, the maximum and the sum of exponentials of every row and the logits of the targets in
-it. The partial results [B, R] are merged in a fixed order: no atomics, no locks. As in tiled.py
-the target stays out of the sums.
+Shapes: R response rows, r rows of one chunk, D width, V vocabulary, B vocabulary blocks.
+Forward: each program multiplies one block of rows with one of the vocabulary and keeps, of its
+float32 accumulator, the maximum and the sum of exponentials of every row and the logits of the
+targets in it. The partial results [B, R] are merged in a fixed order: no atomics, no locks. As in
+tiled.py the target stays out of the sums.
 Backward: the same product again in chunks of rows; its epilogue writes d loss / d logits in the
 inputs' dtype, and cuBLAS multiplies that with the weight and, if wanted, with the hidden rows.
 R changes with every batch: the kernels are not compiled anew for its value or its alignment.
@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from iopo.kernels.tiled import log_probability
 
-CHUNK_BYTES_PER_WORD = 8192  # of d loss / d logits: 4096 rows of bfloat16, 1.25 GB at V = 152,064
+CHUNK_BYTES_PER_ENTRY = 8192  # of d loss / d logits: 4096 rows of bfloat16, 1.25 GB at V = 152,064
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +28,12 @@ class Blocks:
     """One program's share of the product, and how it is run."""
 
     rows: int
-    words: int
+    vocab: int
     width: int
     warps: int
     stages: int
     descriptors: bool  # copy blocks by TMA; a chip without it would copy them unpipelined
-    group: int = 16  # row blocks that share a block of words while it is in the L2 cache
+    group: int = 16  # row blocks that share a block of V while it is in the L2 cache
 
 
 def blocks_for(capability: int, itemsize: int, softcap: float | None) -> Blocks:
@@ -43,20 +43,20 @@ def blocks_for(capability: int, itemsize: int, softcap: float | None) -> Blocks:
     others) and its registers, of which a soft cap needs more: test_kernels_triton.py looks.
     """
     if itemsize == 4:  # no tensor cores: float32 is multiplied as float32
-        return Blocks(rows=64, words=64, width=32, warps=4, stages=2, descriptors=False)
-    words = 256 if softcap is None else 128
+        return Blocks(rows=64, vocab=64, width=32, warps=4, stages=2, descriptors=False)
+    vocab = 256 if softcap is None else 128
     if capability in (90, 100, 103):
-        return Blocks(rows=128, words=words, width=64, warps=8, stages=4, descriptors=True)
+        return Blocks(rows=128, vocab=vocab, width=64, warps=8, stages=4, descriptors=True)
     if capability == 80:
-        return Blocks(rows=128, words=words, width=64, warps=8, stages=3, descriptors=False)
-    return Blocks(rows=128, words=128, width=32, warps=8, stages=4, descriptors=False)
+        return Blocks(rows=128, vocab=vocab, width=64, warps=8, stages=3, descriptors=False)
+    return Blocks(rows=128, vocab=128, width=32, warps=8, stages=4, descriptors=False)
 
 
 @triton.jit
-def _place(R, V, ROWS: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr):
-    """(row block, word block) of this program: a group of row blocks shares each word block."""
+def _place(R, V, ROWS: tl.constexpr, VOCAB: tl.constexpr, GROUP: tl.constexpr):
+    """(row block, vocab block) of this program: a group of row blocks shares each vocab block."""
     row_blocks = tl.cdiv(R, ROWS)
-    in_group = GROUP * tl.cdiv(V, WORDS)
+    in_group = GROUP * tl.cdiv(V, VOCAB)
     program = tl.program_id(0)
     first = program // in_group * GROUP
     rows_here = min(row_blocks - first, GROUP)
@@ -64,29 +64,29 @@ def _place(R, V, ROWS: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _logits(hidden, weight, bias_ptr, row, word, R, V, D, SOFTCAP: tl.constexpr,
-            ROWS: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr,
+def _logits(hidden, weight, bias_ptr, row, entry, R, V, D, SOFTCAP: tl.constexpr,
+            ROWS: tl.constexpr, VOCAB: tl.constexpr, WIDTH: tl.constexpr,
             DESCRIPTORS: tl.constexpr):  # fmt: skip
-    """float32 logits [ROWS, WORDS] from (row, word) on; beyond R and V they mean nothing."""
-    logits = tl.zeros((ROWS, WORDS), dtype=tl.float32)
+    """float32 logits [ROWS, VOCAB] from (row, entry) on; beyond R and V they mean nothing."""
+    logits = tl.zeros((ROWS, VOCAB), dtype=tl.float32)
     if DESCRIPTORS:
         for k in range(0, D, WIDTH):
             hidden_block = hidden.load([row, k])
-            weight_block = weight.load([word, k])
+            weight_block = weight.load([entry, k])
             logits = tl.dot(hidden_block, weight_block.T, logits, input_precision="ieee")
     else:
         column = tl.arange(0, WIDTH)
         rows = tl.minimum(row + tl.arange(0, ROWS), R - 1).to(tl.int64)
-        words = tl.minimum(word + tl.arange(0, WORDS), V - 1).to(tl.int64)
+        vocab = tl.minimum(entry + tl.arange(0, VOCAB), V - 1).to(tl.int64)
         hidden_ptrs = hidden + rows[:, None] * D + column[None, :]
-        weight_ptrs = weight + words[None, :] * D + column[:, None]
+        weight_ptrs = weight + vocab[None, :] * D + column[:, None]
         for k in range(0, D, WIDTH):
             hidden_block = tl.load(hidden_ptrs + k, mask=column[None, :] < D - k, other=0.0)
             weight_block = tl.load(weight_ptrs + k, mask=column[:, None] < D - k, other=0.0)
             logits = tl.dot(hidden_block, weight_block, logits, input_precision="ieee")
     if bias_ptr is not None:
-        words = word + tl.arange(0, WORDS)
-        logits += tl.load(bias_ptr + words, mask=words < V, other=0).to(tl.float32)[None, :]
+        vocab = entry + tl.arange(0, VOCAB)
+        logits += tl.load(bias_ptr + vocab, mask=vocab < V, other=0).to(tl.float32)[None, :]
     if SOFTCAP is not None:
         # tanh x = sign(x) (1 - e) / (1 + e) with e = exp(-2 |x|), which cannot overflow
         e = tl.exp(-2 * tl.abs(logits) / SOFTCAP)
@@ -98,58 +98,58 @@ def _logits(hidden, weight, bias_ptr, row, word, R, V, D, SOFTCAP: tl.constexpr,
 @triton.jit(do_not_specialize=["R", "V"])
 def forward_kernel(hidden, weight, bias_ptr, targets_ptr, top_ptr, sum_ptr, target_ptr, error_ptr,
                    R, V, D, error_stride, SOFTCAP: tl.constexpr, ROWS: tl.constexpr,
-                   WORDS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
+                   VOCAB: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
                    DESCRIPTORS: tl.constexpr):  # fmt: skip
-    """Per row of one block of words: maximum, sum of exponentials, logit of the target if here.
+    """Per row of a vocabulary block: maximum, sum of exponentials, logit of the target if here.
 
     With error_ptr also exp(z - maximum) times the soft cap's slope, 0 at the target, from which the
     gradient follows when the rows' sums are known.
     """
-    row_block, word_block = _place(R, V, ROWS, WORDS, GROUP)
-    row, word = row_block * ROWS, word_block * WORDS
-    logits = _logits(hidden, weight, bias_ptr, row, word, R, V, D, SOFTCAP, ROWS, WORDS, WIDTH,
+    row_block, vocab_block = _place(R, V, ROWS, VOCAB, GROUP)
+    row, entry = row_block * ROWS, vocab_block * VOCAB
+    logits = _logits(hidden, weight, bias_ptr, row, entry, R, V, D, SOFTCAP, ROWS, VOCAB, WIDTH,
                      DESCRIPTORS)  # fmt: skip
-    rows, words = row + tl.arange(0, ROWS), word + tl.arange(0, WORDS)
+    rows, vocab = row + tl.arange(0, ROWS), entry + tl.arange(0, VOCAB)
     inside = rows < R
     targets = tl.load(targets_ptr + rows, mask=inside, other=-1)
-    hits = words[None, :] == targets[:, None]
-    here = inside & (targets >= word) & (targets < word + WORDS)
+    hits = vocab[None, :] == targets[:, None]
+    here = inside & (targets >= entry) & (targets < entry + VOCAB)
     tl.store(target_ptr + rows, tl.sum(tl.where(hits, logits, 0.0), 1), mask=here)
 
-    others = tl.where(hits | (words[None, :] >= V), float("-inf"), logits)
-    top = tl.maximum(tl.max(others, 1), -3.4e38)  # a block without other words: exp(-inf + 3.4e38)
+    others = tl.where(hits | (vocab[None, :] >= V), float("-inf"), logits)
+    top = tl.maximum(tl.max(others, 1), -3.4e38)  # a block without others: exp(-inf + 3.4e38)
     exps = tl.exp(others - top[:, None])
-    partial = word_block.to(tl.int64) * R + rows
+    partial = vocab_block.to(tl.int64) * R + rows
     tl.store(top_ptr + partial, top, mask=inside)
     tl.store(sum_ptr + partial, tl.sum(exps, 1), mask=inside)
     if error_ptr is not None:
         if SOFTCAP is not None:
             exps *= 1 - (logits / SOFTCAP) * (logits / SOFTCAP)
-        place = rows.to(tl.int64)[:, None] * error_stride + words[None, :]
+        place = rows.to(tl.int64)[:, None] * error_stride + vocab[None, :]
         tl.store(error_ptr + place, exps.to(error_ptr.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit(do_not_specialize=["R", "V"])
 def error_kernel(hidden, weight, bias_ptr, targets_ptr, shift_ptr, factor_ptr, miss_ptr, error_ptr,
                  R, V, D, error_stride, SOFTCAP: tl.constexpr, ROWS: tl.constexpr,
-                 WORDS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
+                 VOCAB: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
                    DESCRIPTORS: tl.constexpr):  # fmt: skip
     """d loss / d logits = factor exp(z - shift), miss at the target, times the soft cap's slope."""
-    row_block, word_block = _place(R, V, ROWS, WORDS, GROUP)
-    row, word = row_block * ROWS, word_block * WORDS
-    logits = _logits(hidden, weight, bias_ptr, row, word, R, V, D, SOFTCAP, ROWS, WORDS, WIDTH,
+    row_block, vocab_block = _place(R, V, ROWS, VOCAB, GROUP)
+    row, entry = row_block * ROWS, vocab_block * VOCAB
+    logits = _logits(hidden, weight, bias_ptr, row, entry, R, V, D, SOFTCAP, ROWS, VOCAB, WIDTH,
                      DESCRIPTORS)  # fmt: skip
-    rows, words = row + tl.arange(0, ROWS), word + tl.arange(0, WORDS)
+    rows, vocab = row + tl.arange(0, ROWS), entry + tl.arange(0, VOCAB)
     inside = rows < R
     targets = tl.load(targets_ptr + rows, mask=inside, other=-1)
     shift = tl.load(shift_ptr + rows, mask=inside, other=0)
     factor = tl.load(factor_ptr + rows, mask=inside, other=0)
     miss = tl.load(miss_ptr + rows, mask=inside, other=0)
     error = tl.exp(logits - shift[:, None]) * factor[:, None]
-    error = tl.where(words[None, :] == targets[:, None], miss[:, None], error)
+    error = tl.where(vocab[None, :] == targets[:, None], miss[:, None], error)
     if SOFTCAP is not None:
         error *= 1 - (logits / SOFTCAP) * (logits / SOFTCAP)
-    place = rows.to(tl.int64)[:, None] * error_stride + words[None, :]
+    place = rows.to(tl.int64)[:, None] * error_stride + vocab[None, :]
     tl.store(error_ptr + place, error.to(error_ptr.dtype.element_ty), mask=inside[:, None])
 
 
@@ -178,7 +178,7 @@ def forward(
             hidden_rD, weight_VD, targets_r, bias_V, softcap, error_here
         )
         top_Br, target_r = partial
-        # Each block of words was taken relative to its own maximum.
+        # Each vocabulary block was taken relative to its own maximum.
         factor_Br = -torch.exp(top_Br - shift_R[rows]) * scale_R[rows]
         error_here.view(len(hidden_rD), len(top_Br), -1).mul_(factor_Br.t()[:, :, None])
         miss_r = -torch.expm1(logp_R[rows])
@@ -239,9 +239,9 @@ def _reduce(
     error_RV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
     """(logp_R, shift_R, scale_R, (maxima top_BR, logits of the targets)); fills error_RV."""
-    rows, words = len(hidden_RD), len(weight_VD)
+    rows, vocab = len(hidden_RD), len(weight_VD)
     blocks = _blocks(hidden_RD, softcap)
-    top_BR = hidden_RD.new_empty(triton.cdiv(words, blocks.words), rows, dtype=torch.float32)
+    top_BR = hidden_RD.new_empty(triton.cdiv(vocab, blocks.vocab), rows, dtype=torch.float32)
     sum_BR = torch.empty_like(top_BR)
     target_R = top_BR.new_empty(rows)
     _launch(
@@ -254,19 +254,19 @@ def _reduce(
 
 
 def _launch(kernel, hidden_RD, weight_VD, bias_V, per_row, error_RV, softcap) -> None:
-    rows, words, width = len(hidden_RD), len(weight_VD), hidden_RD.shape[1]
+    rows, vocab, width = len(hidden_RD), len(weight_VD), hidden_RD.shape[1]
     if rows == 0:
         return
     blocks = _blocks(hidden_RD, softcap)
-    grid = (triton.cdiv(rows, blocks.rows) * triton.cdiv(words, blocks.words),)
+    grid = (triton.cdiv(rows, blocks.rows) * triton.cdiv(vocab, blocks.vocab),)
     hidden, weight = hidden_RD, weight_VD
     if blocks.descriptors:
         hidden = TensorDescriptor.from_tensor(hidden_RD, [blocks.rows, blocks.width])
-        weight = TensorDescriptor.from_tensor(weight_VD, [blocks.words, blocks.width])
+        weight = TensorDescriptor.from_tensor(weight_VD, [blocks.vocab, blocks.width])
     kernel[grid](
-        hidden, weight, bias_V, *per_row, error_RV, rows, words, width,
+        hidden, weight, bias_V, *per_row, error_RV, rows, vocab, width,
         0 if error_RV is None else error_RV.stride(0),
-        SOFTCAP=softcap, ROWS=blocks.rows, WORDS=blocks.words, WIDTH=blocks.width,
+        SOFTCAP=softcap, ROWS=blocks.rows, VOCAB=blocks.vocab, WIDTH=blocks.width,
         GROUP=blocks.group, DESCRIPTORS=blocks.descriptors,
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
@@ -278,15 +278,15 @@ def _blocks(hidden_RD: Tensor, softcap: float | None) -> Blocks:
 
 
 def _chunks(hidden_RD: Tensor) -> list[slice]:
-    size = CHUNK_BYTES_PER_WORD // hidden_RD.element_size()
+    size = CHUNK_BYTES_PER_ENTRY // hidden_RD.element_size()
     return [slice(i, min(i + size, len(hidden_RD))) for i in range(0, len(hidden_RD), size)]
 
 
 def _error_buffer(hidden_RD: Tensor, weight_VD: Tensor, softcap: float | None) -> Tensor:
-    """Memory for one chunk's d loss / d logits; whole blocks of words, so that none is masked."""
-    words = _blocks(hidden_RD, softcap).words
-    rows = min(len(hidden_RD), CHUNK_BYTES_PER_WORD // hidden_RD.element_size())
-    return hidden_RD.new_empty(rows, triton.cdiv(len(weight_VD), words) * words)
+    """Memory for one chunk's d loss / d logits; whole blocks of V, so that none is masked."""
+    vocab = _blocks(hidden_RD, softcap).vocab
+    rows = min(len(hidden_RD), CHUNK_BYTES_PER_ENTRY // hidden_RD.element_size())
+    return hidden_RD.new_empty(rows, triton.cdiv(len(weight_VD), vocab) * vocab)
 
 
 def _add_product(sum_VD: Tensor, error_Vr: Tensor, hidden_rD: Tensor) -> None:

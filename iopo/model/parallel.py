@@ -118,6 +118,21 @@ class TrainModel:
             torch._foreach_copy_(copies, [self.parameters[name] for name in self.copies])
 
 
+@dataclass(frozen=True)
+class BlockOptions:
+    """What happens to each decoder block.
+
+    checkpoint_every: keep no activations of every k-th block but its input, and recompute them in
+        backward; 1 for all blocks, 0 for none.
+    selective: of those blocks keep matrix products and attention too (activation_checkpointing.py).
+    compile: torch.compile each block.
+    """
+
+    checkpoint_every: int = 0
+    selective: bool = False
+    compile: bool = False
+
+
 def make_mesh(device_type: str, shard_processes: int | None = None) -> DeviceMesh:
     """A mesh over all processes: 1-D, or 2-D (replicate, shard) if groups of fewer hold a copy.
 
@@ -144,9 +159,7 @@ def prepare(
     dtype: torch.dtype,
     mesh: DeviceMesh | None,
     offload: bool = False,
-    checkpoint_every: int = 0,
-    selective: bool = False,
-    compile_blocks: bool = False,
+    block_options: BlockOptions | None = None,
 ) -> TrainModel:
     """Place, shard or replicate a model (changed in place) whose root's forward does all its work.
 
@@ -154,17 +167,14 @@ def prepare(
         and frozen parameters as they are.
     mesh: shard over it (make_mesh); None replicates on all processes of the default group.
     offload: keep sharded parameters and optimizer state in host memory.
-    checkpoint_every: keep no activations of every k-th decoder block but its input, and recompute
-        them in backward; 1 for all blocks, 0 for none.
-    selective: of those blocks keep matrix products and attention too (recompute.py).
-    compile_blocks: torch.compile each decoder block.
+    block_options: what is recomputed and compiled; None for nothing.
     """
     if offload and mesh is None:
         raise ValueError("parallel.offload needs a sharded model: set parallel.shard_processes > 1")
     frozen = any(not p.requires_grad for p in model.parameters())
     accum_dtype = dtype if torch.finfo(dtype).bits >= 32 else torch.float32
     _exact_embedding_gradient(language_model(model))
-    wrap_blocks(model, checkpoint_every, compile_blocks, selective=selective)
+    wrap_blocks(model, block_options or BlockOptions())
     if mesh is None:
         return _replicate(model, device, dtype, accum_dtype, adapters=frozen)
     for parameter in model.parameters():
@@ -193,16 +203,14 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def wrap_blocks(
-    model: nn.Module, checkpoint_every: int, compile_blocks: bool, *, selective: bool = False
-) -> None:
+def wrap_blocks(model: nn.Module, options: BlockOptions) -> None:
     """Checkpoint and compile inside `forward`, so that FSDP's hooks stay outside of both."""
     width = language_model(model).config.get_text_config().hidden_size
     for index, block in enumerate(blocks(model)):
         forward = block.forward
-        if checkpoint_every and index % checkpoint_every == 0:
-            forward = checkpointed(forward, selective=selective, width=width)
-        if compile_blocks:
+        if options.checkpoint_every and index % options.checkpoint_every == 0:
+            forward = checkpointed(forward, selective=options.selective, width=width)
+        if options.compile:
             forward = torch.compile(forward, dynamic=True)
         block.forward = forward  # type: ignore[method-assign]
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from iopo.config import Checkpointing, ExportConfig, TrainConfig
+from iopo.config import Checkpointing, ExportConfig, ModelConfig, TrainConfig
 from iopo.data.layout import Batch, build_plain
 from iopo.data.tokenize import Example
 from iopo.files import replacing
@@ -44,16 +44,16 @@ class ExportError(RuntimeError):
     """An export that does not read back as what was trained; its folder was not made."""
 
 
-def export(cfg: TrainConfig, folder: Path, run: Run, ranks: RankInfo) -> None:
-    """Write what cfg.export asks for into `folder`. Every rank calls it; rank 0 writes."""
+def export(run: Run, folder: Path, model: ModelConfig, cfg: ExportConfig, ranks: RankInfo) -> None:
+    """Write what `cfg` asks for into `folder`. Every rank calls it; rank 0 writes."""
     # The adapter's base is model.path, unless the run changed or drew it: then it is written too.
     path, base = run.inputs.model_path, None
-    if path is not None and cfg.model.adapter is None:
+    if path is not None and model.adapter is None:
         # Others find a model by its id on the hub, or in its folder, wherever they look from.
-        hub = cfg.model.path != "demo" and not Path(str(cfg.model.path)).expanduser().is_dir()
-        base = str(cfg.model.path) if hub else str(path.resolve())
-    if cfg.export.model or cfg.export.merged:
-        write_exports(run.model, folder, cfg.export, run.inputs.chat.tokenizer, base, ranks)
+        hub = model.path != "demo" and not Path(str(model.path)).expanduser().is_dir()
+        base = str(model.path) if hub else str(path.resolve())
+    if cfg.model or cfg.merged:
+        write_exports(run.model, folder, cfg, run.inputs.chat.tokenizer, base, ranks)
 
 
 def export_step(cfg: TrainConfig, scratch: Path, ranks: RankInfo, control: Control) -> None:
@@ -79,7 +79,7 @@ def export_step(cfg: TrainConfig, scratch: Path, ranks: RankInfo, control: Contr
     place = folder / "exported" / folders[step].name
     if ranks.is_main:
         place.mkdir(parents=True, exist_ok=True)
-    export(cfg, place, run, ranks)
+    export(run, place, cfg.model, cfg.export, ranks)
     log.info(f"{folders[step]} -> {place}")
 
 

@@ -13,10 +13,17 @@ from iopo import objectives
 from iopo.config import Layout, OptimConfig, Overlong, TrainConfig
 from iopo.data.batching import Batching
 from iopo.data.rows import Quad, Row, read_rows, rows_for, spread
-from iopo.data.tokenize import Chat, Example, Limits, Report, tokenize_rows, tokenizer_hash
+from iopo.data.tokenize import (
+    Chat,
+    Encoder,
+    Example,
+    Limits,
+    Report,
+    tokenize_rows,
+    tokenizer_hash,
+)
 from iopo.files import cache_root, sha256_file
-from iopo.model.load import load_tokenizer, resolve_model
-from iopo.model.tiny import byte_tokenizer
+from iopo.model.load import byte_tokenizer, load_tokenizer, resolve_model
 
 
 @dataclass
@@ -48,10 +55,9 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
         raise ValueError(
             "data.train: not set; give a .jsonl or .json file (formats: data/README.md)"
         )
-    kind = objectives.KINDS[cfg.objective.name].rows
-    rows_kind = "quad" if kind == "three" else kind
+    of = objectives.OBJECTIVES[cfg.objective.name].rows
     read = read_rows(Path(data.train))[: data.limit_rows]
-    train_rows = rows_for(rows_kind, read, data.quad_rows)
+    train_rows = rows_for(of.kind, read, data.quad_rows)
     heldout_quads: list[Quad] = []
     if data.heldout is not None:
         rows = read_rows(Path(data.heldout), kind="quad")
@@ -70,9 +76,7 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
     cache = Path(data.cache_dir) if data.cache_dir else cache_root() / "tokens"
     train, report = tokenize_rows(
         train_rows,
-        chat,
-        limits,
-        three=kind == "three",
+        Encoder(chat, limits, of.columns),
         workers=workers,
         cache_dir=cache,
         source=data.train,
@@ -82,8 +86,7 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
     if heldout_quads:
         heldout, reports["heldout"] = tokenize_rows(
             heldout_quads,
-            chat,
-            limits,
+            Encoder(chat, limits),
             workers=workers,
             cache_dir=cache,
             source=str(data.heldout),

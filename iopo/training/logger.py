@@ -13,6 +13,7 @@ import os
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,7 +21,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from iopo.config import TrackerConfig, Wandb
 from iopo.redact import redact
-from iopo.training.loop import StepResult
 
 SHOWN = {"loss": "loss", "margin": "margin", "accuracy": "acc", "tokens_per_s": "tok/s"}
 HELDOUT_SHOWN = ("loss", "group_accuracy", "x_preference", "y_preference")
@@ -76,24 +76,27 @@ class Logger:
         if self.bar is not None:
             self.bar.stop()
 
-    def step(self, result: StepResult) -> None:
-        """Record and show a training step. Every rank calls it: the numbers are of all ranks."""
-        if result.step % self.every and result.step != self.last:
+    def step(self, step: int, reduce: Callable[[], dict[str, float]]) -> None:
+        """Record and show a training step, if it is one to log. Every rank calls it.
+
+        reduce: a collective call that returns the step's numbers, of all ranks.
+        """
+        if step % self.every and step != self.last:
             return
-        values = result.reduce()
+        values = reduce()
         if self.file is None:
             return
-        self._record(result.step, "train", values)
+        self._record(step, "train", values)
         text = "  ".join(f"{label} {values[k]:.4g}" for k, label in SHOWN.items() if k in values)
         if self.bar is not None:
-            self.bar.update(self.task, completed=result.step, description=text)
+            self.bar.update(self.task, completed=step, description=text)
             return
         now = time.monotonic()
-        if now - self.printed >= LINE_EVERY_S or result.step == self.last:
+        if now - self.printed >= LINE_EVERY_S or step == self.last:
             self.printed = now
-            steps = result.step - self.first + 1
-            left = (now - self.started) / steps * (self.last - result.step)
-            log.info(f"step {result.step}/{self.last}  {text}  {left:.0f} s left")
+            steps = step - self.first + 1
+            left = (now - self.started) / steps * (self.last - step)
+            log.info(f"step {step}/{self.last}  {text}  {left:.0f} s left")
 
     def heldout(self, step: int, values: dict[str, float]) -> None:
         """Record and show an evaluation on held-out quads; nothing for an empty one."""

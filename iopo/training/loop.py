@@ -17,13 +17,13 @@ from torch import Tensor
 from iopo import objectives
 from iopo.data.batching import (
     Batching,
+    member_tokens,
     micro_batches,
     pass_micro_batches,
     quads_of_step,
     token_counts,
-    tokens,
 )
-from iopo.data.layout import Batch, build_packed, build_plain, build_shared
+from iopo.data.layout import Batch, build_plain, build_shared
 from iopo.data.tokenize import Example
 from iopo.logprobs import LogProbs
 from iopo.model.parallel import TrainModel
@@ -88,8 +88,7 @@ class Job:
         """Tensors of one micro-batch, in the run's layout, on its device."""
         if self.batching.layout == "plain":
             return build_plain(rows).to(self.device)
-        make = {"shared": build_shared, "packed": build_packed}[self.batching.layout]
-        return make(rows, multiple=LENGTH_STEP).to(self.device)
+        return build_shared(rows, multiple=LENGTH_STEP).to(self.device)
 
     def split(self, train_model: TrainModel, rows: Sequence[Example]) -> PromptByPrompt:
         """The same micro-batch, one prompt at a time."""
@@ -148,7 +147,7 @@ def train_steps(
     gradients depend on neither micro-batch size, accumulation, packing nor ranks.
     Raises NonFiniteError before the update if the gradient's norm is not finite.
     """
-    names = metrics.columns(objectives.KINDS[job.objective].members, reference is not None)
+    names = metrics.columns(objectives.OBJECTIVES[job.objective].rows, reference is not None)
     for step in range(first_step, job.steps + 1):
         started = time.perf_counter()
         for group in optimizer.param_groups:
@@ -172,7 +171,7 @@ def train_steps(
             names=names,
             sums=sums,
             examples=len(rows),
-            tokens=sum(tokens(row, "packed") for row in rows),
+            tokens=sum(sum(member_tokens(row)) for row in rows),
         )
 
 
@@ -216,13 +215,26 @@ def score(
     policy_EM: Tensor,
     reference_EM: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """loss_E with gradient, and the metrics' values [E, columns] without."""
+    """loss_E with gradient, and the metrics' values [E, columns] without.
+
+    Log-probs are of the batch's members. Where these are quads and the objective is on other rows,
+    E counts the examples that the quads hold.
+    """
+    rows_of = objectives.OBJECTIVES[job.objective].rows
     tokens_EM = batch.scored_M.view(batch.examples, batch.members)
     differing_E = torch.tensor([row.differing for row in rows], device=policy_EM.device)
+    if batch.members != len(rows_of.members):
+
+        def of_quads(values_Q4: Tensor) -> Tensor:
+            return values_Q4[:, list(rows_of.columns)].reshape(-1, len(rows_of.members))
+
+        policy_EM, tokens_EM = of_quads(policy_EM), of_quads(tokens_EM)
+        reference_EM = None if reference_EM is None else of_quads(reference_EM)
+        differing_E = differing_E.repeat_interleave(len(policy_EM) // len(rows))
     loss_E = objectives.compute(
         job.objective, policy_EM, reference_EM, tokens_EM, differing_E, job.options
     )
-    return loss_E, metrics.per_example(loss_E, policy_EM, reference_EM, tokens_EM)
+    return loss_E, metrics.per_example(rows_of, loss_E, policy_EM, reference_EM, tokens_EM)
 
 
 def _non_finite(step: int, grad_norm: float, sums: Tensor, rows: Sequence[Example]) -> str:
@@ -266,10 +278,6 @@ def check_start(job: Job, policy: LogProbs, reference: Reference) -> None:
     log.info(f"step 0: loss {loss:.7f}, largest |log-ratio| to the reference {worst:.2g} nats")
 
 
-# Which columns of a quad's log-probs make the rows of an objective that is not on quads.
-COLUMNS = {"quad": [0, 1, 2, 3], "three": [0, 1, 3], "pair": [0, 1, 2, 3], "sft": [0, 2]}
-
-
 @torch.no_grad()
 def evaluate(job: Job, policy: LogProbs, reference: Reference | None) -> dict[str, float]:
     """Loss and preferences, means over all held-out quads on all ranks. Every rank calls it.
@@ -280,8 +288,7 @@ def evaluate(job: Job, policy: LogProbs, reference: Reference | None) -> dict[st
     """
     if not job.heldout:
         return {}
-    kind = objectives.KINDS[job.objective]
-    names = metrics.columns(kind.members, reference is not None)
+    names = metrics.columns(objectives.OBJECTIVES[job.objective].rows, reference is not None)
     shares = list(metrics.preferences(torch.zeros(1, 4)))
     sums = torch.zeros(len(names) + len(shares) + 2, device=job.device)
     policy.eval()
@@ -294,23 +301,11 @@ def evaluate(job: Job, policy: LogProbs, reference: Reference | None) -> dict[st
         reference_Q4 = reference_log_probs(reference, rows, batch, idle=indices is None)
         if indices is None:  # it took part because other ranks' weights are gathered together
             continue
-        tokens_Q4 = batch.scored_M.view(batch.examples, 4)
-        policy_EM, tokens_EM = _rows(policy_Q4, kind), _rows(tokens_Q4, kind)
-        reference_EM = None if reference_Q4 is None else _rows(reference_Q4, kind)
-        differing_Q = torch.tensor([row.differing for row in rows], device=job.device)
-        differing_E = differing_Q.repeat_interleave(len(policy_EM) // len(rows))
-        loss_E = objectives.compute(
-            job.objective, policy_EM, reference_EM, tokens_EM, differing_E, job.options
-        )
-        per_example = metrics.per_example(loss_E, policy_EM, reference_EM, tokens_EM)
+        _, per_example = score(job, batch, rows, policy_Q4, reference_Q4)
         per_quad = torch.stack(list(metrics.preferences(policy_Q4).values()), dim=1)
-        counts = sums.new_tensor([len(policy_EM), len(rows)])
+        counts = sums.new_tensor([len(per_example), len(rows)])
         sums += torch.cat([per_example.sum(0), per_quad.sum(0), counts])
     policy.train()
     *totals, example_count, quad_count = metrics.sum_over_ranks(sums)
     values = {name: totals[i] / example_count for i, name in enumerate(names)}
     return values | {name: totals[len(names) + i] / quad_count for i, name in enumerate(shares)}
-
-
-def _rows(quads_Q4: Tensor, kind: objectives.Kind) -> Tensor:
-    return quads_Q4[:, COLUMNS[kind.rows]].reshape(-1, kind.members)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from iopo.data.rows import MEMBERS
+from iopo.objectives import Rows
 
 # name -> what a reader of the curves needs to know. docs/curves.md is written from this table.
 GLOSSARY = {
@@ -32,42 +32,31 @@ GLOSSARY = {
     "step_s": "seconds for the step",
 }
 
-NAMES = {4: MEMBERS, 3: ("x1y1", "x1y2", "x2y1"), 2: ("chosen", "rejected"), 1: ("y",)}
 
-
-def columns(members: int, with_reference: bool) -> list[str]:
+def columns(rows: Rows, with_reference: bool) -> list[str]:
     """Names of the columns that `per_example` returns, in order."""
-    names = ["loss", "logp_per_token"] + [f"logp/{m}" for m in NAMES[members]]
-    if members > 1:
-        names += ["margin", "accuracy"]
-    if members == 4:
-        names += ["margin/out_x1", "margin/out_x2", "margin/in_y1", "margin/in_y2"]
+    names = ["loss", "logp_per_token"] + [f"logp/{m}" for m in rows.members]
+    margins = list(rows.margins(torch.zeros(1, len(rows.members))))
+    if margins:
+        names += [margins[0], "accuracy", *margins[1:]]
     if with_reference:
-        names += [f"logratio/{m}" for m in NAMES[members]]
+        names += [f"logratio/{m}" for m in rows.members]
     return names
 
 
 @torch.no_grad()
 def per_example(
-    loss_E: Tensor, policy_EM: Tensor, reference_EM: Tensor | None, tokens_EM: Tensor
+    rows: Rows, loss_E: Tensor, policy_EM: Tensor, reference_EM: Tensor | None, tokens_EM: Tensor
 ) -> Tensor:
     """float32 [E, len(columns)] of what one example contributes.
 
     Without a reference (SimPO, ORPO) margins are of the policy's own log-probs.
     """
-    members = policy_EM.shape[1]
     r_EM = policy_EM if reference_EM is None else policy_EM - reference_EM
     out = [loss_E, policy_EM[:, 0] / tokens_EM[:, 0], *policy_EM.unbind(1)]
-    if members == 4:
-        a, b, c, d = r_EM.unbind(1)
-        margin_E = (a - b) + (c - d)
-        out += [margin_E, margin_E > 0, a - b, c - d, a - d, c - b]
-    elif members == 3:
-        margin_E = 2 * r_EM[:, 0] - r_EM[:, 1] - r_EM[:, 2]
-        out += [margin_E, margin_E > 0]
-    elif members == 2:
-        margin_E = r_EM[:, 0] - r_EM[:, 1]
-        out += [margin_E, margin_E > 0]
+    margins = list(rows.margins(r_EM).values())
+    if margins:
+        out += [margins[0], margins[0] > 0, *margins[1:]]
     if reference_EM is not None:
         out += r_EM.unbind(1)
     return torch.stack([value.float() for value in out], dim=1)

@@ -1,7 +1,6 @@
 """From sections of the config to a policy on its device: weights, adapters, dtype, sharding."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,7 +16,7 @@ from iopo.config import (
 from iopo.logprobs import LogProbs
 from iopo.model import load, lora
 from iopo.model.attention import SHARED
-from iopo.model.parallel import TrainModel, make_mesh, prepare
+from iopo.model.parallel import BlockOptions, TrainModel, make_mesh, prepare
 from iopo.training.launch.placement import RankInfo
 from iopo.training.seeds import stream_seed
 
@@ -52,7 +51,7 @@ def make_policy(
         dtype=dtype,
         mesh=make_mesh(ranks.device.type, p.shard_processes) if sharded else None,
         offload=p.offload,
-        **({} if frozen else {"compile_blocks": p.compile} | recomputation(p)),
+        block_options=None if frozen else block_options(p),
     )
 
 
@@ -110,12 +109,9 @@ def check_sharding(cfg: ParallelConfig, world_size: int) -> None:
         )
 
 
-def recomputation(cfg: ParallelConfig) -> dict[str, Any]:
-    """parallel.checkpointing as arguments of `prepare`; `auto` must have been resolved before."""
+def block_options(cfg: ParallelConfig) -> BlockOptions:
+    """What is recomputed and compiled of each block; `auto` must have been resolved before."""
     kind = cfg.checkpointing
     assert kind is not Checkpointing.auto, "resolve_checkpointing comes first"
     every = {Checkpointing.none: 0, Checkpointing.every_k: cfg.checkpoint_every_k}
-    return {
-        "checkpoint_every": every.get(kind, 1),
-        "selective": kind is Checkpointing.selective,
-    }
+    return BlockOptions(every.get(kind, 1), kind is Checkpointing.selective, cfg.compile)

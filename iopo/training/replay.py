@@ -17,7 +17,6 @@ from iopo.training.checkpoint.tensors import load_state
 from iopo.training.launch.placement import RankInfo
 from iopo.training.launch.signals import Control, heartbeat
 from iopo.training.logger import set_up_logging
-from iopo.training.metrics import NAMES
 from iopo.training.setup import build_run
 
 log = logging.getLogger(__name__)
@@ -73,7 +72,7 @@ def describe_example(
     norm = train_model.reduce_and_clip(float("inf")).item()
     train_model.zero_grad()
     lines = [f"{rows[0].id}  loss {loss_E.item():.6g}  gradient norm {norm:.6g}"]
-    names = NAMES[objectives.KINDS[job.objective].members]
+    names = objectives.OBJECTIVES[job.objective].rows.members
     ours = policy_EM[0].tolist()
     theirs = [float("nan")] * len(ours) if reference_EM is None else reference_EM[0].tolist()
     for name, tokens, a, b in zip(names, batch.scored_M.tolist(), ours, theirs, strict=True):

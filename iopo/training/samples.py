@@ -9,7 +9,7 @@ from iopo.config import EvaluationConfig
 from iopo.data.chat import Chat
 from iopo.data.rows import Quad
 from iopo.files import read_records, write_records
-from iopo.model.generate import generate
+from iopo.model.generate import Decoding, generate
 from iopo.model.parallel import TrainModel, language_model
 from iopo.training.inputs import Inputs
 
@@ -55,21 +55,11 @@ def answer(
     """
     model = language_model(train_model.model)
     attention = model.config._attn_implementation
-    systems = [quad.system if quad.system is not None else chat.system for quad in quads]
-    conversations = [
-        ([] if system is None else [{"role": "system", "content": system}])
-        + [{"role": "user", "content": quad.x1}]
-        for system, quad in zip(systems, quads, strict=True)
-    ]
+    conversations = [chat.messages(quad.x1, quad.system) for quad in quads]
+    decoding = Decoding(cfg.max_new_tokens, batch_size=cfg.batch_size)
     model.set_attn_implementation("sdpa")
     try:
-        generations = generate(
-            model,
-            chat.tokenizer,
-            conversations,
-            max_new_tokens=cfg.max_new_tokens,
-            batch_size=cfg.batch_size,
-        )
+        generations = generate(model, chat, conversations, decoding)
     finally:
         model.set_attn_implementation(attention)
     return [

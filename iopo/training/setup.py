@@ -22,7 +22,7 @@ from iopo.training.launch.placement import RankInfo
 from iopo.training.loop import Job, Reference
 from iopo.training.plan.auto import resolve_checkpointing
 from iopo.training.policy import make_policy
-from iopo.training.reference import sources
+from iopo.training.reference import Cache, adapter_off, cache_folder, cached, live, manifest
 from iopo.training.split import splitting
 
 REFUSED = 2  # exit code: config or data refused
@@ -53,15 +53,15 @@ def build_run(cfg: TrainConfig, ranks: RankInfo, *, with_reference: bool = True)
     policy = model.model
     assert isinstance(policy, LogProbs)  # FSDP2 makes it a subclass of itself
     reference = None
-    if with_reference and objectives.KINDS[cfg.objective.name].reference:
+    if with_reference and objectives.OBJECTIVES[cfg.objective.name].reference:
         if cfg.reference.source is ReferenceSource.adapter_off:
-            reference = sources.adapter_off(policy, collective=model.sharded)
+            reference = adapter_off(policy, collective=model.sharded)
         elif cfg.reference.source is ReferenceSource.live:
-            reference = sources.live(make_policy(cfg, inputs.model_path, ranks, frozen=True))
+            reference = live(make_policy(cfg, inputs.model_path, ranks, frozen=True))
         else:
-            names = sources.manifest(cfg.model, cfg.data, inputs, ranks.device.type)
-            cache = sources.Cache(sources.cache_folder(cfg.reference), names)
-            reference = sources.cached(cache, job, model, cfg.reference.recheck_rows)
+            names = manifest(cfg.model, cfg.data, inputs, ranks.device.type)
+            cache = Cache(cache_folder(cfg.reference), names)
+            reference = cached(cache, job, model, cfg.reference.recheck_rows)
     optimizer = optim.make_optimizer(model.parameters, cfg.optim)
     return Run(inputs, job, model, policy, reference, optimizer)
 
@@ -69,29 +69,22 @@ def build_run(cfg: TrainConfig, ranks: RankInfo, *, with_reference: bool = True)
 def make_job(cfg: TrainConfig, inputs: Inputs, ranks: RankInfo) -> Job:
     """What stays the same through the run on this rank."""
     batches = batching(cfg.optim, cfg.data.layout, cfg.seed, ranks.world_size)
-    plan = plan_steps(len(inputs.train), batches, cfg.optim.epochs, cfg.optim.max_steps)
-    o = cfg.objective
+    steps = plan_steps(len(inputs.train), batches, cfg.optim.epochs, cfg.optim.max_steps)
     return Job(
-        objective=o.name,
-        options=objectives.Options(
-            beta=o.beta,
-            link=o.link.value,
-            label_smoothing=o.label_smoothing,
-            gamma=o.gamma,
-            odds_weight=o.odds_weight,
-            sft_weight=o.sft_weight,
-            margin_per_constraint=o.margin_per_constraint,
-        ),
+        objective=cfg.objective.name,
+        options=cfg.objective,
         batching=batches,
         examples=inputs.train,
         heldout=inputs.heldout,
         tokens_N=token_counts(inputs.train, batches.layout),
-        steps=plan.steps,
-        lr_at=lambda step: optim.lr_at(step, plan.steps, cfg.optim),
+        steps=steps,
+        lr_at=lambda step: optim.lr_at(step, steps, cfg.optim),
         clip_norm=cfg.optim.clip_norm,
         rank=ranks.rank,
         device=ranks.device,
-        splitting=splitting(o, cfg.optim, cfg.model.lora, cfg.parallel, ranks.world_size),
+        splitting=splitting(
+            cfg.objective, cfg.optim, cfg.model.lora, cfg.parallel, ranks.world_size
+        ),
     )
 
 

@@ -5,7 +5,7 @@ The loss of a quad needs the log-probs of all its members; its gradient is a sum
 so the activations of one prompt can go before the next prompt is processed, if the factors f are
 known by then. Two ways, both exact:
 
-once   IOPO's factors are one scalar per quad times signs that are known before (Kind.direction in
+once   IOPO's factors are one scalar per quad times signs that are known before (the direction in
        objectives.py). Each prompt is back-propagated with the signs as factors, into gradients of
        their own, which the scalar multiplies at the end. For adapters on ranks that hold the whole
        model: there these gradients are small, and not yet summed over ranks.
@@ -71,7 +71,7 @@ def splitting(
     assert optim.tokens_per_microbatch is not None  # checked in the config
     sharded = shards(lora, parallel, world_size)
     once = lora.rank > 0 and not sharded and objective.sft_weight == 0
-    direction = objectives.KINDS[objective.name].direction if once else None
+    direction = objectives.OBJECTIVES[objective.name].direction if once else None
     return Splitting(optim.tokens_per_microbatch, sharded, direction)
 
 

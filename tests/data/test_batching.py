@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from iopo.data import batching as b
 from iopo.data.example import Example
-from iopo.data.layout import build_packed, build_plain, build_shared
+from iopo.data.layout import build_plain, build_shared
 
 
 def realistic_tokens(quads: int = 4096) -> np.ndarray:
@@ -37,16 +37,17 @@ def example(p1: int, p2: int, r1: int, r2: int) -> Example:
 
 @pytest.mark.parametrize(
     ("layout", "expected"),
-    # P = 5, 7; R = 2, 3. shared 5+7 + 2(2+3); packed 7+8+10+9; plain four rows of 7+3
-    [("shared", 22), ("packed", 34), ("plain", 40)],
+    # P = 5, 7; R = 2, 3. shared 5+7 + 2(2+3); plain four rows of 7+3
+    [("shared", 22), ("plain", 40)],
 )
 def test_tokens_by_hand(layout, expected):
+    assert b.member_tokens(example(5, 7, 2, 3)) == [7, 8, 10, 9]
     assert b.tokens(example(5, 7, 2, 3), layout) == expected
 
 
 @pytest.mark.parametrize(
     ("layout", "build"),
-    [("shared", build_shared), ("packed", build_packed), ("plain", build_plain)],
+    [("shared", build_shared), ("plain", build_plain)],
 )
 def test_tokens_are_those_of_the_layout(layout, build):
     examples = [example(5, 7, 2, 3), example(9, 4, 1, 6), example(3, 3, 3, 3)]
@@ -144,12 +145,10 @@ def test_ranks_are_in_balance():
             assert max(loads) / np.mean(loads) <= 1.05
 
 
-def test_a_quad_above_the_budget_runs_alone_and_is_reported():
+def test_a_quad_above_the_budget_runs_alone():
     tokens_N = np.array([100, 900, 100, 100])
     batching = by_budget(4, budget=400)
     assert sorted(b.micro_batches(tokens_N, batching, 0, 0)) == [(0, 2, 3), (1,)]
-    assert b.oversize(tokens_N, batching) == [1]
-    assert b.oversize(tokens_N, b.Batching(4, 1, seed=0, micro_batch_quads=2)) == []
 
 
 def test_a_rank_without_quads_gets_none():
@@ -200,9 +199,9 @@ def test_a_pass_over_the_data_set_visits_all_in_file_order_windows():
 
 
 def test_plan_counts_the_short_last_step():
-    assert b.plan_steps(77, by_budget(16), epochs=3) == b.Plan(77, 5, 15, last_step_quads=13)
-    assert b.plan_steps(64, by_budget(16), epochs=1) == b.Plan(64, 4, 4, last_step_quads=16)
-    assert b.plan_steps(5, by_budget(16), epochs=2, max_steps=1) == b.Plan(5, 1, 1, 5)
+    assert b.plan_steps(77, by_budget(16), epochs=3) == 15
+    assert b.plan_steps(64, by_budget(16), epochs=1) == 4
+    assert b.plan_steps(5, by_budget(16), epochs=2, max_steps=1) == 1
     with pytest.raises(ValueError, match="no examples"):
         b.plan_steps(0, by_budget(16), epochs=1)
 
@@ -214,7 +213,7 @@ def test_plan_counts_the_short_last_step():
         ({"ranks": 32}, "set it to 32"),
         ({"micro_batch_quads": 2}, "expected one of them"),
         ({"tokens_per_microbatch": 0}, "tokens_per_microbatch is 0, expected 1 or more"),
-        ({"layout": "dense"}, "expected one of shared, packed, plain"),
+        ({"layout": "dense"}, "expected one of shared, plain"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(arguments, message):

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from helpers_tokenizer import CHATML, tiny_tokenizer
 
-from iopo.data import encode, token_cache
+from iopo import files
+from iopo.data import tokenize
 from iopo.data.example import percentiles
 from iopo.data.rows import Pair, Quad, Sft
 from iopo.data.tokenize import (
     Chat,
+    Encoder,
     Example,
     Limits,
     Report,
@@ -20,6 +22,7 @@ from iopo.data.tokenize import (
     tokenize_rows,
     tokenizer_hash,
 )
+from iopo.objectives import THREE
 
 LIMITS = Limits(1000, 1000)
 END = 2  # <|im_end|> of the tiny tokenizer
@@ -47,8 +50,8 @@ def texts(chat: Chat, example: Example) -> list[tuple[str, str]]:
     ]
 
 
-def one(chat: Chat, row=QUAD, limits: Limits = LIMITS, **more) -> Example:
-    (example,), _ = tokenize_rows([row], chat, limits, **more)
+def one(chat: Chat, row=QUAD, limits: Limits = LIMITS, *columns, **more) -> Example:
+    (example,), _ = tokenize_rows([row], Encoder(chat, limits, *columns), **more)
     return example
 
 
@@ -64,7 +67,7 @@ def test_members_of_a_quad_in_order(chat):
 
 
 def test_other_rows(chat):
-    three = one(chat, three=True)
+    three = one(chat, QUAD, LIMITS, THREE.columns)
     assert [len(under) for under in three.responses] == [2, 1]
     assert np.array_equal(three.responses[1][0], three.responses[0][0])  # y1 under x2
     pair = one(chat, Pair("p", "ask", "good", "bad"))
@@ -76,7 +79,7 @@ def test_other_rows(chat):
 def test_tokens_are_those_that_generation_gets(chat):
     """The slow twin: the prompt as the tokenizer itself makes it, each response alone."""
     rows = [QUAD, dataclasses.replace(QUAD, id="r", y1="\n\n Apfel\n", y2="苹果 🍎")]
-    examples, _ = tokenize_rows(rows, chat, LIMITS)
+    examples, _ = tokenize_rows(rows, Encoder(chat, LIMITS))
     for row, example in zip(rows, examples, strict=True):
         for x, ids in ((row.x1, example.prompts[0]), (row.x2, example.prompts[1])):
             generated = chat.tokenizer.apply_chat_template(
@@ -90,7 +93,7 @@ def test_tokens_are_those_that_generation_gets(chat):
 def test_rows_that_would_tokenise_otherwise_in_one_piece_are_counted_and_kept(chat):
     # "assistant\n" + "\n\nApple": joined, the three line breaks merge across the boundary
     rows = [QUAD, dataclasses.replace(QUAD, id="breaks", y1="\n\nAPPLE")]
-    examples, report = tokenize_rows(rows, chat, LIMITS)
+    examples, report = tokenize_rows(rows, Encoder(chat, LIMITS))
     whole = chat.tokenizer(chat.conversation(rows[1].x1, rows[1].y1))["input_ids"]
     joined = [*examples[1].prompts[0], *examples[1].responses[0][0]]
     assert whole[: len(joined)] != joined  # so the case is one
@@ -135,7 +138,7 @@ BREAKS = (
 
 def test_a_template_that_breaks_the_prefix_property_is_refused():
     with pytest.raises(ValueError, match="does not begin with that of the prompt") as caught:
-        tokenize_rows([QUAD], with_template(BREAKS), LIMITS)
+        tokenize_rows([QUAD], Encoder(with_template(BREAKS), LIMITS))
     assert "'Last question: Question<|im_en'" in str(caught.value)  # found on the probe already
 
 
@@ -144,7 +147,7 @@ def test_rows_that_break_the_prefix_property_are_named():
     template = BREAKS.replace("and loop.last", "and loop.last and m.content == 'short'")
     rows = [QUAD, Sft("bad 1", "short", "a"), Sft("fine", "long", "a"), Sft("bad 2", "short", "b")]
     with pytest.raises(ValueError, match="2 of 4 rows cannot be tokenised") as caught:
-        tokenize_rows(rows, with_template(template), LIMITS)
+        tokenize_rows(rows, Encoder(with_template(template), LIMITS))
     assert "row 'bad 1': " in str(caught.value) and "row 'bad 2': " in str(caught.value)
 
 
@@ -184,7 +187,7 @@ def test_the_end_of_turn_need_not_be_eos():
 )
 def test_templates_that_cannot_be_trained_on(template, message):
     with pytest.raises(ValueError, match=message):
-        tokenize_rows([QUAD], with_template(template), LIMITS)
+        tokenize_rows([QUAD], Encoder(with_template(template), LIMITS))
 
 
 def test_a_tokenizer_without_tokenizer_json_is_refused():
@@ -198,7 +201,7 @@ def test_a_template_without_system_role_is_refused_with_the_row():
     )
     chat = with_template(refuse + CHATML)
     with pytest.raises(ValueError, match=r"row 'q': .*refuses the roles .*no system role"):
-        tokenize_rows([dataclasses.replace(QUAD, system="s")], chat, LIMITS)
+        tokenize_rows([dataclasses.replace(QUAD, system="s")], Encoder(chat, LIMITS))
 
 
 def test_an_end_of_turn_that_comes_and_goes_is_refused_with_the_row():
@@ -206,24 +209,24 @@ def test_an_end_of_turn_that_comes_and_goes_is_refused_with_the_row():
         "'<|im_end|>\n'", "('<|im_end|>\n' if message['content'] != 'odd' else '\n')"
     )
     with pytest.raises(ValueError, match="row 's': the template writes no end-of-turn token"):
-        tokenize_rows([QUAD, Sft("s", "ask", "odd")], with_template(template), LIMITS)
+        tokenize_rows([QUAD, Sft("s", "ask", "odd")], Encoder(with_template(template), LIMITS))
 
 
 def test_texts_with_special_tokens_are_dropped_and_reported(chat):
     forged = dataclasses.replace(QUAD, id="forged", y2="apple<|im_end|>\n<|im_start|>user\nmore")
-    examples, report = tokenize_rows([forged, QUAD], chat, LIMITS)
+    examples, report = tokenize_rows([forged, QUAD], Encoder(chat, LIMITS))
     assert [example.id for example in examples] == ["q"]
-    assert report.dropped == {encode.SPECIAL_TOKEN: ["forged"]} and report.rows == 2
+    assert report.dropped == {tokenize.SPECIAL_TOKEN: ["forged"]} and report.rows == 2
 
 
 def test_overlong_rows_are_dropped_whole_and_reported(chat):
     long_y = dataclasses.replace(QUAD, id="long y", y2="apple " * 60)
     long_x = dataclasses.replace(QUAD, id="long x", x2="ask " * 200)
-    examples, report = tokenize_rows([long_y, QUAD, long_x], chat, Limits(120, 60))
+    examples, report = tokenize_rows([long_y, QUAD, long_x], Encoder(chat, Limits(120, 60)))
     assert [example.id for example in examples] == ["q"]
     assert report.dropped == {
-        encode.RESPONSE_TOO_LONG: ["long y"],
-        encode.PROMPT_TOO_LONG: ["long x"],
+        tokenize.RESPONSE_TOO_LONG: ["long y"],
+        tokenize.PROMPT_TOO_LONG: ["long x"],
     }
     assert "dropped, prompt longer than max_prompt_tokens: 1 (long x)" in report.lines()
 
@@ -242,14 +245,14 @@ def test_overlong_rows_raise_when_asked(chat):
     with pytest.raises(
         ValueError, match=r"row 'q': prompt longer than max_prompt_tokens \(\d+ tok"
     ):
-        tokenize_rows([QUAD], chat, Limits(10, 100, on_overlong="raise"))
+        tokenize_rows([QUAD], Encoder(chat, Limits(10, 100, on_overlong="raise")))
 
 
 def test_truncation_is_joint_and_keeps_the_template(chat):
     quad = dataclasses.replace(QUAD, x1="Capitals: a fruit.", x2="Small: a fruit with y in it.")
     whole = one(chat, quad)
     limits = Limits(len(whole.prompts[0]) - 1, 4, on_overlong="truncate")
-    (cut,), report = tokenize_rows([quad], chat, limits)
+    (cut,), report = tokenize_rows([quad], Encoder(chat, limits))
     frame = "<|im_end|>\n<|im_start|>assistant\n"
     for full, short in zip(whole.prompts, cut.prompts, strict=True):
         text = chat.tokenizer.decode(short)
@@ -259,8 +262,8 @@ def test_truncation_is_joint_and_keeps_the_template(chat):
     assert np.array_equal(y1, y1_again) and np.array_equal(y2, y2_again)
     assert y2.tolist() == whole.responses[0][1][:4].tolist() and END not in y2
     assert report.truncated == {
-        encode.PROMPT_TOO_LONG: ["q"],
-        encode.RESPONSE_TOO_LONG: ["q"],
+        tokenize.PROMPT_TOO_LONG: ["q"],
+        tokenize.RESPONSE_TOO_LONG: ["q"],
     }
 
 
@@ -269,13 +272,13 @@ def test_truncation_that_makes_texts_equal_drops_the_row(chat):
     limit = len(one(chat).prompts[0]) - 1  # both lose the end, where they differ
     same_answer = dataclasses.replace(QUAD, id="y", y1="apple tree", y2="apple pie")
     limits = Limits(limit, 2, on_overlong="truncate")
-    _, report = tokenize_rows([same_start, same_answer, QUAD], chat, limits)
-    assert report.dropped == {encode.EQUAL_PROMPTS: ["x"], encode.EQUAL_RESPONSES: ["y"]}
+    _, report = tokenize_rows([same_start, same_answer, QUAD], Encoder(chat, limits))
+    assert report.dropped == {tokenize.EQUAL_PROMPTS: ["x"], tokenize.EQUAL_RESPONSES: ["y"]}
 
 
 def test_a_prompt_that_is_all_template_cannot_be_cut(chat):
     with pytest.raises(ValueError, match="cannot be cut to 5 within the template"):
-        tokenize_rows([QUAD], chat, Limits(5, 100, on_overlong="truncate"))
+        tokenize_rows([QUAD], Encoder(chat, Limits(5, 100, on_overlong="truncate")))
 
 
 def test_limits_are_checked():
@@ -303,9 +306,9 @@ def test_percentiles_are_lengths_that_occur():
 
 def test_blocks_do_not_matter(chat, monkeypatch):
     rows = [dataclasses.replace(QUAD, id=str(n), x1=f"ask {n}") for n in range(7)]
-    whole = tokenize_rows(rows, chat, LIMITS)
-    monkeypatch.setattr(encode, "BLOCK_ROWS", 3)
-    assert_same(tokenize_rows(rows, chat, LIMITS), whole)
+    whole = tokenize_rows(rows, Encoder(chat, LIMITS))
+    monkeypatch.setattr(tokenize, "BLOCK_ROWS", 3)
+    assert_same(tokenize_rows(rows, Encoder(chat, LIMITS)), whole)
 
 
 def assert_same(first: tuple[list[Example], Report], second: tuple[list[Example], Report]) -> None:
@@ -320,18 +323,18 @@ def test_processes_give_the_same(chat, tmp_path):
         dataclasses.replace(QUAD, id=str(n), x1=f"ask {n}", y1="a" * n, y2="b") for n in range(1, 8)
     ]
     limits = Limits(1000, 3)
-    alone = tokenize_rows(rows, chat, limits)
+    alone = tokenize_rows(rows, Encoder(chat, limits))
     assert 0 < alone[1].kept < 7
-    assert_same(tokenize_rows(rows, chat, limits, workers=2, cache_dir=tmp_path), alone)
+    assert_same(tokenize_rows(rows, Encoder(chat, limits), workers=2, cache_dir=tmp_path), alone)
 
 
 def test_the_second_time_is_read_from_disk(chat, tmp_path, monkeypatch):
     rows = [QUAD, dataclasses.replace(QUAD, id="r", y1="\n\nAPPLE"), Quad("s", *["<|im_end|>"] * 4)]
-    first = tokenize_rows(rows, chat, LIMITS, cache_dir=tmp_path)
-    monkeypatch.setattr(encode.Encoder, "encode", lambda self, rows: pytest.fail("worked again"))
-    second = tokenize_rows(rows, chat, LIMITS, cache_dir=tmp_path)
+    first = tokenize_rows(rows, Encoder(chat, LIMITS), cache_dir=tmp_path)
+    monkeypatch.setattr(tokenize.Encoder, "encode", lambda self, rows: pytest.fail("worked again"))
+    second = tokenize_rows(rows, Encoder(chat, LIMITS), cache_dir=tmp_path)
     assert_same(first, second)
-    assert second[1].dropped == {encode.SPECIAL_TOKEN: ["s"]}
+    assert second[1].dropped == {tokenize.SPECIAL_TOKEN: ["s"]}
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     assert sorted(path.name for path in folder.iterdir()) == [
         "meta.json",
@@ -349,13 +352,14 @@ def test_the_second_time_is_read_from_disk(chat, tmp_path, monkeypatch):
         {"chat": Chat(tiny_tokenizer("{{ 'Chat: ' }}" + CHATML))},
         {"chat": Chat(tiny_tokenizer(vocab_size=390))},
         {"chat": Chat(tiny_tokenizer(), system="Be brief.")},
-        {"three": True},
+        {"columns": THREE.columns},
     ],
 )
 def test_whatever_changes_the_tokens_misses_the_cache(chat, tmp_path, change):
-    before = {"rows": [QUAD], "chat": chat, "limits": LIMITS, "cache_dir": tmp_path}
+    before = {"rows": [QUAD], "chat": chat, "limits": LIMITS}
     for arguments in (before, before | change):
-        tokenize_rows(**arguments)
+        rows = arguments.pop("rows")
+        tokenize_rows(rows, Encoder(**arguments), cache_dir=tmp_path)
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 2
 
 
@@ -364,7 +368,7 @@ def test_a_process_that_died_leaves_nothing_that_is_read(chat, tmp_path, monkeyp
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(token_cache.os, "rename", full_disk)
+        patch.setattr(files.os, "replace", full_disk)
         with pytest.raises(OSError, match="No space left"):
             one(chat, cache_dir=tmp_path)
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []

@@ -10,8 +10,9 @@ from typing import Any
 import openai
 import pytest
 from helpers_models import tiny_llama
-from helpers_tokenizer import tiny_tokenizer
+from helpers_tokenizer import CHATML, tiny_tokenizer
 
+from iopo.data.chat import Chat
 from iopo.evaluation.config import (
     BenchmarkSection,
     DataSection,
@@ -20,9 +21,9 @@ from iopo.evaluation.config import (
     ModelSection,
 )
 from iopo.evaluation.run import evaluate
-from iopo.evaluation.serve import Served, make_server
+from iopo.evaluation.serve import ChatRequest, Served, make_server
 from iopo.files import read_records, write_records
-from iopo.model.generate import generate
+from iopo.model.generate import Decoding, generate
 
 MODEL, TOKENIZER = tiny_llama(vocab=400), tiny_tokenizer()
 CONVERSATIONS: list[list[dict[str, str]]] = [
@@ -48,8 +49,8 @@ def client(address: tuple[str, int]) -> openai.OpenAI:
 
 
 def in_process(messages: list[dict[str, str]], **changes: Any):
-    fields = {"max_new_tokens": 24, "temperature": 0.0, "batch_size": 1} | changes
-    return generate(MODEL, TOKENIZER, [messages], **fields)[0]
+    fields = {"max_new_tokens": 24, "batch_size": 1} | changes
+    return generate(MODEL, Chat(TOKENIZER), [messages], Decoding(**fields))[0]
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS)
@@ -198,3 +199,21 @@ def test_a_benchmark_gives_the_same_answers_in_process_and_over_http(address, tm
             model=ModelSection(str(folder), device="cpu"),
             generate=GenerateSection(max_new_tokens=13, batch_size=1),
         )
+
+
+def test_a_template_that_asks_for_the_date_gets_the_one_of_training() -> None:
+    dated = tiny_tokenizer("{{ strftime_now('%d %b %Y') }}" + CHATML)
+    messages = [{"role": "user", "content": "ask"}]
+    prompt = Chat(dated).prompt("ask")
+    assert prompt.startswith("26 Jul 2024")
+    served = Served("dated", MODEL, dated)
+    assert served.prompt_tokens(messages) == len(dated(prompt)["input_ids"])
+    seen: list[list[int]] = []
+    hook = MODEL.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    request = ChatRequest({"messages": messages, "max_tokens": 1, "temperature": 0}, served)
+    served.answer(request)
+    list(served.stream(request))
+    hook.remove()
+    assert seen == [dated(prompt)["input_ids"]] * 2

@@ -15,7 +15,7 @@ from test_configs import CONF, composed, config
 
 from iopo import objectives
 from iopo.experiments.paper_table.run import STRENGTH, jobs_of, keep_arguments, parse
-from iopo.model.tiny import byte_tokenizer
+from iopo.model.load import byte_tokenizer
 from iopo.training.plan.report import plan_report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,7 +60,7 @@ def test_every_method_sees_as_many_members_a_step_and_all_of_the_quads():
     """24 members a step and 16 steps: 96 quads of four members."""
     for path in (CONF / "method").glob("*.yaml"):
         cfg = config("+sweep=paper_table", f"+method={path.stem}")
-        members = objectives.KINDS[cfg.objective.name].members
+        members = objectives.OBJECTIVES[cfg.objective.name].members
         assert cfg.optim.global_batch_quads * members == 24, path.stem
         seen = cfg.optim.global_batch_quads * cfg.optim.max_steps
         rows = 96 * (2 if members < 3 else 1)

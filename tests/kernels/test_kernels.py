@@ -14,7 +14,7 @@ from iopo.kernels.linear_logprob import linear_logprob
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     monkeypatch.setattr(tiled, "ROWS", 4)
-    monkeypatch.setattr(tiled, "WORDS", 16)
+    monkeypatch.setattr(tiled, "VOCAB", 16)
 
 
 def problem(rows, width, words, dtype=torch.float64, *, scale=1.0, bias=False, seed=0):

@@ -22,10 +22,10 @@ SHAPES = [(7, 16, 33), (37, 24, 100), (40, 20, 97), (16, 16, 32), (3, 9, 2), (1,
 def small_blocks(monkeypatch, request):
     """Small blocks and chunks, so that small problems have several; two groups of row blocks."""
     blocks = Blocks(
-        rows=16, words=32, width=16, warps=4, stages=1, descriptors=request.param, group=2
+        rows=16, vocab=32, width=16, warps=4, stages=1, descriptors=request.param, group=2
     )
     monkeypatch.setattr(triton_gemm, "_blocks", lambda hidden, softcap: blocks)
-    monkeypatch.setattr(triton_gemm, "CHUNK_BYTES_PER_WORD", 4 * 32)
+    monkeypatch.setattr(triton_gemm, "CHUNK_BYTES_PER_ENTRY", 4 * 32)
     monkeypatch.setattr(linear_logprob, "_backend", lambda hidden: triton_gemm)
 
 

@@ -41,15 +41,15 @@ def compile_for(capability, kernel, dtype, *, error, bias=False, softcap=None):
         **{pointer: "*fp32" for pointer in POINTERS[kernel]},
         "error_ptr": f"*{name}" if error else "constexpr",
         **dict.fromkeys(("R", "V", "D", "error_stride"), "i32"),
-        **dict.fromkeys(("SOFTCAP", "ROWS", "WORDS", "WIDTH", "GROUP", "DESCRIPTORS"), "constexpr"),
+        **dict.fromkeys(("SOFTCAP", "ROWS", "VOCAB", "WIDTH", "GROUP", "DESCRIPTORS"), "constexpr"),
     }
     if blocks.descriptors:
         signature["hidden"] = f"tensordesc<{name}[{blocks.rows}, {blocks.width}]>"
-        signature["weight"] = f"tensordesc<{name}[{blocks.words}, {blocks.width}]>"
+        signature["weight"] = f"tensordesc<{name}[{blocks.vocab}, {blocks.width}]>"
     constants = {
         "SOFTCAP": softcap,
         "ROWS": blocks.rows,
-        "WORDS": blocks.words,
+        "VOCAB": blocks.vocab,
         "WIDTH": blocks.width,
         "GROUP": blocks.group,
         "DESCRIPTORS": blocks.descriptors,

@@ -4,14 +4,17 @@ import numpy as np
 import pytest
 import torch
 from helpers_models import tiny_llama, tiny_qwen2
-from helpers_tokenizer import tiny_tokenizer
+from helpers_tokenizer import CHATML, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer
 
+from iopo.data.chat import Chat
+from iopo.data.rows import Sft
+from iopo.data.tokenize import Encoder, Limits, tokenize_rows
 from iopo.model.generate import (
+    Decoding,
     GrowingLayer,
-    encode_prompt,
     end_of_turn_ids,
     generate,
     inference,
@@ -35,9 +38,13 @@ def model(request, tokenizer):
     return request.param(vocab=len(tokenizer)).double()
 
 
+def answers(model, tokenizer, on_progress=None, **decoding):
+    return generate(model, Chat(tokenizer), conversations(), Decoding(**decoding), on_progress)
+
+
 def one_by_one(model, tokenizer, conversation, max_new_tokens, choose):
     """Slow twin: the whole text through the model again for every token."""
-    ids = encode_prompt(tokenizer, conversation)
+    ids = Chat(tokenizer).prompt_ids(conversation)
     out = []
     for step in range(max_new_tokens):
         with torch.no_grad():
@@ -50,7 +57,7 @@ def one_by_one(model, tokenizer, conversation, max_new_tokens, choose):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 50])
 def test_greedy_equals_one_by_one(model, tokenizer, batch_size):
-    found = generate(model, tokenizer, conversations(), max_new_tokens=24, batch_size=batch_size)
+    found = answers(model, tokenizer, max_new_tokens=24, batch_size=batch_size)
     expected = [
         one_by_one(model, tokenizer, c, 24, lambda logits_V, _: int(logits_V.argmax()))
         for c in conversations()
@@ -61,10 +68,9 @@ def test_greedy_equals_one_by_one(model, tokenizer, batch_size):
 @pytest.mark.parametrize("batch_size", [1, 3, 50])
 def test_sampling_depends_on_seed_and_place_only(model, tokenizer, batch_size):
     temperature = 3.0  # flat, so that the end of turn is drawn now and then
-    found = generate(
+    found = answers(
         model,
         tokenizer,
-        conversations(),
         max_new_tokens=40,
         temperature=temperature,
         batch_size=batch_size,
@@ -80,9 +86,7 @@ def test_sampling_depends_on_seed_and_place_only(model, tokenizer, batch_size):
 
         expected.append(one_by_one(model, tokenizer, conversation, 40, choose))
     assert [(g.text, g.finish_reason, g.tokens) for g in found] == expected
-    others = generate(
-        model, tokenizer, conversations(), max_new_tokens=40, temperature=temperature, seed=8
-    )
+    others = answers(model, tokenizer, max_new_tokens=40, temperature=temperature, seed=8)
     assert [g.text for g in others] != [g.text for g in found]
 
 
@@ -95,7 +99,7 @@ def test_stops_are_reported_and_cut(tokenizer):
         model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(tokenizer)))
         model.lm_head.bias[tokenizer.eos_token_id] = 1.0
     assert tokenizer.eos_token_id in stops
-    for answer in generate(model, tokenizer, conversations(), max_new_tokens=5):
+    for answer in answers(model, tokenizer, max_new_tokens=5):
         assert (answer.text, answer.finish_reason, answer.tokens) == ("", "stop", 1)
 
 
@@ -105,10 +109,9 @@ def test_progress_and_modes(tokenizer):
     model.model.layers[0].eval()
     before = {name: module.training for name, module in model.named_modules()}
     calls = []
-    generate(
+    answers(
         model,
         tokenizer,
-        conversations(),
         max_new_tokens=3,
         batch_size=2,
         on_progress=lambda done, of: calls.append((done, of)),
@@ -137,7 +140,7 @@ def test_the_growing_cache_holds_what_transformers_own_holds():
 
 
 def test_no_conversations(tokenizer):
-    assert generate(tiny_llama(vocab=len(tokenizer)), tokenizer, [], max_new_tokens=3) == []
+    assert generate(tiny_llama(vocab=len(tokenizer)), Chat(tokenizer), [], Decoding(3)) == []
 
 
 @pytest.mark.parametrize(
@@ -153,7 +156,7 @@ def test_no_conversations(tokenizer):
 def test_refuses(tokenizer, change, message):
     model = tiny_llama(vocab=len(tokenizer))
     with pytest.raises(ValueError, match=message):
-        generate(model, tokenizer, conversations(), **{"max_new_tokens": 4, **change})
+        answers(model, tokenizer, **{"max_new_tokens": 4, **change})
 
 
 @settings(max_examples=60, deadline=None)
@@ -176,3 +179,16 @@ def test_sample_covers_the_distribution():
     assert counts.tolist() == pytest.approx([100, 200, 700], abs=1)
     kept = torch.bincount(sample(scores.expand(1000, 3), uniforms, 0.8), minlength=3)
     assert kept[0] == 0 and kept.tolist()[1:] == pytest.approx([222, 778], abs=1)
+
+
+def test_generation_reads_the_ids_that_training_reads():
+    """A template that asks for today's date gets the same fixed one in both."""
+    dated = tiny_tokenizer("{{ strftime_now('%d %b %Y') }}" + CHATML)
+    model, chat, seen = tiny_llama(vocab=len(dated)), Chat(dated), []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    generate(model, chat, [chat.messages("ask")], Decoding(1))
+    (example,), _ = tokenize_rows([Sft("s", "ask", "tell")], Encoder(chat, Limits(99, 99)))
+    assert seen == [example.prompts[0].tolist()]
+    assert dated.decode(seen[0]).startswith("26 Jul 2024")

@@ -12,10 +12,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from iopo.config import ExportConfig
 from iopo.logprobs import LogProbs
 from iopo.model import lora, parallel
-from iopo.model.tiny import byte_tokenizer
+from iopo.model.load import byte_tokenizer
+from iopo.model.parallel import BlockOptions
 from iopo.training.export import write_exports
+from iopo.training.launch.placement import RankInfo
 
 CPU = torch.device("cpu")
 # each process's micro-batches of a step, as indices into the eight sequences; () is an empty turn
@@ -98,7 +101,9 @@ def spread(kind, how, dtype=torch.float32, **options):
         "hsdp": lambda: parallel.make_mesh("cpu", shard_processes=1),
         "replicate": lambda: None,
     }[how]()
-    train_model = parallel.prepare(root, device=CPU, dtype=dtype, mesh=mesh, **options)
+    train_model = parallel.prepare(
+        root, device=CPU, dtype=dtype, mesh=mesh, block_options=BlockOptions(**options)
+    )
     return root, train_model
 
 
@@ -140,9 +145,8 @@ def worker(rank, folder):
         dtype=torch.bfloat16,
         mesh=parallel.make_mesh("cpu"),
     )
-    options = {"tokenizer": byte_tokenizer(), "device": CPU, "base": None}
-    flags = {"plain": True, "merged": False, "main": rank == 0}
-    write_exports(exported, Path(folder), **options, **flags)
+    ranks = RankInfo(rank, 2, rank, 2, CPU)
+    write_exports(exported, Path(folder), ExportConfig(), byte_tokenizer(), None, ranks)
     torch.save(results, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -236,7 +240,9 @@ def test_checkpointing_changes_no_bit(kind, how, dtype):
         root = make(kind).train()
         if dtype is torch.float64:
             root.to(dtype)
-        train_model = parallel.prepare(root, device=CPU, dtype=dtype, mesh=None, **options)
+        train_model = parallel.prepare(
+            root, device=CPU, dtype=dtype, mesh=None, block_options=BlockOptions(**options)
+        )
         return gradients(root, train_model, range(8))[0]
 
     plain, recomputed = grads(), grads(**HOW[how])
@@ -357,5 +363,5 @@ def test_offload_needs_shards_and_meshes_need_divisors(monkeypatch):
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same_gradients():
     expected = gradients(*spread("full", "replicate"), range(8))[0]
-    compiled = spread("full", "replicate", compile_blocks=True, checkpoint_every=1)
+    compiled = spread("full", "replicate", compile=True, checkpoint_every=1)
     assert_same(gradients(*compiled, range(8))[0], expected, 1e-5)

@@ -8,11 +8,13 @@ import torch
 from helpers_models import tiny_llama, tiny_qwen2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from iopo.config import ExportConfig
 from iopo.logprobs import LogProbs
 from iopo.model import lora
+from iopo.model.load import byte_tokenizer
 from iopo.model.parallel import prepare
-from iopo.model.tiny import byte_tokenizer
 from iopo.training import export
+from iopo.training.launch.placement import RankInfo
 
 CPU = torch.device("cpu")
 IDS = torch.arange(40).view(2, 20) * 6 % 258
@@ -32,9 +34,9 @@ def trained(model, dtype=torch.float32):
     return train_model
 
 
-def write(train_model, run, **options):
-    settings = {"base": "org/base", "plain": True, "merged": False, "main": True} | options
-    export.write_exports(train_model, run, tokenizer=byte_tokenizer(), device=CPU, **settings)
+def write(train_model, run, *, base="org/base", merged=False):
+    cfg, alone = ExportConfig(merged=merged), RankInfo(0, 1, 0, 1, CPU)
+    export.write_exports(train_model, run, cfg, byte_tokenizer(), base, alone)
 
 
 def adapted(model):
@@ -95,15 +97,3 @@ def test_an_export_that_reads_back_differently_is_refused(tmp_path, monkeypatch)
         write(train_model, tmp_path)
     assert (tmp_path / "export" / "model.safetensors").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["export"]
-
-
-def test_folder_appears_whole_or_not_at_all(tmp_path):
-    target = tmp_path / "made"
-    with pytest.raises(OSError, match="full"), export.atomic_folder(target) as partial:
-        (partial / "a").write_text("1")
-        raise OSError("disk full")
-    assert not list(tmp_path.iterdir())
-    for text in ("1", "2"):
-        with export.atomic_folder(target) as partial:
-            (partial / "a").write_text(text)
-    assert (target / "a").read_text() == "2" and list(tmp_path.iterdir()) == [target]

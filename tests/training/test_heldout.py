@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers_models import tiny_llama
 
+from iopo.config import EvaluationConfig
 from iopo.data.rows import Quad
 from iopo.evaluation import plain_text
 from iopo.evaluation import quad_metrics as heldout
@@ -21,8 +22,7 @@ from iopo.evaluation.config import (
     ModelSection,
 )
 from iopo.files import read_records, write_records
-from iopo.model.load import load_causal_lm, load_tokenizer
-from iopo.model.tiny import byte_tokenizer
+from iopo.model.load import byte_tokenizer, load_causal_lm, load_tokenizer
 from iopo.training import samples
 
 LOWER = {"kind": "case", "params": {"style": "lower"}, "text": "Use lower case only."}
@@ -113,15 +113,15 @@ def test_constraints_that_need_a_judge_are_left_out_before_any_answer(model, mon
 
 def test_samples_after_a_resume_with_other_settings(tmp_path, monkeypatch):
     """The file says which prompts were answered before; without one there is nothing to add."""
-    monkeypatch.setattr(samples, "_wanted", lambda *_: True)
-    said = lambda cfg, inputs, train_model, few: [{"id": q.id, "text": "new"} for q in few]  # noqa: E731
-    monkeypatch.setattr(samples, "_answers", said)
-    inputs = SimpleNamespace(heldout_quads=[quad(0), quad(1)])
-    samples.after(tmp_path, None, inputs, None, None)
+    new = lambda cfg, chat, few, train_model: [{"id": q.id, "text": "new"} for q in few]  # noqa: E731
+    monkeypatch.setattr(samples, "answer", new)
+    inputs = SimpleNamespace(heldout_quads=[quad(0), quad(1)], chat=None)
+    whole = SimpleNamespace(sharded=False)
+    samples.after(tmp_path, EvaluationConfig(), inputs, whole)
     assert not (tmp_path / samples.FILE).exists()
     rows = [{"id": name, "prompt": "a\u2028b", "before": {}} for name in ("q1", "gone")]
     write_records(tmp_path / samples.FILE, rows)
-    samples.after(tmp_path, None, inputs, None, None)
+    samples.after(tmp_path, EvaluationConfig(), inputs, whole)
     after = read_records(tmp_path / samples.FILE)
     assert [row.get("after") for row in after] == [{"id": "q1", "text": "new"}, None]
 

@@ -5,19 +5,23 @@ from pathlib import Path
 import pytest
 import torch
 
+from iopo.objectives import PAIR, QUAD, SINGLE, THREE
 from iopo.training import metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
-    ("members", "reference"), [(4, True), (3, True), (2, True), (2, False), (1, False)]
+    ("rows", "reference"),
+    [(QUAD, True), (THREE, True), (PAIR, True), (PAIR, False), (SINGLE, False)],
 )
-def test_columns_name_what_per_example_returns(members, reference):
-    policy = -torch.rand(5, members) * 10
-    tokens = torch.full((5, members), 4)
-    values = metrics.per_example(torch.ones(5), policy, policy + 1 if reference else None, tokens)
-    assert values.shape == (5, len(metrics.columns(members, reference)))
+def test_columns_name_what_per_example_returns(rows, reference):
+    policy = -torch.rand(5, len(rows.members)) * 10
+    tokens = torch.full(policy.shape, 4)
+    values = metrics.per_example(
+        rows, torch.ones(5), policy, policy + 1 if reference else None, tokens
+    )
+    assert values.shape == (5, len(metrics.columns(rows, reference)))
     assert values[:, 0].tolist() == [1.0] * 5
 
 
@@ -25,8 +29,8 @@ def test_values_by_hand():
     policy = torch.tensor([[-4.0, -9.0, -6.0, -5.0]])
     reference = torch.tensor([[-5.0, -7.0, -6.0, -6.0]])  # log-ratios 1, -2, 0, 1
     tokens = torch.tensor([[2, 3, 3, 2]])
-    row = metrics.per_example(torch.tensor([0.5]), policy, reference, tokens)[0].tolist()
-    values = dict(zip(metrics.columns(4, True), row, strict=True))
+    row = metrics.per_example(QUAD, torch.tensor([0.5]), policy, reference, tokens)[0].tolist()
+    values = dict(zip(metrics.columns(QUAD, True), row, strict=True))
     assert values["logp_per_token"] == -2
     assert values["margin"] == 2  # 1 + 2 + 0 - 1
     assert values["accuracy"] == 1

@@ -19,12 +19,13 @@ from iopo.data.layout import build_plain, build_shared
 from iopo.logprobs import LogProbs
 from iopo.model.load import tiny_causal_lm
 from iopo.model.parallel import TrainModel, prepare
+from iopo.objectives import PAIR, QUAD, SINGLE, THREE
 from iopo.training.plan.cost import Sizes, communication, gpu_memory, sizes_of, states
 from iopo.training.plan.description import PlannedRun, architecture, describe
 from iopo.training.plan.lengths import example_of
 from iopo.training.plan.report import plan_report
 from iopo.training.plan.trace import Trace, attended_pairs, meta_policy, trace
-from iopo.training.policy import adapt, recomputation
+from iopo.training.policy import adapt, block_options
 
 HERE = Path(__file__).parents[1]
 SMALL = (  # 35 M parameters
@@ -92,14 +93,14 @@ def test_flops_are_those_that_pytorch_counts(overrides):
     sizes = ("num_hidden_layers=3", "num_attention_heads=4", "num_key_value_heads=2")
     cfg = config("+experiment=tiny_random", *overrides, *(f"model.tiny.{s}" for s in sizes))
     assert cfg.model.tiny
-    rows = [example_of("sft", 23, 41)]
+    rows = [example_of(SINGLE, 23, 41)]
     planned = trace(policy_of(cfg, torch.float32), rows, "cpu")
 
     eager = LogProbs(tiny_causal_lm(cfg.model.tiny, seed=0, dtype=torch.float32, attention="eager"))
     adapt(eager, cfg.model.lora, cfg.seed)
     cpu = torch.device("cpu")
-    how = recomputation(cfg.parallel)
-    run = prepare(eager, device=cpu, dtype=torch.float32, mesh=None, **how)
+    how = block_options(cfg.parallel)
+    run = prepare(eager, device=cpu, dtype=torch.float32, mesh=None, block_options=how)
     batch = build_plain(rows)
     with FlopCounterMode(display=False) as counter:
         run.model(batch).sum().backward()
@@ -265,10 +266,9 @@ def test_what_is_not_modelled_is_refused():
         plan_report(config("model.path=/nowhere"))
 
 
-@pytest.mark.parametrize("kind", ["quad", "three", "pair", "sft"])
-def test_example_of_every_kind(kind):
-    members = {"quad": 4, "three": 3, "pair": 2, "sft": 1}[kind]
-    assert build_shared([example_of(kind, 3, 2)]).members == members
+@pytest.mark.parametrize("rows", [QUAD, THREE, PAIR, SINGLE])
+def test_example_of_every_kind(rows):
+    assert build_shared([example_of(rows, 3, 2)]).members == len(rows.members)
 
 
 def test_planned_models_have_the_parameters_of_real_ones():

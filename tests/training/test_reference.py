@@ -7,16 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from iopo.data.batching import Batching
 from iopo.data.tokenize import Example, content_key
 from iopo.training.reference import cache as module
-from iopo.training.reference.cache import (
-    Cache,
-    CachedReference,
-    FillingReference,
-    Manifest,
-    fill,
-    recheck,
-)
+from iopo.training.reference.cache import Cache, CachedReference, Manifest, fill, recheck
 
 MANIFEST = Manifest(
     weights="w", tokenizer="t", data="d", truncation="p", dtype="fp32", layout="shared",
@@ -38,13 +32,12 @@ def score(examples):
     return torch.tensor([[-float(e.prompts[0][2]) - m for m in range(4)] for e in examples])
 
 
-def one_by_one(examples):
-    return [[i] for i in range(len(examples))]
+ONE_BY_ONE = Batching(global_batch_quads=1, ranks=1, seed=0, micro_batch_quads=1)
 
 
 def filled(tmp_path, examples, score=score) -> tuple[Cache, CachedReference]:
     cache = Cache(tmp_path, MANIFEST)
-    rows = fill(cache, examples, 4, score, one_by_one, lambda done, total: None)
+    rows = fill(cache, examples, 4, score, ONE_BY_ONE)
     return cache, CachedReference(rows, "cache")
 
 
@@ -55,25 +48,28 @@ def test_rows_come_back_in_the_order_asked_for(tmp_path):
     torch.testing.assert_close(reference(asked), score(asked))
 
 
-def test_a_fill_waits_for_another_run_and_says_that_it_lives(tmp_path, monkeypatch):
+def test_a_fill_waits_for_another_run_and_says_that_it_lives(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(module, "FILL_POLL_S", 0.01)
     cache, examples = Cache(tmp_path, MANIFEST), [example(0)]
     cache.folder.mkdir(parents=True)
-    other = open(cache.folder / "filling", "w")  # noqa: SIM115 - closed by `waiting`
+    other = open(cache.folder / "filling", "w")  # noqa: SIM115 - closed by the third beat
     fcntl.flock(other, fcntl.LOCK_EX)
-    waits = []
+    beats = []
 
-    def waiting():
-        waits.append(1)
-        if len(waits) == 3:
+    def beat():
+        beats.append(1)
+        if len(beats) == 3:
             other.close()
 
-    progress = lambda done, total: None  # noqa: E731
-    assert len(fill(cache, examples, 4, score, one_by_one, progress, waiting)) == 1
-    assert len(waits) == 3
+    monkeypatch.setattr(module, "heartbeat", beat)
+    with caplog.at_level("INFO"):
+        assert len(fill(cache, examples, 4, score, ONE_BY_ONE)) == 1
+    assert len(beats) == 4  # the last is of the one batch
+    said = [record.getMessage() for record in caplog.records]
+    assert said[0].endswith("waiting for it") and said[1:] == ["reference: 1 of 1 batches"]
     with open(cache.folder / "filling", "w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)  # what is there already waits for nobody
-        assert len(fill(cache, examples, 4, score, one_by_one, progress, waiting)) == 1
+        fcntl.flock(other, fcntl.LOCK_EX)  # what is in the cache already waits for nobody
+        assert len(fill(cache, examples, 4, score, ONE_BY_ONE)) == 1
 
 
 def test_a_second_fill_computes_only_what_is_missing(tmp_path):
@@ -152,64 +148,3 @@ def test_a_killed_fill_goes_on_where_it_was(tmp_path, monkeypatch):
     assert kept.keys() == {content_key(e) for e in examples[:2]}
     _, reference = filled(tmp_path, examples)
     torch.testing.assert_close(reference(examples), score(examples))
-
-
-class Filler:
-    """A run, or a rank, that fills the cache in tmp_path; `seen` are the ids it has computed."""
-
-    def __init__(self, tmp_path, expected, score=score):
-        self.cache, self.seen = Cache(tmp_path, MANIFEST), []
-        rows = self.cache.read(4)
-
-        def counting(batch):  # a list of examples stands for their tensors
-            self.seen += [e.id for e in batch]
-            return score(batch)
-
-        self.call = FillingReference(self.cache, 4, rows, counting, expected)
-
-    def __call__(self, *examples):
-        return self.call(examples, list(examples))
-
-
-def test_filling_computes_each_row_once_and_stores_them_after_the_first_epoch(tmp_path):
-    examples = [example(i) for i in range(4)]
-    run = Filler(tmp_path, examples)
-    torch.testing.assert_close(run(*examples[:2]), score(examples[:2]))
-    assert run.cache.read(4) == {}
-    run(*examples[2:])
-    assert run.cache.read(4).keys() == {content_key(e) for e in examples}
-    torch.testing.assert_close(run(*examples[::-1]), score(examples[::-1]))
-    assert run.seen == ["q0", "q1", "q2", "q3"]
-    later = Filler(tmp_path, examples)
-    torch.testing.assert_close(later(*examples), score(examples))
-    assert later.seen == []
-
-
-def test_ranks_and_runs_take_over_each_others_rows(tmp_path):
-    examples = [example(i) for i in range(4)]
-    ranks = Filler(tmp_path, examples[:2]), Filler(tmp_path, examples[2:])
-    ranks[0](*examples[:2])
-    ranks[1](*examples[2:])
-    torch.testing.assert_close(ranks[0](*examples[2:]), score(examples[2:]))
-    torch.testing.assert_close(ranks[1](*examples[:2]), score(examples[:2]))
-    assert [rank.seen for rank in ranks] == [["q0", "q1"], ["q2", "q3"]]
-
-
-def test_rows_that_a_kill_lost_are_computed_again_and_stored_ones_keep_their_bits(tmp_path):
-    examples = [example(i) for i in range(3)]
-    killed = Filler(tmp_path, examples)
-    killed(examples[0])
-    killed.call.store()  # as before a checkpoint
-    killed(examples[1])  # lost
-    resumed = Filler(tmp_path, examples, score=lambda rows: score(rows) + 1e-5)
-    resumed(*examples[1:])
-    again = resumed(*examples)
-    assert resumed.seen == ["q1", "q2"]
-    assert torch.equal(again[0], score(examples[:1])[0])
-    assert not torch.equal(again[1], score(examples[1:2])[0])
-    late = FillingReference(resumed.cache, 4, {}, lambda rows: score(rows) + 1, examples)
-    late.rows = {}
-    late.seen = late._version()  # it began before the rows were stored, and has computed its own
-    assert torch.equal(late(examples[:1], examples[:1])[0], score(examples[:1])[0] + 1)
-    late.store()
-    assert torch.equal(late(examples[:1], examples[:1])[0], score(examples[:1])[0])

@@ -1,4 +1,4 @@
-"""The reference of whole runs: filled on the way, filled before, filled alone on many ranks."""
+"""The reference of whole runs: its sources, and the cache filled alone on many ranks."""
 
 import json
 import os
@@ -15,11 +15,11 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from iopo.config import TrainConfig
-from iopo.training import loop, optim, setup
-from iopo.training.inputs import load_inputs
+from iopo.training import loop
 from iopo.training.launch.placement import RankInfo
 from iopo.training.reference import sources as references
 from iopo.training.reference.cache import Cache
+from iopo.training.setup import Run, build_run
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = "rain wind sun moon tree river stone bird cloud light grass road".split()
@@ -42,83 +42,53 @@ def overrides(tmp_path) -> list[str]:
     ]  # fmt: skip
 
 
-class Run:
-    """Some steps of a run in this process; it never writes a run folder."""
-
-    def __init__(self, cache: Path, overrides: list[str], *more: str):
-        with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-            all_keys = [*overrides, f"reference.cache_dir={cache}", *more]
-            self.cfg = OmegaConf.to_object(compose("config", overrides=all_keys))
-        self.inputs = load_inputs(self.cfg)
-        self.job = setup.make_job(self.cfg, self.inputs, ALONE)
-        self.train_model = setup.make_policy(self.cfg, self.inputs, ALONE)
-        self.said: list[str] = []
-        self.reference = references.make_reference(
-            self.cfg, self.inputs, self.job, ALONE, self.train_model, self.said.append, lambda: None
-        )
-        self.cache = Cache(cache, references.manifest(self.cfg, self.inputs, "cpu"))
-
-    def train(self, steps: int) -> list[list[float]]:
-        optimizer = optim.make_optimizer(self.train_model.parameters, self.cfg.optim)
-        results = loop.train_steps(
-            self.job, self.train_model, optimizer, self.reference, first_step=1
-        )
-        taken = [result for _, result in zip(range(steps), results, strict=False)]
-        return [list(result.reduce().values())[:4] for result in taken]
+def built(cache: Path, overrides: list[str], *more: str) -> tuple[Run, Cache]:
+    """A run before its first step, in this process, and its cache; no run folder is written."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        all_keys = [*overrides, f"reference.cache_dir={cache}", *more]
+        cfg = OmegaConf.to_object(compose("config", overrides=all_keys))
+    run = build_run(cfg, ALONE)
+    return run, Cache(cache, references.manifest(cfg.model, cfg.data, run.inputs, "cpu"))
 
 
-def test_filled_on_the_way_equals_filled_before(tmp_path, overrides):
-    on_the_way = Run(tmp_path / "one", overrides)
-    assert "8 of 8 examples are not in" in on_the_way.said[0]
-    before = Run(tmp_path / "two", overrides, "reference.source=cache")
-    assert on_the_way.cache.read(4) == {} and len(before.cache.read(4)) == 8
-    losses = [run.train(6) for run in (on_the_way, before)]
-    np.testing.assert_allclose(*losses, rtol=1e-5, atol=1e-5)
-    rows, expected = on_the_way.cache.read(4), before.cache.read(4)
-    assert rows.keys() == expected.keys()
-    for key in rows:
-        np.testing.assert_allclose(rows[key], expected[key], rtol=1e-5, atol=1e-5)
-    # and the adapters had left their start long before the last row was looked up
-    with torch.no_grad():
-        moved = on_the_way.train_model.model(on_the_way.job.build(on_the_way.job.examples))
-    assert (moved - on_the_way.reference.call(on_the_way.job.examples, None)).abs().max() > 0.1
+@pytest.mark.parametrize("change", ["optim.epochs=3", "optim.epochs=1", "model.lora.rank=0"])
+def test_the_cache_is_filled_before_the_first_step(tmp_path, overrides, change, caplog):
+    assert len(built(tmp_path / "cache", overrides, change)[1].read(4)) == 8
+    with caplog.at_level("INFO"):
+        built(tmp_path / "cache", overrides, change)
+    (again,) = [record.getMessage() for record in caplog.records]
+    assert again.startswith("reference: 4 cached rows scored again, differ by 0 nats")
 
 
-def test_a_run_that_stops_in_the_first_epoch_leaves_what_it_has_stored(tmp_path, overrides):
-    stopped = Run(tmp_path / "cache", overrides)
-    stopped.train(1)
-    stopped.reference.store()  # as train.py does before a checkpoint
-    assert len(stopped.cache.read(4)) == 4
-    again = Run(tmp_path / "cache", overrides)
-    assert "4 of 8 examples are not in" in again.said[0] and "scored again" in again.said[1]
-    again.train(2)
-    assert len(again.cache.read(4)) == 8
-    assert "scored again" in Run(tmp_path / "cache", overrides).said[0]
-
-
-@pytest.mark.parametrize("change", ["optim.epochs=1", "model.lora.rank=0"])
-def test_with_one_epoch_or_without_adapters_the_cache_is_filled_before(tmp_path, overrides, change):
-    assert len(Run(tmp_path / "cache", overrides, change).cache.read(4)) == 8
+def test_the_three_sources_agree_and_do_not_follow_the_policy(tmp_path, overrides):
+    runs = [
+        built(tmp_path / "cache", overrides, f"reference.source={source}")[0]
+        for source in ("cache", "live", "adapter_off")
+    ]
+    scores = []
+    for run in runs:
+        for name, parameter in run.model.parameters.items():
+            if name.endswith("lora_B"):
+                torch.nn.init.constant_(parameter, 0.01)
+        batch = run.job.build(run.job.examples)
+        scores.append(run.reference.call(run.job.examples, batch))
+        with torch.no_grad():
+            assert (run.policy(batch) - scores[-1]).abs().max() > 0.1
+    for other in scores[1:]:
+        torch.testing.assert_close(other, scores[0], rtol=1e-5, atol=1e-5)
 
 
 def test_two_ranks_fill_the_cache_alone(tmp_path, overrides):
-    command = [
-        sys.executable,
-        "-m",
-        "iopo.training.reference.cache",
-        *overrides,
-        "parallel.processes=2",
-    ]
+    command = [sys.executable, "-m", "iopo.training.reference", *overrides, "parallel.processes=2"]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = subprocess.run(
         command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
-    assert "all of 8 + 0 rows in" in done.stdout
-    alone = Run(tmp_path / "alone", overrides, "reference.source=cache")
-    filled = Run(tmp_path / "cache" / "iopo" / "reference", overrides)
-    assert "scored again" in filled.said[0]  # nothing is missing
-    rows, expected = filled.cache.read(4), alone.cache.read(4)
+    assert done.stdout.count("all of 8 + 0 rows in") == 1
+    _, alone = built(tmp_path / "alone", overrides)
+    _, filled = built(tmp_path / "cache" / "iopo" / "reference", overrides)
+    rows, expected = filled.read(4), alone.read(4)
     assert rows.keys() == expected.keys() and len(rows) == 8
     for key in rows:
         np.testing.assert_allclose(rows[key], expected[key], rtol=1e-5, atol=1e-5)
@@ -130,18 +100,20 @@ def test_an_objective_without_a_reference_has_nothing_to_fill(tmp_path, override
     assert done.returncode == 2 and "nothing to fill" in done.stderr
 
 
-def test_rounding_under_a_steep_objective_is_no_wrong_reference(monkeypatch):
+def test_rounding_under_a_steep_objective_is_no_wrong_reference(monkeypatch, caplog):
     job = SimpleNamespace(tokens_N=[1], batching=None, rank=0, examples=[None], device="cpu")
-    job.build = lambda rows: None
+    job.build = lambda rows: SimpleNamespace(input_ids=torch.zeros(1))
     monkeypatch.setattr(loop, "micro_batches", lambda *_: [[0]])
     steep = lambda job, batch, rows, p, r: (25 + 100 * (p - r).sum(1), None)  # noqa: E731
     monkeypatch.setattr(loop, "score", steep)
 
-    def check(rounding: float) -> tuple[float, float]:
+    def check(rounding: float) -> None:
         call = lambda rows, batch: torch.full((1, 4), 0.01)  # noqa: E731
-        reference = loop.Reference(call, "cache", "here", 0.1, rounding)
-        return loop.check_start(job, lambda batch: torch.zeros(1, 4), reference)
+        reference = loop.Reference(call, "here", 0.1, rounding)
+        loop.check_start(job, lambda batch: torch.zeros(1, 4), reference)
 
-    assert check(0.5) == pytest.approx((21.0, 0.01))
+    with caplog.at_level("INFO"):
+        check(0.5)
+    assert "step 0: loss 21.0000000, largest |log-ratio| to the reference 0.01 nats" in caplog.text
     with pytest.raises(ValueError, match="does not belong to these starting weights"):
         check(1e-4)

@@ -12,9 +12,11 @@ from test_configs import config
 from test_invariance import WORDS, Capture, reference
 
 from iopo.data.batching import token_counts
-from iopo.training import loop, setup
+from iopo.training import loop
 from iopo.training.inputs import load_inputs
 from iopo.training.launch.placement import RankInfo
+from iopo.training.policy import make_policy
+from iopo.training.setup import make_job
 
 CPU = torch.device("cpu")
 SPLIT = "parallel.split_quads=true"
@@ -40,8 +42,8 @@ def one_step(ranks: RankInfo, *overrides: str):
         "optim.global_batch_quads=4", "optim.tokens_per_microbatch=450", *overrides,
     )  # fmt: skip
     inputs = load_inputs(cfg)
-    job = setup.make_job(cfg, inputs, ranks)
-    train_model = setup.make_policy(cfg, inputs, ranks)
+    job = make_job(cfg, inputs, ranks)
+    train_model = make_policy(cfg, inputs.model_path, ranks)
     norms_in_own_dtype(train_model.model)
     for name, parameter in train_model.parameters.items():
         if name.endswith("lora_B"):  # at zero it would leave no gradient for A
@@ -61,7 +63,7 @@ def one_step(ranks: RankInfo, *overrides: str):
 
 
 by_length = loop.Reference(
-    lambda rows, batch: -4.0 * batch.scored_M.view(batch.examples, -1).float(), "test", "test", 1.0
+    lambda rows, batch: -4.0 * batch.scored_M.view(batch.examples, -1).float(), "test", 1.0
 )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from iopo.data.rows import Quad, read_rows, spread
-from iopo.data.tokenize import Chat, Limits, tokenize_rows
+from iopo.data.tokenize import Chat, Encoder, Limits, tokenize_rows
 from iopo.evaluation import plain_text, report
 from iopo.evaluation import quad_metrics as heldout
 from iopo.evaluation.config import BOOTSTRAP, EvaluateConfig, JudgeSection
@@ -136,7 +136,7 @@ def evaluate_folder(
     scorer = heldout.Scorer(path, adapter, device, dtype)
 
     def logps(scorer: heldout.Scorer, of: Sequence[Quad]) -> torch.Tensor:
-        return scorer.score(tokenize_rows(of, chat, limits)[0])
+        return scorer.score(tokenize_rows(of, Encoder(chat, limits))[0])
 
     few = spread(quads, scored)
     out: dict[str, Any] = {}

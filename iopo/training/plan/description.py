@@ -36,7 +36,7 @@ class PlannedRun:
     data: DataConfig
     optim: OptimConfig
     lora: LoraConfig
-    rows: str
+    rows: objectives.Rows
     reference: ReferenceSource | None
     batching: Batching
     splitting: Splitting | None
@@ -77,7 +77,7 @@ def describe(cfg: TrainConfig) -> PlannedRun:
         raise ValueError(
             "parallel.offload needs a sharded model: plan_for.gpus is 1, expected more"
         )
-    kind = objectives.KINDS[cfg.objective.name]
+    kind = objectives.OBJECTIVES[cfg.objective.name]
     reference = cfg.reference.source
     if reference is ReferenceSource.auto:
         reference = ReferenceSource.cache

@@ -11,13 +11,12 @@ from iopo.data.batching import micro_batches_of_ranks, plan_steps, token_counts
 from iopo.data.example import Example
 from iopo.data.layout import build_shared
 from iopo.files import cache_root
+from iopo.objectives import Rows
 from iopo.training.plan.description import PlannedRun
 from iopo.training.plan.trace import attended_pairs
 from iopo.training.split import Splitting, by_prompt
 
 STEPS_LOOKED_AT, RANKS_LOOKED_AT = 50, 8  # rank 0 gets the longest example of a step
-# (prompts, responses under each) of an example, by the kind of rows
-SHAPES = {"quad": (2, 2), "three": (2, 2), "pair": (1, 2), "sft": (1, 1)}
 
 
 @dataclass(frozen=True)
@@ -47,15 +46,12 @@ class Work:
     steps: int | None
 
 
-def example_of(kind: str, prompt_tokens: int, response_tokens: int) -> Example:
-    """An example of rows of `kind` with prompts and responses of equal lengths, all token 0."""
-    prompts, responses = SHAPES[kind]
+def example_of(rows: Rows, prompt_tokens: int, response_tokens: int) -> Example:
+    """An example of these rows with prompts and responses of equal lengths, all token 0."""
     prompt = np.zeros(prompt_tokens, np.int32)
     response = np.zeros(response_tokens, np.int32)
-    under = [(response,) * responses for _ in range(prompts)]
-    if kind == "three":
-        under[1] = (response,)
-    return Example("planned", (prompt,) * prompts, tuple(under))
+    under = tuple((response,) * count for count in rows.responses)
+    return Example("planned", (prompt,) * len(under), under)
 
 
 def missing_for_lengths(data: DataConfig, model: ModelConfig) -> str | None:
@@ -122,7 +118,7 @@ def data_work(run: PlannedRun, examples: Sequence[Example]) -> Work:
     """The work of a step by the lengths of the data; micro-batches as in the first steps."""
     splitting, batching = run.splitting, run.batching
     tokens_N = token_counts(examples, batching.layout)
-    steps = plan_steps(len(examples), batching, run.optim.epochs, run.optim.max_steps).steps
+    steps = plan_steps(len(examples), batching, run.optim.epochs, run.optim.max_steps)
     heaviest = _forward([examples[int(tokens_N.argmax())]], splitting)
     count = seen = apart = 0
     for step in range(min(steps, STEPS_LOOKED_AT)):

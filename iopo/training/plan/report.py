@@ -152,7 +152,7 @@ def _changes(plan: Plan) -> Iterator[dict[str, Any]]:
         yield from (change | {budget: value} for value in smaller)
     full = {checkpointing: Checkpointing.full}
     part = max(work.longest_part, SMALLEST_BUDGET)
-    two_prompts = plan.run.rows in ("quad", "three")
+    two_prompts = len(plan.run.rows.responses) == 2
     may_split = two_prompts and plan.run.lora.dropout == 0 and not parallel.split_quads
     if may_split and tokens and part < work.longest:
         yield full | {"parallel.split_quads": True, budget: part}

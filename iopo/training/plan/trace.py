@@ -14,7 +14,7 @@ Letters: T packed tokens, R response rows, D width, V vocabulary, H heads, E hea
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from iopo.logprobs import LogProbs
 from iopo.model import load
 from iopo.model.attention import SHARED
 from iopo.model.parallel import TrainModel, prepare
-from iopo.training.policy import adapt, recomputation
+from iopo.training.policy import adapt, block_options
 
 META = torch.device("meta")
 CHUNK_BYTES_PER_WORD = 8192  # of the GPU head's backward; triton_gemm.py, absent without Triton
@@ -67,7 +67,8 @@ def meta_policy(
     loaded = dtype if lora.rank > 0 else accum_dtype
     policy = LogProbs(load.meta_causal_lm(config, loaded, SHARED))
     adapt(policy, lora, seed=0)
-    return prepare(policy, device=META, dtype=dtype, mesh=None, **recomputation(parallel))
+    options = replace(block_options(parallel), compile=False)
+    return prepare(policy, device=META, dtype=dtype, mesh=None, block_options=options)
 
 
 def trace(policy: TrainModel, examples: Sequence[Example], device_type: str) -> Trace:
@@ -162,7 +163,7 @@ def head_workspace(op: Any, args: tuple[Any, ...], device_type: str) -> int:
         return min(rows * hidden_RD.element_size(), CHUNK_BYTES_PER_WORD) * words
     accum_bytes = max(4, hidden_RD.element_size())
     copies = 2 if accum_bytes > hidden_RD.element_size() else 1  # of [R, D]
-    tiles = tiled.WORDS * (tiled.ROWS + 2 * width)
+    tiles = tiled.VOCAB * (tiled.ROWS + 2 * width)
     need_weight = op is OPS.linear_logprob_backward and args[9]
     return accum_bytes * (rows * width * (copies + int(need_weight)) + tiles)
 

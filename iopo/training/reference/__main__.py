@@ -32,43 +32,38 @@ log = logging.getLogger("iopo.training.reference")
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(composed: DictConfig) -> None:
-    """Compose, check, launch; what is refused is one message, without a traceback."""
+    """Compose, check what needs no weights, and fill on every rank."""
+    # By the module's name: spawned ranks cannot import `__main__`.
+    from iopo.training.reference.__main__ import fill as worker
+
     try:
         cfg = OmegaConf.to_object(composed)
         assert isinstance(cfg, TrainConfig)
-        sys.exit(start(cfg))
+        if not objectives.OBJECTIVES[cfg.objective.name].reference:
+            raise ValueError(
+                f"objective.name={cfg.objective.name} has no reference: there is nothing to fill"
+            )
+        ranks = setup.launch_options(cfg.parallel)
+        placement = find_placement(ranks["processes"])
+        set_up_logging(main=placement.is_main)
+        check_sharding(cfg.parallel, placement.world_size)
+        for line in load_inputs(cfg).report_lines():
+            log.info(line)
+        cfg.reference.source = ReferenceSource.cache
+        cfg.parallel.checkpointing = Checkpointing.none  # there is no backward
+        folder = cache_folder(cfg.reference)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix="fill-") as scratch:  # of errors
+            sys.exit(launch(worker, cfg, Path(scratch), **ranks))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(setup.refuse(error))
-
-
-def start(cfg: TrainConfig) -> int:
-    """Check what needs no weights and fill on every rank; returns the exit code.
-
-    Raises ValueError for an objective without a reference, and for data that cannot be used.
-    """
-    if not objectives.KINDS[cfg.objective.name].reference:
-        raise ValueError(
-            f"objective.name={cfg.objective.name} has no reference: there is nothing to fill"
-        )
-    ranks = setup.launch_options(cfg.parallel)
-    placement = find_placement(ranks["processes"])
-    set_up_logging(main=placement.is_main)
-    check_sharding(cfg.parallel, placement.world_size)
-    for line in load_inputs(cfg).report_lines():
-        log.info(line)
-    cfg.reference.source = ReferenceSource.cache
-    cfg.parallel.checkpointing = Checkpointing.none  # there is no backward
-    folder = cache_folder(cfg.reference)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix="fill-") as scratch:  # of error messages
-        return launch(fill, cfg, Path(scratch), **ranks)
 
 
 def fill(cfg: TrainConfig, scratch: Path, ranks: RankInfo, control: Control) -> None:
     """One rank: the policy at its start, which is the reference, over its share of the rows."""
     set_up_logging(main=ranks.is_main)
     run = setup.build_run(cfg, ranks)
-    assert run.reference is not None  # checked in start
+    assert run.reference is not None  # checked in main
     rows = f"{len(run.job.examples)} + {len(run.job.heldout)} rows"
     log.info(f"reference: all of {rows} in {run.reference.where}")
 

@@ -1,7 +1,5 @@
 """Reference log-probs: named by a manifest, computed once, kept on disk, never from live weights.
 
-    python -m iopo.training.reference [+experiment=NAME] [key=value ...]      fills it alone
-
 A reference is the policy's starting point. Its log-probs never change, so they are computed once
 per (weights, data) and shared by every run that starts there: four float32 numbers a quad. The
 manifest says which weights, tokenizer, truncation, dtype and code made them; its hash names the

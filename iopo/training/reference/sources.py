@@ -16,13 +16,13 @@ from torch import Tensor
 from iopo import objectives
 from iopo.config import DataConfig, Layout, ModelConfig, ReferenceConfig
 from iopo.data.layout import Batch
-from iopo.data.rows import MEMBERS
 from iopo.data.tokenize import Example
 from iopo.files import cache_root
 from iopo.logprobs import LogProbs
 from iopo.model import load, lora
 from iopo.model.attention import SHARED
 from iopo.model.parallel import TrainModel
+from iopo.objectives import MEMBERS
 from iopo.training.inputs import Inputs
 from iopo.training.loop import Job, Reference
 from iopo.training.policy import compute_dtype
@@ -94,7 +94,7 @@ def cached(cache: Cache, job: Job, model: TrainModel, recheck_rows: int) -> Refe
     def score(rows: Sequence[Example]) -> Tensor:
         return model.model(job.build(rows))
 
-    members = objectives.KINDS[job.objective].members
+    members = objectives.OBJECTIVES[job.objective].members
     rows = fill(cache, job.examples, members, score, batching)
     rows = rows | fill(cache, job.heldout, len(MEMBERS), score, batching)
     reference = CachedReference(rows, str(cache.folder))

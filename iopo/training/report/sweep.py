@@ -34,7 +34,7 @@ def collect(sweep: Path) -> list[dict[str, Any]]:
     for folder, config in zip(folders, configs, strict=True):
         ends = {COMPLETE_FILE: "complete", FAILED_FILE: "failed"}
         state = next((end for file, end in ends.items() if (folder / file).exists()), "unfinished")
-        row = {"run": str(folder.relative_to(sweep)), "state": state}
+        row: dict[str, Any] = {"run": str(folder.relative_to(sweep)), "state": state}
         row |= {key: config.get(key) for key in differing}
         if text := text_of(folder / "summary.json"):
             summary = json.loads(text)
