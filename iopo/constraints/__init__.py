@@ -5,8 +5,6 @@
 ('Your answer must contain exactly 2 sentences.', True)
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any

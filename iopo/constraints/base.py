@@ -4,8 +4,6 @@ A kind is a frozen dataclass whose fields are its parameters, so constraints com
 travel as JSON. Checks are pure functions of the text. Nothing here needs torch.
 """
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -74,7 +72,7 @@ class Constraint:
         """Parameters for which `check(text)` is true and which are worth asking for, maybe none."""
         return []
 
-    def alternatives(self, rng: random.Random) -> list[Constraint]:
+    def alternatives(self, rng: random.Random) -> list["Constraint"]:
         """Constraints that no text satisfies together with this one, maybe none."""
         return []
 

@@ -4,8 +4,6 @@ A kind conflicts with itself unless it is repeatable; everything else is said in
 relation is symmetric by construction.
 """
 
-from __future__ import annotations
-
 from itertools import combinations
 
 # several of one kind make sense together: mention this word and that one

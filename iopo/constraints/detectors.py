@@ -3,8 +3,6 @@
 The packages belong to the extra `eval` and are imported when first used, never downloaded from.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 from functools import lru_cache

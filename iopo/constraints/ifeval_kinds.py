@@ -4,8 +4,6 @@ The definitions are those of google-research/instruction_following_eval, odditie
 published scores depend on them. Where an oddity is no sensible request, `measure` offers nothing.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from dataclasses import dataclass

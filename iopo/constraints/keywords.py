@@ -1,7 +1,5 @@
 """Kinds about words that must or must not be in a text."""
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Kinds whose styles exclude one another over the whole text: its layout and its language."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

@@ -1,7 +1,5 @@
 """Kinds that count the parts of a text: words, sentences, lines, paragraphs, items."""
 
-from __future__ import annotations
-
 import random
 import re
 from dataclasses import dataclass

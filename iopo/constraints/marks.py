@@ -1,7 +1,5 @@
 """Kinds that count marks, letters and marked spans."""
 
-from __future__ import annotations
-
 import random
 import re
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Kinds about the shape of a text: its frame, title, closing note, sections, layout, language."""
 
-from __future__ import annotations
-
 import random
 import re
 from dataclasses import dataclass

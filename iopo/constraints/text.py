@@ -4,8 +4,6 @@ Results for the last texts are kept, because a dozen kinds measure the same text
 Every cut takes time linear in the text, whatever the text is: a benchmark scores strangers' output.
 """
 
-from __future__ import annotations
-
 import re
 from functools import lru_cache
 
@@ -176,3 +174,10 @@ def _lower_word_set(text: str) -> frozenset[str]:
 @lru_cache(maxsize=8)
 def _lower(text: str) -> str:
     return text.lower()
+
+
+def repeats(text: str, n: int = 4) -> bool:
+    """Whether some `n` words in a row occur twice, in any case; words stand between blanks."""
+    words = text.lower().split()
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return len(set(grams)) < len(grams)

@@ -1,7 +1,5 @@
 """Kinds about how a text begins and ends, and about the case of its letters."""
 
-from __future__ import annotations
-
 import random
 import re
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Kinds are measured one at a time, until both sides have what tells them apart: most rows need few.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """What may be set of the recipe `trace` (conf/recipe/trace.yaml), and what is refused."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 
 from iopo.construct.trace.prompts import LANGUAGES, OPERATIONS

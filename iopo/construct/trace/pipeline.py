@@ -5,8 +5,6 @@ line of `counts.json`. Every raw reply is kept in `replies.jsonl` under its cont
 be run alone, killed and run again: nothing is asked twice, and outputs are in the order of inputs.
 """
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import json

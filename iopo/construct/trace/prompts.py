@@ -4,8 +4,6 @@ A reader may edit them. `{name}` is a blank; `{{` and `}}` are braces. What fill
 written by others: it stands between tags with a mark that it cannot know.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Reading the replies of the TRACE pipeline's steps, or saying why they cannot be read."""
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any

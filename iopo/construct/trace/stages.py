@@ -4,8 +4,6 @@ A stage is two pure functions: `asks(row)` and `finish(row, answers)`. Sections 
 those of arXiv 2411.06208v3. Rows grow from stage to stage; `finish` raises Rejected to drop one.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 from collections.abc import Callable
@@ -39,17 +37,6 @@ Ask = Prompt | Question  # a Question goes to the judge; its answer is a Judgeme
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
-    """One step. unique: the row key of which each value may pass once."""
-
-    name: str
-    source: str | None  # the stage whose rows it reads; None: the seeds
-    asks: Callable[[Row, Context], list[Ask]]
-    finish: Callable[[Row, list[Any], Context], Row]
-    unique: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Context:
     """What every stage knows."""
 
@@ -70,6 +57,17 @@ class Context:
             extra=self.recipe.endpoint.extra,
         )
         return Prompt(request, read, reply_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One step. unique: the row key of which each value may pass once."""
+
+    name: str
+    source: str | None  # the stage whose rows it reads; None: the seeds
+    asks: Callable[[Row, Context], list[Ask]]
+    finish: Callable[[Row, list[Any], Context], Row]
+    unique: str | None = None
 
 
 def texts(constraints: list[Row]) -> list[str]:
