@@ -2,13 +2,15 @@
 
 A kind is a frozen dataclass whose fields are its parameters, so constraints compare, hash and
 travel as JSON. Checks are pure functions of the text. Nothing here needs torch.
+
+A class is the whole description of its kind: to add one, write the class and name its module in the
+package's `__init__.py`.
 """
 
 import random
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, ClassVar
-
-from iopo.constraints.compatibility import CONFLICTS
 
 LANGUAGES = ("en", "zh")
 RELATIONS = ("exactly", "at least", "at most")
@@ -19,13 +21,26 @@ _RELATION_WORDS = {
 }
 
 
+KINDS: dict[str, type["Constraint"]] = {}  # every kind by name; a class with a `kind` joins it
+
+
 @dataclass(frozen=True)
 class Constraint:
     """One rule about a text. Subclasses set `kind` and `templates` and write `check`."""
 
     kind: ClassVar[str]
+    dimension: ClassVar[str]  # of TRACE's taxonomy: our reading, none is published
+    # Names of kinds that must not stand in one instruction with it, because few or no texts satisfy
+    # both. One of two kinds says it. Several of one kind only if it is repeatable: mention this
+    # word and that one. Both hold for the class itself, not for its subclasses.
+    excludes: ClassVar[str] = ""
+    repeatable: ClassVar[bool] = False
     # language -> at least four paraphrases, as str.format templates over `blanks(language)`
     templates: ClassVar[dict[str, tuple[str, ...]]]
+
+    def __init_subclass__(cls) -> None:
+        if "kind" in vars(cls):
+            KINDS[cls.kind] = cls
 
     @property
     def params(self) -> dict[str, Any]:
@@ -36,7 +51,7 @@ class Constraint:
     @property
     def conflicts(self) -> frozenset[str]:
         """Kinds that must not stand beside this one in the same instruction."""
-        return CONFLICTS[self.kind]
+        return conflicts_of(self.kind)
 
     def paraphrases(self, language: str) -> tuple[str, ...]:
         """The templates `render` chooses from, for these parameters."""
@@ -86,6 +101,19 @@ class Constraint:
                 f"constraint '{self.kind}': {field}={getattr(self, field)!r}; expected {expected}"
             )
 
+    def _require_text(self, field: str, expected: str) -> None:
+        value = getattr(self, field)
+        self._require(isinstance(value, str) and bool(value.strip()), field, expected)
+
+
+@cache
+def conflicts_of(kind: str) -> frozenset[str]:
+    """The kinds that must not stand beside this one, itself among them unless it is repeatable."""
+    own = vars(KINDS[kind])
+    found = set(own.get("excludes", "").split())
+    found |= {name for name, cls in KINDS.items() if kind in vars(cls).get("excludes", "").split()}
+    return frozenset(found if own.get("repeatable") else found | {kind})
+
 
 def satisfies(relation: str, measured: int, count: int) -> bool:
     """`measured` is exactly / at least / at most `count`."""
@@ -101,6 +129,7 @@ class Counted(Constraint):
     relation: str
     number: int
 
+    dimension = "Numerical"
     unit_en: ClassVar[tuple[str, str]]  # singular, plural
     unit_zh: ClassVar[str]  # with its measure word, as in "个句子"
     # what measure() offers; large counts (words) make no sensible exact request
@@ -149,6 +178,10 @@ class Counted(Constraint):
     def count(self, text: str) -> int:
         """How often the thing occurs in the text."""
         raise NotImplementedError
+
+    @classmethod
+    def measure(cls, text: str) -> list[dict[str, Any]]:
+        return cls.bounds(cls("exactly", 0).count(text))
 
     def check(self, text: str) -> bool:
         return satisfies(self.relation, self.count(text), self.number)

@@ -48,6 +48,8 @@ class IncludeWords(WordList):
     words: tuple[str, ...]
 
     kind = "include_words"
+    dimension = "Inclusion"
+    repeatable = True
     templates = {
         "en": (
             "Include the following words in your response: {words}.",
@@ -87,6 +89,8 @@ class ForbidWords(WordList):
     words: tuple[str, ...]
 
     kind = "forbid_words"
+    dimension = "Exclusion"
+    repeatable = True
     templates = {
         "en": (
             "Do not use the following words: {words}.",
@@ -128,6 +132,7 @@ class WordFrequency(Counted):
     word: str
 
     kind = "word_frequency"
+    repeatable = True
     smallest = 2
     unit_en = ("time", "times")
     unit_zh = "次"
@@ -149,8 +154,7 @@ class WordFrequency(Counted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ok = isinstance(self.word, str) and bool(self.word.strip())
-        self._require(ok, "word", "a word")
+        self._require_text("word", "a word")
 
     def blanks(self, language: str) -> dict[str, Any]:
         quoted = f"'{self.word}'" if language == "en" else f"“{self.word}”"

@@ -25,6 +25,12 @@ class Layout(Styled):
     style: str
 
     kind = "layout"
+    dimension = "Output format"
+    excludes = (
+        "sentences lines paragraphs bullets numbered_items placeholders highlights commas "
+        "first_word last_word start_phrase end_phrase wrapped first_line_title closing_note "
+        "title postscript sections"
+    )
     styles = {
         "json": {
             "en": "a JSON object or array, with nothing around it",
@@ -96,6 +102,11 @@ class Language(Styled):
     style: str
 
     kind = "language"
+    dimension = "Multilingual"
+    excludes = (
+        "words han_characters capital_words case first_word last_word start_phrase end_phrase "
+        "include_words word_frequency"
+    )
     styles = {
         "latin": {"en": "English", "zh": "英文"},
         "chinese": {"en": "Chinese", "zh": "中文"},

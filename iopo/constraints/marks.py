@@ -28,10 +28,6 @@ class Placeholders(Counted):
     def count(self, text: str) -> int:
         return len(cut.spans_in_lines(text, "[", "]", greedy=False)) if "[" in text else 0
 
-    @classmethod
-    def measure(cls, text: str) -> list[dict[str, Any]]:
-        return cls.bounds(cls("exactly", 0).count(text))
-
     def edit(self, text: str, rng: random.Random) -> str | None:
         if self.forbids_all():
             plain = text.replace("[", "").replace("]", "")
@@ -49,6 +45,7 @@ class Highlights(Counted):
     """Number of *highlighted* spans; IFEval's number_highlighted_sections."""
 
     kind = "highlights"
+    dimension = "Text pattern"
     unit_en = (
         "part highlighted with asterisks, like *this part*",
         "parts highlighted with asterisks, like *this part*",
@@ -58,10 +55,6 @@ class Highlights(Counted):
 
     def count(self, text: str) -> int:
         return highlights(text)
-
-    @classmethod
-    def measure(cls, text: str) -> list[dict[str, Any]]:
-        return cls.bounds(highlights(text))
 
     def edit(self, text: str, rng: random.Random) -> str | None:
         edited = text.replace("*", "")
@@ -98,10 +91,6 @@ class _Marks(Counted):
     def count(self, text: str) -> int:
         return sum(map(text.count, self.marks))
 
-    @classmethod
-    def measure(cls, text: str) -> list[dict[str, Any]]:
-        return cls.bounds(sum(map(text.count, cls.marks)))
-
     def edit(self, text: str, rng: random.Random) -> str | None:
         if not self.forbids_all():
             return text if self.check(text) else None
@@ -137,6 +126,7 @@ class Exclamations(_Marks):
     """Number of exclamation marks."""
 
     kind = "exclamations"
+    excludes = "questions"
     unit_en = ("exclamation mark", "exclamation marks")
     unit_zh = "个感叹号"
     marks = "!！"
@@ -160,16 +150,13 @@ class CapitalWords(Counted):
     """Number of words of two or more letters in capitals throughout."""
 
     kind = "capital_words"
+    dimension = "Text pattern"
     unit_en = ("word in all capital letters", "words in all capital letters")
     unit_zh = "个全部大写的英文单词"
     smallest = 0
 
     def count(self, text: str) -> int:
         return len(_CAPITALS.findall(text))
-
-    @classmethod
-    def measure(cls, text: str) -> list[dict[str, Any]]:
-        return cls.bounds(len(_CAPITALS.findall(text)))
 
     def edit(self, text: str, rng: random.Random) -> str | None:
         edited = _CAPITALS.sub(lambda m: m.group().capitalize(), text)
@@ -190,6 +177,7 @@ class LetterFrequency(Counted):
     letter: str
 
     kind = "letter_frequency"
+    repeatable = True
     smallest = 0
     measured_relations = ("at least", "at most")
     templates = {

@@ -16,6 +16,8 @@ class Wrapped(Styled):
     style: str
 
     kind = "wrapped"
+    dimension = "Text pattern"
+    excludes = "first_word last_word start_phrase end_phrase"
     styles = {
         "double quotes": {"en": "double quotation marks", "zh": "英文双引号"},
         "parentheses": {"en": "parentheses, ( and )", "zh": "圆括号()"},
@@ -64,6 +66,8 @@ class FirstLineTitle(Styled):
     style: str
 
     kind = "first_line_title"
+    dimension = "Hierarchical structure"
+    excludes = "first_word start_phrase wrapped"
     styles = {
         "angle brackets": {"en": "in double angular brackets: <<title>>", "zh": "<<标题>>"},
         "bold": {"en": "in bold markdown: **title**", "zh": "**标题**"},
@@ -120,6 +124,8 @@ class ClosingNote(Constraint):
     marker: str
 
     kind = "closing_note"
+    dimension = "Template"
+    excludes = "last_word end_phrase wrapped"
     MARKERS: ClassVar[tuple[str, ...]] = ("P.S.", "P.P.S.", "Note:", "TL;DR:", "Summary:", "Tip:")
     templates = {
         "en": (
@@ -164,6 +170,8 @@ class Titles(Counted):
     """Number of lines with a <<title>> that is not empty; IFEval's title is one at least."""
 
     kind = "title"
+    dimension = "Hierarchical structure"
+    excludes = "first_line_title"
     unit_en = (
         "title wrapped in double angular brackets, such as <<poem of joy>>",
         "titles wrapped in double angular brackets, such as <<poem of joy>>",
@@ -176,10 +184,6 @@ class Titles(Counted):
             return 0
         titles = cut.spans_in_lines(text, "<<", ">>", greedy=True)
         return sum(1 for title in titles if title.lstrip("<").rstrip(">").strip())
-
-    @classmethod
-    def measure(cls, text: str) -> list[dict[str, Any]]:
-        return cls.bounds(cls("exactly", 0).count(text))
 
     def edit(self, text: str, rng: random.Random) -> str | None:
         words = cut.letter_words(text)[:4]
@@ -200,6 +204,8 @@ class Postscript(Constraint):
     marker: str
 
     kind = "postscript"
+    dimension = "Template"
+    excludes = "case last_word end_phrase wrapped closing_note"
     templates = {
         "en": (
             "At the end of your response, add a postscript starting with {marker}",
@@ -216,8 +222,7 @@ class Postscript(Constraint):
     }
 
     def __post_init__(self) -> None:
-        ok = isinstance(self.marker, str) and bool(self.marker.strip())
-        self._require(ok, "marker", "a marker such as 'P.S.'")
+        self._require_text("marker", "a marker such as 'P.S.'")
 
     def check(self, text: str) -> bool:
         if self.marker == "P.P.S":
@@ -244,6 +249,8 @@ class Sections(Counted):
     splitter: str
 
     kind = "sections"
+    dimension = "Hierarchical structure"
+    excludes = "lines"
     smallest = 0
     unit_en = ("section", "sections")
     unit_zh = "个部分"
@@ -279,8 +286,7 @@ class Sections(Counted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ok = isinstance(self.splitter, str) and bool(self.splitter.strip())
-        self._require(ok, "splitter", "a heading word such as 'Section'")
+        self._require_text("splitter", "a heading word such as 'Section'")
 
     def count(self, text: str) -> int:
         return len(re.findall(r"\s?" + re.escape(self.splitter) + r"\s?\d+\s?", text))
@@ -297,10 +303,8 @@ class Sections(Counted):
     def edit(self, text: str, rng: random.Random) -> str | None:
         if not self.number or self.count(text):
             return text if self.check(text) else None
-        sentences = cut.sentences(text)
-        if len(sentences) < self.number:
+        parts = cut.dealt_sentences(text, self.number)
+        if parts is None:
             return None
-        edges = [len(sentences) * i // self.number for i in range(self.number + 1)]
-        parts = [" ".join(sentences[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
         edited = "\n\n".join(f"{self.splitter} {i}\n{part}" for i, part in enumerate(parts, 1))
         return edited if self.check(edited) else None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from iopo.constraints import text as cut
-from iopo.constraints.base import Constraint
+from iopo.constraints.base import Constraint, Styled
 
 _SMALL_WORD = re.compile(r"(?:^|\s)[a-z]")
 # Words that a writer could be asked to leave out or to begin or end with.
@@ -27,13 +27,22 @@ CLOSINGS = (
 
 
 @dataclass(frozen=True)
-class Case(Constraint):
+class Case(Styled):
     """All letters lower case, all upper case, or each word capitalised (title case)."""
 
     style: str
 
     kind = "case"
-    STYLES: ClassVar[tuple[str, ...]] = ("lower", "upper", "title")
+    dimension = "Text pattern"
+    excludes = "capital_words"
+    styles = {
+        "lower": {"en": "lowercase letters (no capital letters)", "zh": "使用小写字母"},
+        "upper": {"en": "capital letters (no lowercase letters)", "zh": "使用大写字母"},
+        "title": {
+            "en": "title case (the first letter of every word a capital, the others lowercase)",
+            "zh": "每个单词首字母大写、其余小写",
+        },
+    }
     templates = {
         "en": (
             "Write your entire response in {name}.",
@@ -49,24 +58,6 @@ class Case(Constraint):
             "回复里的英文一律{name}。",
         ),
     }
-    _NAMES: ClassVar[dict[str, dict[str, str]]] = {
-        "en": {
-            "lower": "lowercase letters (no capital letters)",
-            "upper": "capital letters (no lowercase letters)",
-            "title": "title case (the first letter of every word a capital, the others lowercase)",
-        },
-        "zh": {
-            "lower": "使用小写字母",
-            "upper": "使用大写字母",
-            "title": "每个单词首字母大写、其余小写",
-        },
-    }
-
-    def __post_init__(self) -> None:
-        self._require(self.style in self.STYLES, "style", f"one of {self.STYLES}")
-
-    def blanks(self, language: str) -> dict[str, Any]:
-        return {"name": self._NAMES[language][self.style]}
 
     def check(self, text: str) -> bool:
         if self.style == "lower":
@@ -79,13 +70,6 @@ class Case(Constraint):
         # one word with a capital and small letters keeps "A B C" from being upper and title at once
         mixed = any(w[0].isupper() and w[1:].islower() for w in words)
         return mixed and all(w == w.capitalize() for w in words)
-
-    @classmethod
-    def measure(cls, text: str) -> list[dict[str, Any]]:
-        return [{"style": style} for style in cls.STYLES if cls(style=style).check(text)]
-
-    def alternatives(self, rng: random.Random) -> list[Constraint]:
-        return [type(self)(style=style) for style in self.STYLES if style != self.style]
 
     def edit(self, text: str, rng: random.Random) -> str | None:
         if self.style == "title":
@@ -129,6 +113,7 @@ class FirstWord(_EdgeWord):
     word: str
 
     kind = "first_word"
+    dimension = "Inclusion"
     index = 0
     templates = {
         "en": (
@@ -157,6 +142,7 @@ class LastWord(_EdgeWord):
     word: str
 
     kind = "last_word"
+    dimension = "Inclusion"
     index = -1
     templates = {
         "en": (
@@ -185,6 +171,8 @@ class StartPhrase(Constraint):
     phrase: str
 
     kind = "start_phrase"
+    dimension = "Inclusion"
+    excludes = "first_word"
     templates = {
         "en": (
             'Start your response with the exact phrase "{phrase}"',
@@ -201,8 +189,7 @@ class StartPhrase(Constraint):
     }
 
     def __post_init__(self) -> None:
-        ok = isinstance(self.phrase, str) and bool(self.phrase.strip())
-        self._require(ok, "phrase", "text that is not blank")
+        self._require_text("phrase", "text that is not blank")
 
     def check(self, text: str) -> bool:
         return text.strip().lower().startswith(self.phrase.strip().lower())
@@ -230,6 +217,8 @@ class EndPhrase(Constraint):
     phrase: str
 
     kind = "end_phrase"
+    dimension = "Inclusion"
+    excludes = "last_word"
     templates = {
         "en": (
             'Finish your response with the exact phrase "{phrase}" No words should follow it.',
@@ -246,8 +235,7 @@ class EndPhrase(Constraint):
     }
 
     def __post_init__(self) -> None:
-        ok = isinstance(self.phrase, str) and bool(self.phrase.strip())
-        self._require(ok, "phrase", "text that is not blank")
+        self._require_text("phrase", "text that is not blank")
 
     def check(self, text: str) -> bool:
         return text.strip().strip('"').lower().endswith(self.phrase.strip().lower())

@@ -3,9 +3,10 @@
 import random
 from collections.abc import Iterable, Sequence
 
-from iopo.constraints import KINDS, MEASURED_KINDS, ClosingNote, Constraint, compatible, make
+from iopo.constraints import KINDS, MEASURED_KINDS, Constraint, compatible, make
 from iopo.constraints import text as cut
 from iopo.constraints.base import Styled
+from iopo.constraints.structure import ClosingNote
 
 # Kinds of the training split. All but four can be written into a text by rule.
 SEEN_KINDS = (
@@ -88,8 +89,6 @@ def propose(kind: str, rng: random.Random, sentences: int) -> Constraint:
         return make(kind, phrase=rng.choice(CLOSINGS))
     if kind == "closing_note":
         return make(kind, marker=rng.choice(ClosingNote.MARKERS))
-    if kind == "case":
-        return make(kind, style=rng.choice(("lower", "upper", "title")))
     cls = KINDS.get(kind)
     if cls is not None and issubclass(cls, Styled):
         return make(kind, style=rng.choice(tuple(cls.styles)))

@@ -13,29 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from iopo.constraints import KINDS
 from iopo.construct import taxonomy
 from iopo.files import iter_records, write_text
 from iopo.page import page
 
 SAMPLES = 12
 OTHER = "not in the taxonomy"
-
-# Where the kinds that code checks belong in TRACE's taxonomy: our reading, none is published.
-_DIMENSIONS = {
-    "Numerical": "words sentences lines paragraphs han_characters commas questions exclamations "
-    "word_frequency letter_frequency placeholders punkt_sentences keyword_frequency "
-    "divided_paragraphs",
-    "Inclusion": "include_words keywords start_phrase end_phrase first_word last_word "
-    "nth_paragraph_first_word repeat_prompt constrained_response",
-    "Exclusion": "forbid_words forbidden_words",
-    "Numbering and list": "bullets numbered_items",
-    "Text pattern": "case highlights wrapped capital_words capital_tokens english_case",
-    "Hierarchical structure": "first_line_title sections titles title",
-    "Output format": "layout json_format",
-    "Template": "closing_note postscript two_responses",
-    "Multilingual": "language response_language",
-}
-DIMENSION_OF = {kind: name for name, kinds in _DIMENSIONS.items() for kind in kinds.split()}
 
 _PAGE = page(
     """<style>
@@ -107,7 +91,8 @@ class Counts:
 def _dimension(constraint: dict[str, Any]) -> str:
     if constraint["kind"] == "judged":
         return constraint["params"].get("type") or OTHER
-    return DIMENSION_OF.get(constraint["kind"], OTHER)
+    cls = KINDS.get(constraint["kind"])
+    return OTHER if cls is None else cls.dimension
 
 
 def _class(text: str) -> int:

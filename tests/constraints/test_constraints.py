@@ -14,10 +14,9 @@ from iopo.constraints import (
     follows_loosely,
     from_dict,
     make,
-    measure_all,
 )
-from iopo.constraints.compatibility import CONFLICTS, REPEATABLE
-from iopo.constraints.detectors import detect_language
+from iopo.constraints.base import conflicts_of
+from iopo.constraints.text import detect_language
 
 PLAIN = (
     "Drinking water helps people focus, and water keeps you well. Dr. Lee agrees! "
@@ -105,8 +104,8 @@ BITS = [
 texts = st.lists(st.sampled_from(BITS), max_size=14).map("".join) | st.text(max_size=20)
 
 
-def test_every_kind_has_an_example_and_a_row_of_conflicts():
-    assert {kind for kind, *_ in EXAMPLES} == set(KINDS) == set(CONFLICTS)
+def test_every_kind_has_an_example():
+    assert {kind for kind, *_ in EXAMPLES} == set(KINDS)
     assert len(KINDS) == 43 and set(MEASURED_KINDS) < set(KINDS)
 
 
@@ -177,7 +176,7 @@ def check_exclusive(constraint, alternative, text):
 @given(texts, st.integers(0, 3))
 def test_alternatives_of_what_is_measured_are_false(text, seed):
     rng = random.Random(seed)
-    for row in measure_all(text):
+    for row in [{"kind": k, "params": p} for k, c in KINDS.items() for p in c.measure(text)]:
         for alternative in from_dict(row).alternatives(rng):
             assert not alternative.check(text), (row, alternative)
 
@@ -229,10 +228,12 @@ def test_alternatives_and_edits_are_seeded():
 
 
 def test_conflicts_are_symmetric_and_name_kinds():
-    for kind, others in CONFLICTS.items():
+    for kind, cls in KINDS.items():
+        others = conflicts_of(kind)
         assert others <= set(KINDS)
-        assert all(kind in CONFLICTS[other] for other in others)
-        assert (kind in others) == (kind not in REPEATABLE)
+        assert all(kind in conflicts_of(other) for other in others)
+        assert (kind in others) == (not vars(cls).get("repeatable", False))
+    assert "first_word" in conflicts_of("repeat_prompt") and "keywords" in conflicts_of("keywords")
 
 
 def test_compatible():
