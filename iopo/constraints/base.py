@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, ClassVar
 
+from iopo.constraints.text import han_characters
+
 LANGUAGES = ("en", "zh")
 RELATIONS = ("exactly", "at least", "at most")
 
@@ -19,6 +21,16 @@ _RELATION_WORDS = {
     "en": {"exactly": "exactly", "at least": "at least", "at most": "at most"},
     "zh": {"exactly": "恰好", "at least": "至少", "at most": "至多"},
 }
+
+
+def wordings(block: str) -> dict[str, tuple[str, ...]]:
+    """language -> paraphrases, from a block of text: one a line, in English and in Chinese."""
+    lines = [line.strip() for line in block.strip().splitlines()]
+    chinese = [han_characters(line) > 0 for line in lines]
+    return {
+        language: tuple(line for line, is_zh in zip(lines, chinese, strict=True) if is_zh == zh)
+        for language, zh in (("en", False), ("zh", True))
+    }
 
 
 KINDS: dict[str, type["Constraint"]] = {}  # every kind by name; a class with a `kind` joins it
@@ -137,38 +149,30 @@ class Counted(Constraint):
     step: ClassVar[int] = 1  # measured bounds are rounded outwards to multiples of this
     smallest: ClassVar[int] = 1  # no request below this number, save none at all where it is 0
 
-    templates = {
-        "en": (
-            "Your answer must contain {relation} {number} {unit}.",
-            "Write {relation} {number} {unit}.",
-            "Use {relation} {number} {unit} in your response.",
-            "The response should have {relation} {number} {unit}.",
-            "Make sure that there {be} {relation} {number} {unit} in the reply.",
-        ),
-        "zh": (
-            "回答必须包含{relation}{number}{unit}。",
-            "请写{relation}{number}{unit}。",
-            "回复中应有{relation}{number}{unit}。",
-            "请确保答案里有{relation}{number}{unit}。",
-            "全文需使用{relation}{number}{unit}。",
-        ),
-    }
-    templates_none: ClassVar[dict[str, tuple[str, ...]]] = {
-        "en": (
-            "Do not use any {unit}.",
-            "Your answer must not contain any {unit}.",
-            "Write the response without any {unit}.",
-            "Avoid {unit} entirely.",
-            "There must be no {unit} in the reply.",
-        ),
-        "zh": (
-            "不要使用任何{unit_none}。",
-            "回答中不得出现{unit_none}。",
-            "请完全避免{unit_none}。",
-            "全文不能有{unit_none}。",
-            "回复里不允许有{unit_none}。",
-        ),
-    }
+    templates = wordings("""
+        Your answer must contain {relation} {number} {unit}.
+        Write {relation} {number} {unit}.
+        Use {relation} {number} {unit} in your response.
+        The response should have {relation} {number} {unit}.
+        Make sure that there {be} {relation} {number} {unit} in the reply.
+        回答必须包含{relation}{number}{unit}。
+        请写{relation}{number}{unit}。
+        回复中应有{relation}{number}{unit}。
+        请确保答案里有{relation}{number}{unit}。
+        全文需使用{relation}{number}{unit}。
+    """)
+    templates_none: ClassVar[dict[str, tuple[str, ...]]] = wordings("""
+        Do not use any {unit}.
+        Your answer must not contain any {unit}.
+        Write the response without any {unit}.
+        Avoid {unit} entirely.
+        There must be no {unit} in the reply.
+        不要使用任何{unit_none}。
+        回答中不得出现{unit_none}。
+        请完全避免{unit_none}。
+        全文不能有{unit_none}。
+        回复里不允许有{unit_none}。
+    """)
 
     def __post_init__(self) -> None:
         self._require(self.relation in RELATIONS, "relation", f"one of {RELATIONS}")

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from iopo.constraints.base import Constraint
+from iopo.constraints.base import Constraint, wordings
 from iopo.constraints.keywords import ForbidWords, IncludeWords, WordFrequency
 from iopo.constraints.layout import Layout, parse_json
 from iopo.constraints.lengths import Paragraphs, Sentences
@@ -211,20 +211,16 @@ class TwoResponses(Official, Constraint):
     kind = "two_responses"
     dimension = "Template"
     excludes = "lines paragraphs wrapped layout divided_paragraphs nth_paragraph_first_word"
-    templates = {
-        "en": (
-            "Give two different responses, separated by 6 asterisk symbols: ******.",
-            "Write two different answers with ****** between them.",
-            "Provide exactly two distinct responses and put ****** between them.",
-            "Answer twice in different ways; separate the two answers by ******.",
-        ),
-        "zh": (
-            "请给出两个不同的回答，用六个星号******隔开。",
-            "请写两个不同的答案，中间以******分隔。",
-            "请提供两种不同的回复，之间放置******。",
-            "请用不同方式回答两次，两个回答以******分开。",
-        ),
-    }
+    templates = wordings("""
+        Give two different responses, separated by 6 asterisk symbols: ******.
+        Write two different answers with ****** between them.
+        Provide exactly two distinct responses and put ****** between them.
+        Answer twice in different ways; separate the two answers by ******.
+        请给出两个不同的回答，用六个星号******隔开。
+        请写两个不同的答案，中间以******分隔。
+        请提供两种不同的回复，之间放置******。
+        请用不同方式回答两次，两个回答以******分开。
+    """)
 
     def check(self, text: str) -> bool:
         parts = text.split("******")
@@ -299,20 +295,16 @@ class JsonFormat(Official, Constraint):
         " layout punkt_sentences divided_paragraphs two_responses repeat_prompt"
         " constrained_response"
     )
-    templates = {
-        "en": (
-            "Your entire output should be wrapped in JSON format.",
-            "Give the whole answer as JSON; a ```json fence around it is allowed.",
-            "Respond with valid JSON and nothing else.",
-            "The complete response must be valid JSON.",
-        ),
-        "zh": (
-            "整个输出必须是JSON格式，可以用```json标记。",
-            "请把全部回答写成JSON。",
-            "只输出合法的JSON，不要写其他内容。",
-            "完整的回复必须是合法的JSON。",
-        ),
-    }
+    templates = wordings("""
+        Your entire output should be wrapped in JSON format.
+        Give the whole answer as JSON; a ```json fence around it is allowed.
+        Respond with valid JSON and nothing else.
+        The complete response must be valid JSON.
+        整个输出必须是JSON格式，可以用```json标记。
+        请把全部回答写成JSON。
+        只输出合法的JSON，不要写其他内容。
+        完整的回复必须是合法的JSON。
+    """)
 
     def check(self, text: str) -> bool:
         text = text.strip()

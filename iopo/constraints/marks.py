@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from iopo.constraints import text as cut
-from iopo.constraints.base import Counted
+from iopo.constraints.base import Counted, wordings
 
 _HIGHLIGHT = re.compile(r"\*[^\n\*]*\*")
 _DOUBLE_HIGHLIGHT = re.compile(r"\*\*[^\n\*]*\*\*")
@@ -180,34 +180,26 @@ class LetterFrequency(Counted):
     repeatable = True
     smallest = 0
     measured_relations = ("at least", "at most")
-    templates = {
-        "en": (
-            "The character '{letter}' should appear {relation} {number} {unit}.",
-            "Use the character '{letter}' {relation} {number} {unit}.",
-            "In your response the character '{letter}' must occur {relation} {number} {unit}.",
-            "Make sure that '{letter}' appears {relation} {number} {unit}.",
-        ),
-        "zh": (
-            "字符“{letter}”应出现{relation}{number}次。",
-            "请使用字符“{letter}”{relation}{number}次。",
-            "回答中字符“{letter}”必须出现{relation}{number}次。",
-            "请确保“{letter}”出现{relation}{number}次。",
-        ),
-    }
-    templates_none = {
-        "en": (
-            "Do not use the character '{letter}'.",
-            "Avoid the character '{letter}' entirely.",
-            "Your answer must not contain the character '{letter}'.",
-            "The character '{letter}' must not appear.",
-        ),
-        "zh": (
-            "不要使用字符“{letter}”。",
-            "请完全避免字符“{letter}”。",
-            "回答中不得包含字符“{letter}”。",
-            "字符“{letter}”不能出现。",
-        ),
-    }
+    templates = wordings("""
+        The character '{letter}' should appear {relation} {number} {unit}.
+        Use the character '{letter}' {relation} {number} {unit}.
+        In your response the character '{letter}' must occur {relation} {number} {unit}.
+        Make sure that '{letter}' appears {relation} {number} {unit}.
+        字符“{letter}”应出现{relation}{number}次。
+        请使用字符“{letter}”{relation}{number}次。
+        回答中字符“{letter}”必须出现{relation}{number}次。
+        请确保“{letter}”出现{relation}{number}次。
+    """)
+    templates_none = wordings("""
+        Do not use the character '{letter}'.
+        Avoid the character '{letter}' entirely.
+        Your answer must not contain the character '{letter}'.
+        The character '{letter}' must not appear.
+        不要使用字符“{letter}”。
+        请完全避免字符“{letter}”。
+        回答中不得包含字符“{letter}”。
+        字符“{letter}”不能出现。
+    """)
     unit_en = ("time", "times")
     unit_zh = "次"
 

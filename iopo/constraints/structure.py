@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from iopo.constraints import text as cut
-from iopo.constraints.base import Constraint, Counted, Styled
+from iopo.constraints.base import Constraint, Counted, Styled, wordings
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,16 @@ class Wrapped(Styled):
         "curly braces": ("{", "}"),
         "asterisks": ("***", "***"),
     }
-    templates = {
-        "en": (
-            "Wrap your entire response in {name}.",
-            "Put the whole answer between {name}.",
-            "Your complete reply must be enclosed in {name}.",
-            "Begin and end the response with {name} around it.",
-        ),
-        "zh": (
-            "请把整个回答放在{name}中。",
-            "全部回复必须用{name}括起来。",
-            "整个答案应以{name}包住。",
-            "回答首尾须用{name}包围。",
-        ),
-    }
+    templates = wordings("""
+        Wrap your entire response in {name}.
+        Put the whole answer between {name}.
+        Your complete reply must be enclosed in {name}.
+        Begin and end the response with {name} around it.
+        请把整个回答放在{name}中。
+        全部回复必须用{name}括起来。
+        整个答案应以{name}包住。
+        回答首尾须用{name}包围。
+    """)
 
     def check(self, text: str) -> bool:
         opening, closing = self._MARKS[self.style]
@@ -89,20 +85,16 @@ class FirstLineTitle(Styled):
         "square brackets": "[[{}]]",
         "equals signs": "== {} ==",
     }
-    templates = {
-        "en": (
-            "Your answer must begin with a title on a line of its own {name}.",
-            "Put a title on the first line {name}.",
-            "The first line of the response should be a title {name}.",
-            "Start with a title line, written {name}.",
-        ),
-        "zh": (
-            "第一行必须是标题，格式为 {name}。",
-            "请在首行写标题，格式：{name}。",
-            "回答应以单独一行的标题开始，写成 {name}。",
-            "请先写一行标题，形式为 {name}。",
-        ),
-    }
+    templates = wordings("""
+        Your answer must begin with a title on a line of its own {name}.
+        Put a title on the first line {name}.
+        The first line of the response should be a title {name}.
+        Start with a title line, written {name}.
+        第一行必须是标题，格式为 {name}。
+        请在首行写标题，格式：{name}。
+        回答应以单独一行的标题开始，写成 {name}。
+        请先写一行标题，形式为 {name}。
+    """)
 
     def check(self, text: str) -> bool:
         lines = cut.lines(text)
@@ -127,20 +119,16 @@ class ClosingNote(Constraint):
     dimension = "Template"
     excludes = "last_word end_phrase wrapped"
     MARKERS: ClassVar[tuple[str, ...]] = ("P.S.", "P.P.S.", "Note:", "TL;DR:", "Summary:", "Tip:")
-    templates = {
-        "en": (
-            "End with a last line that starts with {marker}",
-            "The last line of your response must be a note that begins with {marker}",
-            "Add one closing line at the very end, starting with {marker}",
-            "Finish with a line which opens with {marker}",
-        ),
-        "zh": (
-            "最后一行必须以 {marker} 开头。",
-            "请在末尾加一行，以 {marker} 开始。",
-            "回答的末行应是以 {marker} 起头的附注。",
-            "请用以 {marker} 开头的一行收尾。",
-        ),
-    }
+    templates = wordings("""
+        End with a last line that starts with {marker}
+        The last line of your response must be a note that begins with {marker}
+        Add one closing line at the very end, starting with {marker}
+        Finish with a line which opens with {marker}
+        最后一行必须以 {marker} 开头。
+        请在末尾加一行，以 {marker} 开始。
+        回答的末行应是以 {marker} 起头的附注。
+        请用以 {marker} 开头的一行收尾。
+    """)
 
     def __post_init__(self) -> None:
         self._require(self.marker in self.MARKERS, "marker", f"one of {self.MARKERS}")
@@ -206,20 +194,16 @@ class Postscript(Constraint):
     kind = "postscript"
     dimension = "Template"
     excludes = "case last_word end_phrase wrapped closing_note"
-    templates = {
-        "en": (
-            "At the end of your response, add a postscript starting with {marker}",
-            "Add a postscript that begins with {marker}",
-            "Your answer must close with a postscript marked {marker}",
-            "Finish with a postscript, starting with {marker}",
-        ),
-        "zh": (
-            "请在结尾加上以 {marker} 开头的附言。",
-            "回答末尾必须有以 {marker} 起始的附言。",
-            "请附上一段 {marker} 开头的后记。",
-            "最后请写一条以 {marker} 标出的附言。",
-        ),
-    }
+    templates = wordings("""
+        At the end of your response, add a postscript starting with {marker}
+        Add a postscript that begins with {marker}
+        Your answer must close with a postscript marked {marker}
+        Finish with a postscript, starting with {marker}
+        请在结尾加上以 {marker} 开头的附言。
+        回答末尾必须有以 {marker} 起始的附言。
+        请附上一段 {marker} 开头的后记。
+        最后请写一条以 {marker} 标出的附言。
+    """)
 
     def __post_init__(self) -> None:
         self._require_text("marker", "a marker such as 'P.S.'")
@@ -269,20 +253,16 @@ class Sections(Counted):
             "回复应含{relation}{number}个部分，每个以 {splitter} 及其编号开头。",
         ),
     }
-    templates_none = {
-        "en": (
-            "Do not mark any part of the answer with {splitter} and a number.",
-            "Your response must not contain headings such as {splitter} 1.",
-            "Avoid numbered headings like {splitter} 1.",
-            "Write without any {splitter} headings.",
-        ),
-        "zh": (
-            "不要用 {splitter} 加数字来标记任何部分。",
-            "回答中不得出现 {splitter} 1 这样的标题。",
-            "请避免使用 {splitter} 1 之类的标题。",
-            "请不要写 {splitter} 加编号的标题。",
-        ),
-    }
+    templates_none = wordings("""
+        Do not mark any part of the answer with {splitter} and a number.
+        Your response must not contain headings such as {splitter} 1.
+        Avoid numbered headings like {splitter} 1.
+        Write without any {splitter} headings.
+        不要用 {splitter} 加数字来标记任何部分。
+        回答中不得出现 {splitter} 1 这样的标题。
+        请避免使用 {splitter} 1 之类的标题。
+        请不要写 {splitter} 加编号的标题。
+    """)
 
     def __post_init__(self) -> None:
         super().__post_init__()

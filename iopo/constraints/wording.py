@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from iopo.constraints import text as cut
-from iopo.constraints.base import Constraint, Styled
+from iopo.constraints.base import Constraint, Styled, wordings
 
 _SMALL_WORD = re.compile(r"(?:^|\s)[a-z]")
 # Words that a writer could be asked to leave out or to begin or end with.
@@ -43,21 +43,17 @@ class Case(Styled):
             "zh": "每个单词首字母大写、其余小写",
         },
     }
-    templates = {
-        "en": (
-            "Write your entire response in {name}.",
-            "Your whole answer must be in {name}.",
-            "Use only {name} throughout.",
-            "The complete reply should be in {name}.",
-            "Respond in {name}, with no exception.",
-        ),
-        "zh": (
-            "整个回答中的英文必须{name}。",
-            "请让所有英文{name}。",
-            "全文英文应当{name}。",
-            "回复里的英文一律{name}。",
-        ),
-    }
+    templates = wordings("""
+        Write your entire response in {name}.
+        Your whole answer must be in {name}.
+        Use only {name} throughout.
+        The complete reply should be in {name}.
+        Respond in {name}, with no exception.
+        整个回答中的英文必须{name}。
+        请让所有英文{name}。
+        全文英文应当{name}。
+        回复里的英文一律{name}。
+    """)
 
     def check(self, text: str) -> bool:
         if self.style == "lower":
@@ -115,20 +111,16 @@ class FirstWord(_EdgeWord):
     kind = "first_word"
     dimension = "Inclusion"
     index = 0
-    templates = {
-        "en": (
-            "The first word of your response must be '{word}'.",
-            "Begin your answer with the word '{word}'.",
-            "Start the reply with the word '{word}'.",
-            "'{word}' has to be the very first word of the response.",
-        ),
-        "zh": (
-            "回答的第一个词必须是“{word}”。",
-            "请以“{word}”一词开头。",
-            "回复要用“{word}”这个词开始。",
-            "第一个词应为“{word}”。",
-        ),
-    }
+    templates = wordings("""
+        The first word of your response must be '{word}'.
+        Begin your answer with the word '{word}'.
+        Start the reply with the word '{word}'.
+        '{word}' has to be the very first word of the response.
+        回答的第一个词必须是“{word}”。
+        请以“{word}”一词开头。
+        回复要用“{word}”这个词开始。
+        第一个词应为“{word}”。
+    """)
 
     def edit(self, text: str, rng: random.Random) -> str | None:
         edited = f"{self.word.capitalize()}, {text.lstrip()}"
@@ -144,20 +136,16 @@ class LastWord(_EdgeWord):
     kind = "last_word"
     dimension = "Inclusion"
     index = -1
-    templates = {
-        "en": (
-            "The last word of your response must be '{word}'.",
-            "End your answer with the word '{word}'.",
-            "Finish the reply with the word '{word}'.",
-            "'{word}' has to be the very last word of the response.",
-        ),
-        "zh": (
-            "回答的最后一个词必须是“{word}”。",
-            "请以“{word}”一词结尾。",
-            "回复要用“{word}”这个词结束。",
-            "最后一个词应为“{word}”。",
-        ),
-    }
+    templates = wordings("""
+        The last word of your response must be '{word}'.
+        End your answer with the word '{word}'.
+        Finish the reply with the word '{word}'.
+        '{word}' has to be the very last word of the response.
+        回答的最后一个词必须是“{word}”。
+        请以“{word}”一词结尾。
+        回复要用“{word}”这个词结束。
+        最后一个词应为“{word}”。
+    """)
 
     def edit(self, text: str, rng: random.Random) -> str | None:
         edited = f"{text.rstrip()} {self.word.capitalize()}."
@@ -173,20 +161,16 @@ class StartPhrase(Constraint):
     kind = "start_phrase"
     dimension = "Inclusion"
     excludes = "first_word"
-    templates = {
-        "en": (
-            'Start your response with the exact phrase "{phrase}"',
-            'Begin your answer with the words "{phrase}"',
-            'The reply must open with "{phrase}"',
-            'Your first words should be: "{phrase}"',
-        ),
-        "zh": (
-            "请以“{phrase}”开头。",
-            "回答必须以“{phrase}”开始。",
-            "回复的开头应是“{phrase}”。",
-            "开头请写：“{phrase}”",
-        ),
-    }
+    templates = wordings("""
+        Start your response with the exact phrase "{phrase}"
+        Begin your answer with the words "{phrase}"
+        The reply must open with "{phrase}"
+        Your first words should be: "{phrase}"
+        请以“{phrase}”开头。
+        回答必须以“{phrase}”开始。
+        回复的开头应是“{phrase}”。
+        开头请写：“{phrase}”
+    """)
 
     def __post_init__(self) -> None:
         self._require_text("phrase", "text that is not blank")
@@ -219,20 +203,16 @@ class EndPhrase(Constraint):
     kind = "end_phrase"
     dimension = "Inclusion"
     excludes = "last_word"
-    templates = {
-        "en": (
-            'Finish your response with the exact phrase "{phrase}" No words should follow it.',
-            'End your answer with "{phrase}" and nothing after it.',
-            'The very last words of the reply must be: "{phrase}"',
-            'Close the response with the sentence "{phrase}"',
-        ),
-        "zh": (
-            "请以“{phrase}”结尾，之后不要再写任何内容。",
-            "回答必须以“{phrase}”结束。",
-            "回复的最后一句应是“{phrase}”",
-            "结尾请写：“{phrase}”",
-        ),
-    }
+    templates = wordings("""
+        Finish your response with the exact phrase "{phrase}" No words should follow it.
+        End your answer with "{phrase}" and nothing after it.
+        The very last words of the reply must be: "{phrase}"
+        Close the response with the sentence "{phrase}"
+        请以“{phrase}”结尾，之后不要再写任何内容。
+        回答必须以“{phrase}”结束。
+        回复的最后一句应是“{phrase}”
+        结尾请写：“{phrase}”
+    """)
 
     def __post_init__(self) -> None:
         self._require_text("phrase", "text that is not blank")
