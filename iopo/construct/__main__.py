@@ -41,7 +41,8 @@ def settings(schema: type, cfg: DictConfig) -> Any:
 
 @hydra.main(version_base=None, config_path=str(CONF), config_name="construct")
 def main(cfg: DictConfig) -> None:
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logging.getLogger("iopo").setLevel(logging.INFO)
     try:
         name = cfg.recipe.name if "recipe" in cfg else None
         if name not in RECIPES:
