@@ -298,10 +298,7 @@ def _finish_cells(row: Row, answers: list[Any], context: Context) -> Row:
         "scores": [row["scores1"], list(mismatched[0]), row["scores2"], list(mismatched[1])],
         "operation": row["operation"],
         "seed_id": row["id"],
-        "gen": {
-            "model": context.recipe.endpoint.model,
-            "judge": context.recipe.judge_section().model,
-        },
+        "gen": {"model": recipe.endpoint.model, "judge": recipe.judge_section().model},
     }
 
 
