@@ -86,10 +86,6 @@ class Constraint:
         template = choices[0] if rng is None else rng.choice(choices)
         return template.format(**self.blanks(language))
 
-    def to_dict(self, language: str = "en", rng: random.Random | None = None) -> dict[str, Any]:
-        """The row format of c1 and c2: {"kind", "params", "text"}."""
-        return {"kind": self.kind, "params": self.params, "text": self.render(language, rng)}
-
     def check(self, text: str) -> bool:
         """Whether the text satisfies the constraint. An empty text is the caller's matter."""
         raise NotImplementedError

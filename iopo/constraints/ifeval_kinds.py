@@ -37,6 +37,12 @@ class Official:
     def measure(cls, text: str) -> list[dict[str, Any]]:
         return []
 
+    def alternatives(self, rng: random.Random) -> list[Constraint]:
+        return []
+
+    def edit(self, text: str, rng: random.Random) -> str | None:
+        return None
+
 
 @dataclass(frozen=True)
 class EnglishCase(Official, Case):
@@ -65,9 +71,6 @@ class Keywords(Official, IncludeWords):
 
     def spans(self, text: str, word: str) -> list[tuple[int, int]]:
         return [match.span() for match in _compiled(self, word).finditer(text)]
-
-    def alternatives(self, rng: random.Random) -> list[Constraint]:
-        return [KeywordFrequency("exactly", 0, word) for word in self.words]
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,6 @@ class ForbiddenWords(Official, ForbidWords):
 
     def spans(self, text: str, word: str) -> list[tuple[int, int]]:
         return [match.span() for match in _compiled(self, rf"\b{word}\b").finditer(text)]
-
-    def alternatives(self, rng: random.Random) -> list[Constraint]:
-        return []
 
 
 @dataclass(frozen=True)
@@ -149,10 +149,6 @@ class DividedParagraphs(Official, Paragraphs):
     def check(self, text: str) -> bool:
         return self.count(text) >= 0 and super().check(text)
 
-    def edit(self, text: str, rng: random.Random) -> str | None:
-        edited = super().edit(text.replace("***", ""), rng)
-        return None if edited is None else edited.replace("\n\n", "\n\n***\n\n")
-
 
 @dataclass(frozen=True)
 class NthParagraphFirstWord(Official, Constraint):
@@ -198,10 +194,6 @@ class NthParagraphFirstWord(Official, Constraint):
             return False
         word = blocks[self.nth - 1].split()[0].lstrip("'").lstrip('"')
         return re.split(r"[.,?!'\"]", word, maxsplit=1)[0].lower() == self.word
-
-    def alternatives(self, rng: random.Random) -> list[Constraint]:
-        more = self.paragraphs + rng.randint(1, 3)
-        return [NthParagraphFirstWord(more, self.nth, self.word)]
 
 
 @dataclass(frozen=True)
@@ -281,9 +273,6 @@ class ConstrainedResponse(Official, Constraint):
     def check(self, text: str) -> bool:
         return any(answer in text for answer in _ANSWERS)
 
-    def edit(self, text: str, rng: random.Random) -> str | None:
-        return rng.choice(_ANSWERS)
-
 
 @dataclass(frozen=True)
 class JsonFormat(Official, Constraint):
@@ -311,9 +300,6 @@ class JsonFormat(Official, Constraint):
         for fence in ("```json", "```Json", "```JSON", "```"):
             text = text.removeprefix(fence)
         return parse_json(text.removesuffix("```").strip())
-
-    def edit(self, text: str, rng: random.Random) -> str | None:
-        return Layout("json").edit(text, rng)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Every kind of constraint: checks by hand, and the properties that data construction stands on."""
 
+import json
 import random
 
 import pytest
@@ -154,9 +155,9 @@ def test_rendered_words():
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS, ids=lambda c: c.kind)
 def test_dicts_round_trip(constraint):
-    row = constraint.to_dict("zh", random.Random(0))
-    assert set(row) == {"kind", "params", "text"}
-    again = from_dict(row)
+    again = from_dict(
+        json.loads(json.dumps({"kind": constraint.kind, "params": constraint.params}))
+    )
     assert again == constraint and hash(again) == hash(constraint)
     assert type(again) is type(constraint)
 
@@ -209,9 +210,8 @@ def test_most_kinds_can_edit_an_ordinary_text():
     rng = random.Random(0)
     longer = PLAIN + "\n\n" + "It is cheap. It is easy. Nobody minds it; try it."
     cannot = {c.kind for c in CONSTRAINTS if c.edit(longer, rng) is None}
-    assert cannot == {
-        "han_characters", "language", "keyword_frequency", "word_frequency", "letter_frequency",
-        "nth_paragraph_first_word", "two_responses", "response_language", "commas",
+    assert {kind for kind in cannot if kind in MEASURED_KINDS} == {
+        "han_characters", "language", "word_frequency", "letter_frequency", "commas",
     }  # fmt: skip
 
 
