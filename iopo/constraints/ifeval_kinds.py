@@ -1,6 +1,6 @@
 """IFEval's rules where they differ from the kinds of the other files; same interface, same names.
 
-The definitions are those of google-research/instruction_following_eval, oddities included, because
+The definitions are those of google-research/instruction_following_eval, peculiarities included:
 published scores depend on them.
 """
 

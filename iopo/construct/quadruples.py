@@ -115,15 +115,15 @@ def edit(
     return _checked(Candidate(task, c1, y1, c2, y2, "edit"), rng)
 
 
-def follow(draft: Candidate, first: str, second: str) -> Candidate | Rejection:
-    """The instructions of `draft` with responses that a model gave to them."""
-    tried = tuple(kinds_of(draft))
+def follow(candidate: Candidate, first: str, second: str) -> Candidate | Rejection:
+    """The instructions of `candidate` with responses that a model gave to them."""
+    tried = tuple(kinds_of(candidate))
     if not (ends_a_sentence(first) and ends_a_sentence(second)):
         return Rejection("unfinished", tried)
-    cells = four_cells(draft.c1, first, draft.c2, second)
+    cells = four_cells(candidate.c1, first, candidate.c2, second)
     if cells != MATCH:
         return Rejection("not followed" if not (cells[0] and cells[2]) else "follows both", tried)
-    return replace(draft, y1=first, y2=second, source="follow")
+    return replace(candidate, y1=first, y2=second, source="follow")
 
 
 def follow_jobs(candidates: Sequence[Candidate], samples: int) -> list[Job]:
@@ -131,8 +131,8 @@ def follow_jobs(candidates: Sequence[Candidate], samples: int) -> list[Job]:
     return [
         Job(_follow_key(prompt, n), prompt)
         for n in range(samples)
-        for draft in candidates
-        for prompt in plain_instructions(draft)
+        for candidate in candidates
+        for prompt in plain_instructions(candidate)
     ]
 
 
@@ -141,19 +141,22 @@ def followed(
 ) -> list[Candidate | Rejection]:
     """Each candidate with the first pair of sampled responses that passes all four cells."""
     found = []
-    for draft in candidates:
+    for candidate in candidates:
         side1, side2 = (
             [responses[_follow_key(prompt, n)].text.strip() for n in range(samples)]
-            for prompt in plain_instructions(draft)
+            for prompt in plain_instructions(candidate)
         )
-        results = [follow(draft, first, second) for first, second in product(side1, side2)]
+        results = [follow(candidate, first, second) for first, second in product(side1, side2)]
         found.append(next((r for r in results if isinstance(r, Candidate)), results[0]))
     return found
 
 
-def plain_instructions(draft: Candidate) -> list[str]:
+def plain_instructions(candidate: Candidate) -> list[str]:
     """Both instructions with the first wording of each constraint."""
-    return [instruction(draft.task, [c.render() for c in side]) for side in (draft.c1, draft.c2)]
+    return [
+        instruction(candidate.task, [c.render() for c in side])
+        for side in (candidate.c1, candidate.c2)
+    ]
 
 
 def _follow_key(prompt: str, sample: int) -> str:
@@ -220,52 +223,57 @@ def _fill(
     return chosen
 
 
-def _checked(draft: Candidate, rng: random.Random) -> Candidate | Rejection:
-    """The draft in random order of sides and constraints, if its four cells hold."""
-    tried = tuple(kinds_of(draft))
-    if max(len(draft.c1), len(draft.c2)) > MOST_CONSTRAINTS:
+def _checked(candidate: Candidate, rng: random.Random) -> Candidate | Rejection:
+    """The candidate in random order of sides and constraints, if its four cells hold."""
+    tried = tuple(kinds_of(candidate))
+    if max(len(candidate.c1), len(candidate.c2)) > MOST_CONSTRAINTS:
         return Rejection("too many constraints", tried)
-    if not (ends_a_sentence(draft.y1) and ends_a_sentence(draft.y2)):
+    if not (ends_a_sentence(candidate.y1) and ends_a_sentence(candidate.y2)):
         return Rejection("unfinished", tried)
-    cells = four_cells(draft.c1, draft.y1, draft.c2, draft.y2)
+    cells = four_cells(candidate.c1, candidate.y1, candidate.c2, candidate.y2)
     if cells != MATCH:
         broken = not (cells[0] and cells[2])
         return Rejection("rule broke a constraint" if broken else "follows both", tried)
-    draft = replace(
-        draft,
-        c1=tuple(rng.sample(draft.c1, len(draft.c1))),
-        c2=tuple(rng.sample(draft.c2, len(draft.c2))),
+    candidate = replace(
+        candidate,
+        c1=tuple(rng.sample(candidate.c1, len(candidate.c1))),
+        c2=tuple(rng.sample(candidate.c2, len(candidate.c2))),
     )
-    return draft.swapped() if rng.random() < 0.5 else draft
+    return candidate.swapped() if rng.random() < 0.5 else candidate
 
 
-def kinds_of(draft: Candidate) -> Counter[str]:
+def kinds_of(candidate: Candidate) -> Counter[str]:
     """How often each kind occurs in both instructions."""
-    return Counter(constraint.kind for constraint in (*draft.c1, *draft.c2))
+    return Counter(constraint.kind for constraint in (*candidate.c1, *candidate.c2))
 
 
-def to_row(draft: Candidate, split: str) -> dict[str, Any]:
-    """The quad as a row of the data file; a pure function of the draft.
+def to_row(candidate: Candidate, split: str) -> dict[str, Any]:
+    """The quad as a row of the data file; a pure function of the candidate.
 
     A constraint in common reads the same on both sides. Followed instructions stay as the model saw
     them, in the first paraphrase; others get a random one.
     """
-    rng = None if draft.source == "follow" else random.Random(f"{draft.y1}\x1f{draft.y2}")
+    rng = (
+        None if candidate.source == "follow" else random.Random(f"{candidate.y1}\x1f{candidate.y2}")
+    )
     written: dict[Constraint, str] = {}
-    for constraint in (*draft.c1, *draft.c2):
+    for constraint in (*candidate.c1, *candidate.c2):
         if constraint not in written:
             written[constraint] = constraint.render("en", rng)
-    x1, x2 = (instruction(draft.task, [written[c] for c in side]) for side in (draft.c1, draft.c2))
+    x1, x2 = (
+        instruction(candidate.task, [written[c] for c in side])
+        for side in (candidate.c1, candidate.c2)
+    )
     c1, c2 = (
         [{"kind": c.kind, "params": c.params, "text": written[c]} for c in side]
-        for side in (draft.c1, draft.c2)
+        for side in (candidate.c1, candidate.c2)
     )
-    cells = four_cells(draft.c1, draft.y1, draft.c2, draft.y2)
+    cells = four_cells(candidate.c1, candidate.y1, candidate.c2, candidate.y2)
     return {
-        **quad_row(draft.task, x1, draft.y1, x2, draft.y2),
+        **quad_row(candidate.task, x1, candidate.y1, x2, candidate.y2),
         "c1": c1,
         "c2": c2,
-        "source": draft.source,
+        "source": candidate.source,
         "split": split,
         "match": [int(cell) for cell in cells],
     }

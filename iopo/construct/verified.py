@@ -259,7 +259,9 @@ class Making:
     def follow(self, sampled: Callable[[Sequence[Job]], dict[str, Response]]) -> None:
         """Responses that the model gave to instructions with constraints, where it followed."""
         recipe = self.recipe
-        rng = random.Random(recipe.seed)  # of its own: questions must not hang on other responses
+        rng = random.Random(
+            recipe.seed
+        )  # its own stream: the prompts must not depend on other draws
         shuffled = rng.sample(self.tasks, len(self.tasks))
         train = [task for task in shuffled if split_of(task) == "train"]
         candidates = follow_candidates(train, recipe.follow_candidates, rng)
