@@ -80,7 +80,7 @@ def measure(rows: int, words: int, folder: Path) -> dict[str, float | int]:
     reset_peak()
     recipe = RelabelRecipe(source=str(folder / "pairs.jsonl"), out=str(folder))
     start, start_cpu = time.perf_counter(), time.process_time()
-    made = relabel_file(recipe, say=lambda line: None)
+    made = relabel_file(recipe)
     middle, middle_cpu = time.perf_counter(), time.process_time()
     files = [folder / f"{split}.jsonl" for split in ("train", "heldout", "heldout_kinds")]
     violations, summary = verify(files)

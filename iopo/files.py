@@ -12,8 +12,10 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
+from itertools import chain
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SHOWN_FAULTS = 10  # of a bad file; the rest are counted
@@ -36,8 +38,10 @@ def iter_records(path: str | Path) -> Iterator[Decoded]:
 
     The file is JSON Lines or one JSON list, told apart by its first character; a byte order mark is
     skipped. Reading goes on after a bad line; in a list nothing can be read after a syntax fault.
+    JSON Lines are not held in memory; a list is.
     """
-    yield from _decode(Path(path).read_bytes())
+    with open(path, "rb") as file:
+        yield from _decode(file)
 
 
 def read_records(path: str | Path, *, torn_tail: bool = False) -> list[dict[str, Any]]:
@@ -52,7 +56,7 @@ def read_records(path: str | Path, *, torn_tail: bool = False) -> list[dict[str,
         raw = raw[: raw.rfind(b"\n") + 1]
     rows: list[dict[str, Any]] = []
     faults: list[str] = []
-    for line, value, fault in _decode(raw):
+    for line, value, fault in _decode(BytesIO(raw)):
         if isinstance(value, dict):
             rows.append(value)
         else:
@@ -130,11 +134,14 @@ def _no_repeated_key(pairs: list[tuple[str, object]]) -> dict[str, object]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_no_repeated_key)
 
 
-def _decode(raw: bytes) -> Iterator[Decoded]:
-    raw = raw.removeprefix(BYTE_ORDER_MARK)
-    if not raw.lstrip()[:1] == b"[":
-        yield from _lines(raw)
+def _decode(file: BinaryIO) -> Iterator[Decoded]:
+    head = [file.readline().removeprefix(BYTE_ORDER_MARK)]
+    while head[-1] and not head[-1].strip():
+        head.append(file.readline())
+    if not head[-1].lstrip().startswith(b"["):
+        yield from _lines(chain(head, file))
         return
+    raw = b"".join(chain(head, file))
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -144,18 +151,20 @@ def _decode(raw: bytes) -> Iterator[Decoded]:
         yield from _elements(text)
 
 
-def _lines(raw: bytes) -> Iterator[Decoded]:
-    # Split on the byte: str.splitlines would also split on U+2028 inside a text.
-    for number, line in enumerate(raw.split(b"\n"), 1):
+def _lines(lines: Iterable[bytes]) -> Iterator[Decoded]:
+    # Lines of bytes end at \n alone: str.splitlines would also split on U+2028 inside a text.
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            value = _DECODER.decode(line.decode("utf-8"))
+            value = _DECODER.decode(line.removesuffix(b"\n").decode("utf-8"))
         except UnicodeDecodeError as error:
             fault = f"the line is not UTF-8 (byte {error.start} of it is 0x{line[error.start]:02x})"
             yield number, None, fault
         except json.JSONDecodeError as error:
             yield number, None, f"the row is not JSON ({error.msg} at column {error.colno})"
+        except RecursionError:
+            yield number, None, "the row is nested too deeply"
         except _RepeatedKey as error:
             yield number, None, str(error)
         else:
@@ -184,7 +193,7 @@ def _elements(text: str) -> Iterator[Decoded]:
         except json.JSONDecodeError as error:
             yield error.lineno, None, f"the row is not JSON ({error.msg} at column {error.colno})"
             return
-        except _RepeatedKey as error:
+        except (_RepeatedKey, RecursionError) as error:
             yield start, None, f"{error}; the rows after it were not read"
             return
         yield start, value, None

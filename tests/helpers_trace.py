@@ -1,7 +1,5 @@
 """A scripted writer and judge for the TRACE pipeline: replies are functions of the prompt alone."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -5,44 +5,21 @@
 ('Your answer must contain exactly 2 sentences.', True)
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from iopo.constraints.base import Constraint
+from iopo.constraints import (  # noqa: F401 - their kinds join KINDS
+    ifeval_kinds,
+    keywords,
+    layout,
+    lengths,
+    marks,
+    structure,
+    wording,
+)
+from iopo.constraints.base import KINDS, Constraint
 from iopo.constraints.ifeval import IFEVAL_IDS, from_ifeval
-from iopo.constraints.ifeval_kinds import IFEVAL_KINDS
-from iopo.constraints.keywords import ForbidWords, IncludeWords, WordFrequency
-from iopo.constraints.layout import Language, Layout
-from iopo.constraints.lengths import (
-    Bullets,
-    HanCharacters,
-    Lines,
-    NumberedItems,
-    Paragraphs,
-    Sentences,
-    Words,
-)
-from iopo.constraints.marks import (
-    CapitalWords,
-    Commas,
-    Exclamations,
-    Highlights,
-    LetterFrequency,
-    Placeholders,
-    Questions,
-)
-from iopo.constraints.structure import (
-    ClosingNote,
-    FirstLineTitle,
-    Postscript,
-    Sections,
-    Titles,
-    Wrapped,
-)
-from iopo.constraints.wording import Case, EndPhrase, FirstWord, LastWord, StartPhrase
 
 __all__ = [
     "IFEVAL_IDS",
@@ -56,21 +33,11 @@ __all__ = [
     "from_ifeval",
     "loose_variants",
     "make",
-    "measure_all",
 ]
 
-_MEASURED: tuple[type[Constraint], ...] = (
-    Words, HanCharacters, Sentences, Lines, Paragraphs, Bullets, NumberedItems,
-    Placeholders, Highlights, Commas, Questions, Exclamations, CapitalWords, LetterFrequency,
-    Case, FirstWord, LastWord, StartPhrase, EndPhrase, IncludeWords, ForbidWords, WordFrequency,
-    Wrapped, FirstLineTitle, ClosingNote, Titles, Postscript, Sections, Layout, Language,
-)  # fmt: skip
-
 # kinds that measure quickly and need nothing but Python: what training data is made of
-MEASURED_KINDS: dict[str, type[Constraint]] = {cls.kind: cls for cls in _MEASURED}
-KINDS: dict[str, type[Constraint]] = {
-    **MEASURED_KINDS,
-    **{cls.kind: cls for cls in IFEVAL_KINDS},
+MEASURED_KINDS: dict[str, type[Constraint]] = {
+    kind: cls for kind, cls in KINDS.items() if not issubclass(cls, ifeval_kinds.Official)
 }
 
 
@@ -100,15 +67,6 @@ def from_dict(row: Mapping[str, Any]) -> Constraint:
             f"constraint row {dict(row)!r}: expected a string 'kind' and an object 'params'"
         )
     return make(row["kind"], **row["params"])
-
-
-def measure_all(text: str) -> list[dict[str, Any]]:
-    """Every {"kind", "params"} of the measured kinds that is true of the text."""
-    return [
-        {"kind": kind, "params": params}
-        for kind, cls in MEASURED_KINDS.items()
-        for params in cls.measure(text)
-    ]
 
 
 def compatible(constraints: Iterable[Constraint]) -> bool:

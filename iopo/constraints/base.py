@@ -2,15 +2,17 @@
 
 A kind is a frozen dataclass whose fields are its parameters, so constraints compare, hash and
 travel as JSON. Checks are pure functions of the text. Nothing here needs torch.
-"""
 
-from __future__ import annotations
+A class is the whole description of its kind: to add one, write the class and name its module in the
+package's `__init__.py`.
+"""
 
 import random
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, ClassVar
 
-from iopo.constraints.compatibility import CONFLICTS
+from iopo.constraints.text import han_characters
 
 LANGUAGES = ("en", "zh")
 RELATIONS = ("exactly", "at least", "at most")
@@ -21,13 +23,36 @@ _RELATION_WORDS = {
 }
 
 
+def wordings(block: str) -> dict[str, tuple[str, ...]]:
+    """language -> paraphrases, from a block of text: one a line, in English and in Chinese."""
+    lines = [line.strip() for line in block.strip().splitlines()]
+    chinese = [han_characters(line) > 0 for line in lines]
+    return {
+        language: tuple(line for line, is_zh in zip(lines, chinese, strict=True) if is_zh == zh)
+        for language, zh in (("en", False), ("zh", True))
+    }
+
+
+KINDS: dict[str, type["Constraint"]] = {}  # every kind by name; a class with a `kind` joins it
+
+
 @dataclass(frozen=True)
 class Constraint:
     """One rule about a text. Subclasses set `kind` and `templates` and write `check`."""
 
     kind: ClassVar[str]
+    dimension: ClassVar[str]  # of TRACE's taxonomy: our reading, none is published
+    # Names of kinds that must not stand in one instruction with it, because few or no texts satisfy
+    # both. One of two kinds says it. Several of one kind only if it is repeatable: mention this
+    # word and that one. Both hold for the class itself, not for its subclasses.
+    excludes: ClassVar[str] = ""
+    repeatable: ClassVar[bool] = False
     # language -> at least four paraphrases, as str.format templates over `blanks(language)`
     templates: ClassVar[dict[str, tuple[str, ...]]]
+
+    def __init_subclass__(cls) -> None:
+        if "kind" in vars(cls):
+            KINDS[cls.kind] = cls
 
     @property
     def params(self) -> dict[str, Any]:
@@ -38,7 +63,7 @@ class Constraint:
     @property
     def conflicts(self) -> frozenset[str]:
         """Kinds that must not stand beside this one in the same instruction."""
-        return CONFLICTS[self.kind]
+        return conflicts_of(self.kind)
 
     def paraphrases(self, language: str) -> tuple[str, ...]:
         """The templates `render` chooses from, for these parameters."""
@@ -61,10 +86,6 @@ class Constraint:
         template = choices[0] if rng is None else rng.choice(choices)
         return template.format(**self.blanks(language))
 
-    def to_dict(self, language: str = "en", rng: random.Random | None = None) -> dict[str, Any]:
-        """The row format of c1 and c2: {"kind", "params", "text"}."""
-        return {"kind": self.kind, "params": self.params, "text": self.render(language, rng)}
-
     def check(self, text: str) -> bool:
         """Whether the text satisfies the constraint. An empty text is the caller's matter."""
         raise NotImplementedError
@@ -74,7 +95,7 @@ class Constraint:
         """Parameters for which `check(text)` is true and which are worth asking for, maybe none."""
         return []
 
-    def alternatives(self, rng: random.Random) -> list[Constraint]:
+    def alternatives(self, rng: random.Random) -> list["Constraint"]:
         """Constraints that no text satisfies together with this one, maybe none."""
         return []
 
@@ -87,6 +108,19 @@ class Constraint:
             raise ValueError(
                 f"constraint '{self.kind}': {field}={getattr(self, field)!r}; expected {expected}"
             )
+
+    def _require_text(self, field: str, expected: str) -> None:
+        value = getattr(self, field)
+        self._require(isinstance(value, str) and bool(value.strip()), field, expected)
+
+
+@cache
+def conflicts_of(kind: str) -> frozenset[str]:
+    """The kinds that must not stand beside this one, itself among them unless it is repeatable."""
+    own = vars(KINDS[kind])
+    found = set(own.get("excludes", "").split())
+    found |= {name for name, cls in KINDS.items() if kind in vars(cls).get("excludes", "").split()}
+    return frozenset(found if own.get("repeatable") else found | {kind})
 
 
 def satisfies(relation: str, measured: int, count: int) -> bool:
@@ -103,6 +137,7 @@ class Counted(Constraint):
     relation: str
     number: int
 
+    dimension = "Numerical"
     unit_en: ClassVar[tuple[str, str]]  # singular, plural
     unit_zh: ClassVar[str]  # with its measure word, as in "个句子"
     # what measure() offers; large counts (words) make no sensible exact request
@@ -110,38 +145,30 @@ class Counted(Constraint):
     step: ClassVar[int] = 1  # measured bounds are rounded outwards to multiples of this
     smallest: ClassVar[int] = 1  # no request below this number, save none at all where it is 0
 
-    templates = {
-        "en": (
-            "Your answer must contain {relation} {number} {unit}.",
-            "Write {relation} {number} {unit}.",
-            "Use {relation} {number} {unit} in your response.",
-            "The response should have {relation} {number} {unit}.",
-            "Make sure that there {be} {relation} {number} {unit} in the reply.",
-        ),
-        "zh": (
-            "回答必须包含{relation}{number}{unit}。",
-            "请写{relation}{number}{unit}。",
-            "回复中应有{relation}{number}{unit}。",
-            "请确保答案里有{relation}{number}{unit}。",
-            "全文需使用{relation}{number}{unit}。",
-        ),
-    }
-    templates_none: ClassVar[dict[str, tuple[str, ...]]] = {
-        "en": (
-            "Do not use any {unit}.",
-            "Your answer must not contain any {unit}.",
-            "Write the response without any {unit}.",
-            "Avoid {unit} entirely.",
-            "There must be no {unit} in the reply.",
-        ),
-        "zh": (
-            "不要使用任何{unit_none}。",
-            "回答中不得出现{unit_none}。",
-            "请完全避免{unit_none}。",
-            "全文不能有{unit_none}。",
-            "回复里不允许有{unit_none}。",
-        ),
-    }
+    templates = wordings("""
+        Your answer must contain {relation} {number} {unit}.
+        Write {relation} {number} {unit}.
+        Use {relation} {number} {unit} in your response.
+        The response should have {relation} {number} {unit}.
+        Make sure that there {be} {relation} {number} {unit} in the reply.
+        回答必须包含{relation}{number}{unit}。
+        请写{relation}{number}{unit}。
+        回复中应有{relation}{number}{unit}。
+        请确保答案里有{relation}{number}{unit}。
+        全文需使用{relation}{number}{unit}。
+    """)
+    templates_none: ClassVar[dict[str, tuple[str, ...]]] = wordings("""
+        Do not use any {unit}.
+        Your answer must not contain any {unit}.
+        Write the response without any {unit}.
+        Avoid {unit} entirely.
+        There must be no {unit} in the reply.
+        不要使用任何{unit_none}。
+        回答中不得出现{unit_none}。
+        请完全避免{unit_none}。
+        全文不能有{unit_none}。
+        回复里不允许有{unit_none}。
+    """)
 
     def __post_init__(self) -> None:
         self._require(self.relation in RELATIONS, "relation", f"one of {RELATIONS}")
@@ -151,6 +178,10 @@ class Counted(Constraint):
     def count(self, text: str) -> int:
         """How often the thing occurs in the text."""
         raise NotImplementedError
+
+    @classmethod
+    def measure(cls, text: str) -> list[dict[str, Any]]:
+        return cls.bounds(cls("exactly", 0).count(text))
 
     def check(self, text: str) -> bool:
         return satisfies(self.relation, self.count(text), self.number)

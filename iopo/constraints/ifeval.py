@@ -4,8 +4,6 @@ All 25 ids of the published data are here. The four other names in the official 
 out in its registry (key_sentences and the rephrase family) and no data uses them: they are unknown.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

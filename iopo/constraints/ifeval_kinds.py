@@ -1,22 +1,20 @@
 """IFEval's rules where they differ from the kinds of the other files; same interface, same names.
 
-The definitions are those of google-research/instruction_following_eval, oddities included, because
-published scores depend on them. Where an oddity is no sensible request, `measure` offers nothing.
+The definitions are those of google-research/instruction_following_eval, peculiarities included:
+published scores depend on them.
 """
-
-from __future__ import annotations
 
 import random
 import re
 from dataclasses import dataclass
 from typing import Any
 
-from iopo.constraints.base import Constraint
-from iopo.constraints.detectors import capital_tokens, detect_language, punkt_sentences
+from iopo.constraints.base import Constraint, wordings
 from iopo.constraints.keywords import ForbidWords, IncludeWords, WordFrequency
 from iopo.constraints.layout import Layout, parse_json
 from iopo.constraints.lengths import Paragraphs, Sentences
 from iopo.constraints.marks import CapitalWords
+from iopo.constraints.text import capital_tokens, detect_language, punkt_sentences
 from iopo.constraints.wording import Case, StartPhrase
 
 _DIVIDER = re.compile(r"\s?\*\*\*\s?")
@@ -32,27 +30,39 @@ def _compiled(constraint: Constraint, pattern: str) -> re.Pattern[str]:
         ) from error
 
 
+class Official:
+    """Mixed into every kind here: a rule that scores, and that construction does not ask for."""
+
+    @classmethod
+    def measure(cls, text: str) -> list[dict[str, Any]]:
+        return []
+
+    def alternatives(self, rng: random.Random) -> list[Constraint]:
+        return []
+
+    def edit(self, text: str, rng: random.Random) -> str | None:
+        return None
+
+
 @dataclass(frozen=True)
-class EnglishCase(Case):
+class EnglishCase(Official, Case):
     """Lower or upper case throughout, and English as langdetect sees it."""
 
     kind = "english_case"
-    STYLES = ("lower", "upper")
+    excludes = "capital_words case postscript language"
+    styles = {style: Case.styles[style] for style in ("lower", "upper")}
 
     def check(self, text: str) -> bool:
         # where no language is found the official scorer counts the case alone
         return super().check(text) and detect_language(text) in ("en", None)
 
-    @classmethod
-    def measure(cls, text: str) -> list[dict[str, Any]]:
-        return []  # `case` says the same without a language model
-
 
 @dataclass(frozen=True)
-class Keywords(IncludeWords):
+class Keywords(Official, IncludeWords):
     """Every keyword is found as a regular expression, inside words too."""
 
     kind = "keywords"
+    excludes = "include_words language"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,19 +72,13 @@ class Keywords(IncludeWords):
     def spans(self, text: str, word: str) -> list[tuple[int, int]]:
         return [match.span() for match in _compiled(self, word).finditer(text)]
 
-    @classmethod
-    def measure(cls, text: str) -> list[dict[str, Any]]:
-        return []  # `include_words` means what the instruction says
-
-    def alternatives(self, rng: random.Random) -> list[Constraint]:
-        return [KeywordFrequency("exactly", 0, word) for word in self.words]
-
 
 @dataclass(frozen=True)
-class KeywordFrequency(WordFrequency):
+class KeywordFrequency(Official, WordFrequency):
     """How often the keyword is found as a regular expression, inside words too."""
 
     kind = "keyword_frequency"
+    excludes = "word_frequency language"
     smallest = 0
 
     def __post_init__(self) -> None:
@@ -84,16 +88,13 @@ class KeywordFrequency(WordFrequency):
     def count(self, text: str) -> int:
         return sum(1 for _ in _compiled(self, self.word).finditer(text))
 
-    @classmethod
-    def measure(cls, text: str) -> list[dict[str, Any]]:
-        return []
-
 
 @dataclass(frozen=True)
-class ForbiddenWords(ForbidWords):
+class ForbiddenWords(Official, ForbidWords):
     r"""No word of the list is found between \b marks, as a regular expression."""
 
     kind = "forbidden_words"
+    excludes = "forbid_words"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,47 +104,35 @@ class ForbiddenWords(ForbidWords):
     def spans(self, text: str, word: str) -> list[tuple[int, int]]:
         return [match.span() for match in _compiled(self, rf"\b{word}\b").finditer(text)]
 
-    @classmethod
-    def measure(cls, text: str) -> list[dict[str, Any]]:
-        return []
-
-    def alternatives(self, rng: random.Random) -> list[Constraint]:
-        return []
-
 
 @dataclass(frozen=True)
-class PunktSentences(Sentences):
+class PunktSentences(Official, Sentences):
     """Number of sentences by the Punkt model; slower than `sentences` and English only."""
 
     kind = "punkt_sentences"
+    excludes = "sentences bullets numbered_items layout"
 
     def count(self, text: str) -> int:
         return punkt_sentences(text)
 
-    @classmethod
-    def measure(cls, text: str) -> list[dict[str, Any]]:
-        return []
-
 
 @dataclass(frozen=True)
-class CapitalTokens(CapitalWords):
+class CapitalTokens(Official, CapitalWords):
     """Number of word tokens in capitals throughout, by NLTK's tokenizer."""
 
     kind = "capital_tokens"
+    excludes = "capital_words case language english_case"
 
     def count(self, text: str) -> int:
         return capital_tokens(text)
 
-    @classmethod
-    def measure(cls, text: str) -> list[dict[str, Any]]:
-        return []
-
 
 @dataclass(frozen=True)
-class DividedParagraphs(Paragraphs):
+class DividedParagraphs(Official, Paragraphs):
     """Number of paragraphs with *** between them; an empty one inside counts as no answer."""
 
     kind = "divided_paragraphs"
+    excludes = "lines paragraphs wrapped sections layout"
     unit_en = (
         "paragraph; separate paragraphs with the markdown divider ***",
         "paragraphs separated by the markdown divider ***",
@@ -160,19 +149,9 @@ class DividedParagraphs(Paragraphs):
     def check(self, text: str) -> bool:
         return self.count(text) >= 0 and super().check(text)
 
-    @classmethod
-    def measure(cls, text: str) -> list[dict[str, Any]]:
-        if "***" not in text:
-            return []
-        return cls.bounds(cls("exactly", 1).count(text))
-
-    def edit(self, text: str, rng: random.Random) -> str | None:
-        edited = super().edit(text.replace("***", ""), rng)
-        return None if edited is None else edited.replace("\n\n", "\n\n***\n\n")
-
 
 @dataclass(frozen=True)
-class NthParagraphFirstWord(Constraint):
+class NthParagraphFirstWord(Official, Constraint):
     """The text has `paragraphs` blocks split by blank lines; the nth begins with the word."""
 
     paragraphs: int
@@ -180,6 +159,8 @@ class NthParagraphFirstWord(Constraint):
     word: str
 
     kind = "nth_paragraph_first_word"
+    dimension = "Inclusion"
+    excludes = "paragraphs divided_paragraphs"
     templates = {
         "en": (
             "There should be {paragraphs} paragraphs, separated by two line breaks. "
@@ -214,30 +195,24 @@ class NthParagraphFirstWord(Constraint):
         word = blocks[self.nth - 1].split()[0].lstrip("'").lstrip('"')
         return re.split(r"[.,?!'\"]", word, maxsplit=1)[0].lower() == self.word
 
-    def alternatives(self, rng: random.Random) -> list[Constraint]:
-        more = self.paragraphs + rng.randint(1, 3)
-        return [NthParagraphFirstWord(more, self.nth, self.word)]
-
 
 @dataclass(frozen=True)
-class TwoResponses(Constraint):
+class TwoResponses(Official, Constraint):
     """Two different answers with ****** between them."""
 
     kind = "two_responses"
-    templates = {
-        "en": (
-            "Give two different responses, separated by 6 asterisk symbols: ******.",
-            "Write two different answers with ****** between them.",
-            "Provide exactly two distinct responses and put ****** between them.",
-            "Answer twice in different ways; separate the two answers by ******.",
-        ),
-        "zh": (
-            "请给出两个不同的回答，用六个星号******隔开。",
-            "请写两个不同的答案，中间以******分隔。",
-            "请提供两种不同的回复，之间放置******。",
-            "请用不同方式回答两次，两个回答以******分开。",
-        ),
-    }
+    dimension = "Template"
+    excludes = "lines paragraphs wrapped layout divided_paragraphs nth_paragraph_first_word"
+    templates = wordings("""
+        Give two different responses, separated by 6 asterisk symbols: ******.
+        Write two different answers with ****** between them.
+        Provide exactly two distinct responses and put ****** between them.
+        Answer twice in different ways; separate the two answers by ******.
+        请给出两个不同的回答，用六个星号******隔开。
+        请写两个不同的答案，中间以******分隔。
+        请提供两种不同的回复，之间放置******。
+        请用不同方式回答两次，两个回答以******分开。
+    """)
 
     def check(self, text: str) -> bool:
         parts = text.split("******")
@@ -246,16 +221,15 @@ class TwoResponses(Constraint):
         answers = [part.strip() for part in parts if part.strip()]
         return len(answers) == 2 and answers[0] != answers[1]
 
-    @classmethod
-    def measure(cls, text: str) -> list[dict[str, Any]]:
-        return [{}] if cls().check(text) else []
-
 
 @dataclass(frozen=True)
-class RepeatPrompt(StartPhrase):
+class RepeatPrompt(Official, StartPhrase):
     """The text begins with the request, in any case."""
 
     kind = "repeat_prompt"
+    excludes = (
+        "case first_word start_phrase wrapped first_line_title layout english_case two_responses"
+    )
     templates = {
         "en": (
             "First repeat the request below word for word without change, then answer it. "
@@ -272,16 +246,14 @@ class RepeatPrompt(StartPhrase):
         ),
     }
 
-    @classmethod
-    def measure(cls, text: str) -> list[dict[str, Any]]:
-        return []
-
 
 @dataclass(frozen=True)
-class ConstrainedResponse(Constraint):
+class ConstrainedResponse(Official, Constraint):
     """One of IFEval's three fixed answers occurs."""
 
     kind = "constrained_response"
+    dimension = "Inclusion"
+    excludes = "case layout language english_case two_responses"
     templates = {
         "en": (
             "Answer with one of the following options: 'My answer is yes.', 'My answer is no.', "
@@ -301,33 +273,27 @@ class ConstrainedResponse(Constraint):
     def check(self, text: str) -> bool:
         return any(answer in text for answer in _ANSWERS)
 
-    @classmethod
-    def measure(cls, text: str) -> list[dict[str, Any]]:
-        return [{}] if cls().check(text) else []
-
-    def edit(self, text: str, rng: random.Random) -> str | None:
-        return rng.choice(_ANSWERS)
-
 
 @dataclass(frozen=True)
-class JsonFormat(Constraint):
+class JsonFormat(Official, Constraint):
     """The text is JSON of any type; a code fence around it is allowed."""
 
     kind = "json_format"
-    templates = {
-        "en": (
-            "Your entire output should be wrapped in JSON format.",
-            "Give the whole answer as JSON; a ```json fence around it is allowed.",
-            "Respond with valid JSON and nothing else.",
-            "The complete response must be valid JSON.",
-        ),
-        "zh": (
-            "整个输出必须是JSON格式，可以用```json标记。",
-            "请把全部回答写成JSON。",
-            "只输出合法的JSON，不要写其他内容。",
-            "完整的回复必须是合法的JSON。",
-        ),
-    }
+    dimension = "Output format"
+    excludes = Layout.excludes + (
+        " layout punkt_sentences divided_paragraphs two_responses repeat_prompt"
+        " constrained_response"
+    )
+    templates = wordings("""
+        Your entire output should be wrapped in JSON format.
+        Give the whole answer as JSON; a ```json fence around it is allowed.
+        Respond with valid JSON and nothing else.
+        The complete response must be valid JSON.
+        整个输出必须是JSON格式，可以用```json标记。
+        请把全部回答写成JSON。
+        只输出合法的JSON，不要写其他内容。
+        完整的回复必须是合法的JSON。
+    """)
 
     def check(self, text: str) -> bool:
         text = text.strip()
@@ -335,21 +301,20 @@ class JsonFormat(Constraint):
             text = text.removeprefix(fence)
         return parse_json(text.removesuffix("```").strip())
 
-    @classmethod
-    def measure(cls, text: str) -> list[dict[str, Any]]:
-        return [{}] if cls().check(text) else []
-
-    def edit(self, text: str, rng: random.Random) -> str | None:
-        return Layout("json").edit(text, rng)
-
 
 @dataclass(frozen=True)
-class ResponseLanguage(Constraint):
+class ResponseLanguage(Official, Constraint):
     """The language that langdetect gives is `code`, or it gives none."""
 
     code: str
 
     kind = "response_language"
+    dimension = "Multilingual"
+    excludes = (
+        "words han_characters capital_words first_word last_word start_phrase end_phrase "
+        "include_words word_frequency language english_case keywords keyword_frequency "
+        "capital_tokens constrained_response"
+    )
     templates = {
         "en": (
             "Your entire response should be in the language with the code '{code}'; "
@@ -372,10 +337,3 @@ class ResponseLanguage(Constraint):
 
     def check(self, text: str) -> bool:
         return detect_language(text) in (self.code, None)
-
-
-IFEVAL_KINDS: tuple[type[Constraint], ...] = (
-    EnglishCase, Keywords, KeywordFrequency, ForbiddenWords, PunktSentences, CapitalTokens,
-    DividedParagraphs, NthParagraphFirstWord, TwoResponses, RepeatPrompt, ConstrainedResponse,
-    JsonFormat, ResponseLanguage,
-)  # fmt: skip

@@ -1,7 +1,5 @@
 """Kinds about words that must or must not be in a text."""
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -9,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from iopo.constraints import text as cut
-from iopo.constraints.base import Constraint, Counted
+from iopo.constraints.base import Constraint, Counted, wordings
 from iopo.constraints.wording import COMMON_WORDS
 
 _TOO_COMMON = frozenset(
@@ -50,20 +48,18 @@ class IncludeWords(WordList):
     words: tuple[str, ...]
 
     kind = "include_words"
-    templates = {
-        "en": (
-            "Include the following words in your response: {words}.",
-            "Your answer must mention {words}.",
-            "Make sure to use {words} in the reply.",
-            "The response has to contain {words}.",
-        ),
-        "zh": (
-            "回答中必须包含：{words}。",
-            "请提到{words}。",
-            "请务必使用{words}。",
-            "回复里要出现{words}。",
-        ),
-    }
+    dimension = "Inclusion"
+    repeatable = True
+    templates = wordings("""
+        Include the following words in your response: {words}.
+        Your answer must mention {words}.
+        Make sure to use {words} in the reply.
+        The response has to contain {words}.
+        回答中必须包含：{words}。
+        请提到{words}。
+        请务必使用{words}。
+        回复里要出现{words}。
+    """)
 
     def check(self, text: str) -> bool:
         return all(self.found(text))
@@ -89,20 +85,18 @@ class ForbidWords(WordList):
     words: tuple[str, ...]
 
     kind = "forbid_words"
-    templates = {
-        "en": (
-            "Do not use the following words: {words}.",
-            "Avoid {words} in your response.",
-            "Your answer must not contain {words}.",
-            "Leave out {words} entirely.",
-        ),
-        "zh": (
-            "不要使用以下词语：{words}。",
-            "回答中请避免{words}。",
-            "回复里不得包含{words}。",
-            "请完全不提{words}。",
-        ),
-    }
+    dimension = "Exclusion"
+    repeatable = True
+    templates = wordings("""
+        Do not use the following words: {words}.
+        Avoid {words} in your response.
+        Your answer must not contain {words}.
+        Leave out {words} entirely.
+        不要使用以下词语：{words}。
+        回答中请避免{words}。
+        回复里不得包含{words}。
+        请完全不提{words}。
+    """)
 
     def check(self, text: str) -> bool:
         return not any(self.found(text))
@@ -130,29 +124,25 @@ class WordFrequency(Counted):
     word: str
 
     kind = "word_frequency"
+    repeatable = True
     smallest = 2
     unit_en = ("time", "times")
     unit_zh = "次"
-    templates = {
-        "en": (
-            "Use the word '{word}' {relation} {number} {unit}.",
-            "The word '{word}' should appear {relation} {number} {unit}.",
-            "In your response the word '{word}' must occur {relation} {number} {unit}.",
-            "Make sure that '{word}' appears {relation} {number} {unit}.",
-        ),
-        "zh": (
-            "请使用“{word}”一词{relation}{number}次。",
-            "“{word}”一词应出现{relation}{number}次。",
-            "回答中“{word}”必须出现{relation}{number}次。",
-            "请确保“{word}”出现{relation}{number}次。",
-        ),
-    }
+    templates = wordings("""
+        Use the word '{word}' {relation} {number} {unit}.
+        The word '{word}' should appear {relation} {number} {unit}.
+        In your response the word '{word}' must occur {relation} {number} {unit}.
+        Make sure that '{word}' appears {relation} {number} {unit}.
+        请使用“{word}”一词{relation}{number}次。
+        “{word}”一词应出现{relation}{number}次。
+        回答中“{word}”必须出现{relation}{number}次。
+        请确保“{word}”出现{relation}{number}次。
+    """)
     templates_none = ForbidWords.templates
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ok = isinstance(self.word, str) and bool(self.word.strip())
-        self._require(ok, "word", "a word")
+        self._require_text("word", "a word")
 
     def blanks(self, language: str) -> dict[str, Any]:
         quoted = f"'{self.word}'" if language == "en" else f"“{self.word}”"

@@ -1,7 +1,5 @@
 """Kinds whose styles exclude one another over the whole text: its layout and its language."""
 
-from __future__ import annotations
-
 import json
 import random
 import re
@@ -10,7 +8,7 @@ from functools import lru_cache
 from typing import ClassVar
 
 from iopo.constraints import text as cut
-from iopo.constraints.base import Styled
+from iopo.constraints.base import Styled, wordings
 
 _LINE_STYLES = {
     "bullet list": re.compile(r"[-*•] +\S.*"),
@@ -27,6 +25,12 @@ class Layout(Styled):
     style: str
 
     kind = "layout"
+    dimension = "Output format"
+    excludes = (
+        "sentences lines paragraphs bullets numbered_items placeholders highlights commas "
+        "first_word last_word start_phrase end_phrase wrapped first_line_title closing_note "
+        "title postscript sections"
+    )
     styles = {
         "json": {
             "en": "a JSON object or array, with nothing around it",
@@ -43,20 +47,16 @@ class Layout(Styled):
             "zh": "不含列表、标题和表格的普通文字",
         },
     }
-    templates = {
-        "en": (
-            "Format your entire response as {name}.",
-            "The whole answer must be {name}.",
-            "Present the reply as {name} only.",
-            "Write the response entirely as {name}.",
-        ),
-        "zh": (
-            "整个回答必须是{name}。",
-            "请把全部回复写成{name}。",
-            "答案只能采用{name}的形式。",
-            "请完全以{name}的形式作答。",
-        ),
-    }
+    templates = wordings("""
+        Format your entire response as {name}.
+        The whole answer must be {name}.
+        Present the reply as {name} only.
+        Write the response entirely as {name}.
+        整个回答必须是{name}。
+        请把全部回复写成{name}。
+        答案只能采用{name}的形式。
+        请完全以{name}的形式作答。
+    """)
 
     def check(self, text: str) -> bool:
         if self.style == "json":
@@ -98,6 +98,11 @@ class Language(Styled):
     style: str
 
     kind = "language"
+    dimension = "Multilingual"
+    excludes = (
+        "words han_characters capital_words case first_word last_word start_phrase end_phrase "
+        "include_words word_frequency"
+    )
     styles = {
         "latin": {"en": "English", "zh": "英文"},
         "chinese": {"en": "Chinese", "zh": "中文"},
@@ -110,20 +115,16 @@ class Language(Styled):
         "cyrillic": re.compile(r"[\u0400-\u04ff]"),
         "arabic": re.compile(r"[\u0600-\u06ff]"),
     }
-    templates = {
-        "en": (
-            "Your entire response must be in {name}.",
-            "Answer in {name} only.",
-            "Write the whole reply in {name}; no other language is allowed.",
-            "Respond exclusively in {name}.",
-        ),
-        "zh": (
-            "请只用{name}回答。",
-            "整个回答必须使用{name}。",
-            "全文应为{name}，不得使用其他语言。",
-            "回复只能用{name}书写。",
-        ),
-    }
+    templates = wordings("""
+        Your entire response must be in {name}.
+        Answer in {name} only.
+        Write the whole reply in {name}; no other language is allowed.
+        Respond exclusively in {name}.
+        请只用{name}回答。
+        整个回答必须使用{name}。
+        全文应为{name}，不得使用其他语言。
+        回复只能用{name}书写。
+    """)
 
     def check(self, text: str) -> bool:
         if text.isascii():

@@ -1,30 +1,13 @@
 """Kinds that count the parts of a text: words, sentences, lines, paragraphs, items."""
 
-from __future__ import annotations
-
 import random
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from iopo.constraints import text as cut
 from iopo.constraints.base import Counted
 
 _NUMBERED_ITEM = re.compile(r"^[ \t]*\d+[.)] ", re.MULTILINE)
-
-
-def _sentences_up_to(text: str, most: int) -> str | None:
-    """The leading sentences, at most `most`; None where that leaves nothing."""
-    kept = cut.sentences(text)[:most]
-    return " ".join(kept) if kept else None
-
-
-def _deal(items: tuple[str, ...], number: int) -> list[list[str]] | None:
-    """The items in order in `number` groups of nearly equal size; None where there are too few."""
-    if not 0 < number <= len(items):
-        return None
-    edges = [len(items) * i // number for i in range(number + 1)]
-    return [list(items[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
 
 
 @dataclass(frozen=True)
@@ -41,10 +24,6 @@ class Words(Counted):
     def count(self, text: str) -> int:
         return len(cut.words(text))
 
-    @classmethod
-    def measure(cls, text: str) -> list[dict[str, Any]]:
-        return cls.bounds(len(cut.words(text)))
-
     def edit(self, text: str, rng: random.Random) -> str | None:
         sentences = cut.sentences(text)
         for kept in range(len(sentences), 0, -1):
@@ -59,6 +38,7 @@ class HanCharacters(Counted):
     """Number of Chinese characters, punctuation not counted: the length of a Chinese text."""
 
     kind = "han_characters"
+    excludes = "words"
     unit_en = ("Chinese character", "Chinese characters")
     unit_zh = "个汉字"
     measured_relations = ("at least", "at most")
@@ -67,10 +47,6 @@ class HanCharacters(Counted):
 
     def count(self, text: str) -> int:
         return cut.han_characters(text)
-
-    @classmethod
-    def measure(cls, text: str) -> list[dict[str, Any]]:
-        return cls.bounds(cut.han_characters(text))
 
 
 @dataclass(frozen=True)
@@ -84,14 +60,10 @@ class Sentences(Counted):
     def count(self, text: str) -> int:
         return len(cut.sentences(text))
 
-    @classmethod
-    def measure(cls, text: str) -> list[dict[str, Any]]:
-        return cls.bounds(len(cut.sentences(text)))
-
     def edit(self, text: str, rng: random.Random) -> str | None:
         if self.relation == "at least":
             return text if self.check(text) else None
-        edited = _sentences_up_to(text, self.number)
+        edited = " ".join(cut.sentences(text)[: self.number])
         return edited if edited and self.check(edited) else None
 
 
@@ -106,13 +78,9 @@ class Lines(Counted):
     def count(self, text: str) -> int:
         return len(cut.lines(text))
 
-    @classmethod
-    def measure(cls, text: str) -> list[dict[str, Any]]:
-        return cls.bounds(len(cut.lines(text)))
-
     def edit(self, text: str, rng: random.Random) -> str | None:
-        groups = _deal(cut.sentences(text), self.number)
-        return "\n".join(" ".join(g) for g in groups) if groups else None
+        groups = cut.dealt_sentences(text, self.number)
+        return "\n".join(groups) if groups else None
 
 
 @dataclass(frozen=True)
@@ -120,19 +88,16 @@ class Paragraphs(Counted):
     """Number of paragraphs, with blank lines between them."""
 
     kind = "paragraphs"
+    excludes = "lines"
     unit_en = ("paragraph separated by blank lines", "paragraphs separated by blank lines")
     unit_zh = "个以空行分隔的段落"
 
     def count(self, text: str) -> int:
         return len(cut.paragraphs(text))
 
-    @classmethod
-    def measure(cls, text: str) -> list[dict[str, Any]]:
-        return cls.bounds(len(cut.paragraphs(text)))
-
     def edit(self, text: str, rng: random.Random) -> str | None:
-        groups = _deal(cut.sentences(text), self.number)
-        return "\n\n".join(" ".join(g) for g in groups) if groups else None
+        groups = cut.dealt_sentences(text, self.number)
+        return "\n\n".join(groups) if groups else None
 
 
 @dataclass(frozen=True)
@@ -140,16 +105,14 @@ class Bullets(Counted):
     """Number of lines that begin with '-' or a single '*'; IFEval's number_bullet_lists."""
 
     kind = "bullets"
+    dimension = "Numbering and list"
+    excludes = "sentences lines"
     unit_en = ("bullet point that starts with '- '", "bullet points that start with '- '")
     unit_zh = "个以“- ”开头的要点"
     smallest = 0
 
     def count(self, text: str) -> int:
         return cut.bullets(text)
-
-    @classmethod
-    def measure(cls, text: str) -> list[dict[str, Any]]:
-        return cls.bounds(cut.bullets(text))
 
     def edit(self, text: str, rng: random.Random) -> str | None:
         if self.forbids_all():
@@ -167,16 +130,14 @@ class NumberedItems(Counted):
     """Number of lines that begin with a number and '.' or ')'."""
 
     kind = "numbered_items"
+    dimension = "Numbering and list"
+    excludes = "sentences lines bullets"
     unit_en = ("numbered item such as '1. '", "numbered items such as '1. ' and '2. '")
     unit_zh = "个以“1. ”这样的编号开头的条目"
     smallest = 0
 
     def count(self, text: str) -> int:
         return len(_NUMBERED_ITEM.findall(text))
-
-    @classmethod
-    def measure(cls, text: str) -> list[dict[str, Any]]:
-        return cls.bounds(len(_NUMBERED_ITEM.findall(text)))
 
     def edit(self, text: str, rng: random.Random) -> str | None:
         if self.forbids_all():

@@ -1,14 +1,12 @@
 """Kinds that count marks, letters and marked spans."""
 
-from __future__ import annotations
-
 import random
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from iopo.constraints import text as cut
-from iopo.constraints.base import Counted
+from iopo.constraints.base import Counted, wordings
 
 _HIGHLIGHT = re.compile(r"\*[^\n\*]*\*")
 _DOUBLE_HIGHLIGHT = re.compile(r"\*\*[^\n\*]*\*\*")
@@ -30,10 +28,6 @@ class Placeholders(Counted):
     def count(self, text: str) -> int:
         return len(cut.spans_in_lines(text, "[", "]", greedy=False)) if "[" in text else 0
 
-    @classmethod
-    def measure(cls, text: str) -> list[dict[str, Any]]:
-        return cls.bounds(cls("exactly", 0).count(text))
-
     def edit(self, text: str, rng: random.Random) -> str | None:
         if self.forbids_all():
             plain = text.replace("[", "").replace("]", "")
@@ -51,6 +45,7 @@ class Highlights(Counted):
     """Number of *highlighted* spans; IFEval's number_highlighted_sections."""
 
     kind = "highlights"
+    dimension = "Text pattern"
     unit_en = (
         "part highlighted with asterisks, like *this part*",
         "parts highlighted with asterisks, like *this part*",
@@ -60,10 +55,6 @@ class Highlights(Counted):
 
     def count(self, text: str) -> int:
         return highlights(text)
-
-    @classmethod
-    def measure(cls, text: str) -> list[dict[str, Any]]:
-        return cls.bounds(highlights(text))
 
     def edit(self, text: str, rng: random.Random) -> str | None:
         edited = text.replace("*", "")
@@ -100,10 +91,6 @@ class _Marks(Counted):
     def count(self, text: str) -> int:
         return sum(map(text.count, self.marks))
 
-    @classmethod
-    def measure(cls, text: str) -> list[dict[str, Any]]:
-        return cls.bounds(sum(map(text.count, cls.marks)))
-
     def edit(self, text: str, rng: random.Random) -> str | None:
         if not self.forbids_all():
             return text if self.check(text) else None
@@ -139,6 +126,7 @@ class Exclamations(_Marks):
     """Number of exclamation marks."""
 
     kind = "exclamations"
+    excludes = "questions"
     unit_en = ("exclamation mark", "exclamation marks")
     unit_zh = "个感叹号"
     marks = "!！"
@@ -162,16 +150,13 @@ class CapitalWords(Counted):
     """Number of words of two or more letters in capitals throughout."""
 
     kind = "capital_words"
+    dimension = "Text pattern"
     unit_en = ("word in all capital letters", "words in all capital letters")
     unit_zh = "个全部大写的英文单词"
     smallest = 0
 
     def count(self, text: str) -> int:
         return len(_CAPITALS.findall(text))
-
-    @classmethod
-    def measure(cls, text: str) -> list[dict[str, Any]]:
-        return cls.bounds(len(_CAPITALS.findall(text)))
 
     def edit(self, text: str, rng: random.Random) -> str | None:
         edited = _CAPITALS.sub(lambda m: m.group().capitalize(), text)
@@ -192,36 +177,29 @@ class LetterFrequency(Counted):
     letter: str
 
     kind = "letter_frequency"
+    repeatable = True
     smallest = 0
     measured_relations = ("at least", "at most")
-    templates = {
-        "en": (
-            "The character '{letter}' should appear {relation} {number} {unit}.",
-            "Use the character '{letter}' {relation} {number} {unit}.",
-            "In your response the character '{letter}' must occur {relation} {number} {unit}.",
-            "Make sure that '{letter}' appears {relation} {number} {unit}.",
-        ),
-        "zh": (
-            "字符“{letter}”应出现{relation}{number}次。",
-            "请使用字符“{letter}”{relation}{number}次。",
-            "回答中字符“{letter}”必须出现{relation}{number}次。",
-            "请确保“{letter}”出现{relation}{number}次。",
-        ),
-    }
-    templates_none = {
-        "en": (
-            "Do not use the character '{letter}'.",
-            "Avoid the character '{letter}' entirely.",
-            "Your answer must not contain the character '{letter}'.",
-            "The character '{letter}' must not appear.",
-        ),
-        "zh": (
-            "不要使用字符“{letter}”。",
-            "请完全避免字符“{letter}”。",
-            "回答中不得包含字符“{letter}”。",
-            "字符“{letter}”不能出现。",
-        ),
-    }
+    templates = wordings("""
+        The character '{letter}' should appear {relation} {number} {unit}.
+        Use the character '{letter}' {relation} {number} {unit}.
+        In your response the character '{letter}' must occur {relation} {number} {unit}.
+        Make sure that '{letter}' appears {relation} {number} {unit}.
+        字符“{letter}”应出现{relation}{number}次。
+        请使用字符“{letter}”{relation}{number}次。
+        回答中字符“{letter}”必须出现{relation}{number}次。
+        请确保“{letter}”出现{relation}{number}次。
+    """)
+    templates_none = wordings("""
+        Do not use the character '{letter}'.
+        Avoid the character '{letter}' entirely.
+        Your answer must not contain the character '{letter}'.
+        The character '{letter}' must not appear.
+        不要使用字符“{letter}”。
+        请完全避免字符“{letter}”。
+        回答中不得包含字符“{letter}”。
+        字符“{letter}”不能出现。
+    """)
     unit_en = ("time", "times")
     unit_zh = "次"
 

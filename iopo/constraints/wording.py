@@ -1,14 +1,12 @@
 """Kinds about how a text begins and ends, and about the case of its letters."""
 
-from __future__ import annotations
-
 import random
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from iopo.constraints import text as cut
-from iopo.constraints.base import Constraint
+from iopo.constraints.base import Constraint, Styled, wordings
 
 _SMALL_WORD = re.compile(r"(?:^|\s)[a-z]")
 # Words that a writer could be asked to leave out or to begin or end with.
@@ -29,46 +27,33 @@ CLOSINGS = (
 
 
 @dataclass(frozen=True)
-class Case(Constraint):
+class Case(Styled):
     """All letters lower case, all upper case, or each word capitalised (title case)."""
 
     style: str
 
     kind = "case"
-    STYLES: ClassVar[tuple[str, ...]] = ("lower", "upper", "title")
-    templates = {
-        "en": (
-            "Write your entire response in {name}.",
-            "Your whole answer must be in {name}.",
-            "Use only {name} throughout.",
-            "The complete reply should be in {name}.",
-            "Respond in {name}, with no exception.",
-        ),
-        "zh": (
-            "整个回答中的英文必须{name}。",
-            "请让所有英文{name}。",
-            "全文英文应当{name}。",
-            "回复里的英文一律{name}。",
-        ),
-    }
-    _NAMES: ClassVar[dict[str, dict[str, str]]] = {
-        "en": {
-            "lower": "lowercase letters (no capital letters)",
-            "upper": "capital letters (no lowercase letters)",
-            "title": "title case (the first letter of every word a capital, the others lowercase)",
-        },
-        "zh": {
-            "lower": "使用小写字母",
-            "upper": "使用大写字母",
-            "title": "每个单词首字母大写、其余小写",
+    dimension = "Text pattern"
+    excludes = "capital_words"
+    styles = {
+        "lower": {"en": "lowercase letters (no capital letters)", "zh": "使用小写字母"},
+        "upper": {"en": "capital letters (no lowercase letters)", "zh": "使用大写字母"},
+        "title": {
+            "en": "title case (the first letter of every word a capital, the others lowercase)",
+            "zh": "每个单词首字母大写、其余小写",
         },
     }
-
-    def __post_init__(self) -> None:
-        self._require(self.style in self.STYLES, "style", f"one of {self.STYLES}")
-
-    def blanks(self, language: str) -> dict[str, Any]:
-        return {"name": self._NAMES[language][self.style]}
+    templates = wordings("""
+        Write your entire response in {name}.
+        Your whole answer must be in {name}.
+        Use only {name} throughout.
+        The complete reply should be in {name}.
+        Respond in {name}, with no exception.
+        整个回答中的英文必须{name}。
+        请让所有英文{name}。
+        全文英文应当{name}。
+        回复里的英文一律{name}。
+    """)
 
     def check(self, text: str) -> bool:
         if self.style == "lower":
@@ -81,13 +66,6 @@ class Case(Constraint):
         # one word with a capital and small letters keeps "A B C" from being upper and title at once
         mixed = any(w[0].isupper() and w[1:].islower() for w in words)
         return mixed and all(w == w.capitalize() for w in words)
-
-    @classmethod
-    def measure(cls, text: str) -> list[dict[str, Any]]:
-        return [{"style": style} for style in cls.STYLES if cls(style=style).check(text)]
-
-    def alternatives(self, rng: random.Random) -> list[Constraint]:
-        return [type(self)(style=style) for style in self.STYLES if style != self.style]
 
     def edit(self, text: str, rng: random.Random) -> str | None:
         if self.style == "title":
@@ -131,21 +109,18 @@ class FirstWord(_EdgeWord):
     word: str
 
     kind = "first_word"
+    dimension = "Inclusion"
     index = 0
-    templates = {
-        "en": (
-            "The first word of your response must be '{word}'.",
-            "Begin your answer with the word '{word}'.",
-            "Start the reply with the word '{word}'.",
-            "'{word}' has to be the very first word of the response.",
-        ),
-        "zh": (
-            "回答的第一个词必须是“{word}”。",
-            "请以“{word}”一词开头。",
-            "回复要用“{word}”这个词开始。",
-            "第一个词应为“{word}”。",
-        ),
-    }
+    templates = wordings("""
+        The first word of your response must be '{word}'.
+        Begin your answer with the word '{word}'.
+        Start the reply with the word '{word}'.
+        '{word}' has to be the very first word of the response.
+        回答的第一个词必须是“{word}”。
+        请以“{word}”一词开头。
+        回复要用“{word}”这个词开始。
+        第一个词应为“{word}”。
+    """)
 
     def edit(self, text: str, rng: random.Random) -> str | None:
         edited = f"{self.word.capitalize()}, {text.lstrip()}"
@@ -159,21 +134,18 @@ class LastWord(_EdgeWord):
     word: str
 
     kind = "last_word"
+    dimension = "Inclusion"
     index = -1
-    templates = {
-        "en": (
-            "The last word of your response must be '{word}'.",
-            "End your answer with the word '{word}'.",
-            "Finish the reply with the word '{word}'.",
-            "'{word}' has to be the very last word of the response.",
-        ),
-        "zh": (
-            "回答的最后一个词必须是“{word}”。",
-            "请以“{word}”一词结尾。",
-            "回复要用“{word}”这个词结束。",
-            "最后一个词应为“{word}”。",
-        ),
-    }
+    templates = wordings("""
+        The last word of your response must be '{word}'.
+        End your answer with the word '{word}'.
+        Finish the reply with the word '{word}'.
+        '{word}' has to be the very last word of the response.
+        回答的最后一个词必须是“{word}”。
+        请以“{word}”一词结尾。
+        回复要用“{word}”这个词结束。
+        最后一个词应为“{word}”。
+    """)
 
     def edit(self, text: str, rng: random.Random) -> str | None:
         edited = f"{text.rstrip()} {self.word.capitalize()}."
@@ -187,24 +159,21 @@ class StartPhrase(Constraint):
     phrase: str
 
     kind = "start_phrase"
-    templates = {
-        "en": (
-            'Start your response with the exact phrase "{phrase}"',
-            'Begin your answer with the words "{phrase}"',
-            'The reply must open with "{phrase}"',
-            'Your first words should be: "{phrase}"',
-        ),
-        "zh": (
-            "请以“{phrase}”开头。",
-            "回答必须以“{phrase}”开始。",
-            "回复的开头应是“{phrase}”。",
-            "开头请写：“{phrase}”",
-        ),
-    }
+    dimension = "Inclusion"
+    excludes = "first_word"
+    templates = wordings("""
+        Start your response with the exact phrase "{phrase}"
+        Begin your answer with the words "{phrase}"
+        The reply must open with "{phrase}"
+        Your first words should be: "{phrase}"
+        请以“{phrase}”开头。
+        回答必须以“{phrase}”开始。
+        回复的开头应是“{phrase}”。
+        开头请写：“{phrase}”
+    """)
 
     def __post_init__(self) -> None:
-        ok = isinstance(self.phrase, str) and bool(self.phrase.strip())
-        self._require(ok, "phrase", "text that is not blank")
+        self._require_text("phrase", "text that is not blank")
 
     def check(self, text: str) -> bool:
         return text.strip().lower().startswith(self.phrase.strip().lower())
@@ -232,24 +201,21 @@ class EndPhrase(Constraint):
     phrase: str
 
     kind = "end_phrase"
-    templates = {
-        "en": (
-            'Finish your response with the exact phrase "{phrase}" No words should follow it.',
-            'End your answer with "{phrase}" and nothing after it.',
-            'The very last words of the reply must be: "{phrase}"',
-            'Close the response with the sentence "{phrase}"',
-        ),
-        "zh": (
-            "请以“{phrase}”结尾，之后不要再写任何内容。",
-            "回答必须以“{phrase}”结束。",
-            "回复的最后一句应是“{phrase}”",
-            "结尾请写：“{phrase}”",
-        ),
-    }
+    dimension = "Inclusion"
+    excludes = "last_word"
+    templates = wordings("""
+        Finish your response with the exact phrase "{phrase}" No words should follow it.
+        End your answer with "{phrase}" and nothing after it.
+        The very last words of the reply must be: "{phrase}"
+        Close the response with the sentence "{phrase}"
+        请以“{phrase}”结尾，之后不要再写任何内容。
+        回答必须以“{phrase}”结束。
+        回复的最后一句应是“{phrase}”
+        结尾请写：“{phrase}”
+    """)
 
     def __post_init__(self) -> None:
-        ok = isinstance(self.phrase, str) and bool(self.phrase.strip())
-        self._require(ok, "phrase", "text that is not blank")
+        self._require_text("phrase", "text that is not blank")
 
     def check(self, text: str) -> bool:
         return text.strip().strip('"').lower().endswith(self.phrase.strip().lower())

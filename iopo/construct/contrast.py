@@ -3,8 +3,6 @@
 Kinds are measured one at a time, until both sides have what tells them apart: most rows need few.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections import Counter
@@ -13,8 +11,7 @@ from typing import Any
 
 from iopo.constraints import MEASURED_KINDS, Constraint
 from iopo.constraints import text as cut
-from iopo.constraints.base import RELATIONS
-from iopo.constraints.compatibility import CONFLICTS
+from iopo.constraints.base import RELATIONS, conflicts_of
 
 KINDS = {
     "en": (
@@ -109,7 +106,7 @@ def fill(
     for kind in kinds:
         if len(chosen) == number:
             break
-        if kind in taken or kind == "forbid_words" or CONFLICTS[kind] & taken:
+        if kind in taken or kind == "forbid_words" or conflicts_of(kind) & taken:
             continue
         found = [params for params in measured(kind, text, text) if params.get("number") != 0]
         if found:

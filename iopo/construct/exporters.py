@@ -7,16 +7,15 @@ sft          x and y from both rows of each quad, or from pairs
 trl          like pairs, with the keys prompt, chosen, rejected
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from iopo.data.rows import Pair, Quad, Row, Sft, read_rows, rows_for
+from iopo.files import write_records, write_text
 
 FORMATS = ("sharegpt", "pairs", "pairs_first", "sft", "trl")
 
@@ -64,7 +63,7 @@ def _plain(row: Row) -> dict[str, Any]:
     return found if row.system is None else {**found, "system": row.system}
 
 
-def write(path: Path, rows: Iterator[dict[str, Any]]) -> int:
+def write(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     """A JSON list for .json, JSON Lines for .jsonl; returns the number of rows.
 
     Raises ValueError for other file names.
@@ -73,11 +72,10 @@ def write(path: Path, rows: Iterator[dict[str, Any]]) -> int:
         raise ValueError(f"{path}: the name must end in .json or .jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     found = list(rows)
-    with path.open("w", encoding="utf-8") as file:
-        if path.suffix == ".json":
-            json.dump(found, file, ensure_ascii=False, indent=1)
-        else:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+    if path.suffix == ".json":
+        write_text(path, json.dumps(found, ensure_ascii=False, indent=1))
+    else:
+        write_records(path, found)
     return len(found)
 
 

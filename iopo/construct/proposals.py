@@ -1,14 +1,12 @@
-"""Constraints to ask for: which kinds, which parameters, and which of them training never sees."""
+"""Constraints to ask for: which kinds, and which parameters."""
 
-from __future__ import annotations
-
-import hashlib
 import random
 from collections.abc import Iterable, Sequence
 
-from iopo.constraints import KINDS, MEASURED_KINDS, ClosingNote, Constraint, compatible, make
+from iopo.constraints import KINDS, MEASURED_KINDS, Constraint, compatible, make
 from iopo.constraints import text as cut
 from iopo.constraints.base import Styled
+from iopo.constraints.structure import ClosingNote
 
 # Kinds of the training split. All but four can be written into a text by rule.
 SEEN_KINDS = (
@@ -19,8 +17,6 @@ SEEN_KINDS = (
 # Kinds that only the held-out split has.
 UNSEEN_KINDS = ("numbered_items", "closing_note", "highlights", "sections")
 
-# Held-out styles, one of each kind that has more than three.
-_HELD_OUT_STYLES = frozenset({("wrapped", "curly braces"), ("first_line_title", "equals signs")})
 _MEASURED = (
     "sentences", "words", "paragraphs", "bullets", "commas",
     "start_phrase", "first_word", "last_word", "include_words",
@@ -39,7 +35,6 @@ _ODD_TOGETHER = tuple(
     for counted in ("sentences", "paragraphs", "words")
     for added in ("first_line_title", "sections", "closing_note")
 )
-_NO_RESERVED = frozenset(("case", "commas"))
 
 OPENINGS = (
     "Here is my answer:", "To begin with,", "In short,", "Thank you for asking.", "Let us see:",
@@ -62,34 +57,10 @@ CLOSINGS = (
 )  # fmt: skip
 
 
-def held_out(constraint: Constraint) -> bool:
-    """Whether the parameters are reserved for the held-out split.
-
-    Reserved are numbers divisible by four (0 is not), a quarter of all words and phrases by hash,
-    and one style of each kind that has more than three. A kind whose values are not listed here
-    (case, no commas) has no reserved ones.
-    """
-    params = constraint.params
-    if (constraint.kind, params.get("style")) in _HELD_OUT_STYLES:
-        return True
-    number = params.get("number", 0)
-    if number > 0 and number % 4 == 0:
-        return True
-    wordings = [*params.get("words", ()), params.get("phrase"), params.get("word")]
-    return any(
-        hashlib.sha256(wording.lower().encode()).digest()[0] < 64 for wording in wordings if wording
-    )
-
-
 def sensible(constraints: Sequence[Constraint]) -> bool:
     """Whether a person might ask for all of them at once."""
     kinds = {constraint.kind for constraint in constraints}
     return compatible(constraints) and not any(pair <= kinds for pair in _ODD_TOGETHER)
-
-
-def kinds_with_reserved(kinds: Iterable[str]) -> tuple[str, ...]:
-    """The kinds some of whose parameters are reserved for the held-out split."""
-    return tuple(kind for kind in kinds if kind not in _NO_RESERVED)
 
 
 def propose(kind: str, rng: random.Random, sentences: int) -> Constraint:
@@ -118,8 +89,6 @@ def propose(kind: str, rng: random.Random, sentences: int) -> Constraint:
         return make(kind, phrase=rng.choice(CLOSINGS))
     if kind == "closing_note":
         return make(kind, marker=rng.choice(ClosingNote.MARKERS))
-    if kind == "case":
-        return make(kind, style=rng.choice(("lower", "upper", "title")))
     cls = KINDS.get(kind)
     if cls is not None and issubclass(cls, Styled):
         return make(kind, style=rng.choice(tuple(cls.styles)))

@@ -1,8 +1,7 @@
-"""From a sampled response to a short text of whole sentences, or the reason why it is no use."""
-
-from __future__ import annotations
+"""What makes a sampled or foreign text usable: whole sentences, no refusal, a known script."""
 
 import re
+from functools import lru_cache
 
 from iopo.constraints import text as cut
 
@@ -12,44 +11,15 @@ REFUSAL = re.compile(
     r"|hugging face|smollm)\b",
     re.I,
 )
-ABOUT_THE_HINT = re.compile(r"\b(sentences?|fifty words)\b", re.I)
-_MARKUP = re.compile(r"[#*<>{}\[\]|`_]|(?:^|\s)\d\. |:$")
-
-
-def whole_sentences(text: str, most_words: int) -> tuple[str, ...] | str:
-    """The leading whole sentences of a response, at most `most_words` words; a str says why none.
-
-    Left out are refusals, a model's words about itself, markup, remarks about the length that was
-    asked for, text that repeats itself and text that is not ASCII once curly quotes and dashes
-    are made plain.
-    """
-    text = text.translate(PLAIN).strip()
-    if len(text) > 1 and text[0] == text[-1] == '"' and text.count('"') == 2:
-        text = text[1:-1].strip()
-    if not text.isascii():
-        return "not ascii"
-    if "\n" in text:
-        return "several lines"
-    if REFUSAL.search(text):
-        return "refusal"
-    if ABOUT_THE_HINT.search(text):
-        return "about the hint"
-    if _MARKUP.search(text):
-        return "markup"
-    kept: list[str] = []
-    words = 0
-    for sentence in cut.sentences(text):
-        words += len(cut.words(sentence))
-        if words > most_words or not ends_a_sentence(sentence):
-            break
-        kept.append(sentence)
-    while kept and not balanced(" ".join(kept)):
-        kept.pop()
-    if not kept or len(cut.words(" ".join(kept))) < 8:
-        return "too short"
-    if repeats_itself(" ".join(kept)):
-        return "repeats itself"
-    return tuple(kept)
+_SCRIPTS = {
+    "chinese": re.compile(f"[{cut.CJK}]"),
+    "kana": re.compile("[\u3040-\u30ff]"),
+    "hangul": re.compile("[\uac00-\ud7af]"),
+    "cyrillic": re.compile("[\u0400-\u04ff]"),
+    "arabic": re.compile("[\u0600-\u06ff]"),
+    "devanagari": re.compile("[\u0900-\u097f]"),
+}
+_LATIN = re.compile("[A-Za-z\u00c0-\u024f]+")
 
 
 def balanced(text: str) -> bool:
@@ -72,5 +42,26 @@ def ends_a_sentence(text: str) -> bool:
 def repeats_itself(text: str) -> bool:
     """A phrase of four words occurs twice, or less than half of the words are different."""
     words = [word.lower() for word in cut.words(text)]
-    phrases = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
-    return len(set(phrases)) < len(phrases) or 2 * len(set(words)) < len(words)
+    return cut.repeats(" ".join(words)) or 2 * len(set(words)) < len(words)
+
+
+@lru_cache(maxsize=8)
+def script_of(text: str) -> str:
+    """The script with most letters, found without a model; "none" for a text without letters.
+
+    A Chinese character weighs as much as three Latin letters, since it says as much. Japanese is
+    "kana" wherever a fifth of it is kana.
+
+    >>> script_of("Plain words."), script_of("用 Python 写一个排序函数。"), script_of("42")
+    ('latin', 'chinese', 'none')
+    """
+    if text.isascii():
+        return "latin" if any(map(str.isalpha, text)) else "none"
+    counts = {name: len(pattern.findall(text)) for name, pattern in _SCRIPTS.items()}
+    if counts["kana"] * 4 >= counts["chinese"] and counts["kana"]:
+        counts["kana"] += counts.pop("chinese")
+    for name in ("chinese", "kana", "hangul"):
+        counts[name] = 3 * counts.get(name, 0)
+    counts["latin"] = sum(map(len, _LATIN.findall(text)))
+    best = max(counts, key=lambda name: counts[name])
+    return best if counts[best] else "none"

@@ -1,23 +1,22 @@
-"""Quadruples <x1, y1, x2, y2> from texts: by measuring them, by editing them, by sampling.
+"""Quadruples <x1, y1, x2, y2> from texts: by editing them, by sampling. relabel.py measures them.
 
 Whatever the source, a quad stands only if all four cells hold: y1 fits C1 and not C2, y2 fits C2
 and not C1. Relaxing a constraint therefore never makes a quad: y1 would stay right for x2.
 """
 
-from __future__ import annotations
-
-import hashlib
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import product
+from typing import Any, Self
 
 from iopo.constraints import Constraint, follows
 from iopo.constraints import text as cut
 from iopo.construct.proposals import PROPOSABLE, measured, propose, sensible
 from iopo.construct.prose import ends_a_sentence
-from iopo.construct.tasks import Task, instruction
+from iopo.construct.responses import Job, Response
+from iopo.construct.tasks import Task, digest, instruction, quad_row
 
 MATCH = (True, False, True, False)  # x1y1, x1y2, x2y2, x2y1
 MOST_CONSTRAINTS = 3
@@ -39,9 +38,9 @@ class Candidate:
     y1: str
     c2: tuple[Constraint, ...]
     y2: str
-    source: str  # relabel, edit or follow
+    source: str  # edit or follow
 
-    def swapped(self) -> Candidate:
+    def swapped(self) -> Self:
         return replace(self, c1=self.c2, y1=self.y2, c2=self.c1, y2=self.y1)
 
 
@@ -55,10 +54,10 @@ class Rejection:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What constraints may be chosen: the kinds, which parameters, and how likely a kind is."""
+    """What constraints may be chosen: the kinds, which of them just now, and how likely each is."""
 
     kinds: tuple[str, ...]
-    allowed: Callable[[Constraint], bool]
+    allowed: Callable[[str], bool]
     weight: Callable[[str], float]
 
     def pick_kind(self, kinds: Sequence[str], rng: random.Random) -> str:
@@ -70,7 +69,7 @@ class Choice:
         return rng.choice([c for c in found if c.kind == kind])
 
     def measured(self, text: str, other: str) -> list[Constraint]:
-        return [c for c in measured(text, other, self.kinds) if self.allowed(c)]
+        return [c for c in measured(text, other, self.kinds) if self.allowed(c.kind)]
 
 
 def four_cells(
@@ -83,30 +82,6 @@ def four_cells(
         all(follows(c2, y2)),
         all(follows(c2, y1)),
     )
-
-
-def relabel(
-    task: Task, first: str, second: str, choice: Choice, rng: random.Random
-) -> Candidate | Rejection:
-    """Write instructions that two given responses satisfy exclusively."""
-    own1 = choice.measured(first, second)
-    own2 = choice.measured(second, first)
-    # To avoid a word is no contrast by itself, nearly every text does; see the pairing below.
-    only1 = [c for c in own1 if c.kind != "forbid_words" and not c.check(second)]
-    only2 = [c for c in own2 if c.kind != "forbid_words" and not c.check(first)]
-    if not only1 or not only2:
-        return Rejection("nothing tells the responses apart")
-    same_kinds = sorted({c.kind for c in only1} & {c.kind for c in only2})
-    if same_kinds and rng.random() < 0.7:  # the same question answered in two ways
-        kind = choice.pick_kind(same_kinds, rng)
-        only1 = [c for c in only1 if c.kind == kind]
-        only2 = [c for c in only2 if c.kind == kind]
-    d1 = choice.pick(only1, rng)
-    opposite = [c for c in own2 if c.kind == "forbid_words" and c.params == d1.params]
-    d2 = opposite[0] if opposite and rng.random() < 0.4 else choice.pick(only2, rng)
-    c1 = _fill((d1,), own1, choice, rng)
-    c2 = _fill((d2,), own2, choice, rng)
-    return _checked(Candidate(task, c1, first, c2, second, "relabel"), rng)
 
 
 def edit(
@@ -125,8 +100,8 @@ def edit(
         common = propose(choice.pick_kind(kinds, rng), rng, min(counts))
         c1, c2 = (*c1, common), (*c2, common)
     tried = tuple({c.kind for c in (*c1, *c2)})
-    if not all(map(choice.allowed, (*c1, *c2))):
-        return Rejection("parameters of another split", tried)
+    if not all(map(choice.allowed, tried)):
+        return Rejection("kind is frequent enough", tried)
     if not sensible(c1) or not sensible(c2):
         return Rejection("conflicting constraints", tried)
     y1, y2 = (apply_edits(c, text, task, rng) for c, text in ((c1, first), (c2, second)))
@@ -140,15 +115,52 @@ def edit(
     return _checked(Candidate(task, c1, y1, c2, y2, "edit"), rng)
 
 
-def follow(draft: Candidate, first: str, second: str) -> Candidate | Rejection:
-    """The instructions of `draft` with responses that a model gave to them."""
-    tried = tuple(kinds_of(draft))
+def follow(candidate: Candidate, first: str, second: str) -> Candidate | Rejection:
+    """The instructions of `candidate` with responses that a model gave to them."""
+    tried = tuple(kinds_of(candidate))
     if not (ends_a_sentence(first) and ends_a_sentence(second)):
         return Rejection("unfinished", tried)
-    cells = four_cells(draft.c1, first, draft.c2, second)
+    cells = four_cells(candidate.c1, first, candidate.c2, second)
     if cells != MATCH:
         return Rejection("not followed" if not (cells[0] and cells[2]) else "follows both", tried)
-    return replace(draft, y1=first, y2=second, source="follow")
+    return replace(candidate, y1=first, y2=second, source="follow")
+
+
+def follow_jobs(candidates: Sequence[Candidate], samples: int) -> list[Job]:
+    """Both instructions of every candidate, `samples` times each, named by their text."""
+    return [
+        Job(_follow_key(prompt, n), prompt)
+        for n in range(samples)
+        for candidate in candidates
+        for prompt in plain_instructions(candidate)
+    ]
+
+
+def followed(
+    candidates: Sequence[Candidate], responses: Mapping[str, Response], samples: int
+) -> list[Candidate | Rejection]:
+    """Each candidate with the first pair of sampled responses that passes all four cells."""
+    found = []
+    for candidate in candidates:
+        side1, side2 = (
+            [responses[_follow_key(prompt, n)].text.strip() for n in range(samples)]
+            for prompt in plain_instructions(candidate)
+        )
+        results = [follow(candidate, first, second) for first, second in product(side1, side2)]
+        found.append(next((r for r in results if isinstance(r, Candidate)), results[0]))
+    return found
+
+
+def plain_instructions(candidate: Candidate) -> list[str]:
+    """Both instructions with the first wording of each constraint."""
+    return [
+        instruction(candidate.task, [c.render() for c in side])
+        for side in (candidate.c1, candidate.c2)
+    ]
+
+
+def _follow_key(prompt: str, sample: int) -> str:
+    return f"follow-{digest(prompt)}-{sample}"
 
 
 def apply_edits(
@@ -211,63 +223,57 @@ def _fill(
     return chosen
 
 
-def _checked(draft: Candidate, rng: random.Random) -> Candidate | Rejection:
-    """The draft in random order of sides and constraints, if its four cells hold."""
-    tried = tuple(kinds_of(draft))
-    if max(len(draft.c1), len(draft.c2)) > MOST_CONSTRAINTS:
+def _checked(candidate: Candidate, rng: random.Random) -> Candidate | Rejection:
+    """The candidate in random order of sides and constraints, if its four cells hold."""
+    tried = tuple(kinds_of(candidate))
+    if max(len(candidate.c1), len(candidate.c2)) > MOST_CONSTRAINTS:
         return Rejection("too many constraints", tried)
-    if not (ends_a_sentence(draft.y1) and ends_a_sentence(draft.y2)):
+    if not (ends_a_sentence(candidate.y1) and ends_a_sentence(candidate.y2)):
         return Rejection("unfinished", tried)
-    cells = four_cells(draft.c1, draft.y1, draft.c2, draft.y2)
+    cells = four_cells(candidate.c1, candidate.y1, candidate.c2, candidate.y2)
     if cells != MATCH:
         broken = not (cells[0] and cells[2])
         return Rejection("rule broke a constraint" if broken else "follows both", tried)
-    draft = replace(
-        draft,
-        c1=tuple(rng.sample(draft.c1, len(draft.c1))),
-        c2=tuple(rng.sample(draft.c2, len(draft.c2))),
+    candidate = replace(
+        candidate,
+        c1=tuple(rng.sample(candidate.c1, len(candidate.c1))),
+        c2=tuple(rng.sample(candidate.c2, len(candidate.c2))),
     )
-    return draft.swapped() if rng.random() < 0.5 else draft
+    return candidate.swapped() if rng.random() < 0.5 else candidate
 
 
-def kinds_of(draft: Candidate) -> Counter[str]:
+def kinds_of(candidate: Candidate) -> Counter[str]:
     """How often each kind occurs in both instructions."""
-    return Counter(constraint.kind for constraint in (*draft.c1, *draft.c2))
+    return Counter(constraint.kind for constraint in (*candidate.c1, *candidate.c2))
 
 
-def wordings(draft: Candidate) -> tuple[dict[Constraint, str], str, str]:
-    """The text of every constraint, and both instructions; a pure function of the draft.
+def to_row(candidate: Candidate, split: str) -> dict[str, Any]:
+    """The quad as a row of the data file; a pure function of the candidate.
 
     A constraint in common reads the same on both sides. Followed instructions stay as the model saw
     them, in the first paraphrase; others get a random one.
     """
-    rng = None if draft.source == "follow" else random.Random(f"{draft.y1}\x1f{draft.y2}")
+    rng = (
+        None if candidate.source == "follow" else random.Random(f"{candidate.y1}\x1f{candidate.y2}")
+    )
     written: dict[Constraint, str] = {}
-    for constraint in (*draft.c1, *draft.c2):
+    for constraint in (*candidate.c1, *candidate.c2):
         if constraint not in written:
             written[constraint] = constraint.render("en", rng)
-    x1, x2 = (instruction(draft.task, [written[c] for c in side]) for side in (draft.c1, draft.c2))
-    return written, x1, x2
-
-
-def to_row(draft: Candidate, split: str) -> dict[str, Any]:
-    """The quad as a row of the data file."""
-    written, x1, x2 = wordings(draft)
+    x1, x2 = (
+        instruction(candidate.task, [written[c] for c in side])
+        for side in (candidate.c1, candidate.c2)
+    )
     c1, c2 = (
         [{"kind": c.kind, "params": c.params, "text": written[c]} for c in side]
-        for side in (draft.c1, draft.c2)
+        for side in (candidate.c1, candidate.c2)
     )
-    texts = (x1, draft.y1, x2, draft.y2)
+    cells = four_cells(candidate.c1, candidate.y1, candidate.c2, candidate.y2)
     return {
-        "id": hashlib.sha256("\x1f".join(texts).encode()).hexdigest()[:12],
-        "task": draft.task.line,
-        "x1": x1,
-        "y1": draft.y1,
-        "x2": x2,
-        "y2": draft.y2,
+        **quad_row(candidate.task, x1, candidate.y1, x2, candidate.y2),
         "c1": c1,
         "c2": c2,
-        "source": draft.source,
+        "source": candidate.source,
         "split": split,
-        "match": [int(cell) for cell in four_cells(draft.c1, draft.y1, draft.c2, draft.y2)],
+        "match": [int(cell) for cell in cells],
     }

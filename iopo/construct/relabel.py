@@ -4,13 +4,13 @@ For each row (prompt, chosen, rejected) the constraints that hold for one respon
 other become two instructions. Rows stream: memory holds a digest of each response and some counts.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
+import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ from iopo.constraints import text as cut
 from iopo.construct import importers
 from iopo.construct.contrast import KINDS, fill, tell_apart, unmentioned
 from iopo.construct.importers import Skipped
-from iopo.construct.prose import REFUSAL, ends_a_sentence
+from iopo.construct.prose import REFUSAL, ends_a_sentence, script_of
 from iopo.construct.quadruples import MATCH, four_cells
-from iopo.construct.script import script_of
-from iopo.construct.tasks import Task, instruction
-from iopo.construct.taxonomy import TRAINING_COUNTS
+from iopo.construct.tasks import Task, instruction, quad_row
+from iopo.construct.taxonomy import MOST_CONSTRAINTS, draw_number
 from iopo.data.rows import Pair
+from iopo.files import write_text
+
+log = logging.getLogger(__name__)
 
 SPLITS = ("train", "heldout", "heldout_kinds")
 LANGUAGE = {"latin": "en", "chinese": "zh"}  # a script that we can write instructions for
@@ -38,7 +40,7 @@ class RelabelRecipe:
     """What may be set of the recipe `relabel` (conf/recipe/relabel.yaml)."""
 
     name: str = "relabel"
-    source: str | None = None  # .jsonl of prompt, chosen, rejected
+    source: str | None = None  # rows of prompt, chosen, rejected
     out: str = "runs/relabel"
     seed: int = 0
     heldout_share: float = 0.1  # of the prompts, by hash; half of it for the held-out kinds
@@ -58,10 +60,10 @@ class RelabelRecipe:
             raise ValueError(f"recipe.heldout_share is {self.heldout_share}; expected 0 <= s < 1")
         if not 0 < self.most_share <= 1:
             raise ValueError(f"recipe.most_share is {self.most_share}; expected 0 < s <= 1")
-        if not 1 <= self.most_constraints <= len(TRAINING_COUNTS):
+        if not 1 <= self.most_constraints <= MOST_CONSTRAINTS:
             raise ValueError(
                 f"recipe.most_constraints is {self.most_constraints}; expected 1 to "
-                f"{len(TRAINING_COUNTS)}"
+                f"{MOST_CONSTRAINTS}"
             )
 
     def kinds(self, split: str, language: str) -> tuple[str, ...]:
@@ -81,16 +83,16 @@ class Balance:
 
     def order(self, kinds: Sequence[str], rng: random.Random) -> list[str]:
         """The kinds that are not full, rare ones first more often than not."""
-        counts, most = self.kinds, self._most()
-        keyed = [(rng.random() * (4 + counts[k]), k) for k in kinds if counts[k] + 2 <= most]
+        keyed = [(rng.random() * (4 + self.kinds[k]), k) for k in kinds if self.has_room(k)]
         return [kind for _, kind in sorted(keyed)]
 
     def has_room(self, kind: str) -> bool:
         """Whether both sides of a quad may have the kind without its share growing too large."""
-        return self.kinds[kind] + 2 <= self._most()
+        return self.kinds[kind] + 2 <= self.most_share * max(self.total, 40)
 
-    def _most(self) -> float:
-        return self.most_share * max(self.total, 40)
+    def weight(self, kind: str) -> float:
+        """Rare kinds are preferred, so that none outgrows the others."""
+        return (4 + self.kinds[kind]) ** -2.5
 
     def would_tell(self, together: int) -> bool:
         """Whether one more quad of this sign lets lengths tell instructions apart."""
@@ -161,7 +163,7 @@ class Relabeller:
         found = tell_apart(pair.chosen, pair.rejected, unmentioned(orders[0], pair.x), rng)
         if found is None:
             return "nothing tells the responses apart"
-        numbers = [draw_number(self.recipe.most_constraints, rng) for _ in (1, 2)]
+        numbers = [draw_number(rng, self.recipe.most_constraints) for _ in (1, 2)]
         sides = [
             fill(first, text, unmentioned(order, pair.x), number, rng)
             for first, text, order, number in zip(
@@ -203,12 +205,10 @@ class Relabeller:
         balance.add([c.kind for c in (*c1, *c2)], together)
         x1, x2 = (instruction(task, [text for _, text in side]) for side in texts)
         rows = [[{"kind": c.kind, "params": c.params, "text": t} for c, t in s] for s in texts]
-        digest = hashlib.sha256("\x1f".join((x1, y1, x2, y2)).encode()).hexdigest()[:12]
-        row = {"id": digest, "task": task.line, "x1": x1, "y1": y1, "x2": x2, "y2": y2}
-        if pair.system is not None:
-            row["system"] = pair.system
+        system = {} if pair.system is None else {"system": pair.system}
         return {
-            **row,
+            **quad_row(task, x1, y1, x2, y2),
+            **system,
             "c1": rows[0],
             "c2": rows[1],
             "source": "relabel",
@@ -231,11 +231,6 @@ def unusable(pair: Pair, language: str | None, most_words: int) -> str | None:
         if REFUSAL.search(text, 0, _REFUSED_BY):
             return "refusal"
     return None
-
-
-def draw_number(most: int, rng: random.Random) -> int:
-    """1 to `most`, with the chances of TRACE's training set."""
-    return rng.choices(range(1, most + 1), TRAINING_COUNTS[:most])[0]
 
 
 def split_of(task: str, heldout_share: float) -> str:
@@ -261,19 +256,22 @@ def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def relabel_file(recipe: RelabelRecipe, say: Callable[[str], None] = print) -> Relabeller:
+def relabel_file(recipe: RelabelRecipe) -> Relabeller:
     """Stream a preference set into the files of each split, and write what was skipped and why.
 
-    Raises ValueError on a source that is not set or no .jsonl file.
+    Raises ValueError on a source that is not set.
     """
     if recipe.source is None:
-        raise ValueError("recipe.source is not set; expected a .jsonl preference set")
+        raise ValueError("recipe.source is not set; expected a file of prompt, chosen, rejected")
     out = Path(recipe.out)
     out.mkdir(parents=True, exist_ok=True)
     relabeller = Relabeller(recipe)
     read = 0  # counted here, so that it is known after a break too
-    files = {split: (out / f"{split}.jsonl").open("w", encoding="utf-8") for split in SPLITS}
-    try:
+    with ExitStack() as stack:
+        files = {
+            split: stack.enter_context((out / f"{split}.jsonl").open("w", encoding="utf-8"))
+            for split in SPLITS
+        }
         for pair in importers.preferences(Path(recipe.source)):
             read += 1
             if isinstance(pair, Skipped):
@@ -284,15 +282,13 @@ def relabel_file(recipe: RelabelRecipe, say: Callable[[str], None] = print) -> R
                 files[row["split"]].write(json.dumps(row, ensure_ascii=False) + "\n")
             if recipe.limit is not None and sum(relabeller.made.values()) == recipe.limit:
                 break
-    finally:
-        for file in files.values():
-            file.close()
     counts = {
         "in": read,
         "out": dict(relabeller.made),
         "dropped": dict(relabeller.skipped.most_common()),
         "kinds": {s: dict(b.kinds.most_common()) for s, b in relabeller.balances.items()},
     }
-    (out / "counts.json").write_text(json.dumps(counts, indent=1, ensure_ascii=False) + "\n")
-    say(json.dumps({key: counts[key] for key in ("in", "out", "dropped")}, ensure_ascii=False))
+    write_text(out / "counts.json", json.dumps(counts, indent=1, ensure_ascii=False) + "\n")
+    summary = {key: counts[key] for key in ("in", "out", "dropped")}
+    log.info(json.dumps(summary, ensure_ascii=False))
     return relabeller

@@ -1,24 +1,13 @@
-"""Sampled responses to the bank's tasks, kept in a JSONL cache that a killed run continues."""
+"""Sampled responses to prompts, kept in a JSONL cache that a killed run continues."""
 
-from __future__ import annotations
-
-import json
-import os
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from iopo.construct.tasks import Task
-from iopo.files import read_records
+from iopo.files import Journal, read_records
 
-# What is asked after the bare task, so that answers are short and of unequal length. It is a means
-# of sampling: instructions of quads do not contain it.
-HINTS = (
-    "Answer in one or two short sentences.",
-    "Answer in three short sentences.",
-    "Answer in about four sentences.",
-    "Keep the answer under fifty words.",
-)
+log = logging.getLogger(__name__)
 SEEDS_APART = 1_000_003  # chunks of different seeds share no seed of their own below this many jobs
 CHUNK = 50  # jobs that are generated, and appended to the cache, together
 
@@ -43,26 +32,8 @@ class Response:
 Sampler = Callable[[Sequence[str], int], list[tuple[str, str]]]
 
 
-def bare_jobs(tasks: Sequence[Task], samples_per_task: int) -> list[Job]:
-    """The bare tasks, each `samples_per_task` times, with the hints in turn."""
-    return [
-        Job(f"{task.digest}-{n}", f"{task.description} {HINTS[n % len(HINTS)]}{_input_lines(task)}")
-        for n in range(samples_per_task)
-        for task in tasks
-    ]
-
-
-def _input_lines(task: Task) -> str:
-    return "" if task.input is None else f"\n# Inputs:\n{task.input}"
-
-
 def sample_all(
-    jobs: Sequence[Job],
-    cache: Path,
-    sampler: Sampler,
-    *,
-    seed: int = 0,
-    on_progress: Callable[[int, int], None] | None = None,
+    jobs: Sequence[Job], cache: Path, sampler: Sampler, seed: int = 0
 ) -> dict[str, Response]:
     """Answer every job, reading answered ones from `cache` and appending the others to it.
 
@@ -78,19 +49,21 @@ def sample_all(
                 f"{job.prompt!r}; the tasks changed, so start a new cache file"
             )
     jobs = list({job.key: job for job in jobs}.values())
-    for start in range(0, len(jobs), CHUNK):
-        chunk = jobs[start : start + CHUNK]
-        if all(job.key in done for job in chunk):
-            continue
-        answers = sampler([job.prompt for job in chunk], seed * SEEDS_APART + start)
-        rows = [
-            Response(job.key, job.prompt, text, reason)
-            for job, (text, reason) in zip(chunk, answers, strict=True)
-        ]
-        append_cache(cache, [row for row in rows if row.key not in done])
-        done.update((row.key, row) for row in rows if row.key not in done)
-        if on_progress is not None:
-            on_progress(min(start + CHUNK, len(jobs)), len(jobs))
+    if any(job.key not in done for job in jobs):  # a complete cache is only read
+        with Journal(cache) as journal:
+            for start in range(0, len(jobs), CHUNK):
+                chunk = jobs[start : start + CHUNK]
+                if all(job.key in done for job in chunk):
+                    continue
+                answers = sampler([job.prompt for job in chunk], seed * SEEDS_APART + start)
+                rows = [
+                    Response(job.key, job.prompt, text, reason)
+                    for job, (text, reason) in zip(chunk, answers, strict=True)
+                    if job.key not in done
+                ]
+                journal.append(*map(asdict, rows))
+                done.update((row.key, row) for row in rows)
+                log.info("sampled %d of %d", min(start + CHUNK, len(jobs)), len(jobs))
     return {job.key: done[job.key] for job in jobs}
 
 
@@ -102,38 +75,45 @@ def read_cache(path: Path) -> dict[str, Response]:
     return {row.key: row for row in rows}
 
 
-def append_cache(path: Path, rows: Sequence[Response]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        content = path.read_bytes()
-        if content and not content.endswith(b"\n"):  # cut the torn line off before appending
-            os.truncate(path, content.rfind(b"\n") + 1)
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
-
-
-def transformers_sampler(
-    path: str, *, max_new_tokens: int, temperature: float, top_p: float
-) -> Sampler:
+class ModelSampler:
     """A sampler over a causal LM in process: a folder, a hub id or `demo` (resolve_model).
 
-    torch is imported here and not above: with a full cache nothing needs it.
+    The model, and torch with it, is loaded at the first prompt: with a full cache none is needed.
     """
-    import torch
 
-    from iopo.data.chat import Chat
-    from iopo.model.generate import Decoding, generate
-    from iopo.model.load import default_dtype, load_causal_lm, load_tokenizer, resolve_model
+    def __init__(
+        self, model_path: str | None, max_new_tokens: int, temperature: float, top_p: float
+    ):
+        self.model_path = model_path
+        self.options = (max_new_tokens, temperature, top_p)
+        self._sampler: Sampler | None = None
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = resolve_model(path)
-    model = load_causal_lm(folder, default_dtype(device))
-    torch.nn.Module.to(model, device)
-    chat = Chat(load_tokenizer(folder))
+    def __call__(self, prompts: Sequence[str], seed: int) -> list[tuple[str, str]]:
+        if self._sampler is None:
+            self._sampler = self._load(prompts[0])
+        return self._sampler(prompts, seed)
 
-    def sampler(prompts: Sequence[str], seed: int) -> list[tuple[str, str]]:
-        decoding = Decoding(max_new_tokens, temperature, top_p, batch_size=CHUNK, seed=seed)
-        answers = generate(model, chat, [chat.messages(prompt) for prompt in prompts], decoding)
-        return [(answer.text.strip(), answer.finish_reason) for answer in answers]
+    def _load(self, prompt: str) -> Sampler:
+        if self.model_path is None:
+            raise ValueError(
+                f"the cache lacks responses to {prompt!r} and others; name a model that writes "
+                "them: recipe.model_path=demo"
+            )
+        import torch
 
-    return sampler
+        from iopo.data.chat import Chat
+        from iopo.model.generate import Decoding, generate
+        from iopo.model.load import default_dtype, load_causal_lm, load_tokenizer, resolve_model
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        folder = resolve_model(self.model_path)
+        model = load_causal_lm(folder, default_dtype(device))
+        torch.nn.Module.to(model, device)
+        chat = Chat(load_tokenizer(folder))
+
+        def sampler(prompts: Sequence[str], seed: int) -> list[tuple[str, str]]:
+            decoding = Decoding(*self.options, batch_size=CHUNK, seed=seed)
+            answers = generate(model, chat, [chat.messages(prompt) for prompt in prompts], decoding)
+            return [(answer.text.strip(), answer.finish_reason) for answer in answers]
+
+        return sampler

@@ -1,13 +1,17 @@
-"""The bank of bare tasks: short English instructions without constraints."""
+"""The bank of bare tasks (short English instructions without constraints), and their layout."""
 
-from __future__ import annotations
-
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from iopo.files import sha256_text
+
 BANK = Path(__file__).with_name("tasks.txt")
 INPUT_MARK = " # Inputs: "
+
+
+def digest(*texts: str) -> str:
+    """Twelve hex digits that name these texts: the ids of quads, tasks, seeds and prompts."""
+    return sha256_text("\x1f".join(texts))[:12]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +29,13 @@ class Task:
 
     @property
     def digest(self) -> str:
-        """Twelve hex digits of the task's line."""
-        return hashlib.sha256(self.line.encode()).hexdigest()[:12]
+        """Of the task's line."""
+        return digest(self.line)
 
     @property
     def key(self) -> str:
-        """Twelve hex digits that decide the split: those of the input, where tasks share one."""
-        text = self.description if self.input is None else self.input
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        """The digest that decides the split: that of the input, where tasks share one."""
+        return digest(self.description if self.input is None else self.input)
 
 
 def read_tasks(path: Path = BANK) -> list[Task]:
@@ -70,3 +73,9 @@ def instruction(task: Task, constraint_lines: list[str]) -> str:
     if task.input is not None:
         lines += ["# Inputs:", task.input]
     return "\n".join(lines)
+
+
+def quad_row(task: Task, x1: str, y1: str, x2: str, y2: str) -> dict[str, object]:
+    """The first keys of a quad's row: id, task and the four texts."""
+    texts = {"x1": x1, "y1": y1, "x2": x2, "y2": y2}
+    return {"id": digest(*texts.values()), "task": task.line, **texts}

@@ -5,8 +5,6 @@ evaluation file, a definition in each language (our wording of table 6), and how
 occurs in that file. The number of constraints of an instruction follows the paper's training set.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from dataclasses import dataclass
@@ -66,9 +64,9 @@ def named(text: object, dimensions: tuple[Dimension, ...]) -> str | None:
     return None
 
 
-def draw_number(rng: random.Random) -> int:
-    """How many constraints an instruction gets: 1 to 15, as in the paper's training set."""
-    return rng.choices(range(1, MOST_CONSTRAINTS + 1), TRAINING_COUNTS)[0]
+def draw_number(rng: random.Random, most: int = MOST_CONSTRAINTS) -> int:
+    """How many constraints an instruction gets: 1 to `most`, as in the paper's training set."""
+    return rng.choices(range(1, most + 1), TRAINING_COUNTS[:most])[0]
 
 
 def draw_menu(

@@ -5,35 +5,35 @@ occur by themselves; the instructions do not contain that wish. Rule edits fill 
 most a fifth. The same seed and responses give the same files.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
 from iopo.constraints import text as cut
 from iopo.construct import report
-from iopo.construct.demo import Tally, follow_jobs, followed, is_heldout, write_rows
 from iopo.construct.proposals import SEEN_KINDS, UNSEEN_KINDS, propose
-from iopo.construct.prose import (
-    ABOUT_THE_HINT,
-    PLAIN,
-    REFUSAL,
-    balanced,
-    ends_a_sentence,
-    repeats_itself,
+from iopo.construct.prose import PLAIN, REFUSAL, balanced, ends_a_sentence, repeats_itself
+from iopo.construct.quadruples import (
+    Candidate,
+    Choice,
+    Rejection,
+    edit,
+    follow_jobs,
+    followed,
+    kinds_of,
+    to_row,
 )
-from iopo.construct.quadruples import Candidate, Choice, Rejection, edit, kinds_of, to_row
 from iopo.construct.relabel import SPLITS, Relabeller, RelabelRecipe
-from iopo.construct.responses import Job, Response, Sampler, sample_all
+from iopo.construct.responses import Job, ModelSampler, Response, Sampler, sample_all
 from iopo.construct.tasks import Task, read_tasks
 from iopo.construct.verify import verify
 from iopo.data.rows import Pair
+from iopo.files import write_records
 
 # What is asked after the bare task; most of them plain, so that prose prevails.
 FORMS = (
@@ -51,6 +51,7 @@ FOLLOW_KINDS = (
     "words", "sentences", "bullets", "paragraphs", "end_phrase", "start_phrase", "case", "wrapped",
 )  # fmt: skip
 _LEAST_WORDS, _MOST_WORDS = 8, 90
+_ABOUT_THE_FORM = re.compile(r"\b(sentences?|fifty words)\b|bullet", re.I)
 _SENTENCE_END = re.compile(r"[.!?]['\")]?(?=\s|$)")
 _BARE_MARKER = re.compile(r"(?:\n[ \t]*(?:\d+[.)]|[-*])[ \t]*)+$")  # of items without text
 
@@ -62,11 +63,14 @@ class VerifiedRecipe:
     name: str = "verified"
     out: str = "data/verified"
     responses: str = "data/verified/responses.jsonl"
+    model_path: str | None = None
     seed: int = 0
     samples_per_task: int = 6
     follow_candidates: int = 100
     follow_samples: int = 2
     max_new_tokens: int = 64
+    temperature: float = 0.7
+    top_p: float = 0.95
     train_quads: int = 1700
     heldout_quads: int = 200
     heldout_kinds_quads: int = 100
@@ -78,71 +82,34 @@ class VerifiedRecipe:
         return dict(zip(SPLITS, sizes, strict=True))
 
 
-@dataclass
-class Making:
-    """The files so far, and why what is not in them is not."""
-
-    recipe: VerifiedRecipe
-    relabeller: Relabeller
-    rows: dict[str, list[dict[str, Any]]] = field(
-        default_factory=lambda: {split: [] for split in SPLITS}
-    )
-    tally: Tally = field(default_factory=Tally)
-
-    def full(self, split: str) -> bool:
-        return len(self.rows[split]) >= self.recipe.wanted()[split]
-
-    def admit(self, source: str, result: Candidate | Rejection, split: str) -> None:
-        """Let a quad in if it fits among the others; count what became of it."""
-        refusal = None
-        if isinstance(result, Candidate):
-            row = to_row(result, split)
-            refusal = "file is full" if self.full(split) else self.relabeller.join(row)
-            if refusal is None:
-                self.rows[split].append(row)
-        self.tally.count(source, result, refusal)
-
-    def edits(self) -> int:
-        return self.tally.outcomes["edit", "accepted"]
-
-
-def build_verified(
-    recipe: VerifiedRecipe, sampler: Sampler, say: Callable[[str], None] = print
-) -> str:
+def build_verified(recipe: VerifiedRecipe, sampler: Sampler | None = None) -> str:
     """Sample what the cache lacks, write the three files and the page; returns the acceptance.
 
+    sampler: who answers; None: the model at recipe.model_path.
     Raises ValueError if verify finds a fault in what was made.
     """
+    sampler = sampler or ModelSampler(
+        recipe.model_path, recipe.max_new_tokens, recipe.temperature, recipe.top_p
+    )
 
     def sampled(jobs: Sequence[Job]) -> dict[str, Response]:
-        return sample_all(
-            jobs,
-            Path(recipe.responses),
-            sampler,
-            seed=recipe.seed,
-            on_progress=lambda done, of: say(f"sampled {done} of {of}"),
-        )
+        return sample_all(jobs, Path(recipe.responses), sampler, recipe.seed)
 
     tasks = read_tasks()
-    rng = random.Random(recipe.seed)
     usable: Counter[str] = Counter()
     texts = usable_texts(tasks, sampled(bare_jobs(tasks, recipe.samples_per_task)), usable)
-    relabel_recipe = RelabelRecipe(
-        seed=recipe.seed,
-        heldout_kinds=["numbered_items", "highlights"],
-        most_share=recipe.most_share,
-    )
-    making = Making(recipe, Relabeller(relabel_recipe))
-    _relabel(making, tasks, texts, rng)
-    _follow(making, tasks, sampled)  # few: last in, so that no kind is scarce enough to be refused
-    _edit(making, tasks, texts, rng)
+    making = Making(recipe, tasks, texts)
+    making.relabel()
+    making.follow(sampled)  # few: not first, so that no kind is scarce enough to be refused
+    making.edit()
     out = Path(recipe.out)
+    out.mkdir(parents=True, exist_ok=True)
     files = [out / f"{split}.jsonl" for split in SPLITS]
-    for path, split in zip(files, SPLITS, strict=True):
-        rows = making.rows[split]
-        write_rows(path, rng.sample(rows, len(rows)))  # so that the first rows are a fair sample
+    for path, rows in zip(files, making.rows.values(), strict=True):
+        # in random order, so that the first rows are a fair sample
+        write_records(path, making.rng.sample(rows, len(rows)))
     found, _ = verify(files)
-    acceptance = table(making, usable)
+    acceptance = making.table(usable)
     report.write(out / "report.html", files, acceptance)
     if found:
         raise ValueError(f"{len(found)} faults in {out}, first: {found[0]}")
@@ -151,9 +118,10 @@ def build_verified(
 
 def split_of(task: Task) -> str:
     """A quarter of the tasks is held out, half of it for the held-out kinds."""
-    if not is_heldout(task):
+    place = int(task.key, 16)  # by hash: the split does not move when tasks are added
+    if place % 4:
         return "train"
-    return "heldout" if int(task.key, 16) % 8 == 0 else "heldout_kinds"
+    return "heldout" if place % 8 == 0 else "heldout_kinds"
 
 
 def bare_jobs(tasks: Sequence[Task], samples: int) -> list[Job]:
@@ -199,7 +167,7 @@ def whole_text(text: str) -> tuple[str, str | None]:
         return text, "not ascii"
     if REFUSAL.search(text):
         return text, "refusal"
-    if ABOUT_THE_HINT.search(text) or "bullet" in text.lower():
+    if _ABOUT_THE_FORM.search(text):
         return text, "about the hint"
     ends = [match.end() for match in _SENTENCE_END.finditer(text)]
     for end in (len(text), *reversed(ends)):
@@ -225,38 +193,6 @@ def beginning(text: str, rng: random.Random) -> str | None:
     return start if fault is None and start != text else None
 
 
-def _relabel(
-    making: Making, tasks: Sequence[Task], texts: Mapping[str, list[str]], rng: random.Random
-) -> None:
-    """Pairs of responses to one task. A response may serve twice: whole, and cut shorter."""
-    rounds: list[list[tuple[Task, str, str]]] = []
-    for task in rng.sample(tasks, len(tasks)):
-        sources = [[t, *filter(None, [beginning(t, rng)])] for t in texts[task.line]]
-        pairs = [p for two in combinations(sources, 2) for p in product(*two)]
-        for n, (first, second) in enumerate(rng.sample(pairs, len(pairs))):
-            if n == len(rounds):
-                rounds.append([])
-            rounds[n].append((task, first, second))
-    used: set[tuple[str, str]] = set()
-    tally = making.tally
-    for number, drawn in enumerate(rounds):  # each task once before any task twice
-        for task, first, second in drawn:
-            split = split_of(task)
-            both = {(task.line, first), (task.line, second)}
-            if making.full(split) or both & used:
-                continue
-            named = Pair(f"{task.digest}-{number}", task.line, first, second)
-            row = making.relabeller.row(named, task, split)
-            if row is not None:
-                used |= both
-                making.rows[split].append(row)
-                tally.outcomes["relabel", "accepted"] += 1
-                kinds = {c["kind"] for c in (*row["c1"], *row["c2"])}
-                tally.accepted.update(("relabel", kind) for kind in kinds)
-    for reason, n in making.relabeller.skipped.items():
-        tally.outcomes["relabel", reason] += n
-
-
 def follow_candidates(tasks: Sequence[Task], number: int, rng: random.Random) -> list[Candidate]:
     """Instruction pairs with one constraint each that exclude one another."""
     found = []
@@ -269,67 +205,132 @@ def follow_candidates(tasks: Sequence[Task], number: int, rng: random.Random) ->
     return found
 
 
-def _follow(
-    making: Making, tasks: Sequence[Task], sampled: Callable[[Sequence[Job]], dict[str, Response]]
-) -> None:
-    recipe = making.recipe
-    rng = random.Random(recipe.seed)  # of its own: what is asked must not hang on other responses
-    train = [task for task in rng.sample(tasks, len(tasks)) if split_of(task) == "train"]
-    drafts = follow_candidates(train, recipe.follow_candidates, rng)
-    responses = sampled(follow_jobs(drafts, recipe.follow_samples))
-    for result in followed(drafts, responses, recipe.follow_samples):
-        if isinstance(result, Candidate):
-            result = result.swapped() if rng.random() < 0.5 else result
-            if any(REFUSAL.search(y) or repeats_itself(y) for y in (result.y1, result.y2)):
-                result = Rejection("refusal or repetition", tuple(kinds_of(result)))
-        making.admit("follow", result, "train")
+class Making:
+    """The files so far, and why what is not in them is not."""
 
-
-def _edit(
-    making: Making, tasks: Sequence[Task], texts: Mapping[str, list[str]], rng: random.Random
-) -> None:
-    """Rule edits of what is left: first for the held-out kinds, which responses seldom have."""
-    most = int(making.recipe.edit_share * sum(making.recipe.wanted().values()))
-    for split in ("heldout_kinds", "heldout", "train"):
-        balance = making.relabeller.balances[split]
-        kinds = UNSEEN_KINDS if split == "heldout_kinds" else SEEN_KINDS
-        choice = Choice(
-            kinds,
-            lambda c, balance=balance: balance.has_room(c.kind),  # type: ignore[misc]
-            lambda kind, balance=balance: (4 + balance.kinds[kind]) ** -2.5,  # type: ignore[misc]
+    def __init__(
+        self, recipe: VerifiedRecipe, tasks: Sequence[Task], texts: Mapping[str, list[str]]
+    ):
+        self.recipe, self.tasks, self.texts = recipe, tasks, texts
+        self.rng = random.Random(recipe.seed)
+        self.relabeller = Relabeller(
+            RelabelRecipe(
+                seed=recipe.seed,
+                heldout_kinds=["numbered_items", "highlights"],
+                most_share=recipe.most_share,
+            )
         )
-        own = [task for task in tasks if split_of(task) == split and texts[task.line]]
-        for _ in range(30):  # rounds: a task gives at most one quad in each
-            for task in rng.sample(own, len(own)):
-                # a fifth of what there is, not of what was wished for
-                made = sum(map(len, making.rows.values())) + 1
-                share = making.edits() + 1 > making.recipe.edit_share * made
-                if making.full(split) or making.edits() >= most or share:
-                    break
-                prose = [t for t in texts[task.line] if "\n" not in t]
-                if not prose:
+        self.rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+        self.outcomes: Counter[tuple[str, str]] = Counter()  # by source and outcome
+        self.tried: Counter[tuple[str, str]] = Counter()  # by source and kind
+        self.accepted: Counter[tuple[str, str]] = Counter()
+
+    def full(self, split: str) -> bool:
+        return len(self.rows[split]) >= self.recipe.wanted()[split]
+
+    def edits(self) -> int:
+        return self.outcomes["edit", "accepted"]
+
+    def relabel(self) -> None:
+        """Pairs of responses to one task. A response may serve twice: whole, and cut shorter."""
+        rounds: list[list[tuple[Task, str, str]]] = []
+        for task in self.rng.sample(self.tasks, len(self.tasks)):
+            sources = [[t, *filter(None, [beginning(t, self.rng)])] for t in self.texts[task.line]]
+            pairs = [p for two in combinations(sources, 2) for p in product(*two)]
+            for n, (first, second) in enumerate(self.rng.sample(pairs, len(pairs))):
+                if n == len(rounds):
+                    rounds.append([])
+                rounds[n].append((task, first, second))
+        used: set[tuple[str, str]] = set()
+        for number, drawn in enumerate(rounds):  # each task once before any task twice
+            for task, first, second in drawn:
+                split = split_of(task)
+                both = {(task.line, first), (task.line, second)}
+                if self.full(split) or both & used:
                     continue
-                first, second = rng.choice(prose), rng.choice(prose)
-                making.admit("edit", edit(task, first, second, choice, rng), split)
+                named = Pair(f"{task.digest}-{number}", task.line, first, second)
+                row = self.relabeller.row(named, task, split)
+                if row is not None:
+                    used |= both
+                    self._accept("relabel", row)
+        for reason, n in self.relabeller.skipped.items():
+            self.outcomes["relabel", reason] += n
 
+    def follow(self, sampled: Callable[[Sequence[Job]], dict[str, Response]]) -> None:
+        """Responses that the model gave to instructions with constraints, where it followed."""
+        recipe = self.recipe
+        rng = random.Random(
+            recipe.seed
+        )  # its own stream: the prompts must not depend on other draws
+        shuffled = rng.sample(self.tasks, len(self.tasks))
+        train = [task for task in shuffled if split_of(task) == "train"]
+        candidates = follow_candidates(train, recipe.follow_candidates, rng)
+        responses = sampled(follow_jobs(candidates, recipe.follow_samples))
+        for result in followed(candidates, responses, recipe.follow_samples):
+            if isinstance(result, Candidate):
+                result = result.swapped() if rng.random() < 0.5 else result
+                if any(REFUSAL.search(y) or repeats_itself(y) for y in (result.y1, result.y2)):
+                    result = Rejection("refusal or repetition", tuple(kinds_of(result)))
+            self._admit("follow", result, "train")
 
-def table(making: Making, usable: Counter[str]) -> str:
-    """Acceptance by source and reason, and by source and kind, as markdown."""
-    tally = making.tally
-    lines = ["responses: " + ", ".join(f"{n} {why}" for why, n in usable.most_common()), ""]
-    lines += ["| source | outcome | draws | share |", "|---|---|---|---|"]
-    of: Counter[str] = Counter()
-    for (source, _), n in tally.outcomes.items():
-        of[source] += n
-    for (source, outcome), n in sorted(tally.outcomes.items()):
-        lines.append(f"| {source} | {outcome} | {n} | {n / of[source]:.1%} |")
-    lines += ["", "| kind | relabel | follow | edit | share of train |", "|---|---|---|---|---|"]
-    train = Counter(c["kind"] for row in making.rows["train"] for c in (*row["c1"], *row["c2"]))
-    for kind in sorted({kind for _, kind in tally.accepted}):
-        # to a kind that relabelling does not choose there is no attempt: it measures all of them
-        cells = [str(tally.accepted["relabel", kind])]
-        cells += [f"{tally.accepted[s, kind]}/{tally.tried[s, kind]}" for s in ("follow", "edit")]
-        share = train[kind] / max(1, train.total())
-        lines.append(f"| {kind} | {' | '.join(cells)} | {share:.1%} |")
-    sizes = ", ".join(f"{split} {len(rows)}" for split, rows in making.rows.items())
-    return "\n".join([*lines, "", f"quads: {sizes}; edits {making.edits()}"])
+    def edit(self) -> None:
+        """Rule edits where quads lack: first for the held-out kinds, rare in responses."""
+        most = int(self.recipe.edit_share * sum(self.recipe.wanted().values()))
+        for split in ("heldout_kinds", "heldout", "train"):
+            balance = self.relabeller.balances[split]
+            kinds = UNSEEN_KINDS if split == "heldout_kinds" else SEEN_KINDS
+            choice = Choice(kinds, balance.has_room, balance.weight)
+            own = [task for task in self.tasks if split_of(task) == split and self.texts[task.line]]
+            for _ in range(30):  # rounds: a task gives at most one quad in each
+                for task in self.rng.sample(own, len(own)):
+                    # a fifth of what there is, not of what was wished for
+                    made = sum(map(len, self.rows.values())) + 1
+                    share = self.edits() + 1 > self.recipe.edit_share * made
+                    if self.full(split) or self.edits() >= most or share:
+                        break
+                    prose = [t for t in self.texts[task.line] if "\n" not in t]
+                    if not prose:
+                        continue
+                    first, second = self.rng.choice(prose), self.rng.choice(prose)
+                    self._admit("edit", edit(task, first, second, choice, self.rng), split)
+
+    def _admit(self, source: str, result: Candidate | Rejection, split: str) -> None:
+        """Let a quad in if it fits among the others; count what became of it."""
+        kinds = set(result.kinds if isinstance(result, Rejection) else kinds_of(result))
+        self.tried.update((source, kind) for kind in kinds)
+        if isinstance(result, Candidate):
+            row = to_row(result, split)
+            refusal = "file is full" if self.full(split) else self.relabeller.join(row)
+            if refusal is None:
+                self._accept(source, row)
+                return
+        else:
+            refusal = result.reason
+        self.outcomes[source, refusal] += 1
+
+    def _accept(self, source: str, row: dict[str, Any]) -> None:
+        self.rows[row["split"]].append(row)
+        self.outcomes[source, "accepted"] += 1
+        kinds = {c["kind"] for c in (*row["c1"], *row["c2"])}
+        self.accepted.update((source, kind) for kind in kinds)
+
+    def table(self, usable: Counter[str]) -> str:
+        """Acceptance by source and reason, and by source and kind, as markdown."""
+        lines = ["responses: " + ", ".join(f"{n} {why}" for why, n in usable.most_common()), ""]
+        lines += ["| source | outcome | draws | share |", "|---|---|---|---|"]
+        of: Counter[str] = Counter()
+        for (source, _), n in self.outcomes.items():
+            of[source] += n
+        for (source, outcome), n in sorted(self.outcomes.items()):
+            lines.append(f"| {source} | {outcome} | {n} | {n / of[source]:.1%} |")
+        lines += ["", "| kind | relabel | follow | edit | share of train |", "|---" * 5 + "|"]
+        train = Counter(c["kind"] for row in self.rows["train"] for c in (*row["c1"], *row["c2"]))
+        accepted, tried = self.accepted, self.tried
+        for kind in sorted({kind for _, kind in accepted}):
+            # to a kind that relabelling does not choose there is no attempt: it measures all
+            cells = [str(accepted["relabel", kind])]
+            cells += [f"{accepted[s, kind]}/{tried[s, kind]}" for s in ("follow", "edit")]
+            share = train[kind] / max(1, train.total())
+            lines.append(f"| {kind} | {' | '.join(cells)} | {share:.1%} |")
+        sizes = ", ".join(f"{split} {len(rows)}" for split, rows in self.rows.items())
+        return "\n".join([*lines, "", f"quads: {sizes}; edits {self.edits()}"])

@@ -3,30 +3,28 @@
 Prints `file:line: [fault] what` for every violation, then a table by kind, and exits 1 if there was
 a violation. A row without c1, c2 is a violation too. Constraints of kind "judged", which a model
 scored (the TRACE pipeline), are counted: their cells are taken from the row, everything else is
-checked. Files are streamed.
+checked.
 """
-
-from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import re
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from iopo.constraints import Constraint, from_dict
-from iopo.constraints.text import CJK
-from iopo.construct.leaks import SideGuesser
-from iopo.construct.prose import ends_a_sentence
+from iopo.constraints.text import CJK, words
+from iopo.construct.prose import ends_a_sentence, script_of
 from iopo.construct.quadruples import MATCH, four_cells
-from iopo.construct.script import script_of
+from iopo.data.rows import MEMBERS
+from iopo.files import iter_records
 
-MEMBERS = ("x1y1", "x1y2", "x2y2", "x2y1")
 TEXTS = ("x1", "y1", "x2", "y2")
 GRAM = 13  # words in a row that make an overlap with a benchmark
 _TOKEN = re.compile(rf"[{CJK}]|[^\W_{CJK}]+")
@@ -34,6 +32,9 @@ _HAN = re.compile(f"[{CJK}]")
 JUDGED = "judged"  # the kind of a constraint that only a model can check
 # Asks for a script of its own, so that a response need not have its instruction's.
 _LANGUAGE_KINDS = {"language", "response_language", JUDGED}
+_SLOTS = 1 << 15
+_FIRST_WORDS = 40  # of a response that are looked at
+WARM_UP = 100  # rows that are learnt from before guesses count
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,60 @@ class Violation:
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: [{self.fault}] {self.detail}"
+
+
+class SideGuesser:
+    """Guesses which of two responses is y1 from the responses alone, and learns from each row.
+
+    A hashed perceptron over words, ends and length; every guess is made before its row is learnt,
+    so the count is honest. On x-preference a scorer of y alone ties by definition (x1y1 and x2y1
+    have the same y); what can leak is the side: y1 the longer, the better or the politer one. Then
+    objectives on the first rows only (dpo with quad_rows=first) learn y and not the instruction.
+    """
+
+    def __init__(self) -> None:
+        self._weights = [0.0] * _SLOTS
+        self._rows = 0
+        self.right = 0
+        self.guesses = 0
+        self.longer_first = 0  # y1 is the longer one, minus y2 is: a scorer of length alone
+        self.unequal = 0
+
+    def add(self, y1: str, y2: str) -> None:
+        """Guess, then learn, from one row."""
+        longer = (len(y1) > len(y2)) - (len(y1) < len(y2))
+        self.longer_first += longer
+        self.unequal += longer != 0
+        first, second = _slots(y1), _slots(y2)
+        margin = sum(self._weights[i] for i in first) - sum(self._weights[i] for i in second)
+        if self._rows >= WARM_UP and margin != 0:
+            self.guesses += 1
+            self.right += margin > 0
+        self._rows += 1
+        if margin <= 0:
+            for slots, sign in ((first, 1.0), (second, -1.0)):
+                for i in slots:
+                    self._weights[i] += sign
+
+    def y_only(self) -> float:
+        """Standard deviations of the right guesses from half of them."""
+        n = self.guesses
+        return (2 * self.right - n) / n**0.5 if n else 0.0
+
+    def length_only(self) -> float:
+        """Standard deviations from chance of 'y1 is the longer response'."""
+        return self.longer_first / self.unequal**0.5 if self.unequal else 0.0
+
+
+def _slots(text: str) -> list[int]:
+    features = {word.lower() for word in words(text[:1000])[:_FIRST_WORDS]}
+    features |= {f"length {len(text).bit_length()}", f"first {text[:1]}", f"last {text[-1:]}"}
+    return [_slot(feature) for feature in features]
+
+
+@lru_cache(maxsize=1 << 16)
+def _slot(feature: str) -> int:
+    return zlib.crc32(feature.encode("utf-8", "surrogatepass")) % _SLOTS
 
 
 @dataclass
@@ -109,26 +164,23 @@ def verify(files: Sequence[Path], against: Sequence[Path] = ()) -> tuple[list[Vi
     summary = Summary()
     seen = Seen([str(path) for path in files])
     for index, path in enumerate(files):
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for number, line in enumerate(file, start=1):
-                for fault, detail in _check_line(line, (index, number), seen, grams, summary):
-                    found.append(Violation(str(path), number, fault, detail))
+        for line, row, unreadable in iter_records(path):
+            if unreadable is not None:
+                faults = iter([("json", f"cannot be read: {unreadable}")])
+            else:
+                faults = _check_row(row, (index, line), seen, grams, summary)
+            found += [Violation(str(path), line, fault, detail) for fault, detail in faults]
     return found, summary
 
 
-def _check_line(
-    line: str,
+def _check_row(
+    row: Any,
     where: tuple[int, int],
     seen: Seen,
     grams: dict[tuple[str, ...], str],
     summary: Summary,
 ) -> Iterator[tuple[str, str]]:
     """(fault, detail) for all that is wrong with a row; what follows from a fault is left out."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        yield "json", f"cannot be read: {error}"
-        return
     missing = [
         key for key in TEXTS if not isinstance(row, dict) or not isinstance(row.get(key), str)
     ]
@@ -231,16 +283,18 @@ def _overlaps(row: dict[str, Any], grams: dict[tuple[str, ...], str]) -> Iterato
 
 
 def benchmark_grams(files: Iterable[Path]) -> dict[tuple[str, ...], str]:
-    """Every run of 13 tokens in any text of the benchmarks' rows, with where it stands first."""
+    """Every run of 13 tokens in any text of the benchmarks' rows, with where it stands first.
+
+    Raises ValueError with file:line on a row that cannot be read.
+    """
     found: dict[tuple[str, ...], str] = {}
     for path in files:
-        text = path.read_text(encoding="utf-8")
-        whole = path.suffix == ".json"
-        for number, line in enumerate([text] if whole else text.split("\n"), start=1):
-            if line.strip():
-                for string in _strings(json.loads(line)):
-                    for gram in _grams(string):
-                        found.setdefault(gram, str(path) if whole else f"{path}:{number}")
+        for line, row, fault in iter_records(path):
+            if fault is not None:
+                raise ValueError(f"{path}:{line}: {fault}")
+            for string in _strings(row):
+                for gram in _grams(string):
+                    found.setdefault(gram, f"{path}:{line}")
     return found
 
 
@@ -299,7 +353,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("files", nargs="+", type=Path, help="quads; files must not share tasks")
     parser.add_argument("--against", nargs="+", type=Path, default=[], help="benchmark files")
     options = parser.parse_args(arguments)
-    found, summary = verify(options.files, options.against)
+    try:
+        found, summary = verify(options.files, options.against)
+    except (ValueError, OSError) as error:
+        print(f"verify: {error}", file=sys.stderr)
+        return 2
     for violation in found:
         print(violation)
     print(report(summary))

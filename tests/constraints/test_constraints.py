@@ -1,5 +1,6 @@
 """Every kind of constraint: checks by hand, and the properties that data construction stands on."""
 
+import json
 import random
 
 import pytest
@@ -14,10 +15,9 @@ from iopo.constraints import (
     follows_loosely,
     from_dict,
     make,
-    measure_all,
 )
-from iopo.constraints.compatibility import CONFLICTS, REPEATABLE
-from iopo.constraints.detectors import detect_language
+from iopo.constraints.base import conflicts_of
+from iopo.constraints.text import detect_language
 
 PLAIN = (
     "Drinking water helps people focus, and water keeps you well. Dr. Lee agrees! "
@@ -105,8 +105,8 @@ BITS = [
 texts = st.lists(st.sampled_from(BITS), max_size=14).map("".join) | st.text(max_size=20)
 
 
-def test_every_kind_has_an_example_and_a_row_of_conflicts():
-    assert {kind for kind, *_ in EXAMPLES} == set(KINDS) == set(CONFLICTS)
+def test_every_kind_has_an_example():
+    assert {kind for kind, *_ in EXAMPLES} == set(KINDS)
     assert len(KINDS) == 43 and set(MEASURED_KINDS) < set(KINDS)
 
 
@@ -155,9 +155,9 @@ def test_rendered_words():
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS, ids=lambda c: c.kind)
 def test_dicts_round_trip(constraint):
-    row = constraint.to_dict("zh", random.Random(0))
-    assert set(row) == {"kind", "params", "text"}
-    again = from_dict(row)
+    again = from_dict(
+        json.loads(json.dumps({"kind": constraint.kind, "params": constraint.params}))
+    )
     assert again == constraint and hash(again) == hash(constraint)
     assert type(again) is type(constraint)
 
@@ -177,7 +177,7 @@ def check_exclusive(constraint, alternative, text):
 @given(texts, st.integers(0, 3))
 def test_alternatives_of_what_is_measured_are_false(text, seed):
     rng = random.Random(seed)
-    for row in measure_all(text):
+    for row in [{"kind": k, "params": p} for k, c in KINDS.items() for p in c.measure(text)]:
         for alternative in from_dict(row).alternatives(rng):
             assert not alternative.check(text), (row, alternative)
 
@@ -210,9 +210,8 @@ def test_most_kinds_can_edit_an_ordinary_text():
     rng = random.Random(0)
     longer = PLAIN + "\n\n" + "It is cheap. It is easy. Nobody minds it; try it."
     cannot = {c.kind for c in CONSTRAINTS if c.edit(longer, rng) is None}
-    assert cannot == {
-        "han_characters", "language", "keyword_frequency", "word_frequency", "letter_frequency",
-        "nth_paragraph_first_word", "two_responses", "response_language", "commas",
+    assert {kind for kind in cannot if kind in MEASURED_KINDS} == {
+        "han_characters", "language", "word_frequency", "letter_frequency", "commas",
     }  # fmt: skip
 
 
@@ -229,10 +228,12 @@ def test_alternatives_and_edits_are_seeded():
 
 
 def test_conflicts_are_symmetric_and_name_kinds():
-    for kind, others in CONFLICTS.items():
+    for kind, cls in KINDS.items():
+        others = conflicts_of(kind)
         assert others <= set(KINDS)
-        assert all(kind in CONFLICTS[other] for other in others)
-        assert (kind in others) == (kind not in REPEATABLE)
+        assert all(kind in conflicts_of(other) for other in others)
+        assert (kind in others) == (not vars(cls).get("repeatable", False))
+    assert "first_word" in conflicts_of("repeat_prompt") and "keywords" in conflicts_of("keywords")
 
 
 def test_compatible():

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iopo.constraints import IFEVAL_IDS, detectors, from_ifeval, loose_variants
+from iopo.constraints import IFEVAL_IDS, from_ifeval, loose_variants
 from iopo.constraints import text as cut
 from iopo.evaluation.benchmarks import ifeval
 
@@ -280,10 +280,10 @@ def test_importing_the_scorer_needs_no_optional_package():
 def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "langdetect", None)
     with pytest.raises(ImportError, match=r"iopo\[eval\]"):
-        detectors.detect_language.__wrapped__("some text")
+        cut.detect_language.__wrapped__("some text")
 
 
 def test_a_missing_package_is_said_before_any_answer(monkeypatch, tmp_path):
-    monkeypatch.setitem(detectors.PACKAGES, "no_such_module", "its-package")
+    monkeypatch.setitem(cut.PACKAGES, "no_such_module", "its-package")
     with pytest.raises(ValueError, match="ifeval needs its-package; pip install"):
         ifeval.load(tmp_path / "input_data.jsonl")

@@ -1,77 +1,37 @@
-"""Quadruples, the committed demo set, and verify on a file with planted faults."""
+"""Tasks, sampling, quadruples, the command, and verify on a file with planted faults."""
 
 import json
 import random
-import shutil
-from collections import Counter
-from dataclasses import replace
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
-from iopo.constraints import from_dict, make
-from iopo.construct import __main__ as construct_main
-from iopo.construct import demo, proposals, quadruples, verify
-from iopo.construct.__main__ import build
-from iopo.construct.prose import ends_a_sentence, whole_sentences
+from iopo.constraints import make
+from iopo.construct import proposals, quadruples, verify
+from iopo.construct.prose import ends_a_sentence
 from iopo.construct.quadruples import Candidate, Choice, Rejection, four_cells
-from iopo.construct.responses import Job, read_cache, sample_all
+from iopo.construct.responses import Job, ModelSampler, Response, read_cache, sample_all
 from iopo.construct.tasks import Task, instruction, read_tasks
+from iopo.construct.verified import split_of
+from iopo.files import read_records, write_records
 
 ROOT = Path(__file__).resolve().parents[2]
-DATA = ROOT / "data" / "demo"
-
-
-def rows(name):
-    return [json.loads(line) for line in (DATA / f"{name}.jsonl").open(encoding="utf-8")]
+DATA = ROOT / "data" / "verified"
 
 
 @pytest.fixture(scope="module")
 def train():
-    return rows("train")
+    return read_records(DATA / "train.jsonl")[:400]
 
 
 @pytest.fixture(scope="module")
 def heldout():
-    return rows("heldout")
+    return read_records(DATA / "heldout.jsonl")
 
 
-# --- the committed set ---
-
-
-def test_demo_set_passes_verify():
-    found, summary = verify.verify([DATA / "train.jsonl", DATA / "heldout.jsonl"])
-    assert [str(violation) for violation in found] == []
-    assert abs(summary.length_leak()) < 1
-
-
-def test_demo_set_is_as_promised(train, heldout):
-    assert len(train) >= 600 and len(heldout) >= 200
-    kinds = Counter(c["kind"] for row in train for c in row["c1"] + row["c2"])
-    assert len(kinds) >= 10
-    assert max(kinds.values()) <= 0.15 * sum(kinds.values())
-    assert all(1 <= len(side) <= 3 for row in train for side in (row["c1"], row["c2"]))
-    splits = Counter(row["split"] for row in heldout)
-    assert set(splits) == {"seen", "unseen_params", "unseen_kinds"}
-    assert splits["unseen_kinds"] >= 60
-
-
-def test_splits_hold_what_they_say(train, heldout):
-    def constraints(rows, split):
-        chosen = [row for row in rows if row["split"] == split]
-        return [from_dict(c) for row in chosen for c in row["c1"] + row["c2"]]
-
-    trained = constraints(train, "train")
-    kinds = {c.kind for c in trained}
-    assert not any(proposals.held_out(c) for c in trained)
-    assert {c.kind for c in constraints(heldout, "seen")} <= kinds
-    assert not any(proposals.held_out(c) for c in constraints(heldout, "seen"))
-    assert all(proposals.held_out(c) for c in constraints(heldout, "unseen_params"))
-    assert not set(trained) & set(constraints(heldout, "unseen_params"))
-    assert not kinds & {c.kind for c in constraints(heldout, "unseen_kinds")}
-    tasks = {row["task"] for row in train}
-    assert not tasks & {row["task"] for row in heldout}
+# --- what holds for every set of quads ---
 
 
 def test_blanked_constraints_leave_nothing_to_prefer(train, heldout):
@@ -110,14 +70,6 @@ def test_sides_are_in_random_order(train):
     assert abs(longer - shorter) < 3 * (longer + shorter) ** 0.5
 
 
-def test_committed_files_are_what_the_command_makes(train, heldout):
-    cfg = OmegaConf.load(ROOT / "conf" / "construct.yaml")
-    cfg.responses = str(DATA / "responses.jsonl")
-    made = build(cfg)
-    assert made[0].rows() == train
-    assert made[1].rows() == heldout
-
-
 # --- tasks and responses ---
 
 
@@ -126,7 +78,7 @@ def test_bank_of_tasks(tmp_path):
     assert len(tasks) >= 500
     texts = {}
     for task in tasks:  # tasks on one input are on one side
-        texts.setdefault(task.input, set()).add(demo.is_heldout(task))
+        texts.setdefault(task.input, set()).add(split_of(task))
     assert all(len(sides) == 1 for text, sides in texts.items() if text is not None)
     path = tmp_path / "tasks.txt"
     path.write_text("Write.\nRead. # Inputs: A book.\nWrite.\n")
@@ -138,24 +90,6 @@ def test_instruction_is_laid_out_as_trace():
     text = instruction(Task("Summarize.", "A text."), ["Use no commas.", "Be brief."])
     assert text == "Summarize.\n1. Use no commas.\n2. Be brief.\n# Inputs:\nA text."
     assert instruction(Task("Explain."), ["Be brief."]) == "Explain.\n1. Be brief."
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("One fine day a small dog ran home. It was", ("One fine day a small dog ran home.",)),
-        ('"A bright lamp for all of your winter evenings."', None),
-        ("I'm sorry, but I cannot help you with this one today.", "refusal"),
-        ("Here are **bold** words in a line of some length.", "markup"),
-        ("First this happens here.\nThen that happens there, later.", "several lines"),
-        ("Été is the French word for the season of summer.", "not ascii"),
-        ("A dog. A cat.", "too short"),
-        ("The dog ran to the park and the dog ran to the lake.", "repeats itself"),
-    ],
-)
-def test_whole_sentences(text, expected):
-    found = whole_sentences(text, 50)
-    assert found == (expected or ("A bright lamp for all of your winter evenings.",))
 
 
 def test_sampling_continues_after_a_kill(tmp_path):
@@ -179,6 +113,8 @@ def test_sampling_continues_after_a_kill(tmp_path):
     assert asked == [] and len(read_cache(torn)) == 120
     with pytest.raises(ValueError, match="start a new cache file"):
         sample_all([Job("job-0", "another prompt")], torn, sampler)
+    with pytest.raises(ValueError, match="lacks responses to 'new'.*recipe.model_path"):
+        sample_all([Job("new", "new")], torn, ModelSampler(None, 8, 1.0, 1.0))
 
 
 # --- quadruples ---
@@ -189,14 +125,13 @@ TASK = Task("Describe an old mill.")
 
 
 def choice(kinds=proposals.SEEN_KINDS):
-    return Choice(kinds, lambda constraint: True, lambda kind: 1.0)
+    return Choice(kinds, lambda kind: True, lambda kind: 1.0)
 
 
-@pytest.mark.parametrize("source", [quadruples.relabel, quadruples.edit])
-def test_every_accepted_draft_has_the_four_cells(source):
+def test_every_accepted_draft_has_the_four_cells():
     accepted = 0
     for seed in range(150):
-        draft = source(TASK, FIRST, SECOND, choice(), random.Random(seed))
+        draft = quadruples.edit(TASK, FIRST, SECOND, choice(), random.Random(seed))
         if isinstance(draft, Rejection):
             continue
         accepted += 1
@@ -206,12 +141,7 @@ def test_every_accepted_draft_has_the_four_cells(source):
         row = quadruples.to_row(draft, "train")
         assert all(c["text"] in row["x1"] for c in row["c1"])
         assert row["match"] == [1, 0, 1, 0]
-    assert accepted > (100 if source is quadruples.relabel else 15)
-
-
-def test_relabel_leaves_the_responses_alone():
-    draft = quadruples.relabel(TASK, FIRST, SECOND, choice(), random.Random(0))
-    assert {draft.y1, draft.y2} == {FIRST, SECOND}
+    assert accepted > 15
 
 
 def test_relaxing_is_no_quad():
@@ -235,52 +165,28 @@ def test_follow_keeps_what_fits():
     assert quadruples.follow(draft, "a mill", "A MILL.").reason == "unfinished"
 
 
-def test_follow_end_to_end_with_a_stub(tmp_path, monkeypatch):
-    """A sampler that answers with the draft's own responses gives quads of source follow."""
-    wanted = {}
-    real = demo.follow_candidates
-
-    def candidates(*args):
-        drafts = real(*args)
-        for draft in drafts:
-            prompts = demo._plain_instructions(draft)
-            wanted.update(zip(prompts, (draft.y1, draft.y2), strict=True))
-        return drafts
-
-    monkeypatch.setattr(construct_main, "follow_candidates", candidates)
-    monkeypatch.setattr(construct_main, "TRAIN", replace(demo.TRAIN, quads=10))
-    monkeypatch.setattr(construct_main, "HELDOUT", ())
-    monkeypatch.setattr(
-        construct_main,
-        "transformers_sampler",
-        lambda path, **kwargs: lambda prompts, seed: [(wanted[p], "stop") for p in prompts],
-    )
-    cfg = OmegaConf.load(ROOT / "conf" / "construct.yaml")
-    cfg.responses = str(tmp_path / "responses.jsonl")
-    cfg.follow_candidates, cfg.model_path = 4, "stub"
-    shutil.copy(DATA / "responses.jsonl", cfg.responses)
-    train, _, tally, _ = build(cfg)
-    rows = train.rows()
-    followed = [row for row in rows if row["source"] == "follow"]
-    assert 2 <= len(followed) <= 4 and len(rows) == 10
-    assert all(row["x1"] in wanted and row["match"] == [1, 0, 1, 0] for row in followed)
-    assert tally.outcomes["follow", "accepted"] == 4
+def test_followed_takes_the_first_pair_that_fits():
+    low, high = make("case", style="lower"), make("case", style="upper")
+    draft = Candidate(TASK, (low,), "", (high,), "", "follow")
+    jobs = quadruples.follow_jobs([draft], 2)
+    assert len({job.key for job in jobs}) == 4
+    texts = ["A Mill.", "A MILL.", "a mill.", "A Mill."]  # two instructions, then again
+    answers = {
+        j.key: Response(j.key, j.prompt, t, "stop") for j, t in zip(jobs, texts, strict=True)
+    }
+    (found,) = quadruples.followed([draft], answers, 2)
+    assert (found.y1, found.y2) == ("a mill.", "A MILL.")
+    row = quadruples.to_row(found, "train")
+    assert [row["x1"], row["x2"]] == [job.prompt for job in jobs[:2]]
 
 
-def test_reserved_parameters():
-    def reserved(kind, **params):
-        return proposals.held_out(make(kind, **params))
-
-    assert reserved("sentences", relation="exactly", number=4)
-    assert not reserved("sentences", relation="exactly", number=3)
-    assert not reserved("commas", relation="exactly", number=0)
-    assert reserved("wrapped", style="curly braces") and not reserved("case", style="lower")
-    words = [
-        proposals.held_out(make("last_word", word=w)) for w in "sea sun oak elm ash fir".split()
-    ]
-    assert words == [
-        proposals.held_out(make("first_word", word=w)) for w in "sea sun oak elm ash fir".split()
-    ]
+@pytest.mark.parametrize("arguments", [[], ["+recipe=relabel", "recipe.name=cook"]])
+def test_the_command_without_a_known_recipe_lists_them(arguments):
+    command = [sys.executable, "-m", "iopo.construct", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "expected one of ['relabel', 'trace', 'verified']" in done.stderr
+    assert "+recipe=relabel recipe.source=FILE.jsonl" in done.stderr
 
 
 # --- verify ---
@@ -329,7 +235,7 @@ def test_verify_finds_every_planted_fault_and_no_other(tmp_path, train):
     planted = json.loads(json.dumps(train[:200]))
     expected = plant(planted)
     path = tmp_path / "planted.jsonl"
-    demo.write_rows(path, planted)
+    write_records(path, planted)
     found, summary = verify.verify([path])
     # an id is found at its second use, which is the untouched row further down
     expected = {(line + 70, f) if f == "id" else (line, f) for line, f in expected}
@@ -369,16 +275,23 @@ def test_verify_compares_with_benchmarks_and_other_files(tmp_path, train, capsys
         json.dumps({"prompt": "a b c"}) + "\n" + json.dumps({"turns": [prompt]}) + "\n"
     )
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
-    demo.write_rows(one, train[:5])
-    demo.write_rows(two, [{**train[9], "task": train[0]["task"], "y1": train[0]["y1"]}])
+    write_records(one, train[:5])
+    write_records(two, [{**train[9], "task": train[0]["task"], "y1": train[0]["y1"]}])
     found, _ = verify.verify([one], [bench])
     assert {(v.line, v.fault) for v in found} >= {(4, "overlap")}
     assert all(v.fault == "overlap" and "bench.jsonl:2" in v.detail for v in found)
+    as_list = tmp_path / "bench.json"  # a list with a byte order mark
+    as_list.write_text(json.dumps([{"a": prompt}], indent=1), encoding="utf-8-sig")
+    found, _ = verify.verify([one], [as_list])
+    assert {(v.line, v.fault) for v in found} >= {(4, "overlap")}
     found, _ = verify.verify([one, two])
     assert {v.fault for v in found} >= {"task", "response"}
     assert verify.main([str(one)]) == 0
     assert verify.main([str(one), str(two)]) == 1
     assert "two.jsonl:1: [task]" in capsys.readouterr().out
+    bench.write_text('{"a": 1}\n{oops\n')
+    assert verify.main([str(one), "--against", str(bench)]) == 2
+    assert "bench.jsonl:2: the row is not JSON" in capsys.readouterr().err
 
 
 def test_verify_warns_when_lengths_tell(tmp_path, train):
@@ -388,7 +301,7 @@ def test_verify_warns_when_lengths_tell(tmp_path, train):
         return {"x1": long_x, "y1": long_y, "x2": short_x, "y2": short_y}
 
     path = tmp_path / "leaks.jsonl"
-    demo.write_rows(path, [ordered(row) for row in train[:60]])
+    write_records(path, [ordered(row) for row in train[:60]])
     _, summary = verify.verify([path])
     assert summary.length_leak() > 3 and "warning" in verify.report(summary)
 

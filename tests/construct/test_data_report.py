@@ -5,16 +5,17 @@ import random
 from collections import Counter
 from pathlib import Path
 
+from iopo.constraints import KINDS
 from iopo.construct import report, taxonomy
-from iopo.construct.leaks import SideGuesser
+from iopo.construct.verify import SideGuesser
 
 ROOT = Path(__file__).resolve().parents[2]
-DEMO = [ROOT / "data" / "demo" / name for name in ("train.jsonl", "heldout.jsonl")]
+FILES = [ROOT / "data" / "verified" / f"{name}.jsonl" for name in ("heldout", "heldout_kinds")]
 
 
 def test_counts_are_those_of_the_rows():
-    counts = report.count(DEMO)
-    rows = [json.loads(line) for path in DEMO for line in path.open(encoding="utf-8")]
+    counts = report.count(FILES)
+    rows = [json.loads(line) for path in FILES for line in path.open(encoding="utf-8")]
     kinds = Counter(c["kind"] for row in rows for c in row["c1"] + row["c2"])
     assert counts.rows == len(rows) and counts.kinds == kinds
     assert counts.types.total() == counts.dimensions.total() == kinds.total()
@@ -24,14 +25,11 @@ def test_counts_are_those_of_the_rows():
 
 
 def test_kinds_belong_to_dimensions_of_the_taxonomy():
-    from iopo.constraints import KINDS
-
-    assert set(report.DIMENSION_OF) >= set(KINDS)
-    assert set(report.DIMENSION_OF.values()) <= {d.dimension for d in taxonomy.read()}
+    assert {cls.dimension for cls in KINDS.values()} <= {d.dimension for d in taxonomy.read()}
 
 
 def test_page_escapes_what_others_wrote(tmp_path):
-    row = json.loads(DEMO[0].open(encoding="utf-8").readline())
+    row = json.loads(FILES[0].open(encoding="utf-8").readline())
     row["y1"] = "<script>alert(1)</script>"
     row["c1"] = [{"kind": "judged", "params": {"type": "Theme"}, "text": "t"}]
     path = tmp_path / "a.jsonl"
@@ -39,6 +37,7 @@ def test_page_escapes_what_others_wrote(tmp_path):
     assert report.main([str(path), "--out", str(tmp_path / "r.html")]) == 0
     page = (tmp_path / "r.html").read_text()
     assert "<script>" not in page and "&lt;script&gt;" in page and "Theme" in page
+    assert "<h2>Kinds</h2>" in page and '<td>judged<td class="n">1<' in page
     path.write_text('{"x1": 3}\n')
     assert report.main([str(path), "--out", str(tmp_path / "r.html")]) == 2
 

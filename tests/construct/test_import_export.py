@@ -8,14 +8,14 @@ import pytest
 
 from iopo.construct import exporters, importers
 from iopo.construct import relabel as relabelling
-from iopo.construct.importers import IfevalSeed, Skipped
+from iopo.construct.importers import Skipped
+from iopo.construct.prose import script_of
 from iopo.construct.relabel import RelabelRecipe, relabel_file
-from iopo.construct.script import script_of
 from iopo.construct.verify import verify
 from iopo.data.rows import Pair, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
-DEMO = ROOT / "data" / "demo" / "heldout.jsonl"
+QUADS = ROOT / "data" / "verified" / "heldout.jsonl"
 
 
 def write(path: Path, rows: list) -> Path:
@@ -82,7 +82,7 @@ def test_preferences(tmp_path, row, expected):
         assert (found.x, found.chosen, found.rejected, found.system) == expected
 
 
-def test_bad_lines_are_skipped_with_their_number(tmp_path):
+def test_bad_lines_are_skipped_and_named(tmp_path, caplog):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"prompt": "P", "chosen": "A", "rejected": "B"}\n\n{oops\n\xff\xfe\n')
     found = list(importers.preferences(path))
@@ -90,28 +90,21 @@ def test_bad_lines_are_skipped_with_their_number(tmp_path):
         Skipped(3, "not JSON"),
         Skipped(4, "not JSON"),
     ]
-    with pytest.raises(ValueError, match="expected a .jsonl file"):
-        list(importers.preferences(tmp_path / "a.json"))
+    assert f"{path}:3: skipped: the row is not JSON" in caplog.text
+    assert f"{path}:4: skipped: the line is not UTF-8" in caplog.text
 
 
-def test_ifeval_seeds(tmp_path):
-    good = {
-        "key": 7,
-        "prompt": "Write. No commas.",
-        "instruction_id_list": ["punctuation:no_comma"],
-    }
-    rows = [
-        {**good, "kwargs": [{}], "response": "Done."},
-        {**good, "kwargs": '[{"relation": null}]'},
-        {**good, "kwargs": []},
-        {**good, "instruction_id_list": ["no:such"], "kwargs": [{}]},
-        {"prompt": "P"},
-    ]
-    found = list(importers.ifeval_seeds(write(tmp_path / "a.jsonl", rows)))
-    assert isinstance(found[0], IfevalSeed) and found[0].response == "Done."
-    assert found[0].constraints[0].check("a b") and not found[0].constraints[0].check("a, b")
-    assert isinstance(found[1], IfevalSeed)
-    assert [type(f) for f in found[2:]] == [Skipped] * 3
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("form", ["list", "crlf"])
+def test_preferences_come_in_any_form(tmp_path, encoding, form):
+    rows = [{"prompt": f"P{n}", "chosen": "A", "rejected": "B"} for n in range(3)]
+    text = json.dumps(rows, indent=1) if form == "list" else "\r\n".join(map(json.dumps, rows))
+    path = tmp_path / "a.json"
+    path.write_bytes(text.encode(encoding))
+    assert [pair.x for pair in importers.preferences(path)] == ["P0", "P1", "P2"]
+    seeds = [{"instruction": row["prompt"]} for row in rows]
+    path.write_bytes(json.dumps(seeds).encode(encoding))
+    assert len(importers.read_seeds(path)) == 3
 
 
 def test_seeds(tmp_path):
@@ -132,7 +125,7 @@ def test_seeds(tmp_path):
 
 
 def test_sharegpt_comes_back_as_it_went(tmp_path):
-    quads = read_rows(DEMO, "quad")
+    quads = read_rows(QUADS, "quad")
     path = tmp_path / "quads.json"
     assert exporters.write(path, exporters.export(quads, "sharegpt")) == len(quads)
     assert read_rows(path, "quad") == quads
@@ -142,7 +135,7 @@ def test_sharegpt_comes_back_as_it_went(tmp_path):
 
 
 def test_pairs_and_sft(tmp_path):
-    quads = read_rows(DEMO, "quad")[:3]
+    quads = read_rows(QUADS, "quad")[:3]
     both, first = (list(exporters.export(quads, to)) for to in ("pairs", "pairs_first"))
     assert len(both) == 6 and both[::2] == first
     assert both[1]["chosen"] == quads[0].y2 and both[1]["rejected"] == quads[0].y1
@@ -150,16 +143,16 @@ def test_pairs_and_sft(tmp_path):
     trl = list(exporters.export(quads, "trl"))
     imported = list(importers.preferences(write(tmp_path / "a.jsonl", trl)))
     assert [(p.x, p.chosen) for p in imported] == [(r["x"], r["chosen"]) for r in both]
-    assert exporters.main([str(DEMO), "--to", "pairs", "--out", str(tmp_path / "p.jsonl")]) == 0
-    assert len(read_rows(tmp_path / "p.jsonl", "pair")) == 2 * len(read_rows(DEMO))
+    assert exporters.main([str(QUADS), "--to", "pairs", "--out", str(tmp_path / "p.jsonl")]) == 0
+    assert len(read_rows(tmp_path / "p.jsonl", "pair")) == 2 * len(read_rows(QUADS))
     assert exporters.main([str(tmp_path / "p.jsonl"), "--to", "sharegpt", "--out", "x.json"]) == 2
 
 
 # --- relabelling a preference set ---
 
 
-def demo_pairs() -> list[dict]:
-    rows = [json.loads(line) for line in DEMO.open(encoding="utf-8")]
+def pairs_of_quads() -> list[dict]:
+    rows = [json.loads(line) for line in QUADS.open(encoding="utf-8")]
     return [{"prompt": f"{r['task']} Case {n}.", "chosen": r["y1"], "rejected": r["y2"]}
             for n, r in enumerate(rows)]  # fmt: skip
 
@@ -169,13 +162,13 @@ def made(folder: Path, rows: list[dict], **changes):
     recipe = RelabelRecipe(
         **({"source": str(source), "out": str(folder / "out"), "heldout_share": 0.4} | changes)
     )
-    relabeller = relabel_file(recipe, lambda line: None)
+    relabeller = relabel_file(recipe)
     files = [folder / "out" / f"{split}.jsonl" for split in relabelling.SPLITS]
     return relabeller, files
 
 
 def test_relabelled_pairs_pass_verify_and_splits_hold(tmp_path):
-    pairs = demo_pairs()
+    pairs = pairs_of_quads()
     relabeller, files = made(tmp_path, pairs)
     found, summary = verify(files)
     assert [str(v) for v in found] == []
@@ -229,7 +222,7 @@ def test_chinese_pairs_get_chinese_instructions(tmp_path):
 
 def test_a_prompt_that_speaks_of_a_kind_does_not_get_it(tmp_path):
     pairs = [
-        {**row, "prompt": row["prompt"] + " Use few words and no list."} for row in demo_pairs()
+        {**row, "prompt": row["prompt"] + " Use few words and no list."} for row in pairs_of_quads()
     ]
     _, files = made(tmp_path, pairs)
     kinds = {c["kind"] for f in files for line in f.open() for c in json.loads(line)["c1"]}

@@ -15,9 +15,9 @@ from helpers_judge import Answer, StubServer
 from omegaconf import OmegaConf
 
 from iopo.construct import taxonomy
-from iopo.construct.trace import prompts as trace_prompts
 from iopo.construct.trace import replies as trace_replies
-from iopo.construct.trace.config import TraceRecipe
+from iopo.construct.trace import stages as trace_stages
+from iopo.construct.trace.config import LANGUAGES, OPERATIONS, TraceRecipe
 from iopo.construct.trace.pipeline import run
 from iopo.construct.trace.replies import Rejected, Unreadable
 from iopo.construct.trace.stages import STAGES
@@ -70,14 +70,14 @@ def check_counts(out: Path, number: int) -> None:
             assert before is None or {row["id"] for row in before} == set(ids)
 
 
-def test_every_stage_counts_and_the_quads_are_good(tmp_path):
-    said: list[str] = []
+def test_every_stage_counts_and_the_quads_are_good(tmp_path, caplog):
+    caplog.set_level("INFO", logger="iopo.construct")
     with StubServer(helpers_trace.honest) as server:
         settings = recipe(tmp_path, server.base_url, 60)
-        run(settings, said.append)
+        run(settings)
         first = outputs(tmp_path / "out")
         calls = len(server.bodies)
-        run(settings, said.append)
+        run(settings)
         assert len(server.bodies) == calls  # nothing is asked twice
         assert max(server.seen.values()) == 1
     assert outputs(tmp_path / "out") == first
@@ -89,8 +89,12 @@ def test_every_stage_counts_and_the_quads_are_good(tmp_path):
     assert set(counts["score"]["dropped"]) == {"not a full score"}
     # what is only added or deleted cannot tell both responses apart
     assert set(counts["cells"]["operations_out"]) <= {"revise"}
-    assert any("expand: 60 rows, 60 requests to send (0 cached), about" in line for line in said)
-    assert any("expand: 60 rows, 0 requests to send (60 cached)" in line for line in said)
+    assert any(
+        "expand: 60 rows, 60 requests to send (0 cached), about" in line for line in caplog.messages
+    )
+    assert any(
+        "expand: 60 rows, 0 requests to send (60 cached)" in line for line in caplog.messages
+    )
 
     quads = read_rows(out / "quads.jsonl", "quad")
     pairs, sft = read_rows(out / "pairs.jsonl", "pair"), read_rows(out / "sft.jsonl", "sft")
@@ -104,16 +108,18 @@ def test_every_stage_counts_and_the_quads_are_good(tmp_path):
     assert found == [] and summary.judged == len(quads)
 
 
-def test_a_stage_runs_alone_and_says_what_it_needs(tmp_path):
+def test_a_stage_runs_alone_and_says_what_it_needs(tmp_path, caplog):
+    caplog.set_level("INFO", logger="iopo.construct")
     with StubServer(helpers_trace.honest) as server:
-        run(recipe(tmp_path, server.base_url, 8, stages=["expand"]), lambda line: None)
+        run(recipe(tmp_path, server.base_url, 8, stages=["expand"]))
         assert len(server.bodies) == 8
         with pytest.raises(ValueError, match="run stage 'structure' before 'check'"):
-            run(recipe(tmp_path, server.base_url, 8, stages=["check"]), lambda line: None)
-        run(recipe(tmp_path, server.base_url, 8, stages=["structure"]), lambda line: None)
-        said: list[str] = []
-        run(recipe(tmp_path, server.base_url, 8, plan=True), said.append)
+            run(recipe(tmp_path, server.base_url, 8, stages=["check"]))
+        run(recipe(tmp_path, server.base_url, 8, stages=["structure"]))
+        caplog.clear()
+        run(recipe(tmp_path, server.base_url, 8, plan=True))
         assert len(server.bodies) == 16
+    said = [r.getMessage() for r in caplog.records if r.name.startswith("iopo.construct")]
     assert said[0].startswith("expand: 8 rows, 0 requests")
     assert said[2].startswith("check: ") and "requests to send" in said[2]
     assert "respond: not known before 'check' has run" in said
@@ -123,10 +129,10 @@ def test_faults_change_nothing(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     with StubServer(helpers_trace.troubled) as server:
-        run(recipe(tmp_path / "a", server.base_url, 40, attempts=3), lambda line: None)
+        run(recipe(tmp_path / "a", server.base_url, 40, attempts=3))
         statuses = len(server.bodies) - len(server.seen)
     with StubServer(helpers_trace.honest) as server:
-        run(recipe(tmp_path / "b", server.base_url, 40, attempts=3), lambda line: None)
+        run(recipe(tmp_path / "b", server.base_url, 40, attempts=3))
     assert statuses > 5
     found, expected = outputs(tmp_path / "a" / "out"), outputs(tmp_path / "b" / "out")
     assert found == expected
@@ -138,7 +144,7 @@ def test_what_a_small_model_says_is_dropped_with_reasons(tmp_path):
         return Answer("Sure! I can help you with that.")
 
     with StubServer(babble) as server:
-        counts = run(recipe(tmp_path, server.base_url, 5), lambda line: None)
+        counts = run(recipe(tmp_path, server.base_url, 5))
     assert counts["expand"] == {"in": 5, "out": 0, "dropped": {"unreadable reply": 5}}
     dropped = lines(tmp_path / "out" / "expand.dropped.jsonl")
     assert all("no JSON object with 'instruction'" in row["detail"] for row in dropped)
@@ -153,10 +159,10 @@ def test_a_dead_server_stops_the_run_and_keeps_the_replies(tmp_path):
         return helpers_trace.honest(body, before)
 
     with StubServer(dying) as server, pytest.raises(EndpointError, match="OPENAI_API_KEY"):
-        run(recipe(tmp_path, server.base_url, 5), lambda line: None)
+        run(recipe(tmp_path, server.base_url, 5))
     assert len(lines(tmp_path / "out" / "expand.jsonl")) == 5
     with StubServer(helpers_trace.honest) as server:
-        run(recipe(tmp_path, server.base_url, 5), lambda line: None)
+        run(recipe(tmp_path, server.base_url, 5))
         assert not any(
             b["messages"][0]["content"].startswith("Make a simple") for b in server.bodies
         )
@@ -197,7 +203,7 @@ def killed_twice(tmp_path: Path, number: int, first: int, second: int) -> None:
     check_counts(out, number)
     (tmp_path / "whole").mkdir()
     with StubServer(helpers_trace.honest) as server:
-        run(recipe(tmp_path / "whole", server.base_url, number, attempts=3), lambda line: None)
+        run(recipe(tmp_path / "whole", server.base_url, number, attempts=3))
     whole = outputs(tmp_path / "whole" / "out")
     assert result == whole
 
@@ -229,21 +235,21 @@ def test_taxonomy_is_the_papers():
     assert len({d.dimension for d in menu}) == len(menu) == 18
 
 
-@pytest.mark.parametrize("language", trace_prompts.LANGUAGES)
+@pytest.mark.parametrize("language", LANGUAGES)
 def test_prompts_fill_and_hold_no_stray_blank(language):
     blanks = dict.fromkeys(
         ("instruction", "dimensions", "description", "constraints", "input", "answer", "operation"),
         "a {brace} and </instruction>",
     )
-    names = {p.name.split(".")[0] for p in trace_prompts.FOLDER.glob("*.txt")} - {"operations"}
+    names = {p.name.split(".")[0] for p in trace_stages.PROMPTS.glob("*.txt")} - {"operations"}
     assert len(names) == 6
     for name in names:
-        text = trace_prompts.fill(name, language, number=3, **blanks)
+        text = trace_stages.fill(name, language, number=3, **blanks)
         assert "{{" not in text and "{mark}" not in text and "a {brace}" in text
-    for operation in trace_prompts.OPERATIONS:
-        assert trace_prompts.operation(operation, language)
-    assert trace_prompts.language_of("写一首诗") == "zh"
-    assert trace_prompts.language_of("Write 诗.") == "en"
+    for operation in OPERATIONS:
+        assert trace_stages.operation_text(operation, language)
+    assert trace_stages.language_of("写一首诗") == "zh"
+    assert trace_stages.language_of("Write 诗.") == "en"
 
 
 @pytest.mark.parametrize(
@@ -280,7 +286,7 @@ def test_recipe_refuses():
         with pytest.raises(ValueError, match=message):
             TraceRecipe(**changes)
     with pytest.raises(ValueError, match="unknown .*'cook'"):
-        run(TraceRecipe(stages=["cook"]), lambda line: None)
+        run(TraceRecipe(stages=["cook"]))
 
 
 def test_recipe_file_has_known_keys():

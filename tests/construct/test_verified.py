@@ -85,7 +85,7 @@ def test_end_to_end(tmp_path):
         out=str(tmp_path / "a"), responses=str(tmp_path / "responses.jsonl"), samples_per_task=2,
         follow_candidates=40, train_quads=120, heldout_quads=20, heldout_kinds_quads=10,
     )  # fmt: skip
-    said = build_verified(recipe, stub_sampler, lambda line: None)
+    said = build_verified(recipe, stub_sampler)
     files = [tmp_path / "a" / f"{split}.jsonl" for split in ("train", "heldout", "heldout_kinds")]
     found, summary = verify(files)
     assert found == [] and summary.rows > 100
@@ -99,7 +99,7 @@ def test_end_to_end(tmp_path):
         raise AssertionError("all responses are in the cache")
 
     before = [path.read_text() for path in files]
-    assert build_verified(recipe, no_model, lambda line: None) == said
+    assert build_verified(recipe, no_model) == said
     assert [path.read_text() for path in files] == before
     assert len(read_cache(tmp_path / "responses.jsonl")) > 1000
 
@@ -155,6 +155,6 @@ def test_committed_files_are_what_the_command_makes(tmp_path):
         raise AssertionError(f"the cache lacks an answer to {prompts[0]!r}")
 
     recipe = VerifiedRecipe(out=str(tmp_path), responses=str(FOLDER / "responses.jsonl"))
-    build_verified(recipe, no_model, lambda line: None)
+    build_verified(recipe, no_model)
     for split in SPLITS:
         assert (tmp_path / f"{split}.jsonl").read_text() == (FOLDER / f"{split}.jsonl").read_text()

@@ -1,11 +1,11 @@
 """What may be set of the recipe `trace` (conf/recipe/trace.yaml), and what is refused."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 
-from iopo.construct.trace.prompts import LANGUAGES, OPERATIONS
 from iopo.evaluation.config import EndpointSection, JudgeSection
+
+LANGUAGES = ("en", "zh")
+OPERATIONS = ("add", "delete", "revise")
 
 
 @dataclass
@@ -13,7 +13,7 @@ class TraceRecipe:
     """The pipeline of the paper's section 4.1 and appendices B to D."""
 
     name: str = "trace"
-    seeds: str | None = None  # simple instructions: .txt, one a line, or .jsonl (see importers.py)
+    seeds: str | None = None  # simple instructions: .txt, one a line, or rows (see importers.py)
     out: str = "runs/trace"  # folder of all files, the replies among them
     stages: list[str] = field(default_factory=list)  # only these, in pipeline order; empty: all
     plan: bool = False  # estimate the stages whose input exists, then stop; nothing is sent
@@ -23,9 +23,7 @@ class TraceRecipe:
     max_tokens: int = 2048  # of one reply; a reply that is cut off is asked for again
     attempts: int = 2  # times that an unreadable reply is asked for, each with its own seed
     # How x2 is made: chances of each operation. The paper draws all three alike.
-    operations: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(OPERATIONS, 1.0)
-    )  # fmt: skip
+    operations: dict[str, float] = field(default_factory=lambda: dict.fromkeys(OPERATIONS, 1.0))
     # A response is wrong for the other instruction if some constraint there scores at most this.
     mismatch_at_most: float = 5.0
     endpoint: EndpointSection = field(default_factory=EndpointSection)

@@ -5,30 +5,28 @@ line of `counts.json`. Every raw reply is kept in `replies.jsonl` under its cont
 be run alone, killed and run again: nothing is asked twice, and outputs are in the order of inputs.
 """
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import json
+import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from iopo.construct import importers, taxonomy
 from iopo.construct.trace.config import TraceRecipe
-from iopo.construct.trace.prompts import language_of
 from iopo.construct.trace.replies import Rejected, Unreadable
-from iopo.construct.trace.stages import STAGES, Ask, Context, Row, Stage
+from iopo.construct.trace.stages import STAGES, Ask, Context, Row, Stage, language_of
 from iopo.evaluation.config import JudgeSection
 from iopo.evaluation.endpoint import Endpoint, ReplyCache, RequestFailed, run_together
 from iopo.evaluation.judge import cost as plan
 from iopo.evaluation.judge import engine as judge
 from iopo.evaluation.judge.prompts import Question
-from iopo.files import read_records, write_records
+from iopo.files import read_records, write_records, write_text
 
-Say = Callable[[str], None]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +54,7 @@ class Servers:
             await self.judge.close()
 
 
-def run(recipe: TraceRecipe, say: Say = print) -> dict[str, Any]:
+def run(recipe: TraceRecipe) -> dict[str, Any]:
     """Run the stages asked for. Returns counts by stage, as in counts.json.
 
     Raises ValueError on a config, seeds or missing input that cannot be used, and EndpointError
@@ -70,9 +68,9 @@ def run(recipe: TraceRecipe, say: Say = print) -> dict[str, Any]:
     try:
         if recipe.plan:
             for stage in stages:
-                _show_plan(stage, context, cache, say)
+                _show_plan(stage, context, cache)
             return {}
-        return asyncio.run(_run_stages(stages, context, cache, say))
+        return asyncio.run(_run_stages(stages, context, cache))
     finally:
         cache.close()
 
@@ -86,27 +84,29 @@ def chosen(recipe: TraceRecipe) -> list[Stage]:
 
 
 async def _run_stages(
-    stages: Sequence[Stage], context: Context, cache: ReplyCache, say: Say
+    stages: Sequence[Stage], context: Context, cache: ReplyCache
 ) -> dict[str, Any]:
     recipe = context.recipe
     section = recipe.judge_section()
     writer = Endpoint(recipe.endpoint, cache)
     own_judge = recipe.judge.base_url is not None
     servers = Servers(writer, Endpoint(section, cache) if own_judge else writer, section)
-    counts = _read_counts(Path(recipe.out))
+    out = Path(recipe.out)
+    counts_file = out / "counts.json"
+    counts = json.loads(counts_file.read_text(encoding="utf-8")) if counts_file.exists() else {}
     try:
         for stage in stages:
             rows = _input(stage, recipe)
-            say(_estimate(stage, rows, context, cache))
+            log.info(_estimate(stage, rows, context, cache))
             results = await _run_stage(stage, rows, context, servers)
             counts[stage.name] = _write(stage, rows, results, recipe)
-            say(_counts_line(stage.name, counts[stage.name]))
-            _write_counts(Path(recipe.out), counts)
-        _write_training_files(Path(recipe.out))
+            log.info(_counts_line(stage.name, counts[stage.name]))
+            write_text(counts_file, json.dumps(counts, ensure_ascii=False, indent=1) + "\n")
+        _write_training_files(out)
     finally:
         await servers.close()
     sent = writer.usage.requests + (servers.judge.usage.requests if own_judge else 0)
-    say(f"{sent} requests sent, {len(cache)} replies kept in {recipe.out}/replies.jsonl")
+    log.info(f"{sent} requests sent, {len(cache)} replies kept in {recipe.out}/replies.jsonl")
     return counts
 
 
@@ -250,26 +250,15 @@ def _estimate(stage: Stage, rows: Sequence[Row], context: Context, cache: ReplyC
     return line if cost is None else f"{line}, {cost:.2f} USD at the judge's prices"
 
 
-def _show_plan(stage: Stage, context: Context, cache: ReplyCache, say: Say) -> None:
+def _show_plan(stage: Stage, context: Context, cache: ReplyCache) -> None:
     source = None if stage.source is None else Path(context.recipe.out) / f"{stage.source}.jsonl"
     if source is not None and not source.exists():
-        say(f"{stage.name}: not known before '{stage.source}' has run")
+        log.info(f"{stage.name}: not known before '{stage.source}' has run")
     else:
-        say(_estimate(stage, _input(stage, context.recipe), context, cache))
+        log.info(_estimate(stage, _input(stage, context.recipe), context, cache))
 
 
 def _counts_line(name: str, counts: dict[str, Any]) -> str:
     reasons = ", ".join(f"{n} {reason}" for reason, n in counts["dropped"].items())
     again = " (run again to ask once more)" if NO_REPLY in counts["dropped"] else ""
     return f"{name}: {counts['out']} of {counts['in']} passed; dropped: {reasons or 'none'}{again}"
-
-
-def _read_counts(out: Path) -> dict[str, Any]:
-    path = out / "counts.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _write_counts(out: Path, counts: dict[str, Any]) -> None:
-    part = out / "counts.json.part"
-    part.write_text(json.dumps(counts, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    part.replace(out / "counts.json")

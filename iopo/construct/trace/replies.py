@@ -1,14 +1,12 @@
 """Reading the replies of the TRACE pipeline's steps, or saying why they cannot be read."""
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any
 
 from iopo.construct.taxonomy import MOST_CONSTRAINTS, Dimension, named
-from iopo.construct.trace.prompts import NOTHING
 
+NOTHING = "NULL"  # stands for a missing input or for no constraints, as in the paper
 MAX_CHARS = 100_000  # of a reply, counted from its end
 _NUMBER = re.compile(r"^\s*(?:\d{1,2}[.)、．]|[-*•])\s*")
 

@@ -2,28 +2,33 @@
 
 A stage is two pure functions: `asks(row)` and `finish(row, answers)`. Sections and appendices are
 those of arXiv 2411.06208v3. Rows grow from stage to stage; `finish` raises Rejected to drop one.
+
+The prompts are text files in `prompt_texts/`, one a step and language, which a reader may edit.
+`{name}` is a blank; `{{` and `}}` are braces. What fills a blank was written by others: it stands
+between tags with a mark that it cannot know.
 """
 
-from __future__ import annotations
-
-import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+from iopo.constraints.text import han_characters
 from iopo.construct import taxonomy
-from iopo.construct.tasks import Task, instruction
+from iopo.construct.tasks import Task, instruction, quad_row
 from iopo.construct.taxonomy import Dimension
-from iopo.construct.trace import prompts as trace_prompts
-from iopo.construct.trace import replies as trace_replies
+from iopo.construct.trace import replies
 from iopo.construct.trace.config import TraceRecipe
-from iopo.construct.trace.replies import Rejected
+from iopo.construct.trace.replies import NOTHING, Rejected
 from iopo.evaluation.endpoint import Request
 from iopo.evaluation.judge.prompts import Question
+from iopo.files import sha256_text
 
 Row = dict[str, Any]
 FULL_SCORE = 10.0
+PROMPTS = Path(__file__).with_name("prompt_texts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +41,6 @@ class Prompt:
 
 
 Ask = Prompt | Question  # a Question goes to the judge; its answer is a Judgement with scores
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """One step. unique: the row key of which each value may pass once."""
-
-    name: str
-    source: str | None  # the stage whose rows it reads; None: the seeds
-    asks: Callable[[Row, Context], list[Ask]]
-    finish: Callable[[Row, list[Any], Context], Row]
-    unique: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +66,44 @@ class Context:
         return Prompt(request, read, reply_tokens)
 
 
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One step. unique: the row key of which each value may pass once."""
+
+    name: str
+    source: str | None  # the stage whose rows it reads; None: the seeds
+    asks: Callable[[Row, Context], list[Ask]]
+    finish: Callable[[Row, list[Any], Context], Row]
+    unique: str | None = None
+
+
+def language_of(text: str) -> str:
+    """zh if at least a quarter of the characters that are not blank are Chinese, else en."""
+    letters = sum(not c.isspace() for c in text)
+    return "zh" if 4 * han_characters(text) >= max(1, letters) else "en"
+
+
+@lru_cache(maxsize=32)
+def _template(name: str, language: str) -> str:
+    return (PROMPTS / f"{name}.{language}.txt").read_text(encoding="utf-8").strip()
+
+
+def fill(name: str, language: str, **blanks: object) -> str:
+    """The prompt with its blanks filled, and with a mark made from all of them."""
+    mark = sha256_text(repr((name, sorted(blanks.items()))))[:12]
+    return _template(name, language).format(mark=mark, **blanks)
+
+
+def operation_text(name: str, language: str) -> str:
+    """What add, delete or revise means, in a sentence."""
+    lines = dict(line.split(": ", 1) for line in _template("operations", language).splitlines())
+    return lines[name]
+
+
+def menu(dimensions: Sequence[Dimension], language: str) -> str:
+    return "\n".join(dimension.line(language) for dimension in dimensions)
+
+
 def texts(constraints: list[Row]) -> list[str]:
     return [constraint["text"] for constraint in constraints]
 
@@ -84,8 +116,9 @@ def written(row: Row, constraints: list[Row]) -> str:
 def _fields(row: Row, constraints: list[Row]) -> dict[str, str]:
     return {
         "description": row["description"],
-        "constraints": trace_prompts.numbered(texts(constraints)),
-        "input": row["input"] or trace_prompts.NOTHING,
+        "constraints": "\n".join(f"{n}. {t}" for n, t in enumerate(texts(constraints), 1))
+        or NOTHING,
+        "input": row["input"] or NOTHING,
     }
 
 
@@ -96,14 +129,14 @@ def _ask_expand(row: Row, context: Context) -> list[Ask]:
     rng = context.rng("expand", row)
     number = taxonomy.draw_number(rng)
     dimensions = taxonomy.draw_menu(context.dimensions, number, rng)
-    text = trace_prompts.fill(
+    text = fill(
         "expand",
         row["language"],
         instruction=row["instruction"],
         number=number,
-        dimensions=trace_prompts.menu(dimensions, row["language"]),
+        dimensions=menu(dimensions, row["language"]),
     )
-    return [context.prompt(text, trace_replies.instruction, 250)]
+    return [context.prompt(text, replies.instruction, 250)]
 
 
 def _finish_expand(row: Row, answers: list[Any], context: Context) -> Row:
@@ -113,13 +146,13 @@ def _finish_expand(row: Row, answers: list[Any], context: Context) -> Row:
 
 
 def _ask_structure(row: Row, context: Context) -> list[Ask]:
-    text = trace_prompts.fill(
+    text = fill(
         "structure",
         row["language"],
         instruction=row["expanded"],
-        dimensions=trace_prompts.menu(context.dimensions, row["language"]),
+        dimensions=menu(context.dimensions, row["language"]),
     )
-    return [context.prompt(text, lambda r: trace_replies.fields(r, context.dimensions), 350)]
+    return [context.prompt(text, lambda r: replies.fields(r, context.dimensions), 350)]
 
 
 def _finish_structure(row: Row, answers: list[Any], context: Context) -> Row:
@@ -131,8 +164,8 @@ def _ask_check(row: Row, context: Context) -> list[Ask]:
     fields = _fields(row, row["constraints"])
     return [
         context.prompt(
-            trace_prompts.fill(name, row["language"], **fields),
-            lambda reply, key=key: trace_replies.verdict(reply, key),  # type: ignore[misc]
+            fill(name, row["language"], **fields),
+            lambda reply, key=key: replies.verdict(reply, key),  # type: ignore[misc]
             40,
         )
         for name, key in (("complete", "complete"), ("redundant", "redundant"))
@@ -152,7 +185,7 @@ def _finish_check(row: Row, answers: list[Any], context: Context) -> Row:
 
 
 def _ask_response(x: str) -> Callable[[Row, Context], list[Ask]]:
-    return lambda row, context: [context.prompt(row[x], trace_replies.answer, 400)]
+    return lambda row, context: [context.prompt(row[x], replies.answer, 400)]
 
 
 def _finish_response(y: str, other: str | None) -> Callable[[Row, list[Any], Context], Row]:
@@ -196,8 +229,8 @@ def _finish_score(key: str) -> Callable[[Row, list[Any], Context], Row]:
 
 def _ask_worse(row: Row, context: Context) -> list[Ask]:
     fields = _fields(row, row["constraints"])
-    text = trace_prompts.fill("worse", row["language"], **fields, answer=row["y1"])
-    return [context.prompt(text, trace_replies.answer, 400)]
+    text = fill("worse", row["language"], **fields, answer=row["y1"])
+    return [context.prompt(text, replies.answer, 400)]
 
 
 def _finish_worse(row: Row, answers: list[Any], context: Context) -> Row:
@@ -211,18 +244,18 @@ def _finish_worse(row: Row, answers: list[Any], context: Context) -> Row:
 
 def _ask_revise(row: Row, context: Context) -> list[Ask]:
     operation = _operation(row, context)
-    text = trace_prompts.fill(
+    text = fill(
         "revise",
         row["language"],
         **_fields(row, row["constraints"]),
         answer=row["y1"],
-        operation=trace_prompts.operation(operation, row["language"]),
-        dimensions=trace_prompts.menu(context.dimensions, row["language"]),
+        operation=operation_text(operation, row["language"]),
+        dimensions=menu(context.dimensions, row["language"]),
     )
 
     def read(reply: str) -> list[Row]:
-        value = trace_replies.json_object(reply, "constraints")["constraints"]
-        return trace_replies.constraints(value, context.dimensions)
+        value = replies.json_object(reply, "constraints")["constraints"]
+        return replies.constraints(value, context.dimensions)
 
     return [context.prompt(text, read, 250)]
 
@@ -254,13 +287,10 @@ def _finish_cells(row: Row, answers: list[Any], context: Context) -> Row:
             raise Rejected(f"{y} fits {x}")
         if min(scores) > context.recipe.mismatch_at_most:
             raise Rejected(f"{y} nearly fits {x}", f"scores {list(scores)}")
-    quad = {name: row[name] for name in ("x1", "y1", "x2", "y2")}
-    digest = hashlib.sha256("\x1f".join(quad.values()).encode()).hexdigest()[:12]
-    model = context.recipe.endpoint.model
+    task = Task(row["description"], row["input"])
+    recipe = context.recipe
     return {
-        "id": digest,
-        "task": Task(row["description"], row["input"]).line,
-        **quad,
+        **quad_row(task, row["x1"], row["y1"], row["x2"], row["y2"]),
         "c1": [_judged(c) for c in row["constraints"]],
         "c2": [_judged(c) for c in row["constraints2"]],
         "source": "trace",
@@ -268,7 +298,7 @@ def _finish_cells(row: Row, answers: list[Any], context: Context) -> Row:
         "scores": [row["scores1"], list(mismatched[0]), row["scores2"], list(mismatched[1])],
         "operation": row["operation"],
         "seed_id": row["id"],
-        "gen": {"model": model, "judge": context.recipe.judge_section().model},
+        "gen": {"model": recipe.endpoint.model, "judge": recipe.judge_section().model},
     }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from iopo.constraints import Constraint, follows, follows_loosely, from_ifeval
-from iopo.constraints.detectors import missing_packages
+from iopo.constraints.text import missing_packages
 from iopo.evaluation.items import (
     Item,
     Measures,
