@@ -71,7 +71,7 @@ def resolve_checkpointing(
         answer = [choice.checkpointing]
     if ranks.world_size > 1:
         dist.broadcast_object_list(answer, device=ranks.device)
-    kind = Checkpointing(answer[0])
+    kind = Checkpointing(str(answer[0]))
     return replace(cfg, parallel=replace(cfg.parallel, checkpointing=kind))
 
 

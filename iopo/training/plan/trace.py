@@ -164,7 +164,7 @@ def head_workspace(op: Any, args: tuple[Any, ...], device_type: str) -> int:
         return min(rows * hidden_RD.element_size(), CHUNK_BYTES_PER_WORD) * words
     wide = max(4, hidden_RD.element_size())
     copies = 2 if wide > hidden_RD.element_size() else 1  # of [R, D]
-    tiles = tiled.WORDS * (tiled.ROWS + 2 * width)
+    tiles = tiled.VOCAB * (tiled.ROWS + 2 * width)
     need_weight = op is OPS.linear_logprob_backward and args[9]
     return wide * (rows * width * (copies + int(need_weight)) + tiles)
 
