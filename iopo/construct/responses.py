@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from iopo.files import Journal, read_records
 
@@ -85,7 +86,7 @@ class ModelSampler:
         self, model_path: str | None, max_new_tokens: int, temperature: float, top_p: float
     ):
         self.model_path = model_path
-        self.options = {
+        self.options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
         }  # fmt: skip
         self._sampler: Sampler | None = None
