@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from iopo.constraints import Commas, Constraint, follows, from_dict
+from iopo.constraints import Constraint, follows, from_dict
 from iopo.constraints import text as cut
+from iopo.constraints.marks import Commas
 from iopo.construct.proposals import CLOSINGS, OPENINGS
 from iopo.construct.quadruples import four_cells
 from iopo.construct.tasks import INPUT_MARK, Task
