@@ -8,7 +8,7 @@ attention and the log-prob head cannot do is refused here, by name.
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -125,7 +125,9 @@ def tiny_causal_lm(
     made = AutoConfig.for_model(config["model_type"], **rest)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _from_config(made, torch.float32, attention, where="model.tiny").to(dtype)
+        model = _from_config(made, torch.float32, attention, where="model.tiny")
+    nn.Module.to(model, dtype)
+    return model
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -223,10 +225,14 @@ def refuse_unsupported(config: PretrainedConfig, *, where: str) -> None:
     if not reasons:
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             reasons.append("transformers has no causal LM for it")
-        elif not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_attention_backend:
+        elif not _architecture(config)._supports_attention_backend:
             reasons.append("its attention cannot be replaced through AttentionInterface")
     if reasons:
         raise ValueError(f"{where}: model type '{kind}' is not supported: {'; '.join(reasons)}")
+
+
+def _architecture(config: PretrainedConfig) -> type[PreTrainedModel]:
+    return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
 
 
 def _check(config: PretrainedConfig, attention: str, *, where: str) -> None:
