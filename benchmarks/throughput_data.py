@@ -12,7 +12,7 @@ from iopo.data.example import Example
 from iopo.data.rows import read_rows
 from iopo.data.tokenize import Chat, tokenize_rows
 
-TRAIN = Path(__file__).parent.parent / "data" / "demo" / "train.jsonl"
+TRAIN = Path(__file__).parent.parent / "data" / "verified" / "train.jsonl"
 # name -> (prompt tokens, response tokens, quads in a step); None: as in the demo data
 SHAPES: dict[str, tuple[int, int, int] | tuple[None, None, int]] = {
     "demo": (None, None, 6),

@@ -170,7 +170,7 @@ def test_files_that_are_not_rows(write, tmp_path):
     assert "expected .jsonl or .json" in error_of(write(QUAD, name="rows.csv"))
     text = error_of(tmp_path / "none.jsonl")
     assert text == missing_data_message(tmp_path / "none.jsonl")
-    assert "never released" in text and "construct" in text and "data/demo" in text
+    assert "never released" in text and "construct" in text and "data/verified" in text
 
 
 def test_the_released_format_is_read_as_it_is():

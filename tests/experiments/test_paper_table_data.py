@@ -11,14 +11,15 @@ from iopo.construct.quadruples import four_cells
 from iopo.construct.tasks import INPUT_MARK
 from iopo.experiments.paper_table import data as comparison
 
-DEMO = Path(__file__).resolve().parents[2] / "data/demo"
+DATA = Path(__file__).resolve().parents[2] / "data/verified"
+HELDOUT = [DATA / "heldout.jsonl", DATA / "heldout_kinds.jsonl"]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> dict[str, list[dict]]:
     out = tmp_path_factory.mktemp("data")
     sizes = {"quads": 96, "validation": 20, "test": 40}
-    comparison.make(DEMO / "train.jsonl", [DEMO / "heldout.jsonl"], out, **sizes)
+    comparison.make(DATA / "train.jsonl", HELDOUT, out, **sizes)
     return {
         path.stem: [json.loads(line) for line in path.read_text().splitlines()]
         for path in out.glob("*.jsonl")
@@ -103,7 +104,7 @@ def test_the_same_rows_give_the_same_files_and_strict_quads_stay_strict(made):
 
 
 def test_too_few_rows_and_shared_tasks_are_refused(tmp_path, capsys):
-    train, heldout = DEMO / "train.jsonl", DEMO / "heldout.jsonl"
+    train, heldout = DATA / "train.jsonl", HELDOUT[0]
     sizes = {"quads": 96, "validation": 20, "test": 40}
     with pytest.raises(ValueError, match="quads for train, expected 9000"):
         comparison.make(train, [heldout], tmp_path, **(sizes | {"quads": 9000}))

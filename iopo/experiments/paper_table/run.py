@@ -277,13 +277,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    data = REPOSITORY / "data" / "demo"
+    data = REPOSITORY / "data" / "verified"
+    heldout = [data / "heldout.jsonl", data / "heldout_kinds.jsonl"]
     add = parser.add_argument
     add("--run", type=Path, default=Path("runs/paper_table"), help="folder of everything")
     add("--sweeps", nargs="+", default=["paper_table"], help="paper_table, then ablation_*")
     add("--model", default="demo", help="where SFT starts: a model folder or 'demo'")
     add("--train", type=Path, default=data / "train.jsonl", help="verified quads")
-    add("--heldout", type=Path, nargs="+", default=[data / "heldout.jsonl"], help="of other tasks")
+    add("--heldout", type=Path, nargs="+", default=heldout, help="of other tasks")
     add("--ifeval", type=Path, help="input_data.jsonl; default: $IOPO_DATA_DIR/ifeval/")
     add("--without-ifeval", action="store_true", help="leave IFEval out of the table")
     add("--methods", nargs="+", choices=STRENGTH, default=list(STRENGTH))
