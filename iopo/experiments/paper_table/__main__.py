@@ -1,12 +1,11 @@
-"""The paper's comparison in small: `python -m iopo.experiments.paper_table.run [key=value ...]`.
+"""The paper's comparison in small: `python -m iopo.experiments.paper_table [key=value ...]`.
 
 From one SFT checkpoint, on the same quads and as many members seen: a grid of learning rate and
 beta for every method, judged on a validation split; then the jobs of +sweep=paper_table, measured
-on held-out quads and, at seed 1, on IFEval; then the table (comparison_table.py). Each job is
-train.py or evaluate.py in a process of its own, in a folder under --run. What is done is not done
-again: stop it at any time (SIGTERM saves the running jobs) and start it again to go on. key=value
-goes to every train.py. Exit codes: 0 done, 1 some jobs failed (jobs.jsonl names them), 2 refused,
-75 stopped.
+on held-out quads and, at seed 1, on IFEval; then the tables (table.py). Each job is train.py or
+evaluate.py in a process of its own, in a folder under --run. Finished jobs are not run again: stop
+at any time (SIGTERM saves the running jobs) and start again to go on. key=value goes to every
+train.py. Exit codes: 0 done, 1 some jobs failed (jobs.jsonl names them), 2 refused, 75 stopped.
 """
 
 import argparse
@@ -54,20 +53,11 @@ class Comparison:
         self.sft = self.run / "sft"
 
     def make_data(self) -> bool:
-        """data/: training, validation and test quads, and the baselines' rows.
-
-        Raises ValueError if it holds other numbers of them than are asked for now.
-        """
-        a, counts = self.args, self.run / "data" / "counts.json"
-        sizes = {"quads": a.quads, "validation": a.validation, "test": a.test}
+        """data/: training, validation and test quads, and the baselines' rows."""
+        a, data = self.args, self.run / "data"
         command = ["-m", "iopo.experiments.paper_table.data", str(a.train), *map(str, a.heldout)]
-        command += [f"--{name}={size}" for name, size in sizes.items()]
-        done = self.runner.job(Job("data", [*command, f"--out={counts.parent}"], counts))
-        if done:
-            made = json.loads(counts.read_text())
-            if [made["train"], made["validation"], made["test"]] != list(sizes.values()):
-                raise ValueError(f"{counts}: other sizes than {sizes}; choose another --run")
-        return done
+        command += [f"--{name}={getattr(a, name)}" for name in ("quads", "validation", "test")]
+        return self.runner.job(Job("data", [*command, f"--out={data}"], data / "counts.json"))
 
     def train(self, folder: Path, *overrides: str) -> bool:
         """One train.py run."""
@@ -84,39 +74,37 @@ class Comparison:
         return self.train(self.sft, *SFT, f"model.path={self.args.model}", rows)
 
     def from_sft(self, folder: Path, method: str, sweep: str, *overrides: str) -> bool:
-        """One run of a sweep, from the SFT checkpoint."""
+        """One run of a sweep, from the SFT checkpoint, on the rows that the method's file names."""
+        data = load_yaml("method", method).get("data") or {}
+        rows = Path(data.get("train", "train.jsonl")).name
         return self.train(
             folder, f"+sweep={sweep}", "hydra.mode=RUN", f"+method={method}",
-            f"model.path={exported(self.sft)}", self.rows_of(method), *overrides,
+            f"model.path={exported(self.sft)}", f"data.train={self.run}/data/{rows}", *overrides,
         )  # fmt: skip
 
-    def rows_of(self, method: str) -> str:
-        """data.train as the method's file has it, in this run's folder."""
-        text = (REPOSITORY / "conf/method" / f"{method}.yaml").read_text(encoding="utf-8")
-        train = (yaml.safe_load(text).get("data") or {}).get("train", "train.jsonl")
-        return f"data.train={self.run}/data/{Path(train).name}"
+    def evaluate(self, benchmark: str, model: str | Path, out: Path, *options: str) -> bool:
+        """One evaluate.py run."""
+        command = [
+            "evaluate.py", f"+benchmark={benchmark}", f"model.path={model}", f"out={out}",
+            "generate.batch_size=96", *options,
+        ]  # fmt: skip
+        return self.runner.job(Job(str(out.relative_to(self.run)), command, out / "scores.json"))
 
     def quads(self, model: str | Path, out: Path, rows: str, *more: str) -> bool:
         """Answers to, and log-probs of, data/{rows}.jsonl."""
-        command = [
-            "evaluate.py", "+benchmark=quads", f"model.path={model}", f"out={out}",
-            f"data.path={self.run}/data/{rows}.jsonl", "benchmark.controls=false",
-            f"generate.max_new_tokens={QUADS_TOKENS}", "generate.batch_size=96", *more,
-        ]  # fmt: skip
-        return self.runner.job(Job(str(out.relative_to(self.run)), command, out / "scores.json"))
+        return self.evaluate(
+            "quads", model, out, f"data.path={self.run}/data/{rows}.jsonl",
+            "benchmark.controls=false", f"generate.max_new_tokens={QUADS_TOKENS}", *more,
+        )  # fmt: skip
 
     def measure(self, model: str | Path, folder: Path) -> None:
         """Everything that the table needs of one model."""
         self.quads(model, folder / "quads", "test")
-        if self.args.ifeval is None or folder.name not in IFEVAL_ON:
-            return
-        out = folder / "ifeval"
-        command = [
-            "evaluate.py", "+benchmark=ifeval", f"model.path={model}", f"out={out}",
-            f"data.path={self.args.ifeval}", f"generate.max_new_tokens={IFEVAL_TOKENS}",
-            "generate.batch_size=96",
-        ]  # fmt: skip
-        self.runner.job(Job(str(out.relative_to(self.run)), command, out / "scores.json"))
+        if self.args.ifeval is not None and folder.name in IFEVAL_ON:
+            self.evaluate(
+                "ifeval", model, folder / "ifeval", f"data.path={self.args.ifeval}",
+                f"generate.max_new_tokens={IFEVAL_TOKENS}",
+            )  # fmt: skip
 
     def grid_points(self) -> Iterator[tuple[str, Path, list[str]]]:
         """(method, folder, overrides) of every point, the lower learning rate first."""
@@ -131,9 +119,8 @@ class Comparison:
         """Train one point for the grid's few steps and score it on the validation quads."""
         if (folder / "validation" / "scores.json").exists():
             return
-        steps = f"optim.max_steps={self.args.grid_steps}"
-        grid = [*overrides, "seed=0"]
-        if self.from_sft(folder, method, "paper_table", *grid, steps) and self.quads(
+        grid = [*overrides, "seed=0", f"optim.max_steps={self.args.grid_steps}"]
+        if self.from_sft(folder, method, "paper_table", *grid) and self.quads(
             exported(folder), folder / "validation", "validation", "benchmark.scored=0"
         ):
             shutil.rmtree(exported(folder))  # half a gigabyte each, not needed again
@@ -157,14 +144,13 @@ class Comparison:
         }
         path = self.run / "choice.json"
         old = json.loads(path.read_text()) if path.exists() else {"chosen": {}, "tried": {}}
-        before, tried_before = old["chosen"], old["tried"]
-        changed = [m for m, rates in chosen.items() if before.get(m, rates) != rates]
+        changed = [m for m, rates in chosen.items() if old["chosen"].get(m, rates) != rates]
         if changed:
             raise ValueError(
                 f"{path}: other rates are best now for {', '.join(changed)}, and runs with the old "
                 "ones may exist; choose another --run"
             )
-        content = {"chosen": before | chosen, "tried": tried_before | tried}
+        content = {"chosen": old["chosen"] | chosen, "tried": old["tried"] | tried}
         path.write_text(json.dumps(content, indent=1) + "\n")
         return chosen
 
@@ -194,17 +180,16 @@ class Comparison:
             self.measure(exported(folder), folder)
 
 
+def load_yaml(group: str, name: str) -> dict[str, Any]:
+    """conf/GROUP/NAME.yaml as it stands, not composed."""
+    return yaml.safe_load((REPOSITORY / "conf" / group / f"{name}.yaml").read_text("utf-8"))
+
+
 def jobs_of(sweep: str) -> list[dict[str, str]]:
     """Key and value of every override, job by job, as Hydra's sweeper would make them."""
-    command = [sys.executable, "train.py", f"+sweep={sweep}", "--cfg", "hydra", "-p",
-               "hydra.sweeper.params"]  # fmt: skip
-    shown = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
-    if shown.returncode != 0:
-        raise ValueError(f"+sweep={sweep} does not compose: {shown.stderr.strip()}")
-    params = {k: str(v).split(",") for k, v in yaml.safe_load(shown.stdout).items()}
-    return [
-        dict(zip(params, values, strict=True)) for values in itertools.product(*params.values())
-    ]
+    params = load_yaml("sweep", sweep)["hydra"]["sweeper"]["params"]
+    columns = [str(values).split(",") for values in params.values()]
+    return [dict(zip(params, values, strict=True)) for values in itertools.product(*columns)]
 
 
 def exported(folder: Path) -> Path:
@@ -237,29 +222,26 @@ def keep_arguments(args: argparse.Namespace) -> None:
     IFEval may be added to a run that began without it.
     """
     free = ("run", "sweeps", "methods", "jobs", "without_ifeval", "ifeval")
-    now = {
-        k: json.loads(json.dumps(v, default=str)) for k, v in vars(args).items() if k not in free
-    }
+    text = json.dumps({k: v for k, v in vars(args).items() if k not in free}, default=str, indent=1)
     path = args.run / "arguments.json"
+    now = json.loads(text)
     before = json.loads(path.read_text()) if path.exists() else now
     changed = [key for key in now if before.get(key) != now[key]]
     if changed:
         raise ValueError(
             f"{path}: this run began with other {', '.join(changed)}; give those, or another --run"
         )
-    path.write_text(json.dumps(now, indent=1) + "\n")
+    path.write_text(text + "\n")
 
 
 def compare(comparison: Comparison) -> None:
     """All stages. Raises ValueError where it makes no sense to go on."""
     runner, run, args = comparison.runner, comparison.run, comparison.args
     keep_arguments(args)
-    train_model: list[bool] = []
-    runner.all([lambda: train_model.append(comparison.make_data() and comparison.train_sft())])
-    if not all(train_model):
+    runner.all([lambda: comparison.make_data() and comparison.train_sft()])
+    if runner.failed:
         raise ValueError(f"no data or no SFT checkpoint; {run}/logs says why")
-    points = list(comparison.grid_points())
-    runner.all([lambda p=p: comparison.try_point(*p) for p in points])  # type: ignore[misc]
+    runner.all([partial(comparison.try_point, *point) for point in comparison.grid_points()])
     chosen = comparison.choose()
     runner.all([
         lambda: comparison.measure(args.model, run / "base"),
@@ -281,7 +263,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     heldout = [data / "heldout.jsonl", data / "heldout_kinds.jsonl"]
     add = parser.add_argument
     add("--run", type=Path, default=Path("runs/paper_table"), help="folder of everything")
-    add("--sweeps", nargs="+", default=["paper_table"], help="paper_table, then ablation_*")
+    sweeps = sorted(path.stem for path in (REPOSITORY / "conf/sweep").glob("ablation_*.yaml"))
+    add("--sweeps", nargs="+", choices=["paper_table", *sweeps], default=["paper_table"])
     add("--model", default="demo", help="where SFT starts: a model folder or 'demo'")
     add("--train", type=Path, default=data / "train.jsonl", help="verified quads")
     add("--heldout", type=Path, nargs="+", default=heldout, help="of other tasks")
