@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from iopo.experiments.paper_table import data
 from iopo.experiments.paper_table.jobs import REPOSITORY, Job, Runner, print_now
 
 # Chosen before any result, as all sizes here and in conf/sweep/paper_table.yaml. The second number
@@ -34,13 +35,8 @@ STRENGTH = {
     "iopo": BETA, "simpo": ("objective.beta", ("2", "8")),
     "orpo": ("objective.odds_weight", ("0.1", "1.0")), "sft": None,
 }  # fmt: skip
-SFT = (
-    "objective=sft",
-    "optim.lr=1e-4",
-    "optim.global_batch_quads=8",
-    "evaluation.quads=8",
-    "evaluation.samples=0",
-)
+SFT = ("objective=sft", "optim.lr=1e-4", "optim.global_batch_quads=8", "evaluation.quads=8",
+       "evaluation.samples=0")  # fmt: skip
 QUADS_TOKENS, IFEVAL_TOKENS = 128, 256  # longest answers
 IFEVAL_ON = ("base", "sft", "seed1")  # folders: one model a method, it takes a quarter of an hour
 
@@ -51,13 +47,6 @@ class Comparison:
     def __init__(self, args: argparse.Namespace, runner: Runner):
         self.args, self.runner, self.run = args, runner, runner.run_dir
         self.sft = self.run / "sft"
-
-    def make_data(self) -> bool:
-        """data/: training, validation and test quads, and the baselines' rows."""
-        a, data = self.args, self.run / "data"
-        command = ["-m", "iopo.experiments.paper_table.data", str(a.train), *map(str, a.heldout)]
-        command += [f"--{name}={getattr(a, name)}" for name in ("quads", "validation", "test")]
-        return self.runner.job(Job("data", [*command, f"--out={data}"], data / "counts.json"))
 
     def train(self, folder: Path, *overrides: str) -> bool:
         """One train.py run."""
@@ -75,8 +64,8 @@ class Comparison:
 
     def from_sft(self, folder: Path, method: str, sweep: str, *overrides: str) -> bool:
         """One run of a sweep, from the SFT checkpoint, on the rows that the method's file names."""
-        data = load_yaml("method", method).get("data") or {}
-        rows = Path(data.get("train", "train.jsonl")).name
+        own = load_yaml("method", method).get("data") or {}
+        rows = Path(own.get("train", "train.jsonl")).name
         return self.train(
             folder, f"+sweep={sweep}", "hydra.mode=RUN", f"+method={method}",
             f"model.path={exported(self.sft)}", f"data.train={self.run}/data/{rows}", *overrides,
@@ -112,13 +101,13 @@ class Comparison:
             key, values = STRENGTH[method] or ("", ("",))
             for rate, value in itertools.product(LEARNING_RATES, values):
                 overrides = [f"optim.lr={rate}"] + ([f"{key}={value}"] if key else [])
-                name = "-".join([f"lr{rate}", value]) if key else f"lr{rate}"
+                name = f"lr{rate}-{value}" if key else f"lr{rate}"
                 yield method, self.run / "grid" / method / name, overrides
 
     def try_point(self, method: str, folder: Path, overrides: list[str]) -> None:
         """Train one point for the grid's few steps and score it on the validation quads."""
         if (folder / "validation" / "scores.json").exists():
-            return
+            return  # its export is gone
         grid = [*overrides, "seed=0", f"optim.max_steps={self.args.grid_steps}"]
         if self.from_sft(folder, method, "paper_table", *grid) and self.quads(
             exported(folder), folder / "validation", "validation", "benchmark.scored=0"
@@ -175,7 +164,6 @@ class Comparison:
         self.runner.all(tasks)
 
     def train_and_measure(self, folder: Path, method: str, sweep: str, *overrides: str) -> None:
-        """One job of a sweep and its measures."""
         if self.from_sft(folder, method, sweep, *overrides):
             self.measure(exported(folder), folder)
 
@@ -221,7 +209,7 @@ def keep_arguments(args: argparse.Namespace) -> None:
 
     IFEval may be added to a run that began without it.
     """
-    free = ("run", "sweeps", "methods", "jobs", "without_ifeval", "ifeval")
+    free = ("run", "sweeps", "methods", "jobs", "data_only", "without_ifeval", "ifeval")
     text = json.dumps({k: v for k, v in vars(args).items() if k not in free}, default=str, indent=1)
     path = args.run / "arguments.json"
     now = json.loads(text)
@@ -238,9 +226,14 @@ def compare(comparison: Comparison) -> None:
     """All stages. Raises ValueError where it makes no sense to go on."""
     runner, run, args = comparison.runner, comparison.run, comparison.args
     keep_arguments(args)
-    runner.all([lambda: comparison.make_data() and comparison.train_sft()])
+    if not (run / "data/counts.json").exists():
+        sizes = {"quads": args.quads, "validation": args.validation, "test": args.test}
+        data.make(args.train, args.heldout, run / "data", **sizes)
+    if args.data_only:
+        return
+    runner.all([comparison.train_sft])
     if runner.failed:
-        raise ValueError(f"no data or no SFT checkpoint; {run}/logs says why")
+        raise ValueError(f"no SFT checkpoint; {run}/logs says why")
     runner.all([partial(comparison.try_point, *point) for point in comparison.grid_points()])
     chosen = comparison.choose()
     runner.all([
@@ -259,37 +252,38 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    data = REPOSITORY / "data" / "verified"
-    heldout = [data / "heldout.jsonl", data / "heldout_kinds.jsonl"]
-    add = parser.add_argument
-    add("--run", type=Path, default=Path("runs/paper_table"), help="folder of everything")
+    folder = REPOSITORY / "data" / "verified"
+    heldout = [folder / "heldout.jsonl", folder / "heldout_kinds.jsonl"]
     sweeps = sorted(path.stem for path in (REPOSITORY / "conf/sweep").glob("ablation_*.yaml"))
+    ifeval = str(Path(os.environ.get("IOPO_DATA_DIR", ""), "ifeval", "input_data.jsonl"))
+    add = parser.add_argument
+    add("--run", type=absolute, default="runs/paper_table", help="folder of everything")
     add("--sweeps", nargs="+", choices=["paper_table", *sweeps], default=["paper_table"])
     add("--model", default="demo", help="where SFT starts: a model folder or 'demo'")
-    add("--train", type=Path, default=data / "train.jsonl", help="verified quads")
-    add("--heldout", type=Path, nargs="+", default=heldout, help="of other tasks")
-    add("--ifeval", type=Path, help="input_data.jsonl; default: $IOPO_DATA_DIR/ifeval/")
+    add("--train", type=absolute, default=folder / "train.jsonl", help="verified quads")
+    add("--heldout", type=absolute, nargs="+", default=heldout, help="of other tasks")
+    add("--ifeval", type=absolute, default=ifeval, help="default: $IOPO_DATA_DIR/ifeval/...")
     add("--without-ifeval", action="store_true", help="leave IFEval out of the table")
     add("--methods", nargs="+", choices=STRENGTH, default=list(STRENGTH))
     add("--quads", type=int, default=96, help="training quads, each seen once by IOPO")
     add("--validation", type=int, default=32, help="quads that rates are chosen on")
     add("--test", type=int, default=96, help="held-out quads that models are measured on")
     add("--grid-steps", type=int, default=8, help="optimizer steps of a point of the grid")
+    add("--data-only", action="store_true", help="write the rows of all methods and stop")
     add("--jobs", type=int, default=1, help="jobs at once; they share the cores")
     add("overrides", nargs="*", help="key=value for every train.py")
     args = parser.parse_intermixed_args(arguments)
-    if args.ifeval is None and "IOPO_DATA_DIR" in os.environ:
-        args.ifeval = Path(os.environ["IOPO_DATA_DIR"]) / "ifeval" / "input_data.jsonl"
-    if args.without_ifeval:
+    if args.without_ifeval or args.data_only:
         args.ifeval = None
-    elif args.ifeval is None or not args.ifeval.is_file():
-        parser.error(f"IFEval: found {args.ifeval}; give --ifeval FILE, or --without-ifeval")
-    args.run, args.train = args.run.absolute(), args.train.absolute()
-    args.heldout = [path.absolute() for path in args.heldout]
-    args.ifeval = args.ifeval and args.ifeval.absolute()
+    elif not args.ifeval.is_file():
+        parser.error(f"IFEval: no file {args.ifeval}; give --ifeval FILE, or --without-ifeval")
     if Path(args.model).is_dir():
-        args.model = str(Path(args.model).absolute())
+        args.model = str(absolute(args.model))
     return args
+
+
+def absolute(path: str) -> Path:
+    return Path(path).absolute()  # jobs run in the repository's folder
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from iopo.files import read_records
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 STOPPED = 75  # as train.py: saved, start again to go on
+print_now = partial(print, flush=True)  # the reader may be a log file
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,9 @@ class Runner:
         """End the running jobs, which save, and start no others. A signal handler."""
         self.stopping = True
         for pid in list(self.live.values()):
-            self._end(pid)
-
-    def _end(self, pid: int) -> None:
-        # not Popen.terminate, which may reap the process before wait4 asks what it used
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
+            # not Popen.terminate, which may reap the process before wait4 asks what it used
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
     def all(self, tasks: Sequence[Callable[[], object]]) -> None:
         """Call all tasks, at_once at a time; leaves the program if it was told to stop."""
@@ -87,7 +86,7 @@ class Runner:
             )  # fmt: skip
             self.live[job.name] = process.pid
             if self.stopping:  # told so while it started
-                self._end(process.pid)
+                self.stop()
             _, status, usage = os.wait4(process.pid, 0)  # which also says what it used
             process.returncode = os.waitstatus_to_exitcode(status)
             del self.live[job.name]
@@ -113,8 +112,3 @@ def costs(run: Path) -> dict[str, dict[str, float]]:
         cost["seconds"] += row["seconds"]
         cost["peak_rss_gb"] = max(cost["peak_rss_gb"], row["peak_rss_gb"])
     return found
-
-
-def print_now(line: str) -> None:
-    """Print, past any buffer: the reader may be a log file."""
-    print(line, flush=True)

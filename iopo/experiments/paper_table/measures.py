@@ -4,7 +4,6 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from iopo.evaluation import scoring
 from iopo.evaluation.items import Measures
@@ -47,7 +46,7 @@ def measures(folder: Path, sft: Path) -> Measures:
         out["empty"][quad] = (sum(not a.text.strip() for a in two), len(two))
         out["repetitive"][quad] = (sum(repeats(a.text) for a in two), len(two))
         out["cut_off"][quad] = (sum(a.finish_reason == "length" for a in two), len(two))
-    _add_logps(out, _logps(folder), _logps(sft))
+    _add_logps(out, folder, sft)
     scores = json.loads((folder / "quads/scores.json").read_text(encoding="utf-8"))
     for block, nats in enumerate(scores["plain_text"]["nats_per_token"]):
         out["plain_text"][f"{scores['plain_text']['sha256'][:8]} {block}"] = (nats, 1.0)
@@ -58,23 +57,18 @@ def measures(folder: Path, sft: Path) -> Measures:
 
 
 def _answers(folder: Path) -> list[Answer]:
-    return [_answer(row) for row in read_records(folder / "quads/verdicts.jsonl")]
+    return [Answer(**row) for row in read_records(folder / "quads/verdicts.jsonl")]
 
 
-def _answer(row: dict[str, Any]) -> Answer:
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
-    return Answer(**fields)
-
-
-def _logps(folder: Path) -> dict[str, list[float]]:
-    return {row["id"]: row["logps"] for row in read_records(folder / "quads/logps.jsonl")}
-
-
-def _add_logps(out: Measures, policy: dict[str, list[float]], sft: dict[str, list[float]]) -> None:
+def _add_logps(out: Measures, folder: Path, reference: Path) -> None:
     """Preferences, and log-ratios to SFT in nats per response, of matched and mismatched members.
 
     Raises ValueError if the two models were not scored on the same quads.
     """
+    policy, sft = (
+        {row["id"]: row["logps"] for row in read_records(of / "quads/logps.jsonl")}
+        for of in (folder, reference)
+    )
     if policy.keys() != sft.keys():
         raise ValueError("a run and the SFT checkpoint were scored on different quads")
     for quad, (l11, l12, l22, l21) in policy.items():

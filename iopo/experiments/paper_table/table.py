@@ -8,7 +8,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -55,7 +54,8 @@ NAMES = {
 DRAWN = ("following", "following/seen", "following/unseen_params", "following/unseen_kinds",
          "prompt_strict", "group_accuracy", "x_preference", "y_preference",
          "logratio_matched", "words", "repetitive", "plain_text")  # fmt: skip
-BLUE, RED, GREY = "#2b5c8a", "#9c3d54", "#7f8c8d"
+COLOURS = {"gain": "#2b5c8a", "loss": "#9c3d54"}
+GREY = "#7f8c8d"  # neither, or the interval holds zero
 Table = tuple[str, list[str], list[list[str]]]  # title, head, rows
 Estimates = Mapping[str, Mapping[str, Estimate]]  # method -> metric -> estimate
 
@@ -88,15 +88,14 @@ def write(run: Path, sweep: str) -> list[str]:
     tables = [_values(title, metrics, found, values) for title, metrics in SECTIONS.items()]
     tables = [table for table in (*tables, _costs(run, runs), *against) if table[2]]
     head = _head(run, runs)
-    files = [f"{sweep}_values.png", f"{sweep}_differences.png"]
-    _draw({"": values}, run / files[0])
-    _draw(differences, run / files[1])
+    picture = f"{sweep}_differences.png"
+    _draw(differences, run / picture)
     text = [f"# The paper's comparison in small: {sweep}", "", *(f"- {line}" for line in head)]
-    text += [*map(_markdown, tables), "", *(f"![{name}]({name})" for name in files)]
+    text += [*map(_markdown, tables), f"\n![differences]({picture})"]
     (run / f"{sweep}.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     content = {"values": values, "differences": differences, "provenance": head}
     (run / f"{sweep}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return [*map(_markdown, against), f"written: {run}/{sweep}.md, .json, {', '.join(files)}"]
+    return [*map(_markdown, against), f"written: {run}/{sweep}.md, {sweep}.json, {picture}"]
 
 
 def _scores(runs: Runs, sft: Path) -> dict[str, dict[str, Scores]]:
@@ -174,13 +173,14 @@ def _name(name: str) -> str:
     return NAMES.get(name, name)
 
 
+def _interval(found: Estimate) -> tuple[float, float, float]:
+    return found["value"], found["low"], found["high"]
+
+
 def _number(found: Estimate, metric: str, sign: str = "") -> str:
-    _, factor, _ = METRICS[metric]
+    factor = METRICS[metric][1]
     digits = 1 if factor == 100 else 2
-    value, low, high = (
-        f"{factor * number:{sign}.{digits}f}"
-        for number in (found["value"], found["low"], found["high"])
-    )
+    value, low, high = (f"{factor * number:{sign}.{digits}f}" for number in _interval(found))
     return f"{value} [{low}, {high}]"
 
 
@@ -195,28 +195,24 @@ def _markdown(table: Table) -> str:
 
 
 def _draw(against: Mapping[str, Estimates], path: Path) -> None:
-    """One panel a metric, one line a method: value and 95% interval.
-
-    against: baseline -> differences against it, grey where their interval holds zero; under the
-    name "" the values themselves.
-    """
+    """One panel for each baseline and metric, one line a method: difference and 95% interval."""
     panels = [
         (base, metric, rows) for base, rows in against.items()
         for metric in DRAWN if any(metric in of for of in rows.values())
     ]  # fmt: skip
-    height, lines = -(-len(panels) // 4), max(map(len, against.values()), default=1)
+    height, lines = -(-len(panels) // 4), max(map(len, against.values()))
     figure = Figure(figsize=(15, height * (1.1 + 0.22 * lines)), layout="constrained")
     grid = list(figure.subplots(height, 4, squeeze=False).flat)
     for axes, (base, metric, rows) in zip(grid, panels, strict=False):
+        label, factor, better = METRICS[metric]
         for place, of in enumerate(rows.values()):
             if metric in of:
-                said = paired.word(of[metric], METRICS[metric][2]) if base else "gain"
-                colour = {"gain": BLUE, "loss": RED}.get(said, GREY)
-                _draw_interval(axes, place, of[metric], METRICS[metric][1], colour)
-        if base:
-            axes.axvline(0, color="0.6", linewidth=0.8)
-        title = METRICS[metric][0] + (f"\nminus {base}" if base else "")
-        axes.set_title(title, fontsize=9)
+                colour = COLOURS.get(paired.word(of[metric], better), GREY)
+                value, low, high = (factor * number for number in _interval(of[metric]))
+                axes.plot([low, high], [place, place], color=colour)
+                axes.plot(value, place, "o", color=colour, markersize=4)
+        axes.axvline(0, color="0.6", linewidth=0.8)
+        axes.set_title(f"{label}\nminus {base}", fontsize=9)
         axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.tick_params(axis="x", labelsize=8)
@@ -226,24 +222,18 @@ def _draw(against: Mapping[str, Estimates], path: Path) -> None:
     figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
-def _draw_interval(axes: Any, place: int, found: Estimate, factor: float, colour: str) -> None:
-    axes.plot([factor * found["low"], factor * found["high"]], [place, place], color=colour)
-    axes.plot(factor * found["value"], place, "o", color=colour, markersize=4)
-
-
 def main(arguments: Sequence[str]) -> int:
-    """Write the tables of a run folder again."""
-    if not 1 <= len(arguments) <= 2:
-        print("usage: python -m iopo.experiments.paper_table.table RUN [SWEEP]", file=sys.stderr)
-        return 2
+    """Write the tables of a run folder again; returns the exit code."""
+    run, sweep = (*arguments, "paper_table")[:2]
     try:
-        lines = write(Path(arguments[0]), arguments[1] if arguments[1:] else "paper_table")
+        print("\n".join(write(Path(run), sweep)))
     except (ValueError, OSError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
-    print("\n".join(lines))
     return 0
 
 
 if __name__ == "__main__":
+    if not 2 <= len(sys.argv) <= 3:
+        sys.exit("usage: python -m iopo.experiments.paper_table.table RUN [SWEEP]")
     sys.exit(main(sys.argv[1:]))
