@@ -56,9 +56,12 @@ class Runner:
         """End the running jobs, which save, and start no others. A signal handler."""
         self.stopping = True
         for pid in list(self.live.values()):
-            # not Popen.terminate, which may reap the process before wait4 asks what it used
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+            self._end(pid)
+
+    def _end(self, pid: int) -> None:
+        # not Popen.terminate, which may reap the process before wait4 asks what it used
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
 
     def all(self, tasks: Sequence[Callable[[], object]]) -> None:
         """Call all tasks, at_once at a time; leaves the program if it was told to stop."""
@@ -86,7 +89,7 @@ class Runner:
             )  # fmt: skip
             self.live[job.name] = process.pid
             if self.stopping:  # told so while it started
-                self.stop()
+                self._end(process.pid)
             _, status, usage = os.wait4(process.pid, 0)  # which also says what it used
             process.returncode = os.waitstatus_to_exitcode(status)
             del self.live[job.name]
