@@ -23,14 +23,17 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from benchmarks.common import peak_tflops, write_json
-from benchmarks.throughput_data import quads_of_lengths, useful_tokens
+from benchmarks.throughput_data import alike, quads_of_lengths, useful_tokens
 from benchmarks.throughput_flops import Weights, ledger, processed_tokens
 from benchmarks.throughput_variants import COMPILED, LADDER, PLAIN, Trainer, Variant
 from iopo.data.example import Example
 from iopo.model.attention import SHARED, register_attention
 
-# prompt tokens, response tokens, quads in a step
-SHAPES = {"200/300": (200, 300, 16), "1000/500": (1000, 500, 4), "5000/900": (5000, 900, 1)}
+SHAPES = {  # prompt and response tokens: the quads of a step
+    "200/300": alike(200, 300, 16),
+    "1000/500": alike(1000, 500, 4),
+    "5000/900": alike(5000, 900, 1),
+}
 ROWS = (*LADDER, COMPILED)
 TOKENS_PER_MICROBATCH = 8192
 TARGETS = {"200/300": 4.0, "1000/500": 3.0}  # quads/s against plain
@@ -199,11 +202,8 @@ def main() -> None:
     rows = ROWS[:-1] if args.no_compile else ROWS
     draw = np.random.default_rng(0)
     for shape in args.shapes.split(","):
-        prompt, response, count = SHAPES[shape]
-        text = draw.integers(0, 150_000, count * 2 * (prompt + response)).astype(np.int32)
-        results = ladder(
-            trainer, quads_of_lengths(text, prompt, response, count), rows, args.rounds
-        )
+        text = draw.integers(0, 150_000, sum(map(sum, SHAPES[shape]))).astype(np.int32)
+        results = ladder(trainer, quads_of_lengths(text, SHAPES[shape]), rows, args.rounds)
         show(shape, results)
         report["shapes"][shape] = results
         write_json(args.json, report)

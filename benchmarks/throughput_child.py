@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from benchmarks.throughput_data import as_pairs, as_sft, demo_examples, make_quads, shortened
+from benchmarks.throughput_data import as_pairs, as_sft, make_quads, shortened
 from benchmarks.throughput_flops import counter
 from benchmarks.throughput_variants import Trainer, Variant
 from iopo import objectives
@@ -44,7 +44,7 @@ class Task:
 
     def examples(self) -> list[Example]:
         """The rows of the step: quads, or the pairs or sft rows that the quads began as."""
-        quads = make_quads(self.shape, demo_examples(load_tokenizer(self.model)))[: self.quads]
+        quads = make_quads(self.shape, load_tokenizer(self.model))[: self.quads]
         rows = objectives.KINDS[self.objective].rows
         return as_pairs(quads) if rows == "pair" else as_sft(quads) if rows == "sft" else quads
 

@@ -157,8 +157,8 @@ def main() -> None:
         return
     model = resolve_model(args.model)
     speed = str(default_dtype("cpu")).removeprefix("torch.")
-    if args.pairs is not None and args.pairs > SHAPES[args.shape][2]:
-        most = SHAPES[args.shape][2]
+    most = len(SHAPES[args.shape])
+    if args.pairs is not None and args.pairs > most:
         parser.error(f"--pairs is {args.pairs}; {args.shape} has {most} in a step: {most} or fewer")
     task = Task(str(model), speed, True, args.shape, "dpo", args.threads, args.pairs)
     examples = task.examples()
