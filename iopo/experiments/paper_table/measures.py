@@ -5,11 +5,14 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+
 from iopo.evaluation import scoring
 from iopo.evaluation.items import Measures
 from iopo.evaluation.quad_metrics import Answer, repeats
 from iopo.experiments.paper_table.jobs import costs
 from iopo.files import read_records
+from iopo.training.metrics import preferences
 from iopo.training.tracker import read_metrics
 
 Runs = dict[str, dict[int | None, Path]]  # method, then seed -> folder
@@ -71,11 +74,12 @@ def _add_logps(out: Measures, folder: Path, reference: Path) -> None:
     )
     if policy.keys() != sft.keys():
         raise ValueError("a run and the SFT checkpoint were scored on different quads")
-    for quad, (l11, l12, l22, l21) in policy.items():
-        out["group_accuracy"][quad] = (float(l11 + l22 > l12 + l21), 1.0)
-        out["x_preference"][quad] = (float(l11 > l21 and l22 > l12), 1.0)
-        out["y_preference"][quad] = (float(l11 > l12 and l22 > l21), 1.0)
-        r11, r12, r22, r21 = (a - b for a, b in zip(policy[quad], sft[quad], strict=True))
+    policy_Q4 = torch.tensor(list(policy.values()), dtype=torch.float64)
+    for name, right_Q in preferences(policy_Q4).items():
+        rights = zip(policy, right_Q.tolist(), strict=True)
+        out[name] = {quad: (float(right), 1.0) for quad, right in rights}
+    for quad, logps in policy.items():
+        r11, r12, r22, r21 = (a - b for a, b in zip(logps, sft[quad], strict=True))
         out["logratio_matched"][quad] = (r11 + r22, 2.0)
         out["logratio_mismatched"][quad] = (r12 + r21, 2.0)
 
