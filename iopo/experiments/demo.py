@@ -109,19 +109,25 @@ def score(run: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     return summary, answers
 
 
+def table_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
+    """(measure, one cell a stage, number of quads or answers)."""
+    rows = [
+        (label, *(percent(summary[stage][key]) for stage in STAGES), str(summary["base"][key]["n"]))
+        for key, label in MEASURES.items()
+    ]
+    for name, cell in summary[STAGES[-1]]["controls"].items():
+        label = f"control: group accuracy, {name.replace('_', ' ')}"
+        rows.append((label, "", "", percent(cell), str(cell["n"])))
+    return rows
+
+
 def print_table(summary: dict[str, Any]) -> None:
     """The three stages side by side, per cent with 95% intervals, then the paired gains."""
-    table = Table(title="Held-out tasks, % [95% interval]", title_justify="left")
-    table.add_column("measure")
-    for stage in STAGES:
-        table.add_column(stage, justify="right")
-    table.add_column("n", justify="right")
-    for key, label in MEASURES.items():
-        cells = [summary[stage][key] for stage in STAGES]
-        table.add_row(label, *[percent(cell) for cell in cells], str(cells[0]["n"]))
-    for control, cell in summary[STAGES[-1]]["controls"].items():
-        label = f"control: group accuracy, {control.replace('_', ' ')}"
-        table.add_row(label, "", "", percent(cell), str(cell["n"]))
+    table = Table("measure", title="Held-out tasks, % [95% interval]", title_justify="left")
+    for name in (*STAGES, "n"):
+        table.add_column(name, justify="right")
+    for row in table_rows(summary):
+        table.add_row(*row)
     Console(width=110).print(table)
     gains = summary["gain"]
     for label, key in (("SFT over base", "sft"), ("IOPO over base", "trained"),
@@ -176,9 +182,9 @@ def _held_bytes() -> int:
 PAGE = page("""
 <p>Held-out tasks; per cent with 95% intervals. {{ seconds }} s, peak memory {{ memory }} GB.
 Curves: <a href="sft/report.html">SFT</a>, <a href="iopo/report.html">IOPO</a>.</p>
-<table><tr><th>measure</th>{% for s in stages %}<th>{{ s }}</th>{% endfor %}</tr>
-{% for label, cells in rows %}<tr><td>{{ label }}</td>
-{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
+<table><tr><th>measure</th>{% for s in stages %}<th>{{ s }}</th>{% endfor %}<th>n</th></tr>
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}
+</table>
 <h2>Answers to held-out prompts</h2><table><tr><th>prompt</th>
 {% for s in stages %}<th>{{ s }}</th>{% endfor %}</tr>
 {% for group in samples %}<tr><td class="answer">{{ group[0].prompt }}</td>
@@ -190,15 +196,11 @@ Curves: <a href="sft/report.html">SFT</a>, <a href="iopo/report.html">IOPO</a>.<
 
 def write_page(run: Path, summary: dict[str, Any], answers: dict[str, list[Any]]) -> None:
     """report.html: the table and 24 prompts, evenly spread, with the three stages' answers."""
-    rows = [
-        (label, [percent(summary[stage][key]) for stage in STAGES])
-        for key, label in MEASURES.items()
-    ]
     step = max(1, len(answers["base"]) // 24)
     samples = list(zip(*(answers[stage][::step] for stage in STAGES), strict=True))
     text = PAGE.render(
-        title="IOPO on SmolLM2-135M-Instruct", stages=STAGES, rows=rows, samples=samples, zip=zip,
-        seconds=summary["seconds"], memory=summary["peak_rss_gb"],
+        title="IOPO on SmolLM2-135M-Instruct", stages=STAGES, rows=table_rows(summary),
+        samples=samples, zip=zip, seconds=summary["seconds"], memory=summary["peak_rss_gb"],
     )  # fmt: skip
     (run / "report.html").write_text(text, encoding="utf-8")
 
