@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.memory import peak_gb, reset_peak
+from benchmarks.common import peak_gb, reset_peak, write_json
 from iopo.construct.relabel import RelabelRecipe, relabel_file
 from iopo.construct.verify import verify
 
@@ -114,8 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = measure(options.rows, options.words, Path(folder))
     for name, value in found.items():
         print(f"{name:<24} {value}")
-    if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(options.json, found)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH=. TOKENIZERS_PARALLELISM=false
 results=benchmarks/results/$(python -c 'from benchmarks.gpu_head import default_path; print(default_path().name)')
 
-timeout 210 python -m pytest -q -x -m gpu -p no:cacheprovider tests/test_kernels_gpu.py
+timeout 210 python -m pytest -q -x -m gpu -p no:cacheprovider tests/kernels/test_kernels_gpu.py
 timeout 300 python -m benchmarks.gpu_head --minutes 4 --json "$results" > /dev/null ||
     echo "benchmarks.gpu_head ended early with code $?: the table has what was done by then"
 # Further GPU benchmarks go here, one line each, with a timeout, writing a key of their own to $results.

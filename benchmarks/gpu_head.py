@@ -22,13 +22,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.heads import OURS, Head, errors, exact, heads, make_inputs, step
-from benchmarks.linear_logprob_tables import NEEDED
+from benchmarks.common import peak_tflops, write_json
+from benchmarks.heads import NEEDED, OURS, Head, errors, exact, heads, make_inputs, step
 
 WIDTH, WORDS = 3584, 152064
 ROWS = (2048, 8192, 512, 16384, 1024, 4096)  # the most telling first, in case the time is short
 LOGITS_STD = {"flat": 1.0, "peaky": 12.0}
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "B200": 2250}  # dense bfloat16, data sheets
 COMPILED_ROWS = (2048, 8192)  # each number of rows is compiled anew, three times: that takes long
 ROUNDS, SECONDS = (5, 20), 8.0  # of a case: at least and at most; after so long no further round
 
@@ -128,11 +127,10 @@ def _milliseconds(run) -> float:
 def device() -> dict:
     properties = torch.cuda.get_device_properties(0)
     packages = {p: version(p) for p in ("torch", "triton", "liger_kernel") if find_spec(p)}
-    peak = [tflops for name, tflops in PEAK_TFLOPS.items() if name in properties.name]
     return {
         "name": properties.name,
         "memory_gb": properties.total_memory / 1e9,
-        "peak_tflops": peak[0] if peak else None,
+        "peak_tflops": peak_tflops(properties.name),
         "cuda": torch.version.cuda,
         "date": time.strftime("%Y-%m-%d"),
         "packages": packages,
@@ -190,7 +188,6 @@ def main() -> None:
         return
     deadline = time.monotonic() + 60 * arguments.minutes
     path = arguments.json or default_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(path.read_text()) if path.exists() else {}
     report: dict = before | {"device": device(), "head": [], "not_run": []}
     for rows, (logits, pass_name) in itertools.product(ROWS, itertools.product(LOGITS_STD, NEEDED)):
@@ -201,7 +198,7 @@ def main() -> None:
             cell = {"rows": rows, "logits": logits, "pass": pass_name, "variants": variants}
             report["head"].append(cell)
             print(f"done: {pass_name} {logits} {rows}", flush=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(path, report)
     print(table(report))
 
 

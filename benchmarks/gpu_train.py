@@ -9,7 +9,6 @@ project. Operations come from the ledger (throughput_flops), which the CPU bench
 
 import argparse
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,17 +22,20 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
-from benchmarks.throughput_data import quads_of_lengths, useful_tokens
+from benchmarks.common import peak_tflops, write_json
+from benchmarks.throughput_data import alike, quads_of_lengths, useful_tokens
 from benchmarks.throughput_flops import Weights, ledger, processed_tokens
 from benchmarks.throughput_variants import COMPILED, LADDER, PLAIN, Trainer, Variant
 from iopo.data.example import Example
 from iopo.model.attention import SHARED, register_attention
 
-# prompt tokens, response tokens, quads in a step
-SHAPES = {"200/300": (200, 300, 16), "1000/500": (1000, 500, 4), "5000/900": (5000, 900, 1)}
+SHAPES = {  # prompt and response tokens: the quads of a step
+    "200/300": alike(200, 300, 16),
+    "1000/500": alike(1000, 500, 4),
+    "5000/900": alike(5000, 900, 1),
+}
 ROWS = (*LADDER, COMPILED)
 TOKENS_PER_MICROBATCH = 8192
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}  # dense bf16
 TARGETS = {"200/300": 4.0, "1000/500": 3.0}  # quads/s against plain
 UTILISATION_TARGET = 0.45
 
@@ -53,17 +55,12 @@ def qwen2_7b(layers: int, device: torch.device) -> PreTrainedModel:
         )
 
 
-def peak_flops(name: str) -> float | None:
-    """Dense bf16 operations a second of a GPU by its name; None for one that is not listed."""
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-
-
 def ladder(
     trainer: Trainer, quads: Sequence[Example], rows: Sequence[Variant], rounds: int
 ) -> list[dict[str, Any]]:
     """Results of the rows on these quads; a row that does not fit says so."""
     weights = Weights.of(trainer.policy.causal_lm)
-    peak = peak_flops(torch.cuda.get_device_name())
+    peak = peak_tflops(torch.cuda.get_device_name())
     needed = {
         row.name: ledger(weights, trainer.micro_batches(quads, row), row, full=False)
         for row in rows
@@ -89,8 +86,8 @@ def ladder(
                 "useful_tokens_per_s": useful_tokens(quads) / median,
                 "processed_tokens_per_s": processed_tokens(batches, row) / median,
                 "tflop": needed[row.name] / 1e12,
-                "mfu": None if peak is None else needed[row.name] / median / peak,
-                "mfu_naive": None if peak is None else needed[PLAIN.name] / median / peak,
+                "mfu": None if peak is None else needed[row.name] / median / peak / 1e12,
+                "mfu_naive": None if peak is None else needed[PLAIN.name] / median / peak / 1e12,
             }
         )
     return results
@@ -205,16 +202,11 @@ def main() -> None:
     rows = ROWS[:-1] if args.no_compile else ROWS
     draw = np.random.default_rng(0)
     for shape in args.shapes.split(","):
-        prompt, response, count = SHAPES[shape]
-        text = draw.integers(0, 150_000, count * 2 * (prompt + response)).astype(np.int32)
-        results = ladder(
-            trainer, quads_of_lengths(text, prompt, response, count), rows, args.rounds
-        )
+        text = draw.integers(0, 150_000, sum(map(sum, SHAPES[shape]))).astype(np.int32)
+        results = ladder(trainer, quads_of_lengths(text, SHAPES[shape]), rows, args.rounds)
         show(shape, results)
         report["shapes"][shape] = results
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(args.json, report)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from iopo.kernels.linear_logprob import linear_logprob
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
 OURS = "linear_logprob"
 WHOLE = ("plain", "compile", "linear_cross_entropy")  # these keep R x V numbers
+NEEDED = {"forward": 2, "frozen": 4, "trainable": 6}  # x RDV operations that the answer needs
 CHUNK_ROWS = {"cpu": 512, "cuda": 2048}
 
 

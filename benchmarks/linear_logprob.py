@@ -18,7 +18,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -26,11 +25,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.heads import WHOLE, errors, exact, heads, make_inputs, step
-from benchmarks.linear_logprob_tables import TARGETS, tables
-from benchmarks.memory import peak_gb, reset_peak, resident_gb
+from benchmarks.common import peak_gb, processor, reset_peak, resident_gb, run_child
+from benchmarks.heads import NEEDED, OURS, WHOLE, errors, exact, heads, make_inputs, step
 
 PASSES = ("forward", "frozen", "trainable")  # frozen, trainable: forward and backward
+TARGETS = {"forward": 1.1, "frozen": 1.0, "trainable": 1.0, "memory": 10.0}
 SHAPES = {  # (D, V): R
     (576, 49152): (256, 1024, 2048, 4096),
     (896, 152064): (256, 1024, 2048, 4096),
@@ -140,12 +139,7 @@ def affordable(case: Case) -> tuple[list[str], list[str]]:
 
 def in_fresh_process(arguments: list[str], threads: int) -> dict:
     command = [sys.executable, "-m", "benchmarks.linear_logprob", "--threads", str(threads)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise SystemExit(f"{' '.join(arguments)}: exit code {done.returncode}: {reason}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_child([*command, *arguments], OMP_NUM_THREADS=str(threads))
 
 
 def measure(case: Case, cell: dict, arguments: argparse.Namespace) -> None:
@@ -163,10 +157,9 @@ def measure(case: Case, cell: dict, arguments: argparse.Namespace) -> None:
 
 
 def machine(threads: int) -> dict:
-    cpu = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "cpu": cpu[0].split(":", 1)[1].strip() if cpu else platform.processor(),
+        "cpu": processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "bf16_unit": torch.ops.mkldnn._is_mkldnn_bf16_supported(),
         "threads": threads,
@@ -193,6 +186,82 @@ def run_all(arguments: argparse.Namespace) -> None:
         if len(cell) > known:
             print(f"{time.monotonic() - start:.0f} s: {case}", flush=True)
     print("\n" + tables(json.loads(path.read_text())))
+
+
+# --- tables, from the JSON --------------------------------------------------------------------
+
+
+def tables(report: dict) -> str:
+    """Times with the verdict per case, then memory and errors, in Markdown."""
+    cells = report["cases"]
+    names = [OURS]
+    for cell in cells:
+        names += [name for name in cell.get("variants", {}) if name not in names]
+    about = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
+    times = [_times(cell, names) for cell in cells if "variants" in cell]
+    memory = [_memory(cell, names) for cell in cells if "extra_bytes" in cell]
+    forward = [cell for cell in cells if cell["case"]["pass_name"] == "forward"]  # as in any pass
+    errors = [_errors(cell, names) for cell in forward if "variants" in cell]
+    return "\n\n".join(
+        [
+            about,
+            "Milliseconds (the floor divided by them). Floor: the operations that the answer needs "
+            "at the speed of a square float32 product, timed in the same rounds.",
+            _table(["case", "floor", *names, "best peer / ours", "target"], times),
+            "Extra megabytes of one step, returned gradients included.",
+            _table(["case", *names, "plain / ours", "target"], memory),
+            "Largest error of a row's log-probability in nats, against float64.",
+            _table(["case", *names], errors),
+        ]
+    )
+
+
+def floor_ms(cell: dict) -> float:
+    case = cell["case"]
+    operations = NEEDED[case["pass_name"]] * case["rows"] * case["width"] * case["words"]
+    return operations / cell["gflops"] / 1e6
+
+
+def verdict(cell: dict) -> tuple[float, bool]:
+    """(time of the fastest peer over ours, is the target met)."""
+    ms = {name: found["ms"] for name, found in cell["variants"].items()}
+    ratio = min(value for name, value in ms.items() if name != OURS) / ms[OURS]
+    return ratio, ratio >= TARGETS[cell["case"]["pass_name"]]
+
+
+def _times(cell: dict, names: list[str]) -> list[str]:
+    floor, variants = floor_ms(cell), cell["variants"]
+    columns = [_label(cell), f"{floor:.0f}"]
+    for name in names:
+        ms = variants.get(name, {}).get("ms")
+        columns.append("not run" if ms is None else f"{ms:.0f} ({floor / ms:.0%})")
+    ratio, met = verdict(cell)
+    return [*columns, f"{ratio:.2f}", "met" if met else "missed"]
+
+
+def _memory(cell: dict, names: list[str]) -> list[str]:
+    found = cell["extra_bytes"]
+    columns = [f"{found[name] / 1e6:.0f}" if name in found else "not run" for name in names]
+    if "plain" not in found:
+        return [_label(cell), *columns, "", ""]
+    ratio = found["plain"] / found[OURS]
+    met = "met" if ratio >= TARGETS["memory"] else "missed"
+    return [_label(cell), *columns, f"{ratio:.1f}", met]
+
+
+def _errors(cell: dict, names: list[str]) -> list[str]:
+    found = [cell["variants"].get(name, {}).get("error", {}).get("largest") for name in names]
+    return [_label(cell), *("" if error is None else f"{error:.1e}" for error in found)]
+
+
+def _label(cell: dict) -> str:
+    c = cell["case"]
+    return f"{c['pass_name']} {c['dtype']} R={c['rows']} D={c['width']} V={c['words']}"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main() -> None:

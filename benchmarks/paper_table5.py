@@ -9,7 +9,6 @@ block in backward, "selective" all but the products and attention, "fast" nothin
 """
 
 import argparse
-import json
 import statistics
 import time
 from itertools import product
@@ -18,7 +17,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.throughput import facts, opened
+from benchmarks.common import facts, write_json
+from benchmarks.throughput import opened
 from benchmarks.throughput_child import Task, measure
 from benchmarks.throughput_data import SHAPES, shortened
 from benchmarks.throughput_variants import BEST, FRUGAL, PLAIN, SELECTIVE
@@ -114,9 +114,7 @@ def main() -> None:
         rows.append(row)
     report["rows"] = rows
     show(rows)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(args.json, report)
 
 
 if __name__ == "__main__":

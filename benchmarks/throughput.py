@@ -1,7 +1,7 @@
 """Throughput and memory of a step, row by row from a plain preference trainer to this one.
 
     python -m benchmarks.throughput [--quick] [--json FILE] [--shapes demo,1000/500]
-        [--tuning lora,full] [--only times|memory] [--without-operations]
+        [--tuning lora,full] [--only times|memory] [--without-operations] [--default-malloc]
 
 Every row takes the same optimizer step on the same quads (see throughput_variants.LADDER). Times
 are medians of rounds in which the rows take turns; memory, loss and operations come from one step
@@ -12,19 +12,15 @@ shapes, rounds, and times and memory, can be measured one after the other.
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
+from benchmarks.common import facts, write_json
 from benchmarks.throughput_child import Task, measure
 from benchmarks.throughput_data import SHAPES, shortened, useful_tokens
 from benchmarks.throughput_flops import Weights, ledger, processed_tokens
@@ -176,7 +172,7 @@ def opened(file: Path | None, here: dict[str, Any]) -> dict[str, Any]:
     if file is None or not file.exists():
         return here
     report = json.loads(file.read_text())
-    for key in ("machine", "torch", "transformers", "model", "dtype", "shape"):
+    for key in ("machine", "torch", "transformers", "model", "dtype", "shape", "malloc"):
         if report.get(key) != here.get(key):
             raise ValueError(
                 f"{file}: measured with {key} {report.get(key)!r}, here it is {here.get(key)!r}; "
@@ -186,30 +182,6 @@ def opened(file: Path | None, here: dict[str, Any]) -> dict[str, Any]:
         if here[key] not in report[key].split("; "):
             report[key] += "; " + here[key]
     return here | report
-
-
-def facts(model: Path, dtype: str, threads: int) -> dict[str, Any]:
-    """What a number needs to be repeated."""
-    return {
-        "date": date.today().isoformat(),
-        "command": "python -m benchmarks." + " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]]),
-        "machine": _processor(),
-        "threads": threads,
-        "amx": torch.cpu._is_amx_tile_supported(),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "model": model.name,
-        "dtype": dtype,
-    }
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def main() -> None:
@@ -228,6 +200,11 @@ def main() -> None:
         action="store_true",
         help="do not count operations, which takes as long as the memory itself",
     )
+    parser.add_argument(
+        "--default-malloc",
+        action="store_true",
+        help="times without tune_malloc (iopo/model/host_memory.py), to see what that saves",
+    )
     parser.add_argument("--compile", action="store_true", help="also a row of compiled blocks")
     parser.add_argument("--model", default="demo", help="model folder, or demo")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: what is fast")
@@ -235,7 +212,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="timed steps per row (1 if quick, else 3)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    tune_malloc()  # as train.py does; here for every row
+    if not args.default_malloc:
+        tune_malloc()  # as train.py does; here for every row
     model = resolve_model(args.model)
     dtype = args.dtype or str(default_dtype("cpu")).removeprefix("torch.")
     shapes = args.shapes.split(",") if args.shapes else [*(QUICK_QUADS if args.quick else SHAPES)]
@@ -244,6 +222,8 @@ def main() -> None:
         rows = (*rows[:-1], COMPILED, rows[-1])
     rounds = args.rounds or (1 if args.quick else 3)
     here = facts(model, dtype, args.threads)
+    if args.default_malloc:
+        here["malloc"] = "default"
     for tuning in ["lora"] if args.quick else args.tuning.split(","):
         # prompt by prompt is exact at no cost under LoRA only, and not a row of its own without it
         taken = [row for row in rows if tuning == "lora" or row != FRUGAL]
@@ -264,9 +244,7 @@ def main() -> None:
             tables = report["full" if tuning == "full" else "shapes"]
             tables[shape] = joined(tables.get(shape, []), results)
             show(f"{NAMES[tuning]}, prompt/response tokens {shape}, {dtype}", tables[shape])
-            if args.json:
-                args.json.parent.mkdir(parents=True, exist_ok=True)
-                args.json.write_text(json.dumps(report, indent=1) + "\n")
+            write_json(args.json, report)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,14 @@ blocks of a megabyte and more back at once, so that resident memory is what the 
 """
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import memory
-from benchmarks.throughput_data import as_pairs, as_sft, demo_examples, make_quads, shortened
+from benchmarks import common
+from benchmarks.throughput_data import as_pairs, as_sft, make_quads, shortened
 from benchmarks.throughput_flops import counter
 from benchmarks.throughput_variants import Trainer, Variant
 from iopo import objectives
@@ -26,6 +23,7 @@ from iopo.model.attention import SHARED
 from iopo.model.host_memory import trim_malloc
 from iopo.model.load import load_causal_lm, load_tokenizer
 
+TIMEOUT_S = 1800
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}  # bytes
 
 
@@ -46,7 +44,7 @@ class Task:
 
     def examples(self) -> list[Example]:
         """The rows of the step: quads, or the pairs or sft rows that the quads began as."""
-        quads = make_quads(self.shape, demo_examples(load_tokenizer(self.model)))[: self.quads]
+        quads = make_quads(self.shape, load_tokenizer(self.model))[: self.quads]
         rows = objectives.OBJECTIVES[self.objective].rows.kind
         return as_pairs(quads) if rows == "pair" else as_sft(quads) if rows == "sft" else quads
 
@@ -69,7 +67,6 @@ def measure(
     cache: dict[str, list[float]] | None,
     *,
     count: bool = True,
-    timeout_s: float = 1800,
 ) -> dict[str, Any]:
     """Run steps of `variant` in a process of its own.
 
@@ -78,15 +75,8 @@ def measure(
     not to be counted, and for compiled rows, whose operations no mode sees).
     """
     request = {"task": asdict(task), "variant": asdict(variant), "cache": cache, "count": count}
-    text = json.dumps(request)
     command = [sys.executable, "-m", "benchmarks.throughput_child"]
-    done = subprocess.run(
-        command, input=text, capture_output=True, text=True, timeout=timeout_s,
-        cwd=Path(__file__).parent.parent, env=os.environ | EXACT,
-    )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"{variant.name} at {task.shape} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return common.run_child(command, request, TIMEOUT_S, **EXACT)
 
 
 def main() -> None:
@@ -94,7 +84,7 @@ def main() -> None:
     task, variant = Task(**request["task"]), Variant(**request["variant"])
     torch.set_num_threads(task.threads)
     examples = task.examples()
-    before_model = memory.resident_gb()
+    before_model = common.resident_gb()
     trainer = task.trainer(variant.live)
     trainer.use(variant)
     cache = request["cache"]
@@ -106,10 +96,10 @@ def main() -> None:
 
     step(examples if variant.compile else [short])  # what is compiled is compiled for its shapes
     trim_malloc()
-    memory.reset_peak()
-    before_step = memory.resident_gb()
+    common.reset_peak()
+    before_step = common.resident_gb()
     losses = step(examples)
-    peak = memory.peak_gb()
+    peak = common.peak_gb()
     count = request["count"] and not variant.compile
     with counter() as flops:
         if count:

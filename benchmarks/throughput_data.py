@@ -1,4 +1,4 @@
-"""Quads of given lengths, made of the demo data's own text."""
+"""Quads of given lengths, made of the text of the project's own data."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,44 +11,45 @@ from iopo.data.example import Example
 from iopo.data.rows import read_rows
 from iopo.data.tokenize import Chat, Encoder, Limits, tokenize_rows
 
-TRAIN = Path(__file__).parent.parent / "data" / "demo" / "train.jsonl"
-# name -> (prompt tokens, response tokens, quads in a step); None: as in the demo data
-SHAPES: dict[str, tuple[int, int, int] | tuple[None, None, int]] = {
-    "demo": (None, None, 6),
-    "200/300": (200, 300, 2),
-    "1000/500": (1000, 500, 1),
-    "2000/200": (2000, 200, 1),
-}
+TRAIN = Path(__file__).parent.parent / "data" / "verified" / "train.jsonl"
+Lengths = tuple[int, int, int, int]  # tokens of x1, x2, y1, y2
 
 
-def demo_examples(tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """All training quads of the demo."""
-    limits = Limits(max_prompt_tokens=4096, max_response_tokens=4096)
-    return tokenize_rows(read_rows(TRAIN), Encoder(Chat(tokenizer), limits))[0]
+def alike(prompt: int, response: int, count: int) -> list[Lengths]:
+    """Lengths of `count` quads with equal prompts and equal responses."""
+    return [(prompt, prompt, response, response)] * count
 
 
-def make_quads(shape: str, demo: Sequence[Example]) -> list[Example]:
+SHAPES: dict[str, list[Lengths]] = {  # the quads of a step
+    "demo": [  # a draw from the demo's first data set, of shorter instructions than data/verified
+        (101, 118, 27, 25), (58, 72, 55, 59), (78, 63, 46, 47),
+        (73, 63, 52, 35), (55, 62, 41, 18), (67, 69, 19, 19),
+    ],
+    "200/300": alike(200, 300, 2),
+    "1000/500": alike(1000, 500, 1),
+    "2000/200": alike(2000, 200, 1),
+}  # fmt: skip
+
+
+def make_quads(shape: str, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """The quads of one step at `shape`, the same at every call."""
-    prompt, response, count = SHAPES[shape]
-    if prompt is None or response is None:
-        picked = np.random.default_rng(0).choice(len(demo), count, replace=False)
-        return [demo[i] for i in picked]
+    limits = Limits(max_prompt_tokens=4096, max_response_tokens=4096)
+    own = tokenize_rows(read_rows(TRAIN), Encoder(Chat(tokenizer), limits))[0]
     # a running text of prompts and responses: predictions are as peaky as on real text
-    text = np.concatenate([part for e in demo for part in (e.prompts[0], e.responses[0][0])])
-    return quads_of_lengths(text, prompt, response, count)
+    text = np.concatenate([part for e in own for part in (e.prompts[0], e.responses[0][0])])
+    return quads_of_lengths(text, SHAPES[shape])
 
 
-def quads_of_lengths(text: np.ndarray, prompt: int, response: int, count: int) -> list[Example]:
-    """`count` quads with prompts of exactly `prompt` and responses of exactly `response` tokens.
+def quads_of_lengths(text: np.ndarray, lengths: Sequence[Lengths]) -> list[Example]:
+    """Quads with prompts and responses of exactly these lengths.
 
-    text: int32 token ids to cut them from, repeated if too few.
+    text: int32 token ids to cut them from in turn, repeated if too few.
     """
-    need = count * 2 * (prompt + response)
-    parts = np.resize(text, need).reshape(count, 2, prompt + response)
+    text = np.resize(text, sum(map(sum, lengths)))
     quads = []
-    for i, (one, two) in enumerate(parts):
-        y1, y2 = one[prompt:], two[prompt:]
-        quads.append(Example(f"q{i}", (one[:prompt], two[:prompt]), ((y1, y2), (y2, y1))))
+    for i, (p1, p2, r1, r2) in enumerate(lengths):
+        x1, y1, x2, y2, text = np.split(text, np.cumsum([p1, r1, p2, r2]))
+        quads.append(Example(f"q{i}", (x1, x2), ((y1, y2), (y2, y1))))
     return quads
 
 

@@ -23,8 +23,7 @@ import numpy as np
 import torch
 import transformers
 
-from benchmarks import memory
-from benchmarks.throughput import facts
+from benchmarks import common
 from benchmarks.throughput_child import Task
 from benchmarks.throughput_data import SHAPES
 from benchmarks.throughput_variants import BEST, Trainer
@@ -35,14 +34,13 @@ from iopo.model.attention import SHARED
 from iopo.model.host_memory import tune_malloc
 from iopo.model.load import default_dtype, load_causal_lm, resolve_model
 
-ROOT = Path(__file__).parent.parent
 LOSS_TARGET = 1e-3
 
 
 def trl_version() -> str:
     """As setup.cfg's extra `bench` pins it."""
     package = configparser.ConfigParser()
-    package.read(ROOT / "setup.cfg")
+    package.read(common.ROOT / "setup.cfg")
     return package["options.extras_require"]["bench"].strip()
 
 
@@ -80,14 +78,6 @@ def task_of(
     }  # fmt: skip
 
 
-def run(command: list[str], task: dict[str, Any]) -> dict[str, Any]:
-    """A child's answer; raises RuntimeError with what it said on failure."""
-    done = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def ours() -> None:
     """The child of this project's side: reads a task, prints the same JSON as TRL's."""
     task = json.loads(sys.stdin.read())
@@ -102,7 +92,7 @@ def ours() -> None:
         )
         for i, pair in enumerate(task["pairs"])
     ]
-    before = memory.resident_gb()
+    before = common.resident_gb()
     trainer = Trainer(
         load_causal_lm(task["model"], torch.float32, SHARED),
         full=True,
@@ -111,7 +101,7 @@ def ours() -> None:
         lr=task["lr"],
         shifted=False,
     )
-    memory.reset_peak()
+    common.reset_peak()
     trainer.use(BEST)
     losses, seconds = [], []
     cache: dict[str, list[float]] = {}
@@ -130,7 +120,7 @@ def ours() -> None:
         "losses": losses,
         "seconds": seconds,
         "reference_s": reference_s,  # once a run
-        "peak_memory_gb": memory.peak_gb() - before,
+        "peak_memory_gb": common.peak_gb() - before,
     }
     print(json.dumps(result))
 
@@ -145,7 +135,7 @@ def compare(python: Path, task: dict[str, Any]) -> list[dict[str, Any]]:
     }
     rows = []
     for name, command in sides.items():
-        result = run(command, task)
+        result = common.run_child(command, task)
         median = statistics.median(result["seconds"][1:])
         rows.append({"name": name, "pairs_per_s": len(task["pairs"]) / median} | result)
     return rows
@@ -167,13 +157,13 @@ def main() -> None:
         return
     model = resolve_model(args.model)
     speed = str(default_dtype("cpu")).removeprefix("torch.")
-    if args.pairs is not None and args.pairs > SHAPES[args.shape][2]:
-        most = SHAPES[args.shape][2]
+    most = len(SHAPES[args.shape])
+    if args.pairs is not None and args.pairs > most:
         parser.error(f"--pairs is {args.pairs}; {args.shape} has {most} in a step: {most} or fewer")
     task = Task(str(model), speed, True, args.shape, "dpo", args.threads, args.pairs)
     examples = task.examples()
     python = environment()
-    report: dict[str, Any] = facts(model, speed, args.threads) | {
+    report: dict[str, Any] = common.facts(model, speed, args.threads) | {
         "trl": trl_version(),
         "shape": args.shape,
     }
@@ -192,9 +182,7 @@ def main() -> None:
         steps = zip(*(row["losses"] for row in rows), strict=True)
         worst = max(max(losses) - min(losses) for losses in steps)
         print(f"  largest difference of loss {worst:.1e} (target {LOSS_TARGET:g} in float32)")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    common.write_json(args.json, report)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from benchmarks import memory
+from benchmarks import common
 
 
 class TokenisedDPOTrainer(DPOTrainer):
@@ -42,7 +42,7 @@ def main() -> None:
     task, tuned = json.loads(sys.stdin.read()), "--tuned" in sys.argv
     torch.set_num_threads(task["threads"])
     rows = task["pairs"]
-    before = memory.resident_gb()
+    before = common.resident_gb()
     model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
@@ -73,13 +73,13 @@ def main() -> None:
             processing_class=AutoTokenizer.from_pretrained(task["model"]),
             callbacks=[clock],
         )
-        memory.reset_peak()
+        common.reset_peak()
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     result = {
         "losses": losses,
         "seconds": clock.seconds,
-        "peak_memory_gb": memory.peak_gb() - before,
+        "peak_memory_gb": common.peak_gb() - before,
     }
     print(json.dumps(result))
 

@@ -162,9 +162,12 @@ def test_the_papers_data_is_not_there(tiny, tmp_path):
 @pytest.mark.slow
 def test_multirun_gives_six_folders_and_a_table(tiny, tmp_path):
     done = tiny("objective.beta=0.05,0.1,0.2", "seed=0,1", "optim.max_steps=3",
-                f"hydra.sweep.dir={tmp_path}/sweep", flags=("-m",))  # fmt: skip
+                "optim.global_batch_quads=4", f"hydra.sweep.dir={tmp_path}/sweep",
+                flags=("-m",))  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "sweep").rglob("COMPLETE"))) == 6
+    runs = [path.parent for path in (tmp_path / "sweep").rglob("COMPLETE")]
+    losses = {json.loads((run / "summary.json").read_text())["train"]["loss"] for run in runs}
+    assert len(runs) == len(losses) == 6  # a step holds half of the quads, so seeds differ, too
     table = done.stdout[done.stdout.rindex("┏") :]
     assert table.count("complete") == 6 and "group_accuracy" in table
 

@@ -268,5 +268,5 @@ def missing_data_message(path: str | Path) -> str:
         "  - turn a preference set (two answers to a prompt) into quads: iopo/construct, relabel;\n"
         "  - give the authors' ShareGPT JSON as it is, if you have such a file;\n"
         "  - write JSONL rows yourself, data/README.md shows them;\n"
-        "  - or train on the quads in data/demo."
+        "  - or train on the quads in data/verified."
     )

@@ -176,7 +176,7 @@ def test_files_that_are_not_rows(write, tmp_path):
     assert "holds no rows" in error_of(write())
     text = error_of(tmp_path / "none.jsonl")
     assert text == missing_data_message(tmp_path / "none.jsonl")
-    assert "never released" in text and "construct" in text and "data/demo" in text
+    assert "never released" in text and "construct" in text and "data/verified" in text
 
 
 def test_the_released_format_is_read_as_it_is():

@@ -1,11 +1,21 @@
 """The throughput ladder: every row takes the same step, and its operations are the ledger's."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from helpers_models import tiny_llama
 
-from benchmarks.throughput_data import as_pairs, as_sft, quads_of_lengths, useful_tokens
+from benchmarks.throughput_data import (
+    SHAPES,
+    alike,
+    as_pairs,
+    as_sft,
+    quads_of_lengths,
+    useful_tokens,
+)
 from benchmarks.throughput_flops import Weights, counter, ledger, processed_tokens
 from benchmarks.throughput_variants import BEST, LADDER, PLAIN, Trainer, Variant
 from iopo.data.example import Example
@@ -78,7 +88,7 @@ def test_the_other_objectives_take_the_same_step(objective, rows):
 def test_counted_operations_are_the_ledger_s(row, full):
     # the first block's inputs need no gradient under LoRA, so the model must not be too shallow
     one = trainer(full, num_hidden_layers=12, hidden_size=64, intermediate_size=128)
-    quads = quads_of_lengths(np.arange(300, dtype=np.int32), 30, 20, 2)
+    quads = quads_of_lengths(np.arange(300, dtype=np.int32), alike(30, 20, 2))
     cache = one.cache(quads)
     one.use(row)
     with counter() as counted:
@@ -91,7 +101,7 @@ def test_counted_operations_are_the_ledger_s(row, full):
 def test_the_ledger_by_hand():
     """Qwen2-7B at P/R = 200/300 and 1000/500 without padding, in units of 1e12 operations."""
     tokens, attention = 6000, 4 * 1500**2 / 2 * 4 * 28 * 3584
-    quad = quads_of_lengths(np.arange(300, dtype=np.int32), 1000, 500, 1)
+    quad = quads_of_lengths(np.arange(300, dtype=np.int32), alike(1000, 500, 1))
     plain = 2 * tokens * (4 * 6_524_239_872 + 3 * 3584 * 152064) + 5.5 * attention
     assert ledger(QWEN2_7B, [quad], PLAIN, full=False) == pytest.approx(plain)
     tokens, pairs = 4000, 2 * (1500**2 / 2 + 1000 * 500 + 500**2 / 2)
@@ -100,8 +110,16 @@ def test_the_ledger_by_hand():
     assert ledger(QWEN2_7B, [quad], BEST, full=False) == pytest.approx(shared)
 
 
+def test_the_demo_s_lengths_are_those_of_the_committed_results():
+    path = Path(__file__).resolve().parents[2] / "benchmarks/results/throughput_cpu.json"
+    rows = json.loads(path.read_text())["shapes"]["demo"]
+    quads = quads_of_lengths(np.arange(300, dtype=np.int32), SHAPES["demo"])
+    assert {row["useful_tokens"] for row in rows} == {useful_tokens(quads)}
+    assert rows[-1]["processed_tokens"] == processed_tokens([quads], BEST)
+
+
 def test_lengths():
-    quad = quads_of_lengths(np.arange(50, dtype=np.int32), 20, 10, 1)
+    quad = quads_of_lengths(np.arange(50, dtype=np.int32), alike(20, 10, 1))
     (example,) = quad
     assert [len(x) for x in example.prompts] == [20, 20]
     assert example.responses[0][0] is example.responses[1][1]

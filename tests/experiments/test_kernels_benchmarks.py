@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_head, heads, linear_logprob
-from benchmarks.linear_logprob_tables import tables
+from benchmarks.linear_logprob import tables
 
 PEERS = ("plain", "chunked_checkpoint", "linear_cross_entropy", "linear_cross_entropy_chunked")
 

@@ -14,7 +14,7 @@ from helpers_models import tiny_llama
 from test_configs import CONF, composed, config
 
 from iopo import objectives
-from iopo.experiments.paper_table.run import STRENGTH, jobs_of, keep_arguments, parse
+from iopo.experiments.paper_table.__main__ import STRENGTH, jobs_of, keep_arguments, parse
 from iopo.model.load import byte_tokenizer
 from iopo.training.plan.report import plan_report
 
@@ -31,7 +31,7 @@ TINY = (
 
 def command(folder: Path, *more: str) -> list[str]:
     return [
-        sys.executable, "-m", "iopo.experiments.paper_table.run", *TINY, f"--run={folder}/run",
+        sys.executable, "-m", "iopo.experiments.paper_table", *TINY, f"--run={folder}/run",
         f"--model={folder}/model", f"--ifeval={folder}/ifeval.jsonl", "--quads=16",
         "--validation=2", "--test=4", "--grid-steps=1", *more,
     ]  # fmt: skip

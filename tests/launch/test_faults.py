@@ -23,8 +23,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 SAVED, LAST = 12, 18  # the steps of the run that is harmed, and of its continuation
 
 
-def demo_quads(name: str) -> list[dict]:
-    lines = (ROOT / "data" / "demo" / f"{name}.jsonl").read_text().splitlines()[:8]
+def verified_quads(name: str) -> list[dict]:
+    lines = (ROOT / "data" / "verified" / f"{name}.jsonl").read_text().splitlines()[:8]
     return [json.loads(line) for line in lines]
 
 
@@ -46,8 +46,8 @@ class Place:
         # Untied, so that a broken row of the embedding breaks only the quads that use it.
         tiny_llama(vocab=400, tied=False).save_pretrained(self.model)
         tiny_tokenizer().save_pretrained(self.model)
-        write_rows(self.data, demo_quads("train"))
-        write_rows(self.heldout, demo_quads("heldout"))
+        write_rows(self.data, verified_quads("train"))
+        write_rows(self.heldout, verified_quads("heldout"))
         assert self.train(SAVED) == 0, self.output
         (self.run / "COMPLETE").unlink()
 
@@ -208,10 +208,10 @@ def test_not_a_number_in_one_quad(tmp_path, table):
     model.get_input_embeddings().weight.data[token] = float("nan")
     model.save_pretrained(place.model)
     tokenizer.save_pretrained(place.model)
-    quads = demo_quads("train")
+    quads = verified_quads("train")
     quads[5]["y1"] += " \x07"
     write_rows(place.data, quads)
-    write_rows(place.heldout, demo_quads("heldout"))
+    write_rows(place.heldout, verified_quads("heldout"))
     # Without a reference: with one, the check of step 0 or the cache refuses such a model earlier.
     assert place.train(LAST, "objective=simpo") == 1, place.output
     assert "not finite" in place.failed() and "step " in place.failed()

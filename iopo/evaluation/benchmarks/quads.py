@@ -20,7 +20,7 @@ from iopo.files import write_records, write_text
 from iopo.model.load import load_tokenizer, resolve_model
 
 Rows = Sequence[tuple[Quad, str]]  # a quad and what it is held out for ("heldout" if it says not)
-DEFAULT = Path(__file__).resolve().parents[3] / "data" / "demo" / "heldout.jsonl"
+DEFAULT = Path(__file__).resolve().parents[3] / "data" / "verified" / "heldout.jsonl"
 
 
 def evaluate_quads(config: EvaluateConfig, say: Callable[[str], None]) -> dict[str, Any]:

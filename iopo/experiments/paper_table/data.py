@@ -1,19 +1,17 @@
-"""The data of the comparison: `python -m iopo.experiments.paper_table.data TRAIN HELDOUT...`.
+"""The data of the comparison, from verified quads.
 
-From verified quads; writes into --out: train.jsonl, validation.jsonl and test.jsonl (quads, no task
-in two of them), worse.jsonl (DPO's pairs: the right response, and the same with a constraint
-broken), add_delete.jsonl (the responses of train under instructions that differ by added or deleted
-constraints alone, as two of the paper's three operations make them) and counts.json. Every row of
-worse.jsonl and add_delete.jsonl is made from a row of train.jsonl and checked by code.
+train.jsonl, validation.jsonl and test.jsonl are quads, no task in two of them; worse.jsonl has
+DPO's pairs (the right response, and the same with a constraint broken); add_delete.jsonl has the
+responses of train under instructions that differ by added or deleted constraints alone, as two of
+the paper's three operations make them. Every row of the last two is made from a row of train.jsonl
+and checked by code.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -35,13 +33,13 @@ _ORDER = "comparison"  # of the rows drawn; a change draws others
 def make(
     train: Path, heldout: Sequence[Path], out: Path, *, quads: int, validation: int, test: int
 ) -> dict[str, Any]:
-    """Write all files and return the counts.
+    """Write all files into the folder `out`, counts.json last; returns the counts.
 
     quads, validation, test: rows wanted. An eighth of the training tasks is kept for validation; a
     test row says what of it training never sees: unseen_kinds, unseen_params, or seen.
     Raises ValueError if there are too few rows, or if a task is both in train and in a test file.
     """
-    rows = sorted(_read(train), key=lambda row: _hash(_ORDER + row["id"]))
+    rows = sorted(_read(train), key=lambda row: sha256_text(_ORDER + row["id"]))
     apart = [row for row in rows if int(_task(row).key, 16) % 8 == 1]
     own = [row for row in rows if int(_task(row).key, 16) % 8 != 1]
     for name, found, wanted in (("train", own, quads), ("validation", apart, validation)):
@@ -94,7 +92,7 @@ def worse_pairs(row: Row) -> list[Row]:
     for side, other in ((1, 2), (2, 1)):
         x, y = row[f"x{side}"], row[f"y{side}"]
         constraints = [from_dict(c) for c in row[f"c{side}"]]
-        rng = random.Random(_hash(f"worse {row['id']} {side}"))
+        rng = random.Random(sha256_text(f"worse {row['id']} {side}"))
         by, rejected = worse(constraints, y, rng) or ("other response", row[f"y{other}"])
         kept = follows(constraints, rejected)
         if not all(follows(constraints, y)) or all(kept):
@@ -175,7 +173,7 @@ def add_delete(row: Row) -> Row:
     """
     c1, c2 = ([from_dict(c) for c in row[c]] for c in ("c1", "c2"))
     kept1, kept2 = follows(c1, row["y2"]), follows(c2, row["y1"])
-    delete = int(_hash("operation " + row["id"]), 16) % 2 == 0
+    delete = int(sha256_text("operation " + row["id"]), 16) % 2 == 0
     if any(kept1) != any(kept2):
         delete = any(kept1)
     side, kept = (1, kept1) if delete else (2, kept2)
@@ -225,33 +223,3 @@ def _task(row: Row) -> Task:
 
 def _name(constraint: Row) -> tuple[str, str]:
     return constraint["kind"], json.dumps(constraint["params"], sort_keys=True)
-
-
-def _hash(text: str) -> str:
-    return sha256_text(text)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m iopo.experiments.paper_table.data", description=__doc__
-    )
-    parser.add_argument("train", type=Path, help="quads with task, c1 and c2")
-    parser.add_argument("heldout", type=Path, nargs="+", help="quads of other tasks")
-    parser.add_argument("--out", type=Path, required=True, help="folder")
-    parser.add_argument("--quads", type=int, required=True, help="rows of train")
-    parser.add_argument("--validation", type=int, required=True, help="rows of validation")
-    parser.add_argument("--test", type=int, required=True, help="rows of test")
-    args = parser.parse_args(arguments)
-    sizes = {key: getattr(args, key) for key in ("quads", "validation", "test")}
-    try:
-        counts = make(args.train, args.heldout, args.out, **sizes)
-    except ValueError as error:
-        print(f"refused: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(counts, indent=1))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from iopo.files import read_records
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 STOPPED = 75  # as train.py: saved, start again to go on
+print_now = partial(print, flush=True)  # the reader may be a log file
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,3 @@ def costs(run: Path) -> dict[str, dict[str, float]]:
         cost["seconds"] += row["seconds"]
         cost["peak_rss_gb"] = max(cost["peak_rss_gb"], row["peak_rss_gb"])
     return found
-
-
-def print_now(line: str) -> None:
-    """Print, past any buffer: the reader may be a log file."""
-    print(line, flush=True)

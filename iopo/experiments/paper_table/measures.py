@@ -4,7 +4,8 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from iopo.evaluation import scoring
 from iopo.evaluation.items import Measures
@@ -12,6 +13,7 @@ from iopo.evaluation.quad_metrics import Answer, repeats
 from iopo.experiments.paper_table.jobs import costs
 from iopo.files import read_records
 from iopo.training.logger import read_metrics
+from iopo.training.metrics import preferences
 
 Runs = dict[str, dict[int | None, Path]]  # method, then seed -> folder
 IFEVAL = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose")
@@ -47,7 +49,7 @@ def measures(folder: Path, sft: Path) -> Measures:
         out["empty"][quad] = (sum(not a.text.strip() for a in two), len(two))
         out["repetitive"][quad] = (sum(repeats(a.text) for a in two), len(two))
         out["cut_off"][quad] = (sum(a.finish_reason == "length" for a in two), len(two))
-    _add_logps(out, _logps(folder), _logps(sft))
+    _add_logps(out, folder, sft)
     scores = json.loads((folder / "quads/scores.json").read_text(encoding="utf-8"))
     for block, nats in enumerate(scores["plain_text"]["nats_per_token"]):
         out["plain_text"][f"{scores['plain_text']['sha256'][:8]} {block}"] = (nats, 1.0)
@@ -58,30 +60,26 @@ def measures(folder: Path, sft: Path) -> Measures:
 
 
 def _answers(folder: Path) -> list[Answer]:
-    return [_answer(row) for row in read_records(folder / "quads/verdicts.jsonl")]
+    return [Answer(**row) for row in read_records(folder / "quads/verdicts.jsonl")]
 
 
-def _answer(row: dict[str, Any]) -> Answer:
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
-    return Answer(**fields)
-
-
-def _logps(folder: Path) -> dict[str, list[float]]:
-    return {row["id"]: row["logps"] for row in read_records(folder / "quads/logps.jsonl")}
-
-
-def _add_logps(out: Measures, policy: dict[str, list[float]], sft: dict[str, list[float]]) -> None:
+def _add_logps(out: Measures, folder: Path, reference: Path) -> None:
     """Preferences, and log-ratios to SFT in nats per response, of matched and mismatched members.
 
     Raises ValueError if the two models were not scored on the same quads.
     """
+    policy, sft = (
+        {row["id"]: row["logps"] for row in read_records(of / "quads/logps.jsonl")}
+        for of in (folder, reference)
+    )
     if policy.keys() != sft.keys():
         raise ValueError("a run and the SFT checkpoint were scored on different quads")
-    for quad, (l11, l12, l22, l21) in policy.items():
-        out["group_accuracy"][quad] = (float(l11 + l22 > l12 + l21), 1.0)
-        out["x_preference"][quad] = (float(l11 > l21 and l22 > l12), 1.0)
-        out["y_preference"][quad] = (float(l11 > l12 and l22 > l21), 1.0)
-        r11, r12, r22, r21 = (a - b for a, b in zip(policy[quad], sft[quad], strict=True))
+    policy_Q4 = torch.tensor(list(policy.values()), dtype=torch.float64)
+    for name, right_Q in preferences(policy_Q4).items():
+        rights = zip(policy, right_Q.tolist(), strict=True)
+        out[name] = {quad: (float(right), 1.0) for quad, right in rights}
+    for quad, logps in policy.items():
+        r11, r12, r22, r21 = (a - b for a, b in zip(logps, sft[quad], strict=True))
         out["logratio_matched"][quad] = (r11 + r22, 2.0)
         out["logratio_mismatched"][quad] = (r12 + r21, 2.0)
 

@@ -1,20 +1,19 @@
 """Tables and pictures of the comparison, from run folders alone.
 
-`python -m iopo.experiments.paper_table.table RUN [SWEEP]` writes RUN/SWEEP.md, .json, .html, .png.
+`python -m iopo.experiments.paper_table.table RUN [SWEEP]` writes RUN/SWEEP.md, .json and .png.
 Whether a difference is a gain is printed by code: only where its interval excludes zero.
 """
 
-import html
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from iopo.evaluation import paired, pictures
+from matplotlib.figure import Figure
+
+from iopo.evaluation import paired
 from iopo.evaluation.paired import Scores
-from iopo.experiments.paper_table import measures as comparison_runs
-from iopo.experiments.paper_table.measures import Runs
-from iopo.experiments.paper_table.pictures import draw_differences, draw_values
+from iopo.experiments.paper_table.measures import IFEVAL, Runs, cost, find, measures, provenance
 from iopo.stats import Estimate
 
 # name -> (label, factor for printing, 1 or -1 where more is better or worse, 0: neither)
@@ -42,7 +41,7 @@ METRICS = {
 }
 SECTIONS = {
     "Following, on held-out tasks": [m for m in METRICS if m.startswith(("follow", "constr"))],
-    "IFEval": list(comparison_runs.IFEVAL),
+    "IFEval": list(IFEVAL),
     "Preferences, by log-prob": ["group_accuracy", "x_preference", "y_preference"],
     "Drift": ["logratio_matched", "logratio_mismatched", "as_sft", "words", "empty", "cut_off",
               "repetitive", "plain_text"],
@@ -52,8 +51,13 @@ NAMES = {
     "input_preference": "input preference", "iopo_three": "IOPO, three members (Eq. 11)",
     "iopo": "IOPO", "simpo": "SimPO", "orpo": "ORPO",
 }  # fmt: skip
-BASELINES = ("SFT", "output_preference")
+DRAWN = ("following", "following/seen", "following/unseen_params", "following/unseen_kinds",
+         "prompt_strict", "group_accuracy", "x_preference", "y_preference",
+         "logratio_matched", "words", "repetitive", "plain_text")  # fmt: skip
+COLOURS = {"gain": "#2b5c8a", "loss": "#9c3d54"}
+GREY = "#7f8c8d"  # neither, or the interval holds zero
 Table = tuple[str, list[str], list[list[str]]]  # title, head, rows
+Estimates = Mapping[str, Mapping[str, Estimate]]  # method -> metric -> estimate
 
 
 def write(run: Path, sweep: str) -> list[str]:
@@ -62,51 +66,43 @@ def write(run: Path, sweep: str) -> list[str]:
     An ablation is shown beside IOPO of the main table and against it. Raises ValueError if the SFT
     checkpoint has not been measured.
     """
-    runs = comparison_runs.find(run, sweep)
+    runs, baselines = find(run, sweep), ("SFT", "output_preference")
     order = [name for name in ("base", "SFT", *NAMES) if name in runs]
     runs = {name: runs[name] for name in [*order, *(n for n in runs if n not in order)]}
     if "SFT" not in runs:
         raise ValueError(f"{run}: the SFT checkpoint was not measured; nothing to compare with")
-    baselines = BASELINES
     if sweep != "paper_table":
-        main = comparison_runs.find(run, "paper_table")
+        main = find(run, "paper_table")
         runs = {name: main[name] for name in ("base", "SFT", "iopo") if name in main} | runs
         baselines = ("SFT", "iopo")
     found = _scores(runs, run / "sft")
+    values = {_name(m): {k: paired.estimate(s) for k, s in of.items()} for m, of in found.items()}
     differences = {
-        base: {name: _differences(found[base], found[name]) for name in found
-               if name not in (base, "base")}
+        _name(base): {_name(name): _differences(found[base], of) for name, of in found.items()
+                      if name not in (base, "base")}
         for base in baselines if base in found
     }  # fmt: skip
-    tables = [_values(title, metrics, found) for title, metrics in SECTIONS.items()]
-    tables.append(_costs(run, runs))
     against = [_against(base, rows) for base, rows in differences.items()]
-    split = _split(found) if sweep == "paper_table" else None
-    tables += against + ([split] if split else [])
-    tables = [table for table in tables if table[2]]
+    if sweep == "paper_table" and {"dpo", "output_preference", "iopo"} <= found.keys():
+        against.append(_split(found))
+    tables = [_values(title, metrics, found, values) for title, metrics in SECTIONS.items()]
+    tables = [table for table in (*tables, _costs(run, runs), *against) if table[2]]
     head = _head(run, runs)
-    files = [f"{sweep}_values.png", f"{sweep}_differences.png"]
-    values = {_name(m): {k: paired.estimate(s) for k, s in of.items()} for m, of in found.items()}
-    draw_values(values, METRICS, run / files[0])
-    named = {_name(b): {_name(m): d for m, d in rows.items()} for b, rows in differences.items()}
-    draw_differences(named, METRICS, run / files[1])
-    title = f"The paper's comparison in small: {sweep}"
-    text = [f"# {title}", "", *(f"- {line}" for line in head), *map(_markdown, tables)]
+    picture = f"{sweep}_differences.png"
+    _draw(differences, run / picture)
+    text = [f"# The paper's comparison in small: {sweep}", "", *(f"- {line}" for line in head)]
+    text += [*map(_markdown, tables), f"\n![differences]({picture})"]
     (run / f"{sweep}.md").write_text("\n".join(text) + "\n", encoding="utf-8")
-    body = "".join(f"<p>{html.escape(line)}</p>" for line in head) + "".join(map(_html, tables))
-    page = pictures.html_page(title, body, files)
-    (run / f"{sweep}.html").write_text(page, encoding="utf-8")
-    content = {"values": values, "differences": named, "provenance": head}
+    content = {"values": values, "differences": differences, "provenance": head}
     (run / f"{sweep}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    shown = [_markdown(table) for table in tables if table in against or table is split]
-    return [*shown, f"written: {run}/{sweep}.md, .json, .html, {', '.join(files)}"]
+    return [*map(_markdown, against), f"written: {run}/{sweep}.md, {sweep}.json, {picture}"]
 
 
 def _scores(runs: Runs, sft: Path) -> dict[str, dict[str, Scores]]:
     """method -> metric -> scores over seeds."""
     out: dict[str, dict[str, Scores]] = {}
     for name, folders in runs.items():
-        tables = {seed: comparison_runs.measures(folder, sft) for seed, folder in folders.items()}
+        tables = {seed: measures(folder, sft) for seed, folder in folders.items()}
         columns = {metric: paired.scores(metric, tables) for metric in METRICS}
         out[name] = {metric: found for metric, found in columns.items() if found is not None}
     return out
@@ -116,45 +112,43 @@ def _differences(a: dict[str, Scores], b: dict[str, Scores]) -> dict[str, Estima
     return {metric: paired.difference(a[metric], b[metric]) for metric in a if metric in b}
 
 
-def _values(title: str, metrics: list[str], found: dict[str, dict[str, Scores]]) -> Table:
+def _values(
+    title: str, metrics: list[str], found: dict[str, dict[str, Scores]], values: Estimates
+) -> Table:
     metrics = [m for m in metrics if any(m in of for of in found.values())]
     head = ["method", "seeds", *(METRICS[metric][0] for metric in metrics)]
     rows = []
     for name, of in found.items():
-        cells = [_number(paired.estimate(of[m]), m) if m in of else "" for m in metrics]
         seeds = next((of[m].seeds for m in metrics if m in of), ())
+        cells = [_number(values[_name(name)][m], m) if m in of else "" for m in metrics]
         rows.append([_name(name), str(len(seeds) or "-"), *cells])
     return f"{title} [95 % interval]", head, rows if metrics else []
 
 
 def _costs(run: Path, runs: Runs) -> Table:
     head = ["method", "steps", "tokens of members seen", "seconds", "peak GB of a process"]
-    rows = []
-    for name, folders in runs.items():
-        cost = comparison_runs.cost(run, folders.values())
-        if cost is not None:
-            rows.append([
-                _name(name), f"{cost['steps']:.0f}", f"{cost['tokens']:,.0f}",
-                f"{cost['seconds']:.0f}", f"{cost['peak_rss_gb']:.1f}",
-            ])  # fmt: skip
+    rows = [
+        [
+            _name(name), f"{spent['steps']:.0f}", f"{spent['tokens']:,.0f}",
+            f"{spent['seconds']:.0f}", f"{spent['peak_rss_gb']:.1f}",
+        ]
+        for name, folders in runs.items() if (spent := cost(run, folders.values()))
+    ]  # fmt: skip
     return "Cost of training, mean over seeds (seconds: loading and export included)", head, rows
 
 
-def _against(base: str, rows: dict[str, dict[str, Estimate]]) -> Table:
+def _against(base: str, rows: Mapping[str, Mapping[str, Estimate]]) -> Table:
     """One row a metric, one column a method: the paired difference and what may be said of it."""
     metrics = [m for m in METRICS if any(m in row for row in rows.values())]
-    head = ["", *map(_name, rows)]
     cells = [
         [METRICS[m][0], *(_difference(row[m], m) if m in row else "" for row in rows.values())]
         for m in metrics
     ]
-    return f"Minus {_name(base)}, paired by item and seed", head, cells
+    return f"Minus {base}, paired by item and seed", ["", *rows], cells
 
 
-def _split(found: dict[str, dict[str, Scores]]) -> Table | None:
+def _split(found: dict[str, dict[str, Scores]]) -> Table:
     """IOPO - DPO = (DPO on both rows - DPO: other data) + (IOPO - DPO on both rows: other loss)."""
-    if not {"dpo", "output_preference", "iopo"} <= found.keys():
-        return None
     dpo, rows, iopo = (found[name] for name in ("dpo", "output_preference", "iopo"))
     parts = [_differences(dpo, iopo), _differences(dpo, rows), _differences(rows, iopo)]
     cells = [
@@ -167,8 +161,7 @@ def _split(found: dict[str, dict[str, Scores]]) -> Table | None:
 
 
 def _head(run: Path, runs: Runs) -> list[str]:
-    facts = comparison_runs.provenance(runs)
-    lines = [f"{key}: {'; '.join(values)}" for key, values in facts.items()]
+    lines = [f"{key}: {'; '.join(values)}" for key, values in provenance(runs).items()]
     data = json.loads((run / "data/counts.json").read_text(encoding="utf-8"))
     lines.append("quads: " + ", ".join(f"{k} {v}" for k, v in data.items() if isinstance(v, int)))
     choice = json.loads((run / "choice.json").read_text(encoding="utf-8"))["chosen"]
@@ -180,18 +173,19 @@ def _name(name: str) -> str:
     return NAMES.get(name, name)
 
 
-def _number(found: Estimate, metric: str) -> str:
-    value, low, high = (METRICS[metric][1] * found[key] for key in ("value", "low", "high"))  # type: ignore[literal-required]
-    digits = 1 if METRICS[metric][1] == 100 else 2
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+def _interval(found: Estimate) -> tuple[float, float, float]:
+    return found["value"], found["low"], found["high"]
+
+
+def _number(found: Estimate, metric: str, sign: str = "") -> str:
+    factor = METRICS[metric][1]
+    digits = 1 if factor == 100 else 2
+    value, low, high = (f"{factor * number:{sign}.{digits}f}" for number in _interval(found))
+    return f"{value} [{low}, {high}]"
 
 
 def _difference(found: Estimate, metric: str) -> str:
-    _, factor, better = METRICS[metric]
-    value, low, high = (factor * found[key] for key in ("value", "low", "high"))  # type: ignore[literal-required]
-    digits = 1 if factor == 100 else 2
-    interval = f"[{low:+.{digits}f}, {high:+.{digits}f}]"
-    return f"{value:+.{digits}f} {interval} {paired.word(found, better)}"
+    return f"{_number(found, metric, '+')} {paired.word(found, METRICS[metric][2])}"
 
 
 def _markdown(table: Table) -> str:
@@ -200,29 +194,46 @@ def _markdown(table: Table) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def _html(table: Table) -> str:
-    title, head, rows = table
-
-    def line(cells: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-    body = "".join(line(row, "td") for row in rows)
-    return f"<h2>{html.escape(title)}</h2><table>{line(head, 'th')}{body}</table>"
+def _draw(against: Mapping[str, Estimates], path: Path) -> None:
+    """One panel for each baseline and metric, one line a method: difference and 95% interval."""
+    panels = [
+        (base, metric, rows) for base, rows in against.items()
+        for metric in DRAWN if any(metric in of for of in rows.values())
+    ]  # fmt: skip
+    height, lines = -(-len(panels) // 4), max(map(len, against.values()))
+    figure = Figure(figsize=(15, height * (1.1 + 0.22 * lines)), layout="constrained")
+    grid = list(figure.subplots(height, 4, squeeze=False).flat)
+    for axes, (base, metric, rows) in zip(grid, panels, strict=False):
+        label, factor, better = METRICS[metric]
+        for place, of in enumerate(rows.values()):
+            if metric in of:
+                colour = COLOURS.get(paired.word(of[metric], better), GREY)
+                value, low, high = (factor * number for number in _interval(of[metric]))
+                axes.plot([low, high], [place, place], color=colour)
+                axes.plot(value, place, "o", color=colour, markersize=4)
+        axes.axvline(0, color="0.6", linewidth=0.8)
+        axes.set_title(f"{label}\nminus {base}", fontsize=9)
+        axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    for unused in grid[len(panels) :]:
+        unused.set_visible(False)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the tables of a run folder again."""
-    if not 1 <= len(arguments) <= 2:
-        print("usage: python -m iopo.experiments.paper_table.table RUN [SWEEP]", file=sys.stderr)
-        return 2
+    """Write the tables of a run folder again; returns the exit code."""
+    run, sweep = (*arguments, "paper_table")[:2]
     try:
-        lines = write(Path(arguments[0]), arguments[1] if arguments[1:] else "paper_table")
+        print("\n".join(write(Path(run), sweep)))
     except (ValueError, OSError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
-    print("\n".join(lines))
     return 0
 
 
 if __name__ == "__main__":
+    if not 2 <= len(sys.argv) <= 3:
+        sys.exit("usage: python -m iopo.experiments.paper_table.table RUN [SWEEP]")
     sys.exit(main(sys.argv[1:]))

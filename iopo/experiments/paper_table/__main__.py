@@ -1,12 +1,11 @@
-"""The paper's comparison in small: `python -m iopo.experiments.paper_table.run [key=value ...]`.
+"""The paper's comparison in small: `python -m iopo.experiments.paper_table [key=value ...]`.
 
 From one SFT checkpoint, on the same quads and as many members seen: a grid of learning rate and
 beta for every method, judged on a validation split; then the jobs of +sweep=paper_table, measured
-on held-out quads and, at seed 1, on IFEval; then the table (comparison_table.py). Each job is
-train.py or evaluate.py in a process of its own, in a folder under --run. What is done is not done
-again: stop it at any time (SIGTERM saves the running jobs) and start it again to go on. key=value
-goes to every train.py. Exit codes: 0 done, 1 some jobs failed (jobs.jsonl names them), 2 refused,
-75 stopped.
+on held-out quads and, at seed 1, on IFEval; then the tables (table.py). Each job is train.py or
+evaluate.py in a process of its own, in a folder under --run. Finished jobs are not run again: stop
+at any time (SIGTERM saves the running jobs) and start again to go on. key=value goes to every
+train.py. Exit codes: 0 done, 1 some jobs failed (jobs.jsonl names them), 2 refused, 75 stopped.
 """
 
 import argparse
@@ -24,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from iopo.experiments.paper_table import data
 from iopo.experiments.paper_table.jobs import REPOSITORY, Job, Runner, print_now
 
 # Chosen before any result, as all sizes here and in conf/sweep/paper_table.yaml. The second number
@@ -35,13 +35,8 @@ STRENGTH = {
     "iopo": BETA, "simpo": ("objective.beta", ("2", "8")),
     "orpo": ("objective.odds_weight", ("0.1", "1.0")), "sft": None,
 }  # fmt: skip
-SFT = (
-    "objective=sft",
-    "optim.lr=1e-4",
-    "optim.global_batch_quads=8",
-    "evaluation.quads=8",
-    "evaluation.samples=0",
-)
+SFT = ("objective=sft", "optim.lr=1e-4", "optim.global_batch_quads=8", "evaluation.quads=8",
+       "evaluation.samples=0")  # fmt: skip
 QUADS_TOKENS, IFEVAL_TOKENS = 128, 256  # longest answers
 IFEVAL_ON = ("base", "sft", "seed1")  # folders: one model a method, it takes a quarter of an hour
 
@@ -52,22 +47,6 @@ class Comparison:
     def __init__(self, args: argparse.Namespace, runner: Runner):
         self.args, self.runner, self.run = args, runner, runner.run_dir
         self.sft = self.run / "sft"
-
-    def make_data(self) -> bool:
-        """data/: training, validation and test quads, and the baselines' rows.
-
-        Raises ValueError if it holds other numbers of them than are asked for now.
-        """
-        a, counts = self.args, self.run / "data" / "counts.json"
-        sizes = {"quads": a.quads, "validation": a.validation, "test": a.test}
-        command = ["-m", "iopo.experiments.paper_table.data", str(a.train), *map(str, a.heldout)]
-        command += [f"--{name}={size}" for name, size in sizes.items()]
-        done = self.runner.job(Job("data", [*command, f"--out={counts.parent}"], counts))
-        if done:
-            made = json.loads(counts.read_text())
-            if [made["train"], made["validation"], made["test"]] != list(sizes.values()):
-                raise ValueError(f"{counts}: other sizes than {sizes}; choose another --run")
-        return done
 
     def train(self, folder: Path, *overrides: str) -> bool:
         """One train.py run."""
@@ -84,39 +63,37 @@ class Comparison:
         return self.train(self.sft, *SFT, f"model.path={self.args.model}", rows)
 
     def from_sft(self, folder: Path, method: str, sweep: str, *overrides: str) -> bool:
-        """One run of a sweep, from the SFT checkpoint."""
+        """One run of a sweep, from the SFT checkpoint, on the rows that the method's file names."""
+        own = load_yaml("method", method).get("data") or {}
+        rows = Path(own.get("train", "train.jsonl")).name
         return self.train(
             folder, f"+sweep={sweep}", "hydra.mode=RUN", f"+method={method}",
-            f"model.path={exported(self.sft)}", self.rows_of(method), *overrides,
+            f"model.path={exported(self.sft)}", f"data.train={self.run}/data/{rows}", *overrides,
         )  # fmt: skip
 
-    def rows_of(self, method: str) -> str:
-        """data.train as the method's file has it, in this run's folder."""
-        text = (REPOSITORY / "conf/method" / f"{method}.yaml").read_text(encoding="utf-8")
-        train = (yaml.safe_load(text).get("data") or {}).get("train", "train.jsonl")
-        return f"data.train={self.run}/data/{Path(train).name}"
+    def evaluate(self, benchmark: str, model: str | Path, out: Path, *options: str) -> bool:
+        """One evaluate.py run."""
+        command = [
+            "evaluate.py", f"+benchmark={benchmark}", f"model.path={model}", f"out={out}",
+            "generate.batch_size=96", *options,
+        ]  # fmt: skip
+        return self.runner.job(Job(str(out.relative_to(self.run)), command, out / "scores.json"))
 
     def quads(self, model: str | Path, out: Path, rows: str, *more: str) -> bool:
         """Answers to, and log-probs of, data/{rows}.jsonl."""
-        command = [
-            "evaluate.py", "+benchmark=quads", f"model.path={model}", f"out={out}",
-            f"data.path={self.run}/data/{rows}.jsonl", "benchmark.controls=false",
-            f"generate.max_new_tokens={QUADS_TOKENS}", "generate.batch_size=96", *more,
-        ]  # fmt: skip
-        return self.runner.job(Job(str(out.relative_to(self.run)), command, out / "scores.json"))
+        return self.evaluate(
+            "quads", model, out, f"data.path={self.run}/data/{rows}.jsonl",
+            "benchmark.controls=false", f"generate.max_new_tokens={QUADS_TOKENS}", *more,
+        )  # fmt: skip
 
     def measure(self, model: str | Path, folder: Path) -> None:
         """Everything that the table needs of one model."""
         self.quads(model, folder / "quads", "test")
-        if self.args.ifeval is None or folder.name not in IFEVAL_ON:
-            return
-        out = folder / "ifeval"
-        command = [
-            "evaluate.py", "+benchmark=ifeval", f"model.path={model}", f"out={out}",
-            f"data.path={self.args.ifeval}", f"generate.max_new_tokens={IFEVAL_TOKENS}",
-            "generate.batch_size=96",
-        ]  # fmt: skip
-        self.runner.job(Job(str(out.relative_to(self.run)), command, out / "scores.json"))
+        if self.args.ifeval is not None and folder.name in IFEVAL_ON:
+            self.evaluate(
+                "ifeval", model, folder / "ifeval", f"data.path={self.args.ifeval}",
+                f"generate.max_new_tokens={IFEVAL_TOKENS}",
+            )  # fmt: skip
 
     def grid_points(self) -> Iterator[tuple[str, Path, list[str]]]:
         """(method, folder, overrides) of every point, the lower learning rate first."""
@@ -124,16 +101,15 @@ class Comparison:
             key, values = STRENGTH[method] or ("", ("",))
             for rate, value in itertools.product(LEARNING_RATES, values):
                 overrides = [f"optim.lr={rate}"] + ([f"{key}={value}"] if key else [])
-                name = "-".join([f"lr{rate}", value]) if key else f"lr{rate}"
+                name = f"lr{rate}-{value}" if key else f"lr{rate}"
                 yield method, self.run / "grid" / method / name, overrides
 
     def try_point(self, method: str, folder: Path, overrides: list[str]) -> None:
         """Train one point for the grid's few steps and score it on the validation quads."""
         if (folder / "validation" / "scores.json").exists():
-            return
-        steps = f"optim.max_steps={self.args.grid_steps}"
-        grid = [*overrides, "seed=0"]
-        if self.from_sft(folder, method, "paper_table", *grid, steps) and self.quads(
+            return  # its export is gone
+        grid = [*overrides, "seed=0", f"optim.max_steps={self.args.grid_steps}"]
+        if self.from_sft(folder, method, "paper_table", *grid) and self.quads(
             exported(folder), folder / "validation", "validation", "benchmark.scored=0"
         ):
             shutil.rmtree(exported(folder))  # half a gigabyte each, not needed again
@@ -157,14 +133,13 @@ class Comparison:
         }
         path = self.run / "choice.json"
         old = json.loads(path.read_text()) if path.exists() else {"chosen": {}, "tried": {}}
-        before, tried_before = old["chosen"], old["tried"]
-        changed = [m for m, rates in chosen.items() if before.get(m, rates) != rates]
+        changed = [m for m, rates in chosen.items() if old["chosen"].get(m, rates) != rates]
         if changed:
             raise ValueError(
                 f"{path}: other rates are best now for {', '.join(changed)}, and runs with the old "
                 "ones may exist; choose another --run"
             )
-        content = {"chosen": before | chosen, "tried": tried_before | tried}
+        content = {"chosen": old["chosen"] | chosen, "tried": old["tried"] | tried}
         path.write_text(json.dumps(content, indent=1) + "\n")
         return chosen
 
@@ -189,22 +164,20 @@ class Comparison:
         self.runner.all(tasks)
 
     def train_and_measure(self, folder: Path, method: str, sweep: str, *overrides: str) -> None:
-        """One job of a sweep and its measures."""
         if self.from_sft(folder, method, sweep, *overrides):
             self.measure(exported(folder), folder)
 
 
+def load_yaml(group: str, name: str) -> dict[str, Any]:
+    """conf/GROUP/NAME.yaml as it stands, not composed."""
+    return yaml.safe_load((REPOSITORY / "conf" / group / f"{name}.yaml").read_text("utf-8"))
+
+
 def jobs_of(sweep: str) -> list[dict[str, str]]:
     """Key and value of every override, job by job, as Hydra's sweeper would make them."""
-    command = [sys.executable, "train.py", f"+sweep={sweep}", "--cfg", "hydra", "-p",
-               "hydra.sweeper.params"]  # fmt: skip
-    shown = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
-    if shown.returncode != 0:
-        raise ValueError(f"+sweep={sweep} does not compose: {shown.stderr.strip()}")
-    params = {k: str(v).split(",") for k, v in yaml.safe_load(shown.stdout).items()}
-    return [
-        dict(zip(params, values, strict=True)) for values in itertools.product(*params.values())
-    ]
+    params = load_yaml("sweep", sweep)["hydra"]["sweeper"]["params"]
+    columns = [str(values).split(",") for values in params.values()]
+    return [dict(zip(params, values, strict=True)) for values in itertools.product(*columns)]
 
 
 def exported(folder: Path) -> Path:
@@ -236,30 +209,32 @@ def keep_arguments(args: argparse.Namespace) -> None:
 
     IFEval may be added to a run that began without it.
     """
-    free = ("run", "sweeps", "methods", "jobs", "without_ifeval", "ifeval")
-    now = {
-        k: json.loads(json.dumps(v, default=str)) for k, v in vars(args).items() if k not in free
-    }
+    free = ("run", "sweeps", "methods", "jobs", "data_only", "without_ifeval", "ifeval")
+    text = json.dumps({k: v for k, v in vars(args).items() if k not in free}, default=str, indent=1)
     path = args.run / "arguments.json"
+    now = json.loads(text)
     before = json.loads(path.read_text()) if path.exists() else now
     changed = [key for key in now if before.get(key) != now[key]]
     if changed:
         raise ValueError(
             f"{path}: this run began with other {', '.join(changed)}; give those, or another --run"
         )
-    path.write_text(json.dumps(now, indent=1) + "\n")
+    path.write_text(text + "\n")
 
 
 def compare(comparison: Comparison) -> None:
     """All stages. Raises ValueError where it makes no sense to go on."""
     runner, run, args = comparison.runner, comparison.run, comparison.args
     keep_arguments(args)
-    train_model: list[bool] = []
-    runner.all([lambda: train_model.append(comparison.make_data() and comparison.train_sft())])
-    if not all(train_model):
-        raise ValueError(f"no data or no SFT checkpoint; {run}/logs says why")
-    points = list(comparison.grid_points())
-    runner.all([lambda p=p: comparison.try_point(*p) for p in points])  # type: ignore[misc]
+    if not (run / "data/counts.json").exists():
+        sizes = {"quads": args.quads, "validation": args.validation, "test": args.test}
+        data.make(args.train, args.heldout, run / "data", **sizes)
+    if args.data_only:
+        return
+    runner.all([comparison.train_sft])
+    if runner.failed:
+        raise ValueError(f"no SFT checkpoint; {run}/logs says why")
+    runner.all([partial(comparison.try_point, *point) for point in comparison.grid_points()])
     chosen = comparison.choose()
     runner.all([
         lambda: comparison.measure(args.model, run / "base"),
@@ -277,35 +252,38 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    data = REPOSITORY / "data" / "demo"
+    folder = REPOSITORY / "data" / "verified"
+    heldout = [folder / "heldout.jsonl", folder / "heldout_kinds.jsonl"]
+    sweeps = sorted(path.stem for path in (REPOSITORY / "conf/sweep").glob("ablation_*.yaml"))
+    ifeval = str(Path(os.environ.get("IOPO_DATA_DIR", ""), "ifeval", "input_data.jsonl"))
     add = parser.add_argument
-    add("--run", type=Path, default=Path("runs/paper_table"), help="folder of everything")
-    add("--sweeps", nargs="+", default=["paper_table"], help="paper_table, then ablation_*")
+    add("--run", type=absolute, default="runs/paper_table", help="folder of everything")
+    add("--sweeps", nargs="+", choices=["paper_table", *sweeps], default=["paper_table"])
     add("--model", default="demo", help="where SFT starts: a model folder or 'demo'")
-    add("--train", type=Path, default=data / "train.jsonl", help="verified quads")
-    add("--heldout", type=Path, nargs="+", default=[data / "heldout.jsonl"], help="of other tasks")
-    add("--ifeval", type=Path, help="input_data.jsonl; default: $IOPO_DATA_DIR/ifeval/")
+    add("--train", type=absolute, default=folder / "train.jsonl", help="verified quads")
+    add("--heldout", type=absolute, nargs="+", default=heldout, help="of other tasks")
+    add("--ifeval", type=absolute, default=ifeval, help="default: $IOPO_DATA_DIR/ifeval/...")
     add("--without-ifeval", action="store_true", help="leave IFEval out of the table")
     add("--methods", nargs="+", choices=STRENGTH, default=list(STRENGTH))
     add("--quads", type=int, default=96, help="training quads, each seen once by IOPO")
     add("--validation", type=int, default=32, help="quads that rates are chosen on")
     add("--test", type=int, default=96, help="held-out quads that models are measured on")
     add("--grid-steps", type=int, default=8, help="optimizer steps of a point of the grid")
+    add("--data-only", action="store_true", help="write the rows of all methods and stop")
     add("--jobs", type=int, default=1, help="jobs at once; they share the cores")
     add("overrides", nargs="*", help="key=value for every train.py")
     args = parser.parse_intermixed_args(arguments)
-    if args.ifeval is None and "IOPO_DATA_DIR" in os.environ:
-        args.ifeval = Path(os.environ["IOPO_DATA_DIR"]) / "ifeval" / "input_data.jsonl"
-    if args.without_ifeval:
+    if args.without_ifeval or args.data_only:
         args.ifeval = None
-    elif args.ifeval is None or not args.ifeval.is_file():
-        parser.error(f"IFEval: found {args.ifeval}; give --ifeval FILE, or --without-ifeval")
-    args.run, args.train = args.run.absolute(), args.train.absolute()
-    args.heldout = [path.absolute() for path in args.heldout]
-    args.ifeval = args.ifeval and args.ifeval.absolute()
+    elif not args.ifeval.is_file():
+        parser.error(f"IFEval: no file {args.ifeval}; give --ifeval FILE, or --without-ifeval")
     if Path(args.model).is_dir():
-        args.model = str(Path(args.model).absolute())
+        args.model = str(absolute(args.model))
     return args
+
+
+def absolute(path: str) -> Path:
+    return Path(path).absolute()  # jobs run in the repository's folder
 
 
 if __name__ == "__main__":
