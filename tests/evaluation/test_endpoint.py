@@ -215,7 +215,7 @@ def test_a_torn_last_line_is_cut_and_a_torn_middle_is_reported(tmp_path: Path) -
     path.write_bytes(b'{"a": 1}\n{"a": 2\n\xff\n[]\n{"a": 3}\n')
     with pytest.raises(ValueError) as error:
         Journal(path)
-    for part in (":2:", ":3: not UTF-8 at byte 0", ":4: expected an object, found list"):
+    for part in (":2:", ":3: the line is not UTF-8 (byte 0 of it is 0xff)", ":4: expected an object, found list"):
         assert part in str(error.value)
 
 

@@ -174,7 +174,7 @@ def test_odd_answers_are_counted_not_fatal(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"key": 1000, "response": "\xff"}\n', r"answers.jsonl:1: not UTF-8"),
+        (b'{"key": 1000, "response": "\xff"}\n', r"answers.jsonl:1: the line is not UTF-8"),
         (b'{"key": 1000, "response": "a"\n{"key": 1}\n', r"answers.jsonl:1: "),
         (b'{"key": 1000}\n', 'row 1: "response": expected text, found nothing'),
         (b'{"key": 1000, "response": null}\n', "found NoneType"),
