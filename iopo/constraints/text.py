@@ -47,6 +47,19 @@ def han_characters(text: str) -> int:
     return len(_HAN.findall(text))
 
 
+def repeats(text: str, n: int = 4) -> bool:
+    """Whether some n consecutive words (cut at blanks, in any case) occur twice.
+
+    >>> repeats("A b c d, a b c d"), repeats("a b c d a b c")
+    (False, False)
+    >>> repeats("A b c d a b c d")
+    True
+    """
+    found = text.lower().split()
+    grams = [tuple(found[i : i + n]) for i in range(len(found) - n + 1)]
+    return len(set(grams)) < len(grams)
+
+
 @lru_cache(maxsize=8)
 def sentences(text: str) -> tuple[str, ...]:
     """Sentences by rule: marks end one, so does a line break; list markers are no part of one.

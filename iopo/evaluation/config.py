@@ -3,8 +3,8 @@
 Plain dataclasses: evaluate.py gives them to Hydra, everything below gets them as typed objects.
 """
 
-import enum
 from dataclasses import dataclass, field
+from enum import StrEnum, auto
 from typing import Any
 
 from iopo.config import Dtype
@@ -12,11 +12,11 @@ from iopo.config import Dtype
 BOOTSTRAP = 2000  # resamples
 
 
-class Style(enum.Enum):
+class Style(StrEnum):
     """Wording and reply format of the judge's prompt."""
 
-    paper = "paper"  # the meaning and reply format that the benchmark's authors published
-    robust = "robust"  # JSON by constraint number, fenced answer: the one to trust
+    paper = auto()  # as the authors published (TRACE, CFBench, ComplexBench)
+    robust = auto()  # JSON by constraint number, fenced answer: the one to trust
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """Serve a checkpoint over HTTP as OpenAI's API does: `python -m iopo.evaluation.serve PATH`.
 
 For smoke tests and small models: one request is answered at a time, without batching. Use vLLM for
-anything more. Routes: GET /v1/models, POST /v1/chat/completions (also with "stream": true).
+anything more. Routes: GET /v1/models, POST /v1/chat/completions (with "stream": true the whole
+answer is one event).
 At temperature 0 the answers are those of greedy generation in this process with batch size 1.
 """
 
@@ -11,26 +12,16 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iopo.config import Dtype
 from iopo.evaluation.config import ModelSection
 from iopo.evaluation.responses import load_model
-from iopo.model.generate import (
-    Generation,
-    encode_prompt,
-    end_of_turn_ids,
-    generate,
-    growing_cache,
-    inference,
-    sample,
-)
+from iopo.model.generate import Generation, encode_prompt, generate
 
 MAX_BODY_BYTES = 8 * 2**20
 ROLES = ("system", "user", "assistant")
@@ -70,42 +61,6 @@ class Served:
             except ValueError as error:
                 raise BadRequest(str(error)) from error
         return found
-
-    def stream(self, request: "ChatRequest") -> Iterator[tuple[str, str | None]]:
-        """(further text, finish reason or None); the joined text is that of `answer`.
-
-        At a temperature above 0 the draws are others than those of `answer`.
-        """
-        prompt = encode_prompt(self._tokenizer, request.messages)
-        stops = end_of_turn_ids(self._model, self._tokenizer)
-        limit = self._room(request)
-        generator = torch.Generator().manual_seed(request.seed)
-        cache = growing_cache(self._model)
-        tokens: list[int] = []
-        sent = ""
-        with self._lock, inference(self._model):
-            ids_1L = torch.tensor([prompt], device=self._model.device)
-            while True:
-                output = self._model(input_ids=ids_1L, past_key_values=cache, use_cache=True)
-                scores_1V = output.logits[:, -1].float()
-                if request.temperature == 0:
-                    token = int(scores_1V.argmax())
-                else:
-                    draw_1 = torch.rand(1, generator=generator).to(scores_1V.device)
-                    token = int(sample(scores_1V / request.temperature, draw_1, request.top_p))
-                stopped = token in stops
-                if not stopped:
-                    tokens.append(token)
-                    text = str(self._tokenizer.decode(tokens, skip_special_tokens=True))
-                    # Half a character decodes to U+FFFD: wait for its other bytes.
-                    if not text.endswith("�"):
-                        yield text[len(sent) :], None
-                        sent = text
-                if stopped or len(tokens) >= limit:
-                    text = str(self._tokenizer.decode(tokens, skip_special_tokens=True))
-                    yield text[len(sent) :], "stop" if stopped else "length"
-                    return
-                ids_1L = torch.tensor([[token]], device=self._model.device)
 
     def _room(self, request: "ChatRequest") -> int:
         """Tokens that may be generated: as asked, or as many as fit."""
@@ -187,10 +142,10 @@ def make_server(served: Served, host: str, port: int) -> ThreadingHTTPServer:
                 return self._json(404, _error(f"no such route: {self.path}"))
             try:
                 request = ChatRequest(json.loads(data), served)
+                found = served.answer(request)
                 if request.stream:
-                    self._stream(request)
-                else:
-                    self._json(200, _completion(served, request))
+                    return self._event(_chunk(served, found))
+                self._json(200, _completion(served, request, found))
             except BadRequest as error:
                 self._json(400, _error(str(error)))
             except ValueError as error:  # not JSON, or not UTF-8
@@ -204,22 +159,13 @@ def make_server(served: Served, host: str, port: int) -> ThreadingHTTPServer:
             self.end_headers()
             self.wfile.write(data)
 
-        def _stream(self, request: ChatRequest) -> None:
-            served._room(request)  # refuse before the status line is out
+        def _event(self, row: dict[str, Any]) -> None:
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
             self.send_header("Connection", "close")
             self.end_headers()
             self.close_connection = True
-            base = _base(served, "chat.completion.chunk")
-            delta: dict[str, str] = {"role": "assistant"}
-            for text, reason in served.stream(request):
-                delta["content"] = text
-                choice = {"index": 0, "delta": delta, "finish_reason": reason}
-                line = json.dumps(base | {"choices": [choice]})
-                self.wfile.write(f"data: {line}\n\n".encode())
-                delta = {}
-            self.wfile.write(b"data: [DONE]\n\n")
+            self.wfile.write(f"data: {json.dumps(row)}\n\ndata: [DONE]\n\n".encode())
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -240,8 +186,13 @@ def _base(served: Served, kind: str) -> dict[str, Any]:
     return {"id": name, "object": kind, "created": int(time.time()), "model": served.name}
 
 
-def _completion(served: Served, request: ChatRequest) -> dict[str, Any]:
-    found = served.answer(request)
+def _chunk(served: Served, found: Generation) -> dict[str, Any]:
+    delta = {"role": "assistant", "content": found.text}
+    choice = {"index": 0, "delta": delta, "finish_reason": found.finish_reason}
+    return _base(served, "chat.completion.chunk") | {"choices": [choice]}
+
+
+def _completion(served: Served, request: ChatRequest, found: Generation) -> dict[str, Any]:
     message = {"role": "assistant", "content": found.text}
     choice = {"index": 0, "message": message, "finish_reason": found.finish_reason}
     prompt = served.prompt_tokens(request.messages)

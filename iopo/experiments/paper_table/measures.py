@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from iopo.constraints.text import repeats
 from iopo.evaluation import scoring
 from iopo.evaluation.items import Measures
-from iopo.evaluation.quad_metrics import Answer, repeats
+from iopo.evaluation.quad_metrics import Answer
 from iopo.experiments.paper_table.jobs import costs
 from iopo.files import read_records
 from iopo.training.tracker import read_metrics

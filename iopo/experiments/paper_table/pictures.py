@@ -6,8 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from iopo.evaluation.paired import word
-from iopo.stats import Estimate
+from iopo.stats import Estimate, word
 
 Metrics = Mapping[str, tuple[str, float, int]]  # name -> label, factor, better
 Rows = Mapping[str, Mapping[str, Estimate]]  # method -> metric -> estimate

@@ -10,12 +10,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from iopo.evaluation import paired, pictures
-from iopo.evaluation.paired import Scores
+from iopo import stats
 from iopo.experiments.paper_table import measures as comparison_runs
 from iopo.experiments.paper_table.measures import Runs
 from iopo.experiments.paper_table.pictures import draw_differences, draw_values
-from iopo.stats import Estimate
+from iopo.page import page as html_page
+from iopo.stats import Estimate, Scores
 
 # name -> (label, factor for printing, 1 or -1 where more is better or worse, 0: neither)
 METRICS = {
@@ -86,7 +86,7 @@ def write(run: Path, sweep: str) -> list[str]:
     tables = [table for table in tables if table[2]]
     head = _head(run, runs)
     files = [f"{sweep}_values.png", f"{sweep}_differences.png"]
-    values = {_name(m): {k: paired.estimate(s) for k, s in of.items()} for m, of in found.items()}
+    values = {_name(m): {k: stats.estimate(s) for k, s in of.items()} for m, of in found.items()}
     draw_values(values, METRICS, run / files[0])
     named = {_name(b): {_name(m): d for m, d in rows.items()} for b, rows in differences.items()}
     draw_differences(named, METRICS, run / files[1])
@@ -94,7 +94,8 @@ def write(run: Path, sweep: str) -> list[str]:
     text = [f"# {title}", "", *(f"- {line}" for line in head), *map(_markdown, tables)]
     (run / f"{sweep}.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     body = "".join(f"<p>{html.escape(line)}</p>" for line in head) + "".join(map(_html, tables))
-    page = pictures.html_page(title, body, files)
+    shown_files = "".join(f"<p><img src='{file}' alt=''></p>" for file in files)
+    page = html_page("{{ body | safe }}").render(title=title, body=body + shown_files)
     (run / f"{sweep}.html").write_text(page, encoding="utf-8")
     content = {"values": values, "differences": named, "provenance": head}
     (run / f"{sweep}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -107,13 +108,13 @@ def _scores(runs: Runs, sft: Path) -> dict[str, dict[str, Scores]]:
     out: dict[str, dict[str, Scores]] = {}
     for name, folders in runs.items():
         tables = {seed: comparison_runs.measures(folder, sft) for seed, folder in folders.items()}
-        columns = {metric: paired.scores(metric, tables) for metric in METRICS}
+        columns = {metric: stats.scores(metric, tables) for metric in METRICS}
         out[name] = {metric: found for metric, found in columns.items() if found is not None}
     return out
 
 
 def _differences(a: dict[str, Scores], b: dict[str, Scores]) -> dict[str, Estimate]:
-    return {metric: paired.difference(a[metric], b[metric]) for metric in a if metric in b}
+    return {metric: stats.difference(a[metric], b[metric]) for metric in a if metric in b}
 
 
 def _values(title: str, metrics: list[str], found: dict[str, dict[str, Scores]]) -> Table:
@@ -121,7 +122,7 @@ def _values(title: str, metrics: list[str], found: dict[str, dict[str, Scores]])
     head = ["method", "seeds", *(METRICS[metric][0] for metric in metrics)]
     rows = []
     for name, of in found.items():
-        cells = [_number(paired.estimate(of[m]), m) if m in of else "" for m in metrics]
+        cells = [_number(stats.estimate(of[m]), m) if m in of else "" for m in metrics]
         seeds = next((of[m].seeds for m in metrics if m in of), ())
         rows.append([_name(name), str(len(seeds) or "-"), *cells])
     return f"{title} [95 % interval]", head, rows if metrics else []
@@ -191,7 +192,7 @@ def _difference(found: Estimate, metric: str) -> str:
     value, low, high = (factor * found[key] for key in ("value", "low", "high"))  # type: ignore[literal-required]
     digits = 1 if factor == 100 else 2
     interval = f"[{low:+.{digits}f}, {high:+.{digits}f}]"
-    return f"{value:+.{digits}f} {interval} {paired.word(found, better)}"
+    return f"{value:+.{digits}f} {interval} {stats.word(found, better)}"
 
 
 def _markdown(table: Table) -> str:
