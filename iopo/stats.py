@@ -42,7 +42,8 @@ class McNemar(TypedDict):
     n: int
 
 
-def _scipy_stats() -> ModuleType:
+def scipy_stats() -> ModuleType:
+    """scipy.stats. Raises ValueError without scipy: call it before work that would be lost."""
     try:
         from scipy import stats
     except ImportError as error:
@@ -61,7 +62,7 @@ def wilson(successes: int, n: int) -> Estimate:
         raise ValueError(
             f"wilson: {successes} successes of {n}; expected 0 <= successes <= n and n >= 1"
         )
-    found = _scipy_stats().binomtest(successes, n).proportion_ci(LEVEL, method="wilson")
+    found = scipy_stats().binomtest(successes, n).proportion_ci(LEVEL, method="wilson")
     return {"value": successes / n, "low": float(found.low), "high": float(found.high), "n": n}
 
 
@@ -83,7 +84,7 @@ def mcnemar_exact(first_N: ArrayLike, second_N: ArrayLike) -> McNemar:
     first_only = int((before_N > after_N).sum())
     second_only = int((before_N < after_N).sum())
     discordant = first_only + second_only
-    p = _scipy_stats().binomtest(first_only, discordant).pvalue if discordant else 1.0
+    p = scipy_stats().binomtest(first_only, discordant).pvalue if discordant else 1.0
     return {"first_only": first_only, "second_only": second_only, "p": float(p), "n": len(after_N)}
 
 

@@ -25,7 +25,9 @@ _BODY = html_page("""
 {% endfor %}</table>
 {% endmacro %}
 <p class="note">{{ who }} · {{ scores["items"] }} items · {{ scores.made_at }}</p>
-{% for line in notes %}<p class="no">{{ line }}</p>{% endfor %}
+{% for line in scores.notes %}<p class="no">{{ line }}</p>{% endfor %}
+{% if scores.unparsed %}<p class="no">{{ scores.unparsed }} judgements could not be read;
+bounds are given</p>{% endif %}
 {{ table(scores.headline) }}
 <p class="note">Percent (CSL: levels), bars and brackets: 95% intervals.</p>
 {% for group, names in groups.items() %}<h2>{{ group }}</h2>{{ table(names) }}{% endfor %}
@@ -78,7 +80,7 @@ def log_scores(scores: dict[str, Any]) -> None:
             log.info("  %s%s", shown, _bounds(metric, entry))
 
 
-def page(scores: dict[str, Any], notes: list[str], samples: list[dict[str, Any]]) -> str:
+def page(scores: dict[str, Any], samples: list[dict[str, Any]]) -> str:
     """A whole HTML page: scores (the content of scores.json) and some items (from `samples`)."""
     config = scores["config"]
     who = config["responses"]["path"] or config["generate"]["model"] or config["model"]["path"]
@@ -87,7 +89,6 @@ def page(scores: dict[str, Any], notes: list[str], samples: list[dict[str, Any]]
         title=f"{scores['benchmark']}: {who}",
         who=who,
         scores=scores,
-        notes=notes,
         groups=_groups(scores),
         samples=samples,
         made={

@@ -47,18 +47,30 @@ class Responses:
         """What the user must know about the answers before reading the scores."""
         empty = self.counts()["empty"]
         name, reason = next(iter(self.failed.items()), ("", ""))
-        notes = {
-            f"no answer to {len(self.missing)} items ({some(self.missing)}): scored as following "
-            "nothing": self.missing,
-            f"the server failed on {len(self.failed)} items (first {name}: {reason}): scored as "
-            "following nothing; run the same command again to ask for them again": self.failed,
-            f"answers to {len(self.unknown)} ids that the data lacks ({some(self.unknown)}): "
-            "ignored": self.unknown,
-            f"{self.repeated} answers are there twice, word for word: counted once": self.repeated,
-            f"{empty} empty answers: scored as following nothing": empty,
-            f"{self.cut} answers ended at the token limit": self.cut,
-        }
-        return [note for note, found in notes.items() if found]
+        notes = [
+            (
+                self.missing,
+                f"no answer to {len(self.missing)} items ({some(self.missing)}): scored as "
+                "following nothing",
+            ),
+            (
+                self.failed,
+                f"the server failed on {len(self.failed)} items (first {name}: {reason}): scored "
+                "as following nothing; run the same command again to ask for them again",
+            ),
+            (
+                self.unknown,
+                f"answers to {len(self.unknown)} ids that the data lacks ({some(self.unknown)}): "
+                "ignored",
+            ),
+            (
+                self.repeated,
+                f"{self.repeated} answers are there twice, word for word: counted once",
+            ),
+            (empty, f"{empty} empty answers: scored as following nothing"),
+            (self.cut, f"{self.cut} answers ended at the token limit"),
+        ]
+        return [note for found, note in notes if found]
 
 
 def row_key(item: Item) -> dict[str, Any]:

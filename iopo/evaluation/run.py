@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import iopo
+from iopo import stats
 from iopo.data.rows import spread
 from iopo.evaluation import benchmarks, report, responses, scoring
 from iopo.evaluation.config import BenchmarkSection, EvaluateConfig, JudgeSection
@@ -33,6 +34,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     name = config.benchmark.name
     module = find(name)
+    stats.scipy_stats()  # without it the intervals would fail after all answers are made
     if name != "quads" and config.benchmark != BenchmarkSection(name):
         raise ValueError("benchmark.reference, scored, controls: +benchmark=quads only; remove")
     if not hasattr(module, "BENCHMARK"):  # a program of its own
@@ -43,58 +45,75 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     path = locate(benchmark.source, config.data.path)
     everything = benchmark.load(path)
     items = spread(everything, config.limit)
-    data = sha256_file(path)
-    given = None
+    answers = None
     if config.responses.path is not None:
         known = {item.id for item in everything}
-        given = responses.read_responses(config.responses.path, items, known)
+        answers = responses.read_responses(config.responses.path, items, known)
     if config.plan:
-        return plan(config, benchmark, items, None if given is None else given.text)
+        return plan(config, benchmark, items, None if answers is None else answers.text)
     if benchmark.judged:
         require_judge(config.judge, name)
     out = Path(config.out or responses.default_out(config))
-    if given is not None:
+    if answers is not None:
         _refuse_to_overwrite(config, out)
     out.mkdir(parents=True, exist_ok=True)
-    answers = given or responses.make_responses(config, items, data, out)
+    data = sha256_file(path)
+    if answers is None:
+        answers = responses.make_responses(config, items, data, out)
+    known_file = benchmark.source.sha256 in (None, data)
     notes = answers.notes()
-    if benchmark.source.sha256 not in (None, data):
+    if not known_file:
         notes.append(f"{path} is not the file we know (sha256 {data}); scores may not compare")
     for line in notes:
         log.info("note: %s", line)
-    judged: dict[str, Any] = {}
-    if benchmark.judged:
-        verdicts, judged = judge_items(config.judge, benchmark, items, answers.text, out)
-    else:
-        verdicts = [benchmark.by_code(item, answers.text.get(item.id, "")) for item in items]
-    scores = total(config, benchmark, items, verdicts)
-    scores |= {
+    verdicts, judged = _verdicts(config, benchmark, items, answers.text, out)
+    scores = total(config, benchmark, items, verdicts) | {
         "responses": answers.counts(),
+        "notes": notes,
         "judge": judged,
-        "data": {
-            "path": str(path),
-            "sha256": data,
-            "known": benchmark.source.sha256 in (None, data),
-        },
+        "data": {"path": str(path), "sha256": data, "known": known_file},
         "config": report.plain(asdict(config)),
         "versions": {"iopo": iopo.__version__, "python_openai": version("openai")},
         "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    write_records(out / "verdicts.jsonl", verdicts)
-    write_records(out / "measures.jsonl", scoring.to_rows(benchmark.measures(items, verdicts)))
-    if given is not None:  # read from elsewhere: keep a copy
-        rows = [(responses.row_key(item), answers.text.get(item.id)) for item in items]
-        copies = [{**key, "response": text} for key, text in rows if text is not None]
-        write_records(out / "responses.jsonl", copies)
-    if scores["unparsed"]:
-        notes.append(f"{scores['unparsed']} judgements could not be read; bounds are given")
-    samples = report.samples(items, verdicts, answers.text, benchmark.maximum)
-    write_text(out / "report.html", report.page(scores, notes, samples))
-    # last: who finds it takes the evaluation for done
-    write_text(out / "scores.json", json.dumps(scores, ensure_ascii=False, indent=1))
+    _write(out, benchmark, items, verdicts, answers.text, scores)
     report.log_scores(scores)
     log.info("written: %s/scores.json, verdicts.jsonl, measures.jsonl, report.html", out)
     return scores
+
+
+def _verdicts(
+    config: EvaluateConfig,
+    benchmark: Benchmark,
+    items: list[Item],
+    texts: dict[str, str],
+    out: Path,
+) -> tuple[list[Verdict], dict[str, Any]]:
+    """(verdicts in the items' order, what the judge was asked and used)."""
+    if benchmark.judged:
+        return judge_items(config.judge, benchmark, items, texts, out)
+    return [benchmark.by_code(item, texts.get(item.id, "")) for item in items], {}
+
+
+def _write(
+    out: Path,
+    benchmark: Benchmark,
+    items: list[Item],
+    verdicts: list[Verdict],
+    texts: dict[str, str],
+    scores: dict[str, Any],
+) -> None:
+    """verdicts.jsonl, measures.jsonl, report.html, scores.json, and responses.jsonl if read."""
+    write_records(out / "verdicts.jsonl", verdicts)
+    write_records(out / "measures.jsonl", scoring.to_rows(benchmark.measures(items, verdicts)))
+    if not (out / "responses.manifest.json").exists():  # read from elsewhere: keep a copy
+        answered = [item for item in items if item.id in texts]
+        rows = [{**responses.row_key(item), "response": texts[item.id]} for item in answered]
+        write_records(out / "responses.jsonl", rows)
+    samples = report.samples(items, verdicts, texts, benchmark.maximum)
+    write_text(out / "report.html", report.page(scores, samples))
+    # last: who finds it takes the evaluation for done
+    write_text(out / "scores.json", json.dumps(scores, ensure_ascii=False, indent=1))
 
 
 def names() -> list[str]:
