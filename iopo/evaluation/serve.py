@@ -142,30 +142,26 @@ def make_server(served: Served, host: str, port: int) -> ThreadingHTTPServer:
                 return self._json(404, _error(f"no such route: {self.path}"))
             try:
                 request = ChatRequest(json.loads(data), served)
-                found = served.answer(request)
+                row = _completion(served, request)
                 if request.stream:
-                    return self._event(_chunk(served, found))
-                self._json(200, _completion(served, request, found))
+                    events = f"data: {json.dumps(row)}\n\ndata: [DONE]\n\n"
+                    return self._send(200, events, "text/event-stream")
+                self._json(200, row)
             except BadRequest as error:
                 self._json(400, _error(str(error)))
             except ValueError as error:  # not JSON, or not UTF-8
                 self._json(400, _error(f"the body is not JSON: {error}"))
 
         def _json(self, status: int, row: dict[str, Any]) -> None:
-            data = json.dumps(row).encode()
+            self._send(status, json.dumps(row), "application/json")
+
+        def _send(self, status: int, text: str, content_type: str) -> None:
+            data = text.encode()
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Type", content_type)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
-
-        def _event(self, row: dict[str, Any]) -> None:
-            self.send_response(200)
-            self.send_header("Content-Type", "text/event-stream")
-            self.send_header("Connection", "close")
-            self.end_headers()
-            self.close_connection = True
-            self.wfile.write(f"data: {json.dumps(row)}\n\ndata: [DONE]\n\n".encode())
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -181,27 +177,24 @@ def make_server(served: Served, host: str, port: int) -> ThreadingHTTPServer:
     return Server((host, port), Handler)
 
 
-def _base(served: Served, kind: str) -> dict[str, Any]:
-    name = f"chatcmpl-{uuid.uuid4().hex}"
-    return {"id": name, "object": kind, "created": int(time.time()), "model": served.name}
-
-
-def _chunk(served: Served, found: Generation) -> dict[str, Any]:
-    delta = {"role": "assistant", "content": found.text}
-    choice = {"index": 0, "delta": delta, "finish_reason": found.finish_reason}
-    return _base(served, "chat.completion.chunk") | {"choices": [choice]}
-
-
-def _completion(served: Served, request: ChatRequest, found: Generation) -> dict[str, Any]:
+def _completion(served: Served, request: ChatRequest) -> dict[str, Any]:
+    """The answer as a chat completion, or as the only chunk of a stream."""
+    found = served.answer(request)
     message = {"role": "assistant", "content": found.text}
-    choice = {"index": 0, "message": message, "finish_reason": found.finish_reason}
+    field = "delta" if request.stream else "message"
     prompt = served.prompt_tokens(request.messages)
-    usage = {
-        "prompt_tokens": prompt,
-        "completion_tokens": found.tokens,
-        "total_tokens": prompt + found.tokens,
+    return {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": "chat.completion.chunk" if request.stream else "chat.completion",
+        "created": int(time.time()),
+        "model": served.name,
+        "choices": [{"index": 0, field: message, "finish_reason": found.finish_reason}],
+        "usage": {
+            "prompt_tokens": prompt,
+            "completion_tokens": found.tokens,
+            "total_tokens": prompt + found.tokens,
+        },
     }
-    return _base(served, "chat.completion") | {"choices": [choice], "usage": usage}
 
 
 def _error(text: str) -> dict[str, Any]:
