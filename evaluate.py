@@ -9,9 +9,8 @@ Keys, with units, are in conf/evaluate.yaml. Exit codes: 0 done, 1 a server fail
 command again to go on), 2 config or data refused, 130 interrupted.
 """
 
+import logging
 import sys
-from functools import partial
-from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -19,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from iopo.evaluation.config import EvaluateConfig
 from iopo.evaluation.endpoint import EndpointError
-from iopo.evaluation.run import evaluate
+from iopo.evaluation.run import evaluate, names
 from iopo.model.host_memory import tune_malloc
 
 ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
@@ -29,15 +28,17 @@ FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(composed: DictConfig) -> None:
     """Compose, check, run."""
+    log = logging.getLogger("iopo")
+    log.addHandler(logging.StreamHandler(sys.stdout))
+    log.setLevel(logging.INFO)
     try:
         if OmegaConf.is_missing(composed.benchmark, "name"):
-            files = (Path(__file__).parent / "conf" / "benchmark").glob("*.yaml")
-            names = ", ".join(sorted(file.stem for file in files))
-            raise ValueError(f"no benchmark was named; add +benchmark=NAME, one of {names}")
+            known = ", ".join(names())
+            raise ValueError(f"no benchmark was named; add +benchmark=NAME, one of {known}")
         config = OmegaConf.to_object(composed)
         assert isinstance(config, EvaluateConfig)
         tune_malloc()
-        evaluate(config, partial(print, flush=True))
+        evaluate(config)
     except ValueError as error:
         print(f"refused: {error}", file=sys.stderr, flush=True)
         sys.exit(REFUSED)

@@ -1,20 +1,27 @@
-"""Confidence intervals and paired tests for scores. numpy only; every result says its n.
+"""Confidence intervals and paired tests for scores; every result says its number of units.
 
-Legend: N values (items), R bootstrap resamples, C clusters.
+Nothing here reads files or needs torch. Wilson's interval and McNemar's test need scipy, which is
+part of the extra `eval` and is imported when one of them is first computed.
+
+Letters: N values or units (prompts, quads, blocks of text), C clusters, S seeds, R bootstrap
+resamples. All intervals are 95% intervals.
 """
 
-from __future__ import annotations
-
-import math
 from collections.abc import Callable
-from statistics import NormalDist
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
 from typing import TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+LEVEL = 0.95
 RESAMPLES = 10_000
 _DRAWS_AT_ONCE = 4_000_000  # bounds the memory of a bootstrap: 32 MB of indices
+
+Array = NDArray[np.float64]
+Units = dict[str, tuple[float, float]]  # unit -> (numerator, denominator) of a metric
 
 
 class Estimate(TypedDict):
@@ -35,88 +42,28 @@ class McNemar(TypedDict):
     n: int
 
 
-def wilson(successes: int, n: int, *, level: float = 0.95) -> Estimate:
+def scipy_stats() -> ModuleType:
+    """scipy.stats. Raises ValueError without scipy: call it before work that would be lost."""
+    try:
+        from scipy import stats
+    except ImportError as error:
+        raise ValueError(
+            f"intervals of shares need scipy ({error}); install it: pip install 'iopo[eval]'"
+        ) from error
+    return stats
+
+
+def wilson(successes: int, n: int) -> Estimate:
     """A proportion with Wilson's score interval (1927), without continuity correction.
 
-    centre = (p + z^2/2n) / (1 + z^2/n); half width = z sqrt(p(1-p)/n + z^2/4n^2) / (1 + z^2/n).
-    Raises ValueError unless 0 <= successes <= n, n >= 1 and 0 < level < 1.
+    Raises ValueError unless 0 <= successes <= n and n >= 1, and without scipy.
     """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(
             f"wilson: {successes} successes of {n}; expected 0 <= successes <= n and n >= 1"
         )
-    z = NormalDist().inv_cdf(0.5 + _checked(level) / 2)
-    p = successes / n
-    shrink = 1 + z * z / n
-    centre = (p + z * z / (2 * n)) / shrink
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / shrink
-    # at 0 and n the bound is 0 or 1 exactly, rounding aside
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    high = 1.0 if successes == n else min(1.0, centre + half)
-    return {"value": p, "low": low, "high": high, "n": n}
-
-
-def bootstrap(
-    values_N: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES, level: float = 0.95
-) -> Estimate:
-    """The mean of independent values with a percentile bootstrap interval.
-
-    values_N: finite numbers [N], N >= 1. Raises ValueError on anything else.
-    """
-    array_N = _values("bootstrap", values_N)
-    means_R = _resampled(len(array_N), seed, resamples, lambda index: array_N[index].mean(axis=1))
-    return _percentiles(float(array_N.mean()), means_R, len(array_N), level)
-
-
-def paired_bootstrap(
-    before_N: ArrayLike,
-    after_N: ArrayLike,
-    *,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-    level: float = 0.95,
-) -> Estimate:
-    """The mean of after - before on the same items, with a percentile bootstrap interval.
-
-    Raises ValueError on unequal lengths, and as `bootstrap` does.
-    """
-    first_N, second_N = _pair("paired_bootstrap", before_N, after_N)
-    return bootstrap(second_N - first_N, seed=seed, resamples=resamples, level=level)
-
-
-def cluster_bootstrap(
-    values_N: ArrayLike,
-    clusters_N: ArrayLike,
-    *,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-    level: float = 0.95,
-) -> Estimate:
-    """The mean over all values, with an interval from resampling whole clusters.
-
-    For values that share an item (the instructions of a prompt, the two sides of a quad, seeds):
-    they are not independent, the items are. A resample's mean is its sum over its number of values.
-
-    values_N: finite numbers [N]. clusters_N: any labels [N] (integers or strings).
-    Returns n = number of clusters. Raises ValueError on unequal lengths, and as `bootstrap` does.
-    """
-    array_N = _values("cluster_bootstrap", values_N)
-    labels_N = np.asarray(clusters_N)
-    if labels_N.shape != array_N.shape:
-        raise ValueError(
-            f"cluster_bootstrap: {array_N.shape} values but {labels_N.shape} cluster labels; "
-            "expected one label for each value"
-        )
-    _, cluster_N = np.unique(labels_N, return_inverse=True)
-    sums_C = np.bincount(cluster_N, weights=array_N)
-    sizes_C = np.bincount(cluster_N)
-    means_R = _resampled(
-        len(sums_C),
-        seed,
-        resamples,
-        lambda index: sums_C[index].sum(axis=1) / sizes_C[index].sum(axis=1),
-    )
-    return _percentiles(float(array_N.mean()), means_R, len(sums_C), level)
+    found = scipy_stats().binomtest(successes, n).proportion_ci(LEVEL, method="wilson")
+    return {"value": successes / n, "low": float(found.low), "high": float(found.high), "n": n}
 
 
 def mcnemar_exact(first_N: ArrayLike, second_N: ArrayLike) -> McNemar:
@@ -124,37 +71,66 @@ def mcnemar_exact(first_N: ArrayLike, second_N: ArrayLike) -> McNemar:
 
     With b pairs right only in the first and c right only in the second, b is binomial(b + c, 1/2)
     if neither is better; p is the two-sided probability, 1 where there are no such pairs.
-    Raises ValueError on unequal lengths or values other than 0 and 1.
+    Raises ValueError on unequal lengths, on values other than 0 and 1, and without scipy.
     """
-    before_N, after_N = _pair("mcnemar_exact", first_N, second_N)
+    before_N, after_N = _values("mcnemar_exact", first_N), _values("mcnemar_exact", second_N)
+    if before_N.shape != after_N.shape:
+        raise ValueError(
+            f"mcnemar_exact: {len(before_N)} values against {len(after_N)}; expected the same "
+            "items, in the same order"
+        )
     if not np.isin(before_N, (0, 1)).all() or not np.isin(after_N, (0, 1)).all():
         raise ValueError("mcnemar_exact: expected values 0 and 1 (or booleans) only")
-    first_only = int(((before_N == 1) & (after_N == 0)).sum())
-    second_only = int(((before_N == 0) & (after_N == 1)).sum())
-    return {
-        "first_only": first_only,
-        "second_only": second_only,
-        "p": _two_sided_half(min(first_only, second_only), first_only + second_only),
-        "n": len(before_N),
-    }
+    first_only = int((before_N > after_N).sum())
+    second_only = int((before_N < after_N).sum())
+    discordant = first_only + second_only
+    p = scipy_stats().binomtest(first_only, discordant).pvalue if discordant else 1.0
+    return {"first_only": first_only, "second_only": second_only, "p": float(p), "n": len(after_N)}
 
 
-def _two_sided_half(k: int, n: int) -> float:
-    """min(1, 2 P(X <= k)) for X binomial(n, 1/2), summed from the largest term down."""
-    if n == 0:
-        return 1.0
-    log_half = -n * math.log(2)
-    term = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) + log_half
-    ratios = np.arange(k, 0, -1) / (n - np.arange(k - 1, -1, -1))  # C(n, i-1) / C(n, i)
-    return min(1.0, 2 * math.exp(term) * (1 + float(np.cumprod(ratios).sum())))
+# --- bootstrap over units ------------------------------------------------------------------------
 
 
-def _resampled(
-    n: int,
-    seed: int,
-    resamples: int,
-    statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]],
-) -> NDArray[np.float64]:
+def bootstrap(
+    values_N: ArrayLike,
+    clusters_N: ArrayLike | None = None,
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Estimate:
+    """The mean of values with a percentile bootstrap interval.
+
+    values_N: finite numbers [N], N >= 1. clusters_N: labels [N] (integers or strings) of values
+    that share an item (the instructions of a prompt, the two sides of a quad); clusters are drawn
+    whole, for they are independent and their values are not; n is their number. None: all values
+    are independent. Raises ValueError on anything else.
+    """
+    array_N = _values("bootstrap", values_N)
+    sums, sizes = array_N, np.ones_like(array_N)
+    if clusters_N is not None:
+        labels_N = np.asarray(clusters_N)
+        if labels_N.shape != array_N.shape:
+            raise ValueError(
+                f"bootstrap: {array_N.shape} values but {labels_N.shape} cluster labels; "
+                "expected one label for each value"
+            )
+        _, cluster_N = np.unique(labels_N, return_inverse=True)
+        sums = np.bincount(cluster_N, weights=array_N).astype(np.float64)
+        sizes = np.bincount(cluster_N).astype(np.float64)
+    means_R = resample(
+        len(sums), lambda index: ratios(sums, sizes, index), seed=seed, resamples=resamples
+    )
+    return interval(float(array_N.mean()), means_R, len(sums))
+
+
+def ratios(numerator_N: Array, denominator_N: Array, index_RN: NDArray[np.int64]) -> Array:
+    """Sum of the numerators over sum of the denominators [R] in resamples of units."""
+    return numerator_N[index_RN].sum(1) / denominator_N[index_RN].sum(1)
+
+
+def resample(
+    n: int, statistic: Callable[[NDArray[np.int64]], Array], *, seed: int, resamples: int
+) -> Array:
     """The statistic of `resamples` draws of n indices with replacement, in blocks of rows."""
     if resamples < 1:
         raise ValueError(f"bootstrap: resamples={resamples}; expected 1 or more")
@@ -164,19 +140,13 @@ def _resampled(
     return np.concatenate([statistic(rng.integers(0, n, size=(block, n))) for block in blocks])
 
 
-def _percentiles(value: float, means_R: NDArray[np.float64], n: int, level: float) -> Estimate:
-    tail = (1 - _checked(level)) / 2
-    low, high = np.quantile(means_R, (tail, 1 - tail))
+def interval(value: float, values_R: Array, n: int) -> Estimate:
+    """The value with the percentiles of its resamples, undefined ones (nan) left out."""
+    low, high = np.nanquantile(values_R, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     return {"value": value, "low": float(low), "high": float(high), "n": n}
 
 
-def _checked(level: float) -> float:
-    if not 0 < level < 1:
-        raise ValueError(f"level={level}; expected a level between 0 and 1, such as 0.95")
-    return level
-
-
-def _values(where: str, values: ArrayLike) -> NDArray[np.float64]:
+def _values(where: str, values: ArrayLike) -> Array:
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0 or not np.isfinite(array).all():
         raise ValueError(
@@ -186,13 +156,101 @@ def _values(where: str, values: ArrayLike) -> NDArray[np.float64]:
     return array
 
 
-def _pair(
-    where: str, first: ArrayLike, second: ArrayLike
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    first_N, second_N = _values(where, first), _values(where, second)
-    if first_N.shape != second_N.shape:
-        raise ValueError(
-            f"{where}: {len(first_N)} values against {len(second_N)}; expected the same items, "
-            "in the same order"
-        )
-    return first_N, second_N
+# --- methods run with several seeds and scored on the same units ---------------------------------
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One metric of one method: numerators and denominators, float64 [S, N].
+
+    seeds: of the rows; a model without seeds (base, SFT) has one row and seeds ().
+    """
+
+    seeds: tuple[int, ...]
+    units: tuple[str, ...]
+    numerator_SN: Array
+    denominator_SN: Array
+
+    @property
+    def value(self) -> float:
+        return float(self.numerator_SN.sum() / self.denominator_SN.sum())
+
+    def of_seeds(self, seeds: list[int]) -> "Scores":
+        rows = [self.seeds.index(seed) for seed in seeds]
+        return Scores(tuple(seeds), self.units, self.numerator_SN[rows], self.denominator_SN[rows])
+
+
+def scores(metric: str, runs: dict[int | None, dict[str, Units]]) -> Scores | None:
+    """The metric of a method's runs (by seed, None for no seed) that have it, None if none has.
+
+    Raises ValueError if the runs were not scored on the same units.
+    """
+    having = {seed: run[metric] for seed, run in runs.items() if metric in run}
+    if not having:
+        return None
+    found = list(having.values())
+    units = tuple(sorted(found[0]))
+    if any(tuple(sorted(run)) != units for run in found):
+        raise ValueError(f"{metric}: the seeds of a method were scored on different items")
+    columns_SN2 = np.array([[run[unit] for unit in units] for run in found], dtype=np.float64)
+    seeds = tuple(seed for seed in having if seed is not None)
+    return Scores(seeds, units, columns_SN2[..., 0], columns_SN2[..., 1])
+
+
+def estimate(a: Scores, *, resamples: int = RESAMPLES) -> Estimate:
+    """The value with an interval from resampling units and, where there are several, seeds."""
+    seeds_RS, units_RN = _draws(len(a.numerator_SN), len(a.units), resamples)
+    return interval(a.value, _ratios(a, seeds_RS, units_RN), len(a.units))
+
+
+def difference(a: Scores, b: Scores, *, resamples: int = RESAMPLES) -> Estimate:
+    """b - a, paired by unit and by seed, with an interval from resampling both.
+
+    A resample draws units with replacement and, independently, seeds; a model without seeds is the
+    same in every draw. With few seeds their part of the spread is underestimated, by one in S of
+    its variance. Raises ValueError if the units differ, or if the methods share no seed.
+    """
+    if a.units != b.units:
+        raise ValueError("the two methods were scored on different items")
+    if a.seeds and b.seeds:
+        shared = sorted(set(a.seeds) & set(b.seeds))
+        if not shared:
+            raise ValueError(f"no seed in common: {a.seeds} and {b.seeds}")
+        a, b = a.of_seeds(shared), b.of_seeds(shared)
+    count = max(len(a.numerator_SN), len(b.numerator_SN))
+    seeds_RS, units_RN = _draws(count, len(a.units), resamples)
+    differences_R = _ratios(b, seeds_RS, units_RN) - _ratios(a, seeds_RS, units_RN)
+    return interval(b.value - a.value, differences_R, len(a.units))
+
+
+@lru_cache(maxsize=8)  # drawing takes longer than what is done with the draws
+def _draws(seeds: int, units: int, resamples: int) -> tuple[Array, Array]:
+    """How often each seed [R, S] and each unit [R, N] is drawn."""
+    rng = np.random.default_rng(0)
+    seeds_RS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), resamples)
+    units_RN = rng.multinomial(units, np.full(units, 1 / units), resamples)
+    return seeds_RS.astype(float), units_RN.astype(float)
+
+
+def _ratios(a: Scores, seeds_RS: Array, units_RN: Array) -> Array:
+    """The value in every resample [R]. A single row stands for all seeds."""
+    if len(a.numerator_SN) == 1:
+        seeds_RS = np.ones((len(seeds_RS), 1))
+    top_R = (units_RN @ a.numerator_SN.T * seeds_RS).sum(1)
+    return top_R / (units_RN @ a.denominator_SN.T * seeds_RS).sum(1)
+
+
+def word(found: Estimate, better: int) -> str:
+    """What the interval allows one to say. better: 1 where more is better, -1 worse, 0 neither.
+
+    >>> word({"value": 0.1, "low": 0.01, "high": 0.2, "n": 9}, 1)
+    'gain'
+    >>> word({"value": 0.1, "low": -0.01, "high": 0.2, "n": 9}, 1)
+    'not shown'
+    """
+    if found["low"] <= 0 <= found["high"]:
+        return "not shown"
+    more = found["low"] > 0
+    if better == 0:
+        return "higher" if more else "lower"
+    return "gain" if more == (better > 0) else "loss"

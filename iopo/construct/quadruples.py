@@ -18,7 +18,8 @@ from iopo.construct.prose import ends_a_sentence
 from iopo.construct.responses import Job, Response
 from iopo.construct.tasks import Task, digest, instruction, quad_row
 
-MATCH = (True, False, True, False)  # x1y1, x1y2, x2y2, x2y1
+CELLS = ("x1y1", "x1y2", "x2y2", "x2y1")
+MATCH = (True, False, True, False)  # of the cells
 MOST_CONSTRAINTS = 3
 
 # Rules are applied in this order: what shortens comes first, what wraps everything comes last.

@@ -21,8 +21,7 @@ from typing import Any
 from iopo.constraints import Constraint, from_dict
 from iopo.constraints.text import CJK, words
 from iopo.construct.prose import ends_a_sentence, script_of
-from iopo.construct.quadruples import MATCH, four_cells
-from iopo.data.rows import MEMBERS
+from iopo.construct.quadruples import CELLS, MATCH, four_cells
 from iopo.files import iter_records
 
 TEXTS = ("x1", "y1", "x2", "y2")
@@ -248,7 +247,7 @@ def _cells(
         yield "unchecked", "c1 or c2 is missing or empty, so no cell can be checked"
         return
     cells = four_cells(c1, row["y1"], c2, row["y2"])
-    for member, is_so, should_be in zip(MEMBERS, cells, MATCH, strict=True):
+    for member, is_so, should_be in zip(CELLS, cells, MATCH, strict=True):
         if is_so != should_be:
             verb = "does not follow" if should_be else "follows"
             constraints = row["c" + member[1]]

@@ -5,7 +5,6 @@ B minus A with 95% intervals and McNemar's test; writes compare.json, compare.ht
 """
 
 import argparse
-import html
 import json
 import sys
 from dataclasses import asdict
@@ -17,33 +16,18 @@ from rich.table import Table
 
 from iopo.evaluation import pictures, scoring
 from iopo.evaluation.scoring import Difference
-from iopo.files import read_records
+from iopo.files import read_records, write_text
+from iopo.page import page
+from iopo.stats import RESAMPLES
 
-RESAMPLES = 10_000
-
-
-def runs(folder: Path) -> dict[str, Path]:
-    """Output folders by benchmark: the folder itself, or those inside it.
-
-    Raises ValueError without any, or with two of one benchmark.
-    """
-    files = [folder / "scores.json"] if (folder / "scores.json").is_file() else []
-    found: dict[str, Path] = {}
-    for file in files or sorted(folder.glob("**/scores.json")):
-        if not (file.parent / "measures.jsonl").is_file():  # of quads or judge_check
-            continue
-        name = json.loads(file.read_text(encoding="utf-8"))["benchmark"]
-        if name in found:
-            raise ValueError(
-                f"{folder}: both {found[name]} and {file.parent} hold {name}; name one"
-            )
-        found[name] = file.parent
-    if not found:
-        raise ValueError(
-            f"{folder}: no scores.json with a measures.jsonl beside it; expected an output folder "
-            "of evaluate.py (quads have theirs, and are compared by the comparison's table)"
-        )
-    return found
+_BODY = page("""
+<p>A: {{ a }}<br>B: {{ b }}</p>
+<table><tr>{% for cell in header %}<th>{{ cell }}{% endfor %}
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}{% endfor %}{% endfor %}</table>
+<p>Intervals: paired bootstrap over items. p: McNemar's exact test, for scores that are yes or no
+for each item; only A / only B: items right in one run alone.</p>
+<p><img src="compare.png" alt=""></p>
+""")
 
 
 def compare_folders(a: Path, b: Path, *, resamples: int, seed: int) -> dict[str, list[Difference]]:
@@ -52,35 +36,35 @@ def compare_folders(a: Path, b: Path, *, resamples: int, seed: int) -> dict[str,
     Raises ValueError if the folders share no benchmark, were made from different data files, or
     were scored by different judges.
     """
-    runs_a, runs_b = runs(a), runs(b)
+    runs_a, runs_b = scoring.outputs(a), scoring.outputs(b)
     shared = [name for name in runs_a if name in runs_b]
     if not shared:
         raise ValueError(
             f"{a} has {', '.join(runs_a)}, {b} has {', '.join(runs_b)}: no benchmark in common"
         )
-    return {
-        name: _compare(runs_a[name], runs_b[name], resamples=resamples, seed=seed)
-        for name in shared
-    }
-
-
-def _compare(a: Path, b: Path, *, resamples: int, seed: int) -> list[Difference]:
-    scores = [json.loads((f / "scores.json").read_text(encoding="utf-8")) for f in (a, b)]
-    hashes = [s["data"]["sha256"] for s in scores]
-    if hashes[0] != hashes[1]:
-        raise ValueError(f"{a} and {b} were made from different data files; scores do not compare")
-    judges = [_judge(s) for s in scores]
-    if judges[0] != judges[1]:
-        raise ValueError(
-            f"{a} was scored by {judges[0]}, {b} by {judges[1]}; one judge's scores do not compare "
-            "with another's"
-        )
-    tables = [scoring.from_rows(read_records(folder / "measures.jsonl")) for folder in (a, b)]
-    return [
-        scoring.compare(metric, *tables, resamples=resamples, seed=seed)
-        for metric in scores[0]["headline"]
-        if metric in tables[0] and metric in tables[1]
-    ]
+    found = {}
+    for name in shared:
+        (folder_a, scores_a), (folder_b, scores_b) = runs_a[name], runs_b[name]
+        if scores_a["data"]["sha256"] != scores_b["data"]["sha256"]:
+            raise ValueError(
+                f"{folder_a} and {folder_b} were made from different data files; scores do not "
+                "compare"
+            )
+        if _judge(scores_a) != _judge(scores_b):
+            raise ValueError(
+                f"{folder_a} was scored by {_judge(scores_a)}, {folder_b} by {_judge(scores_b)}; "
+                "one judge's scores do not compare with another's"
+            )
+        tables = [
+            scoring.from_rows(read_records(folder / "measures.jsonl"))
+            for folder in (folder_a, folder_b)
+        ]
+        found[name] = [
+            scoring.compare(metric, *tables, resamples=resamples, seed=seed)
+            for metric in scores_a["headline"]
+            if metric in tables[0] and metric in tables[1]
+        ]
+    return found
 
 
 def _judge(scores: dict[str, Any]) -> str:
@@ -118,34 +102,6 @@ def _cells(name: str, row: Difference) -> list[str]:
 HEADER = ["benchmark", "score", "items", "A", "B", "B - A [95%]", "only A / only B", ""]
 
 
-def show(found: dict[str, list[Difference]]) -> None:
-    """Print the table."""
-    table = Table(title="Percent (CSL: levels), the same items in A and B")
-    for column in HEADER:
-        table.add_column(column)
-    for name, rows in found.items():
-        for row in rows:
-            table.add_row(*_cells(name, row))
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
-
-
-def page(found: dict[str, list[Difference]], a: Path, b: Path) -> str:
-    """The table and the picture as one HTML page."""
-    rows = [
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(name, row)) + "</tr>"
-        for name, differences in found.items()
-        for row in differences
-    ]
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in HEADER)
-    body = (
-        f"<p>A: {html.escape(str(a))}<br>B: {html.escape(str(b))}</p>"
-        f"<table><tr>{head}</tr>{''.join(rows)}</table>"
-        "<p>Intervals: paired bootstrap over items. p: McNemar's exact test, for scores that are "
-        "yes or no for each item; only A / only B: items right in one run alone.</p>"
-    )
-    return pictures.html_page("Two runs, the same items", body, ["compare.png"])
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("a", type=Path)
@@ -159,13 +115,20 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
-    show(found)
+    rows = [_cells(name, row) for name, group in found.items() for row in group]
+    table = Table(*HEADER, title="Percent (CSL: levels), the same items in A and B")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
     args.out.mkdir(parents=True, exist_ok=True)
-    rows: dict[str, Any] = {name: [asdict(r) for r in rows] for name, rows in found.items()}
-    content = {"a": str(args.a), "b": str(args.b), "differences": rows}
-    (args.out / "compare.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    differences = {name: [asdict(row) for row in group] for name, group in found.items()}
+    content = {"a": str(args.a), "b": str(args.b), "differences": differences}
+    write_text(args.out / "compare.json", json.dumps(content, indent=1))
     pictures.differences(found, args.out / "compare.png")
-    (args.out / "compare.html").write_text(page(found, args.a, args.b), encoding="utf-8")
+    html = _BODY.render(
+        title="Two runs, the same items", a=args.a, b=args.b, header=HEADER, rows=rows
+    )
+    write_text(args.out / "compare.html", html)
     print(f"written: {args.out}/compare.json, compare.html, compare.png")
     return 0
 

@@ -3,20 +3,18 @@
 Plain dataclasses: evaluate.py gives them to Hydra, everything below gets them as typed objects.
 """
 
-import enum
 from dataclasses import dataclass, field
+from enum import StrEnum, auto
 from typing import Any
-
-from iopo.config import Dtype
 
 BOOTSTRAP = 2000  # resamples
 
 
-class Style(enum.Enum):
+class Style(StrEnum):
     """Wording and reply format of the judge's prompt."""
 
-    paper = "paper"  # the meaning and reply format that the benchmark's authors published
-    robust = "robust"  # JSON by constraint number, fenced answer: the one to trust
+    paper = auto()  # as the authors published (TRACE, CFBench, ComplexBench)
+    robust = auto()  # JSON by constraint number, fenced answer: the one to trust
 
 
 @dataclass
@@ -36,6 +34,9 @@ class BenchmarkSection:
             )
 
 
+DTYPES = ("auto", "bf16", "fp32", "fp64")  # by name: torch would cost every scoring seconds
+
+
 @dataclass
 class DataSection:
     path: str | None = None  # benchmark file; none: $IOPO_DATA_DIR/<benchmark>/<file name>
@@ -45,8 +46,12 @@ class DataSection:
 class ModelSection:
     path: str | None = None  # folder in Hugging Face's format
     adapter: str | None = None  # folder of a PEFT adapter on that model
-    dtype: Dtype = Dtype.auto  # auto: bf16 on CUDA and on CPUs with AMX tiles, else fp32
+    dtype: str = "auto"  # auto: bf16 on CUDA and on CPUs with AMX tiles, else fp32
     device: str = "auto"  # auto, cpu, cuda, cuda:1
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"model.dtype: found {self.dtype}, expected one of {DTYPES}")
 
 
 @dataclass

@@ -10,15 +10,15 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import openai
+from typing import TYPE_CHECKING, Any
 
 from iopo.evaluation.config import EndpointSection
 from iopo.files import Journal, sha256_text
+
+if TYPE_CHECKING:
+    import openai
 
 MAX_WAIT_S = 60.0  # the longest wait that we choose ourselves
 MAX_RETRY_AFTER_S = 600.0  # the longest wait that we accept from a server
@@ -120,7 +120,10 @@ class Endpoint:
         self.usage = Usage()
         self.structured_refused = False
         self._cache = cache
-        # Local servers want no key, but the client library insists on some text.
+        import openai  # on first use: it costs half a second
+
+        # Local servers want no key, but the client library insists on some text. Its own retries
+        # know no budget, no pause for all requests, and no replies that are no chat completion.
         self._client = openai.AsyncOpenAI(
             base_url=section.base_url,
             api_key=os.environ.get(section.api_key_env) or "none",
@@ -226,6 +229,8 @@ class Endpoint:
             "response_format": request.response_format,
         }
         arguments: dict[str, Any] = {k: v for k, v in optional.items() if v is not None}
+        import openai
+
         start = time.monotonic()
         try:
             # The body is read as it is: a server of another kind must not pass for an empty reply.
@@ -249,14 +254,11 @@ class Endpoint:
             refused = type(cause).__name__ == "ConnectError"
             hint = "; is the server up?" if refused else ""
             raise _Transient(f"connection failed: {cause}{hint}", hopeless=refused) from error
-        text, finish_reason, usage = _completion(raw.text)
+        completion = _completion(raw.text)
         self.usage.replies += 1
         reply = Reply(
             key=request.key,
-            text=text,
-            finish_reason=finish_reason,
-            prompt_tokens=usage[0],
-            completion_tokens=usage[1],
+            **completion,
             latency_s=round(time.monotonic() - start, 3),
             at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
@@ -264,7 +266,7 @@ class Endpoint:
         self.usage.completion_tokens += reply.completion_tokens
         return reply
 
-    async def _refused(self, request: Request, error: openai.APIStatusError) -> Reply:
+    async def _refused(self, request: Request, error: "openai.APIStatusError") -> Reply:
         """A status above 399: try again later, or differently, or stop."""
         status = error.status_code
         said = error.response.text[:300]
@@ -298,8 +300,8 @@ class _Transient(Exception):
         self.hopeless = hopeless  # where no request has ever succeeded
 
 
-def _completion(body: str) -> tuple[str, str, tuple[int, int]]:
-    """(text, finish reason, (prompt, completion) tokens) of a chat completion's body."""
+def _completion(body: str) -> dict[str, Any]:
+    """Text, finish reason and tokens of a chat completion's body, as fields of a Reply."""
     try:
         row = json.loads(body)
         choice = row["choices"][0]
@@ -307,8 +309,12 @@ def _completion(body: str) -> tuple[str, str, tuple[int, int]]:
         if not isinstance(content, str | None):
             raise TypeError(f"content is {type(content).__name__}")
         usage = row.get("usage") or {}
-        tokens = (int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
-        return content or "", str(choice.get("finish_reason") or ""), tokens
+        return {
+            "text": content or "",
+            "finish_reason": str(choice.get("finish_reason") or ""),
+            "prompt_tokens": int(usage.get("prompt_tokens") or 0),
+            "completion_tokens": int(usage.get("completion_tokens") or 0),
+        }
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise _Transient(
             f"not a chat completion ({type(error).__name__}: {error}); does the server speak "
@@ -317,40 +323,17 @@ def _completion(body: str) -> tuple[str, str, tuple[int, int]]:
         ) from error
 
 
-def _retry_after(error: openai.APIStatusError) -> float | None:
+def _retry_after(error: "openai.APIStatusError") -> float | None:
     """Seconds of a Retry-After header, which holds seconds or a date; None without one."""
-    value = error.response.headers.get("retry-after")
-    if value is None:
-        return None
+    value = error.response.headers.get("retry-after", "")
     try:
-        return max(0.0, float(value))
+        seconds = float(value)
     except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None
-
-
-async def ask_all(
-    endpoint: Endpoint,
-    requests: dict[str, Request],
-    on_reply: Callable[[str, Reply], None],
-) -> dict[str, str]:
-    """Ask many; call `on_reply(name, reply)` as each arrives. Returns the failures by name.
-
-    Raises EndpointError at once when the server cannot be used; what arrived was reported.
-    """
-    failures: dict[str, str] = {}
-
-    async def one(name: str, request: Request) -> None:
         try:
-            on_reply(name, await endpoint.ask(request))
-        except RequestFailed as error:
-            failures[name] = str(error)
-
-    await run_together([one(name, request) for name, request in requests.items()])
-    return failures
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except ValueError:
+            return None
+    return max(0.0, seconds)
 
 
 async def run_together(coroutines: list[Any]) -> None:

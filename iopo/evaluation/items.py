@@ -1,14 +1,18 @@
 """What every benchmark has: a file, items with a conversation each, measures of the verdicts."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from iopo.files import read_records
+from iopo.stats import Units
+
 # metric -> unit (an item, or a group of items) -> (numerator, denominator); a metric's value is the
 # sum of the numerators over the sum of the denominators.
-Measures = dict[str, dict[str, tuple[float, float]]]
+Measures = dict[str, Units]
+Verdict = dict[str, Any]  # of one item, by code or by the judge: a row of verdicts.jsonl
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,60 @@ class Item:
     id: str
     messages: tuple[dict[str, str], ...]
     row: dict[str, Any]  # the row of the data file
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a judge is asked: one answer, to be scored by some constraints."""
+
+    id: str
+    task: str  # all that the answer's author was asked, but for the constraints
+    criteria: tuple[str, ...]
+    response: str
+    maximum: int  # scores run 0 .. maximum: 10, or 1 for met or not
+    format: str  # the published reply format: trace, lines, yes_no; list has no `paper` prompt
+    reference: str = ""  # an answer known to be good, where the benchmark has one
+
+
+def no_questions(item: Item, response: str) -> list[Question]:
+    """For benchmarks that code scores."""
+    return []
+
+
+def no_code(item: Item, response: str) -> Verdict:
+    """For benchmarks that ask the judge about every item."""
+    raise NotImplementedError(f"item {item.id} has no question, and no code scores it")
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """How a benchmark is read and scored.
+
+    To add one, write a module in iopo/evaluation/benchmarks that ends with `BENCHMARK = Benchmark(
+    ...)`, and conf/benchmark/NAME.yaml of the same name. A module with a function
+    `evaluate(config)` in its place is a program of its own (quads, judge_check).
+
+    load: items of the data file; raises ValueError on another file, and, before any answer is made,
+    where something is missing that scoring needs.
+    questions: what the judge is asked about an answer to an item: one question, or none where code
+    scores the item. by_code: the verdict of an item without a question.
+    A verdict holds "scores", one for each constraint from 0 to `maximum`, or None if the judge's
+    reply could not be read; verdicts of IFEval and IFBench hold "strict" and "loose" instead.
+    measures: numerators and denominators from the verdicts, in the items' order.
+    """
+
+    source: Source
+    headline: tuple[str, ...]  # the metrics that are printed
+    load: Callable[[Path], list[Item]]
+    measures: Callable[[list[Item], list[Verdict]], Measures]
+    questions: Callable[[Item, str], list[Question]] = no_questions
+    by_code: Callable[[Item, str], Verdict] = no_code
+    maximum: int = 1
+
+    @property
+    def judged(self) -> bool:
+        """Whether a language model scores some answers."""
+        return self.questions is not no_questions
 
 
 def locate(source: Source, path: str | None) -> Path:
@@ -53,8 +111,12 @@ def locate(source: Source, path: str | None) -> Path:
     return found
 
 
-def require_fields(path: Path, rows: list[dict[str, Any]], fields: Mapping[str, type]) -> None:
-    """Raise ValueError naming the first rows that lack a field or hold another type there."""
+def read_rows(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
+    """The rows of a data file.
+
+    Raises ValueError naming the first rows that lack a field or hold another type there.
+    """
+    rows = read_records(path)
     if not rows:
         raise ValueError(f"{path}: no rows")
     errors = []
@@ -65,6 +127,7 @@ def require_fields(path: Path, rows: list[dict[str, Any]], fields: Mapping[str, 
                 errors.append(f"{path}: row {number}: {name}: found {found}, expected {kind}")
     if errors:
         raise ValueError("\n".join(errors[:10] + ["is this the right file?"]))
+    return rows
 
 
 def require_unique(path: Path, items: list[Item]) -> list[Item]:
@@ -80,3 +143,23 @@ def require_unique(path: Path, items: list[Item]) -> list[Item]:
 def user_turn(text: str) -> tuple[dict[str, str], ...]:
     """A conversation of one user message."""
     return ({"role": "user", "content": text},)
+
+
+def add(table: Measures, metric: str, unit: str, value: float, weight: float = 1) -> None:
+    """Add to the numerator and the denominator of a metric's unit."""
+    units = table.setdefault(metric, {})
+    numerator, denominator = units.get(unit, (0, 0))
+    units[unit] = (numerator + value, denominator + weight)
+
+
+def strict_and_loose(items: list[Item], verdicts: list[Verdict]) -> Measures:
+    """IFEval's measures, and IFBench's: prompt level (all instructions) and instruction level
+    (micro), strict and loose, and by kind of instruction."""
+    table: Measures = {}
+    for item, row in zip(items, verdicts, strict=True):
+        for mode in ("strict", "loose"):
+            add(table, f"prompt_{mode}", item.id, float(all(row[mode])))
+            add(table, f"instruction_{mode}", item.id, sum(row[mode]), len(row[mode]))
+            for name, held in zip(item.row["instruction_id_list"], row[mode], strict=True):
+                add(table, f"{mode}/{name}", item.id, held)
+    return table

@@ -5,8 +5,6 @@ python -m iopo.evaluation.pictures models base=runs/a iopo=runs/b --out runs/pic
 """
 
 import argparse
-import html
-import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -17,7 +15,19 @@ from matplotlib.patches import Patch
 
 from iopo.evaluation.benchmarks import trace
 from iopo.evaluation.items import Item
-from iopo.evaluation.scoring import Difference
+from iopo.evaluation.report import number
+from iopo.evaluation.scoring import Difference, outputs
+from iopo.files import write_text
+from iopo.page import page
+
+Models = dict[str, dict[str, dict[str, Any]]]  # model -> benchmark -> content of scores.json
+
+_BODY = page("""
+{% if rows %}<table><tr><th>model<th>benchmark<th>score<th>value [95%]<th>n
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}{% endfor %}{% endfor %}</table>
+{% endif %}
+{% for file in files %}<p><img src="{{ file }}" alt=""></p>{% endfor %}
+""")
 
 # Distinct in hue and in lightness, so that they survive printing in grey.
 COLOURS = ("#2b5c8a", "#d9822b", "#5fa55a", "#9c3d54", "#8a7cc2", "#7f8c8d", "#c9b037", "#3aa6a6")
@@ -58,15 +68,15 @@ def trace_types(items: list[Item], path: Path) -> None:
 def trace_counts(items: list[Item], path: Path) -> None:
     """Bars: instructions by their number of constraints."""
     counts = Counter(len(item.row["constraints_splits"]) for item in items)
-    numbers = range(1, max(counts) + 1)
+    sizes = range(1, max(counts) + 1)
     figure = Figure(figsize=(8, 3.6))
     axes = figure.subplots()
-    colours = [COLOURS[1] if number == 1 else COLOURS[0] for number in numbers]
-    axes.bar(numbers, [counts[number] for number in numbers], color=colours)
-    for number in numbers:
-        axes.text(number, counts[number] + 2, str(counts[number]), ha="center", fontsize=9)
+    colours = [COLOURS[1] if size == 1 else COLOURS[0] for size in sizes]
+    axes.bar(sizes, [counts[size] for size in sizes], color=colours)
+    for size in sizes:
+        axes.text(size, counts[size] + 2, str(counts[size]), ha="center", fontsize=9)
     mean = sum(k * v for k, v in counts.items()) / len(items)
-    axes.set_xticks(numbers)
+    axes.set_xticks(sizes)
     axes.set_xlabel("constraints in the instruction")
     axes.set_ylabel("instructions")
     single = counts[1]
@@ -79,8 +89,8 @@ def trace_counts(items: list[Item], path: Path) -> None:
     figure.savefig(path, dpi=DPI, bbox_inches="tight")
 
 
-def models(named: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
-    """Grouped bars with intervals. named: {model: {benchmark: content of scores.json}}."""
+def models(named: Models, path: Path) -> None:
+    """Grouped bars with intervals."""
     columns: list[tuple[str, str]] = []
     for runs in named.values():
         for benchmark, scores in runs.items():
@@ -145,50 +155,27 @@ def _plain(axes: Any) -> None:
         axes.spines[side].set_visible(False)
 
 
-def html_page(title: str, body: str, files: list[str]) -> str:
-    """A page that shows pictures lying beside it. `body` is HTML already."""
-    images = "".join(f"<p><img src='{html.escape(file)}' alt=''></p>" for file in files)
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8>"
-        f"<title>{html.escape(title)}</title><style>body{{font:15px/1.45 system-ui,sans-serif;"
-        "max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1c2430}img{max-width:100%}"
-        "table{border-collapse:collapse}td,th{padding:.25rem .6rem;text-align:left;"
-        "border-bottom:1px solid #e4e8ee}</style>"
-        f"<h1>{html.escape(title)}</h1>{body}{images}"
-    )
-
-
-def _models_table(named: dict[str, dict[str, dict[str, Any]]]) -> str:
-    from iopo.evaluation.report import number
-
-    rows = []
-    for name, runs in named.items():
-        for benchmark, scores in runs.items():
-            for metric in scores["headline"]:
-                entry = scores["scores"].get(metric)
-                if entry is not None:
-                    cells = (name, benchmark, metric, number(metric, entry), entry["n"])
-                    rows.append("".join(f"<td>{html.escape(str(c))}</td>" for c in cells))
-    head = "".join(f"<th>{h}</th>" for h in ("model", "benchmark", "score", "value [95%]", "n"))
-    return f"<table><tr>{head}</tr>{''.join(f'<tr>{r}</tr>' for r in rows)}</table>"
-
-
-def read_models(arguments: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
-    """{model: {benchmark: scores}} from NAME=FOLDER arguments. Raises ValueError."""
-    from iopo.evaluation.compare import runs
-
-    named = {}
+def read_models(arguments: list[str]) -> Models:
+    """The scores in the folders of NAME=FOLDER arguments. Raises ValueError."""
+    named: Models = {}
     for argument in arguments:
         name, equals, folder = argument.partition("=")
         if not equals:
             name, folder = Path(argument).name, argument
         if name in named:
             raise ValueError(f"two models are called {name}; give names with NAME=FOLDER")
-        named[name] = {
-            benchmark: json.loads((path / "scores.json").read_text(encoding="utf-8"))
-            for benchmark, path in runs(Path(folder)).items()
-        }
+        named[name] = {key: scores for key, (_, scores) in outputs(Path(folder)).items()}
     return named
+
+
+def _cells(named: Models) -> list[tuple[str, ...]]:
+    return [
+        (name, benchmark, metric, number(metric, entry), str(entry["n"]))
+        for name, runs in named.items()
+        for benchmark, scores in runs.items()
+        for metric in scores["headline"]
+        if (entry := scores["scores"].get(metric)) is not None
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -198,22 +185,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/pictures"))
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
+    rows: list[tuple[str, ...]] = []
     try:
         if args.what == "trace":
+            title, files = "TRACE evaluation set", ["trace_types.png", "trace_counts.png"]
             items = trace.load(Path(args.inputs[0]))
-            files = ["trace_types.png", "trace_counts.png"]
             trace_types(items, args.out / files[0])
             trace_counts(items, args.out / files[1])
-            page = html_page("TRACE evaluation set", "", files)
         else:
+            title, files = "Models side by side", ["models.png"]
             named = read_models(args.inputs)
-            files = ["models.png"]
             models(named, args.out / files[0])
-            page = html_page("Models side by side", _models_table(named), files)
+            rows = _cells(named)
     except (ValueError, OSError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
-    (args.out / f"{args.what}.html").write_text(page, encoding="utf-8")
+    html = _BODY.render(title=title, rows=rows, files=files)
+    write_text(args.out / f"{args.what}.html", html)
     print(f"written: {', '.join(str(args.out / f) for f in [*files, args.what + '.html'])}")
     return 0
 

@@ -5,24 +5,31 @@ code as the judge. Letters: Q quads, columns x1y1, x1y2, x2y2, x2y1.
 """
 
 import dataclasses
+import logging
+import math
 import random
 import re
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from pydoc_data import topics
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from iopo import constraints
-from iopo import stats as statistics
+from iopo import constraints, stats
+from iopo.constraints.text import repeats
 from iopo.data.batching import Batching, pass_micro_batches, token_counts
 from iopo.data.chat import Chat
 from iopo.data.layout import build_shared
 from iopo.data.rows import Quad
 from iopo.data.tokenize import Example
+from iopo.evaluation.config import GenerateSection
+from iopo.files import sha256_text
 from iopo.logprobs import LogProbs
 from iopo.model.attention import SHARED
 from iopo.model.generate import Decoding, Generation, generate
@@ -35,6 +42,11 @@ from iopo.training.metrics import preferences
 # A smaller margin is rounding, not a preference: in bf16 the margins of 150 quads whose two
 # instructions were the same text had a standard deviation of 0.43 nats and reached 1.14.
 TIE_NATS = 1.5
+
+BLOCKS, BLOCK_TOKENS = 16, 512
+BLOCK_CHARACTERS = 8 * BLOCK_TOKENS  # more than 512 tokens of English are ever made of
+
+log = logging.getLogger(__name__)
 
 
 class Scorer:
@@ -74,7 +86,7 @@ class Scorer:
 def preference_shares(policy_Q4: Tensor) -> dict[str, Estimate]:
     """group_accuracy, x_preference and y_preference with 95% Wilson intervals."""
     return {
-        name: statistics.wilson(int(right.sum()), len(right))
+        name: stats.wilson(int(right.sum()), len(right))
         for name, right in preferences(policy_Q4).items()
     }
 
@@ -83,8 +95,8 @@ def margins(policy_Q4: Tensor, reference_Q4: Tensor) -> dict[str, Estimate]:
     """Mean IOPO margin against a reference (nats), and the share of quads where it is above 0."""
     margin_Q = iopo_margin(policy_Q4 - reference_Q4)
     return {
-        "margin": statistics.bootstrap(margin_Q.numpy()),
-        "accuracy_against_reference": statistics.wilson(int((margin_Q > 0).sum()), len(margin_Q)),
+        "margin": stats.bootstrap(margin_Q.numpy()),
+        "accuracy_against_reference": stats.wilson(int((margin_Q > 0).sum()), len(margin_Q)),
     }
 
 
@@ -92,13 +104,13 @@ def group_share(policy_Q4: Tensor) -> Estimate:
     """Group accuracy with ties counted half, for controls that make exact ties."""
     margin_Q = iopo_margin(policy_Q4)
     right_Q = torch.where(margin_Q.abs() <= TIE_NATS, 0.5, (margin_Q > 0).double())
-    return statistics.bootstrap(right_Q.numpy())
+    return stats.bootstrap(right_Q.numpy())
 
 
 def blanked(quads: Sequence[Quad]) -> list[Quad]:
     """Control: the same responses, the constraints of both instructions taken out.
 
-    What is left of x1 and x2 is the same text, so group accuracy must sit at one half; a measure
+    The remaining x1 and x2 are the same text, so group accuracy must sit at one half; a measure
     that does not reads something other than the constraints.
     """
     return [dataclasses.replace(quad, x1=_blank(quad.x1), x2=_blank(quad.x2)) for quad in quads]
@@ -145,15 +157,12 @@ def answer_prompts(
     tokenizer: PreTrainedTokenizerBase,
     quads: Sequence[Quad],
     splits: Sequence[str],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    system: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    section: GenerateSection,
 ) -> list[Answer]:
     """Greedy answers to x1 and x2 of every quad, judged by code. Two answers per quad, in order.
 
-    splits: what each quad is held out for (seen | unseen_params | unseen_kinds). Raises ValueError
+    splits: what each quad is held out for (seen | unseen_params | unseen_kinds). section: its
+    max_new_tokens, batch_size, and system_prompt, for quads without their own. Raises ValueError
     for a quad that is not `checkable`.
     """
     sides = [(q, s, n) for q, s in zip(quads, splits, strict=True) for n in (1, 2)]
@@ -162,12 +171,20 @@ def answer_prompts(
     if bare:
         raise ValueError(f"code cannot check the constraints (c1, c2) of these quads: {bare[:5]}")
     prompts = [quad.x1 if side == 1 else quad.x2 for quad, _, side in sides]
-    chat = Chat(tokenizer, system)
+    chat = Chat(tokenizer, section.system_prompt)
     conversations = [
         chat.messages(prompt, quad.system)
         for prompt, (quad, _, _) in zip(prompts, sides, strict=True)
     ]
-    decoding = Decoding(max_new_tokens, batch_size=batch_size)
+    last = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last > 10:
+            last = time.monotonic()
+            log.info("%d of %d answers", done, total)
+
+    decoding = Decoding(section.max_new_tokens, batch_size=section.batch_size)
     generations = generate(model, chat, conversations, decoding, progress)
     return [
         _judge(f"{quad.id}/{side}", prompt, split, rows, generation)
@@ -216,7 +233,7 @@ def following(answers: Sequence[Answer]) -> dict[str, Estimate]:
 
 
 def _share(answers: Sequence[Answer]) -> Estimate:
-    return statistics.wilson(sum(answer.all_followed for answer in answers), len(answers))
+    return stats.wilson(sum(answer.all_followed for answer in answers), len(answers))
 
 
 def following_gain(before: Sequence[Answer], after: Sequence[Answer]) -> Estimate:
@@ -230,7 +247,7 @@ def following_gain(before: Sequence[Answer], after: Sequence[Answer]) -> Estimat
         [b.all_followed - a.all_followed for a, b in zip(before, after, strict=True)], dtype=float
     )
     clusters = [answer.id.rsplit("/", 1)[0] for answer in before]
-    return statistics.cluster_bootstrap(gain, clusters)
+    return stats.bootstrap(gain, clusters)
 
 
 def degeneration(answers: Sequence[Answer]) -> dict[str, float]:
@@ -244,8 +261,33 @@ def degeneration(answers: Sequence[Answer]) -> dict[str, float]:
     }
 
 
-def repeats(text: str) -> bool:
-    """Whether some four words occur twice, in any case."""
-    words = text.lower().split()
-    grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
-    return len(set(grams)) < len(grams)
+def plain_text() -> str:
+    """The language reference that comes with every CPython: English prose on any machine.
+
+    It differs between Python versions, so its hash goes with the scores on it. All topics by name,
+    without the lines that underline headings.
+    """
+    return "\n\n".join(text for _, text in sorted(topics.topics.items())).replace("***", "")
+
+
+@torch.inference_mode()
+def plain_text_score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """How well a model still predicts ordinary prose, which no training here is about.
+
+    Perplexity on 16 blocks of 512 tokens, spread evenly over the text, each on its own.
+    model: in eval mode, with its stock attention. Returns {"perplexity", "nats_per_token" (a list,
+    one mean per block of 511 predictions), "sha256" of the text}.
+    """
+    text = plain_text()
+    nats: list[float] = []
+    for block in range(BLOCKS):  # one at a time: the logits of a block take 100 MB
+        start = block * (len(text) - BLOCK_CHARACTERS) // (BLOCKS - 1)
+        ids = tokenizer(text[start : start + BLOCK_CHARACTERS], add_special_tokens=False)
+        ids_L = torch.tensor(ids["input_ids"][:BLOCK_TOKENS], device=model.device)
+        logits_LV = model(input_ids=ids_L[None]).logits[0, :-1].float()
+        nats.append(F.cross_entropy(logits_LV, ids_L[1:]).item())
+    return {
+        "perplexity": math.exp(sum(nats) / len(nats)),
+        "nats_per_token": nats,
+        "sha256": sha256_text(text),
+    }

@@ -4,21 +4,20 @@ What is made is appended to responses.jsonl as it arrives; a killed run goes on 
 """
 
 import asyncio
-import hashlib
 import json
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from iopo.config import Dtype
 from iopo.evaluation.config import EvaluateConfig, GenerateSection, ModelSection
-from iopo.evaluation.endpoint import Endpoint, Reply, Request, ask_all
+from iopo.evaluation.endpoint import Endpoint, Request, RequestFailed, run_together
 from iopo.evaluation.items import Item
-from iopo.files import Journal, read_records
+from iopo.files import Journal, read_records, sha256_text
 
-Say = Callable[[str], None]
 NAMED = 5  # ids shown in a message; the rest are counted
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -42,6 +41,35 @@ class Responses:
             "failed": len(self.failed),
             "cut_at_token_limit": self.cut,
         }
+
+    def notes(self) -> list[str]:
+        """What the user must know about the answers before reading the scores."""
+        empty = self.counts()["empty"]
+        name, reason = next(iter(self.failed.items()), ("", ""))
+        notes = [
+            (
+                self.missing,
+                f"no answer to {len(self.missing)} items ({some(self.missing)}): scored as "
+                "following nothing",
+            ),
+            (
+                self.failed,
+                f"the server failed on {len(self.failed)} items (first {name}: {reason}): scored "
+                "as following nothing; run the same command again to ask for them again",
+            ),
+            (
+                self.unknown,
+                f"answers to {len(self.unknown)} ids that the data lacks ({some(self.unknown)}): "
+                "ignored",
+            ),
+            (
+                self.repeated,
+                f"{self.repeated} answers are there twice, word for word: counted once",
+            ),
+            (empty, f"{empty} empty answers: scored as following nothing"),
+            (self.cut, f"{self.cut} answers ended at the token limit"),
+        ]
+        return [note for found, note in notes if found]
 
 
 def row_key(item: Item) -> dict[str, Any]:
@@ -101,9 +129,7 @@ def conversation(item: Item, section: GenerateSection) -> list[dict[str, str]]:
     return [{"role": "system", "content": section.system_prompt}, *rest]
 
 
-def make_responses(
-    config: EvaluateConfig, items: list[Item], data: str, out: Path, say: Say
-) -> Responses:
+def make_responses(config: EvaluateConfig, items: list[Item], data: str, out: Path) -> Responses:
     """Answers from the server or the model in the config; finished ones are read, not made again.
 
     data: sha256 of the data file. Raises ValueError when `out` holds answers made otherwise, and
@@ -113,15 +139,14 @@ def make_responses(
     with Journal(out / "responses.jsonl") as journal:
         done = {str(row.get("id", row.get("key"))): row for row in journal.rows}
         pending = [item for item in items if item.id not in done]
-        say(f"{len(items) - len(pending)} of {len(items)} answers are there already")
+        log.info("%d of %d answers are there already", len(items) - len(pending), len(items))
         failed: dict[str, str] = {}
         if pending and config.generate.base_url is not None:
-            failed = asyncio.run(_ask_server(config.generate, pending, journal, say))
+            failed = asyncio.run(_ask_server(config.generate, pending, journal))
         elif pending:
-            _in_process(config, items, set(done), journal, say)
-    rows = {
-        str(row.get("id", row.get("key"))): row for row in read_records(out / "responses.jsonl")
-    }
+            _in_process(config, items, set(done), journal)
+    made = read_records(out / "responses.jsonl")
+    rows = {str(row.get("id", row.get("key"))): row for row in made}
     found = {item.id: rows[item.id] for item in items if item.id in rows}
     return Responses(
         text={name: row["response"] for name, row in found.items()},
@@ -173,12 +198,16 @@ def check_manifest(path: Path, wanted: dict[str, Any]) -> None:
 
 
 async def _ask_server(
-    section: GenerateSection, items: list[Item], journal: Journal, say: Say
+    section: GenerateSection, items: list[Item], journal: Journal
 ) -> dict[str, str]:
+    """Ask for all, journal each answer as it arrives; returns the failures by item id."""
     endpoint = Endpoint(section)
-    by_id = {item.id: item for item in items}
-    requests = {
-        item.id: Request(
+    failures: dict[str, str] = {}
+    done = 0
+
+    async def one(item: Item) -> None:
+        nonlocal done
+        request = Request(
             model=endpoint.model,
             messages=tuple(conversation(item, section)),
             temperature=section.temperature,
@@ -186,28 +215,26 @@ async def _ask_server(
             seed=section.seed,
             extra=section.extra,
         )
-        for item in items
-    }
-    done = 0
-
-    def on_reply(name: str, reply: Reply) -> None:
-        nonlocal done
+        try:
+            reply = await endpoint.ask(request)
+        except RequestFailed as error:
+            failures[item.id] = str(error)
+            return
+        row = {**row_key(item), "response": reply.text, "finish_reason": reply.finish_reason}
+        journal.append({**row, "tokens": reply.completion_tokens})
         done += 1
-        row = {**row_key(by_id[name]), "response": reply.text}
-        journal.append(
-            {**row, "finish_reason": reply.finish_reason, "tokens": reply.completion_tokens}
-        )
-        if done % 20 == 0 or done == len(requests):
-            say(f"{done} of {len(requests)} answers")
+        if done % 20 == 0 or done == len(items):
+            log.info("%d of %d answers", done, len(items))
 
     try:
-        return await ask_all(endpoint, requests, on_reply)
+        await run_together([one(item) for item in items])
     finally:
         await endpoint.close()
+    return failures
 
 
 def _in_process(
-    config: EvaluateConfig, items: list[Item], done: set[str], journal: Journal, say: Say
+    config: EvaluateConfig, items: list[Item], done: set[str], journal: Journal
 ) -> None:
     """Batches of similar length. They are the same whatever is done already, so a resumed run
     gives the answers that an uninterrupted one would have given."""
@@ -236,13 +263,12 @@ def _in_process(
         ]
         journal.append(*rows)
         made += len(rows)
-        say(f"{made} of {len(items)} answers")
+        log.info("%d of %d answers", made, len(items))
 
 
 def batch_seed(seed: int, batch: list[Item]) -> int:
     """A seed of the batch's own, from its first item."""
-    text = f"{seed}/{batch[0].id}".encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:4], "big")
+    return int(sha256_text(f"{seed}/{batch[0].id}")[:8], 16)
 
 
 def default_out(config: EvaluateConfig) -> Path:
@@ -264,13 +290,12 @@ def placing(section: ModelSection) -> tuple[str, Any]:
     """The device and the torch dtype that model.device and model.dtype stand for here."""
     import torch
 
-    from iopo.model.load import default_dtype
+    from iopo.model.load import compute_dtype
 
     device = section.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtypes = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32, Dtype.fp64: torch.float64}
-    return device, dtypes.get(section.dtype, default_dtype(torch.device(device).type))
+    return device, compute_dtype(section.dtype, torch.device(device).type)
 
 
 def load_model(section: ModelSection) -> tuple[Any, Any]:

@@ -3,7 +3,10 @@
 Every stage keeps its results in the output folder, so the same command goes on after a kill.
 """
 
+import importlib
 import json
+import logging
+import pkgutil
 import time
 from dataclasses import asdict
 from importlib.metadata import version
@@ -12,171 +15,145 @@ from types import ModuleType
 from typing import Any
 
 import iopo
+from iopo import stats
 from iopo.data.rows import spread
-from iopo.evaluation import report, responses, scoring
-from iopo.evaluation.benchmarks import (
-    cfbench,
-    complexbench,
-    followbench,
-    ifbench,
-    ifeval,
-    infobench,
-    judge_check,
-    trace,
-)
+from iopo.evaluation import benchmarks, report, responses, scoring
 from iopo.evaluation.config import BenchmarkSection, EvaluateConfig, JudgeSection
-from iopo.evaluation.items import Item, locate
-from iopo.evaluation.judge import cost as plan
-from iopo.evaluation.judge import judging
-from iopo.evaluation.responses import Responses, Say, default_out
+from iopo.evaluation.items import Benchmark, Item, Verdict, locate
+from iopo.evaluation.judge.engine import judge_items, plan, require_judge
 from iopo.files import sha256_file, write_records, write_text
 
-# Scored by a language model, or by code. Each module: SOURCE, HEADLINE, load, measures; judged ones
-# also MAXIMUM and questions, coded ones score.
-JUDGED: dict[str, ModuleType] = {
-    "trace": trace,
-    "cfbench": cfbench,
-    "followbench": followbench,
-    "infobench": infobench,
-    "complexbench": complexbench,
-}
-CODED: dict[str, ModuleType] = {"ifeval": ifeval, "ifbench": ifbench}
+log = logging.getLogger(__name__)
 
 
-def evaluate(config: EvaluateConfig, say: Say = print) -> dict[str, Any]:
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Run it; returns the content of scores.json.
 
     Raises ValueError for what the user can mend (config, data, responses), EndpointError when a
     server cannot be used. Finished answers and judgements are kept in the output folder.
     """
     name = config.benchmark.name
-    if name == "quads":  # it needs the model itself, and not only its answers
-        from iopo.evaluation.benchmarks import (
-            quads,  # with torch, which costs other benchmarks seconds
-        )
-
-        return quads.evaluate_quads(config, say)
-    if config.benchmark != BenchmarkSection(name):
+    module = find(name)
+    stats.scipy_stats()  # without it the intervals would fail after all answers are made
+    if name != "quads" and config.benchmark != BenchmarkSection(name):
         raise ValueError("benchmark.reference, scored, controls: +benchmark=quads only; remove")
-    if name in CODED and config.judge != JudgeSection():
+    if not hasattr(module, "BENCHMARK"):  # a program of its own
+        return module.evaluate(config)
+    benchmark: Benchmark = module.BENCHMARK
+    if not benchmark.judged and config.judge != JudgeSection():
         raise ValueError(f"+benchmark={name} is scored by code and asks no judge; remove judge")
-    if name == "judge_check":  # the judge is scored, not the answers
-        return judge_check.check_judge(config, say)
-    module = benchmark(name)
-    path = locate(module.SOURCE, config.data.path)
-    everything = module.load(path)
+    path = locate(benchmark.source, config.data.path)
+    everything = benchmark.load(path)
     items = spread(everything, config.limit)
-    data = sha256_file(path)
-    known_file = module.SOURCE.sha256 in (None, data)
-    if not known_file:
-        say(f"note: {path} is not the file we know (sha256 {data}); scores may not compare")
+    answers = None
+    if config.responses.path is not None:
+        known = {item.id for item in everything}
+        answers = responses.read_responses(config.responses.path, items, known)
     if config.plan:
-        texts = _plan_texts(config, everything, items)
-        return plan.show(config, module, name in JUDGED, items, texts, say)
-    if name in JUDGED:
-        judging.require_judge(config.judge, name)
-    out = Path(config.out or default_out(config))
+        return plan(config, benchmark, items, None if answers is None else answers.text)
+    if benchmark.judged:
+        require_judge(config.judge, name)
+    out = Path(config.out or responses.default_out(config))
+    if answers is not None:
+        _refuse_to_overwrite(config, out)
     out.mkdir(parents=True, exist_ok=True)
-    answers = get_responses(config, everything, items, data, out, say)
-    for line in warnings(answers):
-        say(f"note: {line}")
-    judged: dict[str, Any] = {}
-    if name in JUDGED:
-        verdicts, judged = judging.judge_items(config.judge, module, items, answers.text, out, say)
-    else:
-        verdicts = module.score(items, answers.text)
-    scores = total(config, module, items, verdicts)
-    scores |= {
+    data = sha256_file(path)
+    if answers is None:
+        answers = responses.make_responses(config, items, data, out)
+    known_file = benchmark.source.sha256 in (None, data)
+    notes = answers.notes()
+    if not known_file:
+        notes.append(f"{path} is not the file we know (sha256 {data}); scores may not compare")
+    for line in notes:
+        log.info("note: %s", line)
+    verdicts, judged = _verdicts(config, benchmark, items, answers.text, out)
+    scores = total(config, benchmark, items, verdicts) | {
         "responses": answers.counts(),
+        "notes": notes,
         "judge": judged,
         "data": {"path": str(path), "sha256": data, "known": known_file},
         "config": report.plain(asdict(config)),
         "versions": {"iopo": iopo.__version__, "python_openai": version("openai")},
         "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    if name == "trace":
-        scores["stray_tags"] = trace.stray_tags(items)
-    write(out, module, items, verdicts, answers, scores)
-    report.print_scores(scores, say)
-    say(f"written: {out}/scores.json, verdicts.jsonl, measures.jsonl, report.html")
+    _write(out, benchmark, items, verdicts, answers.text, scores)
+    report.log_scores(scores)
+    log.info("written: %s/scores.json, verdicts.jsonl, measures.jsonl, report.html", out)
     return scores
 
 
-def benchmark(name: str) -> ModuleType:
+def _verdicts(
+    config: EvaluateConfig,
+    benchmark: Benchmark,
+    items: list[Item],
+    texts: dict[str, str],
+    out: Path,
+) -> tuple[list[Verdict], dict[str, Any]]:
+    """(verdicts in the items' order, what the judge was asked and used)."""
+    if benchmark.judged:
+        return judge_items(config.judge, benchmark, items, texts, out)
+    return [benchmark.by_code(item, texts.get(item.id, "")) for item in items], {}
+
+
+def _write(
+    out: Path,
+    benchmark: Benchmark,
+    items: list[Item],
+    verdicts: list[Verdict],
+    texts: dict[str, str],
+    scores: dict[str, Any],
+) -> None:
+    """verdicts.jsonl, measures.jsonl, report.html, scores.json, and responses.jsonl if read."""
+    write_records(out / "verdicts.jsonl", verdicts)
+    write_records(out / "measures.jsonl", scoring.to_rows(benchmark.measures(items, verdicts)))
+    if not (out / "responses.manifest.json").exists():  # read from elsewhere: keep a copy
+        answered = [item for item in items if item.id in texts]
+        rows = [{**responses.row_key(item), "response": texts[item.id]} for item in answered]
+        write_records(out / "responses.jsonl", rows)
+    samples = report.samples(items, verdicts, texts, benchmark.maximum)
+    write_text(out / "report.html", report.page(scores, samples))
+    # last: who finds it takes the evaluation for done
+    write_text(out / "scores.json", json.dumps(scores, ensure_ascii=False, indent=1))
+
+
+def names() -> list[str]:
+    """The benchmarks that there are: the modules in iopo/evaluation/benchmarks."""
+    return sorted(module.name for module in pkgutil.iter_modules(benchmarks.__path__))
+
+
+def find(name: str) -> ModuleType:
     """The module of a benchmark. Raises ValueError naming those there are."""
-    known = {**JUDGED, **CODED}
-    if name not in known:
+    if name not in names():
         raise ValueError(
-            f"benchmark.name is {name!r}; expected one of {', '.join(sorted(known))} "
+            f"benchmark.name is {name!r}; expected one of {', '.join(names())} "
             "(choose it with +benchmark=NAME)"
         )
-    return known[name]
+    return importlib.import_module(f"{benchmarks.__name__}.{name}")
 
 
-def get_responses(
-    config: EvaluateConfig,
-    everything: list[Item],
-    items: list[Item],
-    data: str,
-    out: Path,
-    say: Say,
-) -> Responses:
-    """Answers from the file in the config, or made now."""
-    if config.responses.path is not None:
-        if (out / "responses.manifest.json").exists():
-            raise ValueError(f"{out}: holds answers that were made there; choose another out=")
-        if (out / "responses.jsonl").resolve() == Path(config.responses.path).resolve():
-            raise ValueError(f"{out}: responses.path would be overwritten; choose another out=")
-        known = {item.id for item in everything}
-        return responses.read_responses(config.responses.path, items, known)
-    return responses.make_responses(config, items, data, out, say)
-
-
-def warnings(answers: Responses) -> list[str]:
-    """What the user must know about the answers before reading the scores."""
-    lines = []
-    counts = answers.counts()
-    if answers.missing:
-        lines.append(
-            f"no answer to {len(answers.missing)} items ({responses.some(answers.missing)}): "
-            "scored as following nothing"
-        )
-    if answers.failed:
-        first = next(iter(answers.failed.items()))
-        lines.append(
-            f"the server failed on {len(answers.failed)} items (first {first[0]}: {first[1]}): "
-            "scored as following nothing; run the same command again to ask for them again"
-        )
-    if answers.unknown:
-        lines.append(
-            f"answers to {len(answers.unknown)} ids that the data lacks "
-            f"({responses.some(answers.unknown)}): ignored"
-        )
-    if answers.repeated:
-        lines.append(f"{answers.repeated} answers are there twice, word for word: counted once")
-    if counts["empty"]:
-        lines.append(f"{counts['empty']} empty answers: scored as following nothing")
-    if answers.cut:
-        lines.append(f"{answers.cut} answers ended at the token limit")
-    return lines
+def _refuse_to_overwrite(config: EvaluateConfig, out: Path) -> None:
+    if (out / "responses.manifest.json").exists():
+        raise ValueError(f"{out}: holds answers that were made there; choose another out=")
+    if (out / "responses.jsonl").resolve() == Path(config.responses.path or "").resolve():
+        raise ValueError(f"{out}: responses.path would be overwritten; choose another out=")
 
 
 def total(
-    config: EvaluateConfig, module: ModuleType, items: list[Item], verdicts: list[dict[str, Any]]
+    config: EvaluateConfig, benchmark: Benchmark, items: list[Item], verdicts: list[Verdict]
 ) -> dict[str, Any]:
     """Scores with intervals; with bounds where verdicts could not be read."""
-    table = module.measures(items, verdicts)
+    table = benchmark.measures(items, verdicts)
     scores = scoring.summarise(table, resamples=config.bootstrap, seed=config.seed)
     unparsed = sum(row.get("scores", ()) is None for row in verdicts)
     if unparsed:
         lowest, highest = (
-            module.measures(items, _filled(module, items, verdicts, score))
-            for score in (0.0, float(module.MAXIMUM))
+            benchmark.measures(items, _filled(benchmark, items, verdicts, score))
+            for score in (0.0, float(benchmark.maximum))
         )
         scores = scoring.with_bounds(scores, lowest, highest)
     return {
         "benchmark": config.benchmark.name,
-        "headline": list(module.HEADLINE),
+        "headline": list(benchmark.headline),
         "items": len(items),
         "unparsed": unparsed,
         "scores": scores,
@@ -184,46 +161,13 @@ def total(
 
 
 def _filled(
-    module: ModuleType, items: list[Item], verdicts: list[dict[str, Any]], score: float
-) -> list[dict[str, Any]]:
+    benchmark: Benchmark, items: list[Item], verdicts: list[Verdict], score: float
+) -> list[Verdict]:
     """The verdicts, with this score for every constraint in place of each unparsed one."""
     out = []
     for item, verdict in zip(items, verdicts, strict=True):
         if verdict["scores"] is None:
-            count = len(module.questions(item, "")[0].criteria)
+            count = len(benchmark.questions(item, "")[0].criteria)
             verdict = {**verdict, "scores": [score] * count}
         out.append(verdict)
     return out
-
-
-def write(
-    out: Path,
-    module: ModuleType,
-    items: list[Item],
-    verdicts: list[dict[str, Any]],
-    answers: Responses,
-    scores: dict[str, Any],
-) -> None:
-    """verdicts.jsonl, measures.jsonl, scores.json, report.html, and responses.jsonl if read."""
-    write_records(out / "verdicts.jsonl", verdicts)
-    write_records(out / "measures.jsonl", scoring.to_rows(module.measures(items, verdicts)))
-    if not (out / "responses.manifest.json").exists():  # read from elsewhere: keep a copy
-        rows = [
-            {**responses.row_key(item), "response": answers.text[item.id]}
-            for item in items
-            if item.id in answers.text
-        ]
-        write_records(out / "responses.jsonl", rows)
-    best = float(getattr(module, "MAXIMUM", 1))
-    write_text(out / "report.html", report.page(scores, items, verdicts, answers.text, best))
-    # last: who finds it takes the evaluation for done
-    write_text(out / "scores.json", json.dumps(scores, ensure_ascii=False, indent=1))
-
-
-def _plan_texts(
-    config: EvaluateConfig, everything: list[Item], items: list[Item]
-) -> dict[str, str] | None:
-    if config.responses.path is None:
-        return None
-    known = {item.id for item in everything}
-    return responses.read_responses(config.responses.path, items, known).text

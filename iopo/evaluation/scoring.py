@@ -3,17 +3,17 @@
 Letters: U units (items, or groups of items), R bootstrap resamples.
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from iopo import stats as statistics
+from iopo import stats
 from iopo.evaluation.items import Measures
-
-LEVEL = 0.95
-_DRAWS_AT_ONCE = 4_000_000  # bounds the memory of a bootstrap: 32 MB of indices
+from iopo.stats import Units
 
 
 def summarise(table: Measures, *, resamples: int, seed: int) -> dict[str, dict[str, Any]]:
@@ -64,6 +64,31 @@ def from_rows(rows: list[dict[str, Any]]) -> Measures:
     return table
 
 
+def outputs(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """The output folder itself, or those in it, each with its scores.json, by benchmark.
+
+    Raises ValueError without any, or with two of one benchmark.
+    """
+    files = [folder / "scores.json"] if (folder / "scores.json").is_file() else []
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for file in files or sorted(folder.glob("**/scores.json")):
+        if not (file.parent / "measures.jsonl").is_file():  # of quads or judge_check
+            continue
+        scores = json.loads(file.read_text(encoding="utf-8"))
+        name = scores["benchmark"]
+        if name in found:
+            raise ValueError(
+                f"{folder}: both {found[name][0]} and {file.parent} hold {name}; name one"
+            )
+        found[name] = (file.parent, scores)
+    if not found:
+        raise ValueError(
+            f"{folder}: no scores.json with a measures.jsonl beside it; expected an output folder "
+            "of evaluate.py (quads have theirs, and are compared by the comparison's table)"
+        )
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Difference:
     """B minus A on the units that both have. McNemar's test only for yes-or-no units."""
@@ -85,71 +110,56 @@ def compare(metric: str, a: Measures, b: Measures, *, resamples: int, seed: int)
     shared = [unit for unit in a[metric] if unit in b[metric]]
     if not shared:
         raise ValueError(f"{metric}: A and B have no item in common")
-    a_U2 = _columns({unit: a[metric][unit] for unit in shared})
-    b_U2 = _columns({unit: b[metric][unit] for unit in shared})
-
-    def difference(index: NDArray[np.int64]) -> NDArray[np.float64]:
-        return _resampled_ratio(b_U2, index) - _resampled_ratio(a_U2, index)
-
-    values_R = _resample(len(shared), difference, resamples=resamples, seed=seed)
-    low, high = _interval(values_R)
+    a_U2, b_U2 = (_columns({unit: of[metric][unit] for unit in shared}) for of in (a, b))
+    values_R = stats.resample(
+        len(shared),
+        lambda index: _ratios(b_U2, index) - _ratios(a_U2, index),
+        seed=seed,
+        resamples=resamples,
+    )
+    value_a, value_b = _ratio(a_U2), _ratio(b_U2)
+    found = stats.interval(value_b - value_a, values_R, len(shared))
     only_a = only_b = p = None
     if _is_share(a_U2) and _is_share(b_U2):
-        test = statistics.mcnemar_exact(a_U2[:, 0] / a_U2[:, 1], b_U2[:, 0] / b_U2[:, 1])
+        test = stats.mcnemar_exact(a_U2[:, 0] / a_U2[:, 1], b_U2[:, 0] / b_U2[:, 1])
         only_a, only_b, p = test["first_only"], test["second_only"], test["p"]
-    value_a, value_b = _ratio(a_U2), _ratio(b_U2)
     return Difference(
-        metric, value_a, value_b, value_b - value_a, low, high, len(shared), only_a, only_b, p
-    )
+        metric, value_a, value_b, found["value"], found["low"], found["high"], len(shared),
+        only_a, only_b, p,
+    )  # fmt: skip
 
 
-def _columns(units: dict[str, tuple[float, float]]) -> NDArray[np.float64]:
+def _columns(units: Units) -> stats.Array:
     """Numerators and denominators, float64 [U, 2]."""
     return np.array(list(units.values()), dtype=np.float64)
 
 
-def _is_share(units_U2: NDArray[np.float64]) -> bool:
+def _is_share(units_U2: stats.Array) -> bool:
     """Whether all units weigh the same and each is right or wrong."""
     weight_U = units_U2[:, 1]
     same = np.allclose(weight_U, weight_U[0])
     return bool(same and np.isin(units_U2[:, 0] / weight_U, (0.0, 1.0)).all())
 
 
-def _ratio(units_U2: NDArray[np.float64]) -> float:
+def _ratio(units_U2: stats.Array) -> float:
     sums_2 = units_U2.sum(0)
     return float(sums_2[0] / sums_2[1])
 
 
-def _estimate(units_U2: NDArray[np.float64], *, resamples: int, seed: int) -> dict[str, Any]:
+def _ratios(units_U2: stats.Array, index_RU: NDArray[np.int64]) -> stats.Array:
+    return stats.ratios(units_U2[:, 0], units_U2[:, 1], index_RU)
+
+
+def _estimate(units_U2: stats.Array, *, resamples: int, seed: int) -> dict[str, Any]:
     count = len(units_U2)
     if _is_share(units_U2):
         right = int(round(float((units_U2[:, 0] / units_U2[:, 1]).sum())))
-        return {**statistics.wilson(right, count, level=LEVEL), "method": "wilson"}
+        return {**stats.wilson(right, count), "method": "wilson"}
     value = _ratio(units_U2)
     if value in (0.0, 1.0) and (units_U2[:, 0] <= units_U2[:, 1]).all():
         # Every resample is the same: a bootstrap would claim certainty.
-        return {**statistics.wilson(round(value) * count, count, level=LEVEL), "method": "wilson"}
-    values_R = _resample(
-        count, lambda index: _resampled_ratio(units_U2, index), resamples=resamples, seed=seed
+        return {**stats.wilson(round(value) * count, count), "method": "wilson"}
+    values_R = stats.resample(
+        count, lambda index: _ratios(units_U2, index), seed=seed, resamples=resamples
     )
-    low, high = _interval(values_R)
-    return {"value": value, "low": low, "high": high, "n": count, "method": "bootstrap"}
-
-
-def _resampled_ratio(
-    units_U2: NDArray[np.float64], index_RU: NDArray[np.int64]
-) -> NDArray[np.float64]:
-    return units_U2[index_RU, 0].sum(1) / units_U2[index_RU, 1].sum(1)
-
-
-def _resample(count: int, statistic: Any, *, resamples: int, seed: int) -> NDArray[np.float64]:
-    """The statistic of `resamples` draws of units with replacement, in blocks."""
-    rng = np.random.default_rng(seed)
-    rows = max(1, _DRAWS_AT_ONCE // count)
-    blocks = [min(rows, resamples - start) for start in range(0, resamples, rows)]
-    return np.concatenate([statistic(rng.integers(0, count, (block, count))) for block in blocks])
-
-
-def _interval(values_R: NDArray[np.float64]) -> tuple[float, float]:
-    low, high = np.quantile(values_R, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-    return float(low), float(high)
+    return {**stats.interval(value, values_R, count), "method": "bootstrap"}

@@ -1,7 +1,8 @@
 """Serve a checkpoint over HTTP as OpenAI's API does: `python -m iopo.evaluation.serve PATH`.
 
 For smoke tests and small models: one request is answered at a time, without batching. Use vLLM for
-anything more. Routes: GET /v1/models, POST /v1/chat/completions (also with "stream": true).
+anything more. Routes: GET /v1/models, POST /v1/chat/completions (with "stream": true the whole
+answer is one event).
 At temperature 0 the answers are those of greedy generation in this process with batch size 1.
 """
 
@@ -11,27 +12,16 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from iopo.config import Dtype
 from iopo.data.chat import Chat
-from iopo.evaluation.config import ModelSection
+from iopo.evaluation.config import DTYPES, ModelSection
 from iopo.evaluation.responses import load_model
-from iopo.model.generate import (
-    Decoding,
-    Generation,
-    end_of_turn_ids,
-    generate,
-    growing_cache,
-    inference,
-    sample,
-)
+from iopo.model.generate import Decoding, Generation, generate
 
 MAX_BODY_BYTES = 8 * 2**20
 ROLES = ("system", "user", "assistant")
@@ -70,42 +60,6 @@ class Served:
             except ValueError as error:
                 raise BadRequest(str(error)) from error
         return found
-
-    def stream(self, request: "ChatRequest") -> Iterator[tuple[str, str | None]]:
-        """(further text, finish reason or None); the joined text is that of `answer`.
-
-        At a temperature above 0 the draws are others than those of `answer`.
-        """
-        prompt = self._chat.prompt_ids(request.messages)
-        stops = end_of_turn_ids(self._model, self._tokenizer)
-        limit = self._room(request)
-        generator = torch.Generator().manual_seed(request.seed)
-        cache = growing_cache(self._model)
-        tokens: list[int] = []
-        sent = ""
-        with self._lock, inference(self._model):
-            ids_1L = torch.tensor([prompt], device=self._model.device)
-            while True:
-                output = self._model(input_ids=ids_1L, past_key_values=cache, use_cache=True)
-                scores_1V = output.logits[:, -1].float()
-                if request.temperature == 0:
-                    token = int(scores_1V.argmax())
-                else:
-                    draw_1 = torch.rand(1, generator=generator).to(scores_1V.device)
-                    token = int(sample(scores_1V / request.temperature, draw_1, request.top_p))
-                stopped = token in stops
-                if not stopped:
-                    tokens.append(token)
-                    text = str(self._tokenizer.decode(tokens, skip_special_tokens=True))
-                    # Half a character decodes to U+FFFD: wait for its other bytes.
-                    if not text.endswith("�"):
-                        yield text[len(sent) :], None
-                        sent = text
-                if stopped or len(tokens) >= limit:
-                    text = str(self._tokenizer.decode(tokens, skip_special_tokens=True))
-                    yield text[len(sent) :], "stop" if stopped else "length"
-                    return
-                ids_1L = torch.tensor([[token]], device=self._model.device)
 
     def _room(self, request: "ChatRequest") -> int:
         """Tokens that may be generated: as asked, or as many as fit."""
@@ -187,39 +141,26 @@ def make_server(served: Served, host: str, port: int) -> ThreadingHTTPServer:
                 return self._json(404, _error(f"no such route: {self.path}"))
             try:
                 request = ChatRequest(json.loads(data), served)
+                row = _completion(served, request)
                 if request.stream:
-                    self._stream(request)
-                else:
-                    self._json(200, _completion(served, request))
+                    events = f"data: {json.dumps(row)}\n\ndata: [DONE]\n\n"
+                    return self._send(200, events, "text/event-stream")
+                self._json(200, row)
             except BadRequest as error:
                 self._json(400, _error(str(error)))
             except ValueError as error:  # not JSON, or not UTF-8
                 self._json(400, _error(f"the body is not JSON: {error}"))
 
         def _json(self, status: int, row: dict[str, Any]) -> None:
-            data = json.dumps(row).encode()
+            self._send(status, json.dumps(row), "application/json")
+
+        def _send(self, status: int, text: str, content_type: str) -> None:
+            data = text.encode()
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Type", content_type)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
-
-        def _stream(self, request: ChatRequest) -> None:
-            served._room(request)  # refuse before the status line is out
-            self.send_response(200)
-            self.send_header("Content-Type", "text/event-stream")
-            self.send_header("Connection", "close")
-            self.end_headers()
-            self.close_connection = True
-            base = _base(served, "chat.completion.chunk")
-            delta: dict[str, str] = {"role": "assistant"}
-            for text, reason in served.stream(request):
-                delta["content"] = text
-                choice = {"index": 0, "delta": delta, "finish_reason": reason}
-                line = json.dumps(base | {"choices": [choice]})
-                self.wfile.write(f"data: {line}\n\n".encode())
-                delta = {}
-            self.wfile.write(b"data: [DONE]\n\n")
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -235,22 +176,24 @@ def make_server(served: Served, host: str, port: int) -> ThreadingHTTPServer:
     return Server((host, port), Handler)
 
 
-def _base(served: Served, kind: str) -> dict[str, Any]:
-    name = f"chatcmpl-{uuid.uuid4().hex}"
-    return {"id": name, "object": kind, "created": int(time.time()), "model": served.name}
-
-
 def _completion(served: Served, request: ChatRequest) -> dict[str, Any]:
+    """The answer as a chat completion, or as the only chunk of a stream."""
     found = served.answer(request)
     message = {"role": "assistant", "content": found.text}
-    choice = {"index": 0, "message": message, "finish_reason": found.finish_reason}
+    field = "delta" if request.stream else "message"
     prompt = served.prompt_tokens(request.messages)
-    usage = {
-        "prompt_tokens": prompt,
-        "completion_tokens": found.tokens,
-        "total_tokens": prompt + found.tokens,
+    return {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": "chat.completion.chunk" if request.stream else "chat.completion",
+        "created": int(time.time()),
+        "model": served.name,
+        "choices": [{"index": 0, field: message, "finish_reason": found.finish_reason}],
+        "usage": {
+            "prompt_tokens": prompt,
+            "completion_tokens": found.tokens,
+            "total_tokens": prompt + found.tokens,
+        },
     }
-    return _base(served, "chat.completion") | {"choices": [choice], "usage": usage}
 
 
 def _error(text: str) -> dict[str, Any]:
@@ -264,12 +207,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--name", help="the name clients use; default: the folder's name")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--dtype", choices=[d.value for d in Dtype], default="auto")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(arguments)
     try:
         model, tokenizer = load_model(
-            ModelSection(args.path, args.adapter, Dtype(args.dtype), args.device)
+            ModelSection(args.path, args.adapter, args.dtype, args.device)
         )
     except ValueError as error:
         print(f"refused: {error}", file=sys.stderr)

@@ -85,6 +85,12 @@ def score(run: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     # torch loads only now, so that this process holds next to nothing while the stages train
     from iopo.evaluation import quad_metrics as heldout
     from iopo.evaluation.benchmarks import quads
+    from iopo.evaluation.config import (
+        BenchmarkSection,
+        EvaluateConfig,
+        GenerateSection,
+        ModelSection,
+    )
     from iopo.model.host_memory import tune_malloc
     from iopo.model.load import resolve_model
 
@@ -99,9 +105,12 @@ def score(run: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     answers: dict[str, list[Any]] = {}
     for stage, path in zip(STAGES, folders, strict=True):
         print(f"scoring {stage} on {len(rows)} held-out quads", flush=True)
-        summary[stage], answers[stage] = quads.evaluate_folder(
-            path, rows, scored=SCORED, controls=stage == STAGES[-1], batch_size=len(rows)
+        config = EvaluateConfig(
+            BenchmarkSection("quads", scored=SCORED, controls=stage == STAGES[-1]),
+            model=ModelSection(str(path), device="cpu"),
+            generate=GenerateSection(max_new_tokens=128, batch_size=len(rows)),
         )
+        summary[stage], answers[stage] = quads.score_model(config, rows)
     summary["gain"] = {
         stage: heldout.following_gain(answers["base"], answers[stage]) for stage in STAGES[1:]
     }

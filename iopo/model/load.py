@@ -43,6 +43,14 @@ CHATML = (
 )
 
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+def compute_dtype(name: str, device_type: str) -> torch.dtype:
+    """The dtype that model.dtype (auto, bf16, fp32, fp64) stands for on this kind of device."""
+    return default_dtype(device_type) if name == "auto" else DTYPES[name]
+
+
 def default_dtype(device_type: str) -> torch.dtype:
     """bf16 on CUDA and on CPUs with AMX tiles; fp32 on other CPUs, where bf16 is emulated."""
     if device_type == "cuda" or torch.cpu._is_amx_tile_supported():

@@ -6,7 +6,6 @@ import torch
 
 from iopo.config import (
     Checkpointing,
-    Dtype,
     Layout,
     LoraConfig,
     ModelConfig,
@@ -20,12 +19,10 @@ from iopo.model.parallel import BlockOptions, TrainModel, make_mesh, prepare
 from iopo.training.launch.placement import RankInfo
 from iopo.training.seeds import stream_seed
 
-TORCH_DTYPE = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32, Dtype.fp64: torch.float64}
-
 
 def compute_dtype(cfg: ModelConfig, device_type: str) -> torch.dtype:
     """The dtype of forward and backward; parameters that train are kept in fp32 at least."""
-    return load.default_dtype(device_type) if cfg.dtype is Dtype.auto else TORCH_DTYPE[cfg.dtype]
+    return load.compute_dtype(cfg.dtype, device_type)
 
 
 def make_policy(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from iopo.constraints import IFEVAL_IDS, from_ifeval, loose_variants
 from iopo.constraints import text as cut
 from iopo.evaluation.benchmarks import ifeval
+from iopo.evaluation.scoring import summarise
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("IOPO_SHARED_DATA", ROOT.parent / "shared" / "data")) / "ifeval"
@@ -40,10 +41,9 @@ def test_golden_verdicts(variant):
     }
     items = ifeval.load(DATA / "input_data.jsonl")
     answers = rows("gpt4_responses.jsonl")
-    responses, missing, unknown = ifeval.join(items, answers)
-    assert len(golden) == 541 and not missing and not unknown
-    changed = {key: VARIANTS[variant](text) for key, text in responses.items()}
-    verdicts = ifeval.score(items, changed)
+    changed = {str(row["key"]): VARIANTS[variant](row["response"]) for row in answers}
+    assert len(golden) == 541 and set(changed) == {item.id for item in items}
+    verdicts = [ifeval.by_code(item, changed[item.id]) for item in items]
     wrong = [
         (row["key"], mode)
         for row in verdicts
@@ -51,7 +51,8 @@ def test_golden_verdicts(variant):
         if "".join("01"[held] for held in row[mode]) != golden[row["key"]][mode]
     ]
     assert wrong == []
-    found = ifeval.totals(verdicts)
+    table = ifeval.BENCHMARK.measures(items, verdicts)
+    found = summarise(table, resamples=50, seed=0)
     prompts, instructions = 541, 834
     counts = [found["prompt_strict"], found["instruction_strict"]]
     counts += [found["prompt_loose"], found["instruction_loose"]]
@@ -150,8 +151,8 @@ def item(key, *instructions):
 )
 def test_each_kind_by_hand(name, kwargs, good, bad):
     one = item(1, (name, kwargs))
-    assert ifeval.verdict(one, good)["strict"] == [True]
-    assert ifeval.verdict(one, bad)["strict"] == [False]
+    assert ifeval.by_code(one, good)["strict"] == [True]
+    assert ifeval.by_code(one, bad)["strict"] == [False]
 
 
 def test_all_25_kinds_are_known_and_no_other():
@@ -163,7 +164,7 @@ def test_all_25_kinds_are_known_and_no_other():
 def test_an_id_twice_has_two_verdicts():
     low = ("length_constraints:number_words", {"num_words": 2, "relation": "at least"})
     high = ("length_constraints:number_words", {"num_words": 4, "relation": "at least"})
-    assert ifeval.verdict(item(19, low, high), "a b c")["strict"] == [True, False]
+    assert ifeval.by_code(item(19, low, high), "a b c")["strict"] == [True, False]
 
 
 def test_none_arguments_are_ignored_and_missing_ones_raise():
@@ -176,9 +177,9 @@ def test_none_arguments_are_ignored_and_missing_ones_raise():
 
 def test_empty_responses_fail_and_count():
     items = [item(1, ("punctuation:no_comma", {})), item(2, ("punctuation:no_comma", {}))]
-    verdicts = ifeval.score(items, {"1": " \n "})
+    verdicts = [ifeval.by_code(one, text) for one, text in zip(items, (" \n ", ""), strict=True)]
     assert [row["strict"] for row in verdicts] == [[False], [False]]
-    assert ifeval.totals(verdicts)["prompt_loose"]["n"] == 2
+    assert len(ifeval.BENCHMARK.measures(items, verdicts)["prompt_loose"]) == 2
 
 
 def test_loose_variants():
@@ -189,16 +190,7 @@ def test_loose_variants():
     ]  # fmt: skip
     assert loose_variants("*") == ["*"]
     bullets = item(1, ("detectable_format:json_format", {}))
-    assert ifeval.verdict(bullets, "Here you are:\n{}\nBye")["loose"] == [True]
-
-
-def test_join_reports_and_refuses():
-    items = [item(1, ("punctuation:no_comma", {})), item(2, ("punctuation:no_comma", {}))]
-    found = ifeval.join(items, [{"key": 1, "response": "a"}, {"id": "9", "response": "b"}])
-    assert found == ({"1": "a"}, ["2"], ["9"])
-    bad = [{"key": 1, "response": "a"}, {"key": 1, "response": "b"}, {"key": 2, "response": None}]
-    with pytest.raises(ValueError, match="row 2: key 1 is there more than once\n.*row 3"):
-        ifeval.join(items, bad)
+    assert ifeval.by_code(bullets, "Here you are:\n{}\nBye")["loose"] == [True]
 
 
 def test_load_names_the_bad_item(tmp_path):
@@ -263,7 +255,7 @@ def test_a_hostile_megabyte_is_scored(unit):
         ("detectable_format:number_highlighted_sections", {"num_highlights": 3}),
         ("length_constraints:number_paragraphs", {"num_paragraphs": 3}),
     ]
-    assert len(ifeval.verdict(item(1, *cheap), text)["strict"]) == len(cheap)
+    assert len(ifeval.by_code(item(1, *cheap), text)["strict"]) == len(cheap)
 
 
 def test_importing_the_scorer_needs_no_optional_package():

@@ -52,10 +52,10 @@ def load(tmp_path: Path, *words: str) -> list:
 
 def test_strict_and_loose(tmp_path: Path, verifiers: None) -> None:
     items = load(tmp_path, "so", "Hm")
-    (found,) = ifbench.score(items, {"0": "Hm:\n**so** it is"})
+    found = ifbench.by_code(items[0], "Hm:\n**so** it is")
     # Without its first line and its asterisks the answer begins with "so".
     assert found == {"key": "0", "strict": [False, True], "loose": [True, True]}
-    table = ifbench.measures(items, [found])
+    table = ifbench.BENCHMARK.measures(items, [found])
     assert table["prompt_strict"] == {"0": (0.0, 1)}
     assert table["prompt_loose"] == {"0": (1.0, 1)}
     assert table["instruction_strict"] == {"0": (1, 2)}
@@ -63,24 +63,18 @@ def test_strict_and_loose(tmp_path: Path, verifiers: None) -> None:
 
 
 def test_an_empty_or_missing_answer_follows_nothing(tmp_path: Path, verifiers: None) -> None:
-    items = load(tmp_path, "")
-    assert ifbench.score(items, {"0": " \n"})[0]["loose"] == [False]
-    assert ifbench.score(items, {})[0]["strict"] == [False]
+    (item,) = load(tmp_path, "")
+    assert ifbench.by_code(item, " \n")["loose"] == [False]
+    assert ifbench.by_code(item, "")["strict"] == [False]
 
 
 def test_an_unknown_kind_is_refused(tmp_path: Path, verifiers: None) -> None:
     items = load(tmp_path, "a")
     items[0].row["instruction_id_list"][0] = "new:kind"
     with pytest.raises(ValueError, match="item 0: no verifier for new:kind"):
-        ifbench.score(items, {"0": "a"})
+        ifbench.by_code(items[0], "a")
 
 
 def test_without_the_package_the_message_says_how_to_get_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="pip install git"):
-        ifbench.score(load(tmp_path, "a"), {"0": "a"})
-
-
-def test_eight_variants() -> None:
-    assert ifbench.variants("*a*\nb\nc") == [
-        "*a*\nb\nc", "b\nc", "*a*\nb", "b", "a\nb\nc", "b\nc", "a\nb", "b",
-    ]  # fmt: skip
+        load(tmp_path, "a")

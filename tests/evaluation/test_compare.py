@@ -120,7 +120,7 @@ def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture) 
     run_folder(tmp_path / "two" / "x", [1])
     run_folder(tmp_path / "two" / "y", [1])
     with pytest.raises(ValueError, match="both .* hold ifeval"):
-        compare.runs(tmp_path / "two")
+        scoring.outputs(tmp_path / "two")
 
 
 def test_pictures_from_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

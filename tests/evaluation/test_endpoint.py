@@ -1,6 +1,7 @@
 """Asking a server that misbehaves, over real HTTP."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from iopo.evaluation.endpoint import (
     ReplyCache,
     Request,
     RequestFailed,
-    ask_all,
+    run_together,
 )
 from iopo.files import Journal, read_records
 
@@ -106,13 +107,12 @@ def test_a_bad_request_fails_alone() -> None:
         return Answer(status=400, body="too long") if bad else Answer("fine")
 
     async def use(endpoint: Endpoint):
-        seen = {}
-        requests = {"bad": request("bad"), "good": request("good")}
-        return await ask_all(endpoint, requests, lambda n, r: seen.update({n: r.text})), seen
+        asked = (endpoint.ask(request(text)) for text in ("bad", "good"))
+        return await asyncio.gather(*asked, return_exceptions=True)
 
     with StubServer(script) as server:
-        failures, seen = with_endpoint(server, use)
-    assert seen == {"good": "fine"} and "too long" in failures["bad"]
+        bad, good = with_endpoint(server, use)
+    assert good.text == "fine" and isinstance(bad, RequestFailed) and "too long" in str(bad)
 
 
 def test_a_server_of_another_kind_is_named() -> None:
@@ -128,8 +128,11 @@ def test_a_dead_server_is_given_up() -> None:
     with StubServer(lambda *_: Answer(status=500, body="down")) as server:
 
         async def use(endpoint: Endpoint):
-            requests = {str(i): request(str(i)) for i in range(100)}
-            await ask_all(endpoint, requests, lambda *_: None)
+            async def one(number: int) -> None:
+                with contextlib.suppress(RequestFailed):
+                    await endpoint.ask(request(str(number)))
+
+            await run_together([one(number) for number in range(100)])
 
         with pytest.raises(EndpointError, match="8 requests in a row.*down"):
             with_endpoint(server, use, max_retries=1)
@@ -215,7 +218,11 @@ def test_a_torn_last_line_is_cut_and_a_torn_middle_is_reported(tmp_path: Path) -
     path.write_bytes(b'{"a": 1}\n{"a": 2\n\xff\n[]\n{"a": 3}\n')
     with pytest.raises(ValueError) as error:
         Journal(path)
-    for part in (":2:", ":3: not UTF-8 at byte 0", ":4: expected an object, found list"):
+    for part in (
+        ":2:",
+        ":3: the line is not UTF-8 (byte 0 of it is 0xff)",
+        ":4: expected an object, found list",
+    ):
         assert part in str(error.value)
 
 

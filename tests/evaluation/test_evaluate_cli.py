@@ -21,7 +21,7 @@ from iopo.evaluation.config import (
 )
 from iopo.evaluation.endpoint import EndpointError
 from iopo.evaluation.responses import default_out
-from iopo.evaluation.run import CODED, JUDGED, evaluate
+from iopo.evaluation.run import evaluate, find, names
 from iopo.files import read_records, write_records
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,9 +65,11 @@ def compose_evaluate(*overrides: str) -> EvaluateConfig:
 
 
 def test_every_benchmark_and_judge_composes() -> None:
-    files = {path.stem for path in (ROOT / "conf" / "benchmark").glob("*.yaml")}
-    assert files >= set(JUDGED) | set(CODED)
-    for name in sorted(set(JUDGED) | set(CODED)):
+    files = [path.stem for path in (ROOT / "conf" / "benchmark").glob("*.yaml")]
+    assert sorted(files) == names(), "a module and a yaml for each benchmark"
+    for name in names():
+        module = find(name)
+        assert hasattr(module, "evaluate") or module.BENCHMARK.source.benchmark == name
         assert compose_evaluate(f"+benchmark={name}", "model.path=x").benchmark.name == name
     for judge in (ROOT / "conf" / "judge").glob("*.yaml"):
         compose_evaluate("+benchmark=trace", f"judge={judge.stem}", "model.path=x")
@@ -143,7 +145,8 @@ def test_the_command_scores_answers(data: Path, tmp_path: Path) -> None:
     assert "+benchmark=NAME" in unnamed.stderr and "Traceback" not in unnamed.stderr
 
 
-def test_odd_answers_are_counted_not_fatal(data: Path, tmp_path: Path) -> None:
+def test_odd_answers_are_counted_not_fatal(data: Path, tmp_path: Path, caplog) -> None:
+    caplog.set_level("INFO")
     answers = tmp_path / "answers.jsonl"
     rows = [
         {"key": 1000, "response": GOOD},
@@ -153,14 +156,13 @@ def test_odd_answers_are_counted_not_fatal(data: Path, tmp_path: Path) -> None:
         {"key": 9999, "response": "for another data file"},
     ]
     write_records(answers, rows)
-    said: list[str] = []
-    scores = evaluate(settings(data, answers), said.append)
+    scores = evaluate(settings(data, answers))
     assert scores["responses"] == {
         "answers": 3, "empty": 1, "missing": 1, "unknown": 1, "repeated": 1, "failed": 0,
         "cut_at_token_limit": 0,
     }  # fmt: skip
     assert scores["scores"]["prompt_strict"]["n"] == 4, "missing answers stay in the denominator"
-    text = "\n".join(said)
+    text = caplog.text
     for part in (
         "no answer to 1 items (1012)",
         "1 ids that the data lacks (9999)",
@@ -174,7 +176,7 @@ def test_odd_answers_are_counted_not_fatal(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"key": 1000, "response": "\xff"}\n', r"answers.jsonl:1: not UTF-8"),
+        (b'{"key": 1000, "response": "\xff"}\n', r"answers.jsonl:1: the line is not UTF-8"),
         (b'{"key": 1000, "response": "a"\n{"key": 1}\n', r"answers.jsonl:1: "),
         (b'{"key": 1000}\n', 'row 1: "response": expected text, found nothing'),
         (b'{"key": 1000, "response": null}\n', "found NoneType"),
@@ -193,9 +195,9 @@ def test_answers_that_cannot_be_read(
     answers = tmp_path / "answers.jsonl"
     answers.write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        evaluate(settings(data, answers), lambda _: None)
+        evaluate(settings(data, answers))
     with pytest.raises(ValueError, match="no such file"):
-        evaluate(settings(data, tmp_path / "mistyped.jsonl"), lambda _: None)
+        evaluate(settings(data, tmp_path / "mistyped.jsonl"))
 
 
 def test_answers_are_not_overwritten_by_their_copy(data: Path, tmp_path: Path) -> None:
@@ -205,7 +207,7 @@ def test_answers_are_not_overwritten_by_their_copy(data: Path, tmp_path: Path) -
     config = settings(data, answers)
     config.out, config.limit = str(answers.parent), 1
     with pytest.raises(ValueError, match="would be overwritten"):
-        evaluate(config, lambda _: None)
+        evaluate(config)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +227,7 @@ def test_scoring_answers_does_not_wait_for_torch() -> None:
 def test_the_report_escapes_what_answers_hold(data: Path, tmp_path: Path) -> None:
     answers = tmp_path / "answers.jsonl"
     write_records(answers, [{"key": 1000, "response": "<script>alert(1)</script> \ud800"}])
-    evaluate(settings(data, answers), lambda _: None)
+    evaluate(settings(data, answers))
     page = (data.parent / "out" / "report.html").read_text(encoding="utf-8")
     assert "<script" not in page and "&lt;script&gt;" in page
 
@@ -242,27 +244,26 @@ def test_answers_from_a_server_are_kept_when_it_fails(data: Path, tmp_path: Path
         section = GenerateSection(base_url=server.base_url, model="m", concurrency=2)
         config = settings(data, generate=section)
         with pytest.raises(EndpointError, match="OPENAI_API_KEY"):
-            evaluate(config, lambda _: None)
+            evaluate(config)
         kept = {row["key"] for row in read_records(data.parent / "out" / "responses.jsonl")}
         assert kept and 1005 not in kept
         broken = False
         server.bodies.clear()
-        scores = evaluate(config, lambda _: None)
+        scores = evaluate(config)
         assert len(server.bodies) == 4 - len(kept), "only what was missing is asked"
     assert scores["responses"]["answers"] == 4
     assert scores["responses"]["cut_at_token_limit"] == 4
     with pytest.raises(ValueError, match="made with other settings .*temperature"):
         changed = GenerateSection(base_url="http://x", model="m", temperature=0.5)
-        evaluate(settings(data, generate=changed), lambda _: None)
+        evaluate(settings(data, generate=changed))
     answers = tmp_path / "answers.jsonl"
     write_records(answers, [{"key": 1000, "response": "a"}])
     with pytest.raises(ValueError, match="choose another out="):
-        evaluate(settings(data, answers), lambda _: None)
+        evaluate(settings(data, answers))
 
 
 def test_the_plan_touches_nothing(data: Path, tmp_path: Path) -> None:
-    said: list[str] = []
-    found = evaluate(settings(data, plan=True), said.append)
+    found = evaluate(settings(data, plan=True))
     assert found["items"] == 4 and found["answers_to_make"] == 4
     assert not (data.parent / "out").exists()
 
@@ -270,7 +271,7 @@ def test_the_plan_touches_nothing(data: Path, tmp_path: Path) -> None:
 def test_scores_hold_what_is_needed_to_repeat_them(data: Path, tmp_path: Path) -> None:
     answers = tmp_path / "answers.jsonl"
     write_records(answers, [{"key": 1000, "response": GOOD}])
-    evaluate(settings(data, answers, limit=2), lambda _: None)
+    evaluate(settings(data, answers, limit=2))
     scores = json.loads((data.parent / "out" / "scores.json").read_text())
     assert scores["items"] == 2 and len(scores["data"]["sha256"]) == 64
     assert scores["data"]["known"] is False

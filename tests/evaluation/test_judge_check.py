@@ -73,10 +73,10 @@ def values(config: EvaluateConfig, script: Script, out: Path) -> dict[str, float
     with StubServer(script) as server:
         config.judge = JudgeSection(base_url=server.base_url, model="j", parse_retries=0)
         config.out = str(out)
-        scores = evaluate(config, lambda _: None)["scores"]
+        scores = evaluate(config)["scores"]
         sent = len(server.bodies)
         assert sent == (5 * 4 - 3) * 2, "three answers are in lower case as they are"
-        evaluate(config, lambda _: None)
+        evaluate(config)
         assert len(server.bodies) == sent, "a second run asks nothing"
     return {name: entry["value"] for name, entry in scores.items()}
 
@@ -118,9 +118,9 @@ def test_a_judge_that_cannot_be_read(config: EvaluateConfig, tmp_path: Path) -> 
 
 def test_what_it_needs(config: EvaluateConfig) -> None:
     with pytest.raises(ValueError, match="judge_check needs a judge"):
-        evaluate(config, lambda _: None)
+        evaluate(config)
     config.plan = True
-    assert evaluate(config, lambda _: None)["judge_requests"] == 40
+    assert evaluate(config)["judge_requests"] == 40
     config.responses.path = None
     with pytest.raises(ValueError, match="needs responses.path"):
-        evaluate(config, lambda _: None)
+        evaluate(config)

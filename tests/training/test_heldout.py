@@ -12,7 +12,6 @@ from helpers_models import tiny_llama
 
 from iopo.config import EvaluationConfig
 from iopo.data.rows import Quad
-from iopo.evaluation import plain_text
 from iopo.evaluation import quad_metrics as heldout
 from iopo.evaluation.benchmarks import quads
 from iopo.evaluation.config import (
@@ -45,6 +44,14 @@ def model(tmp_path_factory) -> Path:
     model.save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
     return path
+
+
+def config(model: Path, **benchmark) -> EvaluateConfig:
+    return EvaluateConfig(
+        BenchmarkSection("quads", **benchmark),
+        model=ModelSection(str(model), device="cpu"),
+        generate=GenerateSection(max_new_tokens=4),
+    )
 
 
 def test_shuffled_gives_every_quad_foreign_instructions():
@@ -85,9 +92,7 @@ def test_health_sees_damage():
 
 def test_evaluate_folder_scores_everything(model, tmp_path):
     rows = [(quad(i), "seen" if i else "unseen_kinds") for i in range(3)]
-    scores, answers = quads.evaluate_folder(
-        model, rows, reference=model, max_new_tokens=4, details=tmp_path
-    )
+    scores, answers = quads.score_model(config(model, reference=str(model)), rows, tmp_path)
     assert scores["margin"]["value"] == pytest.approx(0, abs=1e-3)
     assert scores["controls"]["constraints_blanked"]["value"] == 0.5
     assert [a.id for a in answers] == [f"q{i}/{side}" for i in range(3) for side in (1, 2)]
@@ -104,10 +109,10 @@ def test_constraints_that_need_a_judge_are_left_out_before_any_answer(model, mon
     judged = {"kind": "judged", "params": {}, "text": "Be kind."}
     row = dataclasses.replace(quad(0), c1=[LOWER, judged])
     monkeypatch.setattr(heldout, "generate", None)
-    scores, answers = quads.evaluate_folder(model, [(row, "seen")], controls=False)
+    scores, answers = quads.score_model(config(model, controls=False), [(row, "seen")])
     assert not answers and "constraint_accuracy" not in scores and "group_accuracy" in scores
     with pytest.raises(ValueError, match="q0"):
-        heldout.answer_prompts(None, None, [row], ["seen"], max_new_tokens=1, batch_size=1)
+        heldout.answer_prompts(None, None, [row], ["seen"], GenerateSection())
     assert samples._verdicts([LOWER, judged], "hm") == [{"text": LOWER["text"], "follows": True}]
 
 
@@ -126,7 +131,7 @@ def test_samples_after_a_resume_with_other_settings(tmp_path, monkeypatch):
     assert [row.get("after") for row in after] == [{"id": "q1", "text": "new"}, None]
 
 
-def test_quads_refuse_what_they_do_not_read_and_other_settings(model, tmp_path):
+def test_quads_refuse_what_they_do_not_read_and_other_settings(model, tmp_path, caplog):
     def asked(**changes) -> EvaluateConfig:
         benchmark = BenchmarkSection("quads", controls=False)
         section = ModelSection(path=str(model), device="cpu")
@@ -135,20 +140,19 @@ def test_quads_refuse_what_they_do_not_read_and_other_settings(model, tmp_path):
         return EvaluateConfig(benchmark, model=section, generate=generate, out=out, **changes)
 
     with pytest.raises(ValueError, match="does not read plan, seed"):
-        quads.evaluate_quads(asked(plan=True, seed=1), print)
-    said: list[str] = []
-    quads.evaluate_quads(asked(limit=1), said.append)
-    assert "2 of 2 answers" in said
-    quads.evaluate_quads(asked(limit=1), print)
+        quads.evaluate(asked(plan=True, seed=1))
+    caplog.set_level("INFO")
+    quads.evaluate(asked(limit=1))
+    assert "2 of 2 answers" in caplog.text
+    quads.evaluate(asked(limit=1))
     with pytest.raises(ValueError, match="other settings"):
-        quads.evaluate_quads(asked(limit=2), print)
+        quads.evaluate(asked(limit=2))
 
 
 def test_without_log_probs_answers_alone_are_judged(model, tmp_path):
     rows = [(quad(i), "seen") for i in range(2)]
-    scores, answers = quads.evaluate_folder(
-        model, rows, scored=0, controls=False, max_new_tokens=4, details=tmp_path
-    )
+    asked = config(model, scored=0, controls=False)
+    scores, answers = quads.score_model(asked, rows, tmp_path)
     assert set(scores) == {"constraint_accuracy", "constraint_accuracy_seen", "degeneration"}
     assert len(answers) == 4 and not list(tmp_path.iterdir())
 
@@ -156,13 +160,13 @@ def test_without_log_probs_answers_alone_are_judged(model, tmp_path):
 def test_plain_text_is_scored_as_one_sequence_per_block(model):
     """Against the model's own loss, whose labels are shifted inside transformers."""
     causal_lm, tokenizer = load_causal_lm(model, torch.float32, "sdpa"), load_tokenizer(model)
-    found = plain_text.score(causal_lm.eval(), tokenizer)
-    ids = tokenizer(plain_text.reference_text(), add_special_tokens=False)["input_ids"]
-    first = torch.tensor([ids[: plain_text.BLOCK_TOKENS]])
+    found = heldout.plain_text_score(causal_lm.eval(), tokenizer)
+    ids = tokenizer(heldout.plain_text(), add_special_tokens=False)["input_ids"]
+    first = torch.tensor([ids[: heldout.BLOCK_TOKENS]])
     expected = causal_lm(input_ids=first, labels=first).loss.item()
     assert found["nats_per_token"][0] == pytest.approx(expected, rel=1e-5)
-    assert len(found["nats_per_token"]) == plain_text.BLOCKS
-    mean = sum(found["nats_per_token"]) / plain_text.BLOCKS
+    assert len(found["nats_per_token"]) == heldout.BLOCKS
+    mean = sum(found["nats_per_token"]) / heldout.BLOCKS
     assert math.log(found["perplexity"]) == pytest.approx(mean)
 
 

@@ -4,21 +4,21 @@ Users supply the file: it has no licence. Exact fractions throughout; the publis
 each item to two decimals before averaging, and its fallback parser drops failed criteria.
 """
 
-from collections import defaultdict
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 from iopo.evaluation.items import (
+    Benchmark,
     Item,
     Measures,
+    Question,
     Source,
-    require_fields,
+    Verdict,
+    add,
+    read_rows,
     require_unique,
     user_turn,
 )
-from iopo.evaluation.judge.prompts import Question
-from iopo.files import read_records
 
 SOURCE = Source(
     benchmark="cfbench",
@@ -27,16 +27,14 @@ SOURCE = Source(
     licence="none stated; check that you may use it",
     sha256=None,
 )
-MAXIMUM = 1
 HEADLINE = ("CSR", "ISR", "PSR")
 PRIMARY, SECONDARY = "主需", "次需"
 BAR = Fraction(4, 5)
 
 
 def load(path: Path) -> list[Item]:
-    """Items; criteria keep their order and their oddities. Raises ValueError."""
-    rows = read_records(path)
-    require_fields(path, rows, {"prompt": str, "criteria": list, "split": str})
+    """Items; criteria keep their order and are not corrected. Raises ValueError."""
+    rows = read_rows(path, {"prompt": str, "criteria": list, "split": str})
     items = []
     for number, row in enumerate(rows):
         for criterion in row["criteria"]:
@@ -60,7 +58,7 @@ def questions(item: Item, response: str) -> list[Question]:
             task=item.row["prompt"],
             criteria=tuple(c[0].strip() for c in item.row["criteria"]),
             response=response,
-            maximum=MAXIMUM,
+            maximum=1,
             format="lines",
             reference=item.row.get("gold") or "",
         )
@@ -82,9 +80,9 @@ def priority_satisfied(scores: list[float], levels: list[str]) -> bool:
     return (Fraction(1, 2) + mean / 2 if primary else mean) > BAR
 
 
-def measures(items: list[Item], verdicts: list[dict[str, Any]]) -> Measures:
+def measures(items: list[Item], verdicts: list[Verdict]) -> Measures:
     """CSR, ISR and PSR: all, by split, and the share of criteria met by primary type."""
-    table: Measures = defaultdict(dict)
+    table: Measures = {}
     for item, verdict in zip(items, verdicts, strict=True):
         scores = verdict["scores"]
         if scores is None:
@@ -96,10 +94,12 @@ def measures(items: list[Item], verdicts: list[dict[str, Any]]) -> Measures:
             "PSR": float(priority_satisfied(scores, [c[1] for c in criteria])),
         }
         for name, value in values.items():
-            table[name][item.id] = (value, 1)
-            table[f"{name}/{item.row['split']}"][item.id] = (value, 1)
+            add(table, name, item.id, value)
+            add(table, f"{name}/{item.row['split']}", item.id, value)
         for criterion, score in zip(criteria, scores, strict=True):
             kind = (criterion[2] if len(criterion) > 2 else "") or "no type"
-            met, count = table[f"type/{kind}"].get(item.id, (0.0, 0.0))
-            table[f"type/{kind}"][item.id] = (met + score, count + 1)
-    return dict(table)
+            add(table, f"type/{kind}", item.id, score)
+    return table
+
+
+BENCHMARK = Benchmark(SOURCE, HEADLINE, load, measures, questions)

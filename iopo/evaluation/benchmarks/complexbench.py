@@ -3,25 +3,24 @@
 A question counts as failed if one it depends on fails. The published code looks one step back, on
 the raw answers: that is DRFR here; DRFR_transitive follows the chain to its end.
 
-Questions with a `rule` are scored by code (complexbench_rules) on passages that the judge picks
-out; their share is shown apart, as rule_questions. A rule that is not known is left to the judge.
+The judge scores all questions, also those with a `rule`, which the published code checks on a
+passage of the answer that a model picks out.
 """
 
-from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
-from iopo.evaluation.benchmarks import complexbench_rules
 from iopo.evaluation.items import (
+    Benchmark,
     Item,
     Measures,
+    Question,
     Source,
-    require_fields,
+    Verdict,
+    add,
+    read_rows,
     require_unique,
     user_turn,
 )
-from iopo.evaluation.judge.prompts import Question
-from iopo.files import read_records
 
 SOURCE = Source(
     benchmark="complexbench",
@@ -30,14 +29,12 @@ SOURCE = Source(
     licence="MIT",
     sha256=None,
 )
-MAXIMUM = 1
 HEADLINE = ("DRFR", "DRFR_transitive", "DRFR_independent")
 
 
 def load(path: Path) -> list[Item]:
     """Items in Chinese, as the paper reports them. Raises ValueError."""
-    rows = read_records(path)
-    require_fields(path, rows, {"main_id": int, "instruction": str, "scoring_questions": list})
+    rows = read_rows(path, {"main_id": int, "instruction": str, "scoring_questions": list})
     items = []
     for row in rows:
         where = f"{path}: item {row['main_id']}"
@@ -54,18 +51,14 @@ def load(path: Path) -> list[Item]:
 
 def questions(item: Item, response: str) -> list[Question]:
     """All scoring questions of an item."""
-    asked = item.row["scoring_questions"]
     return [
         Question(
             id=item.id,
             task=item.row["instruction"],
-            criteria=tuple(q["question"] for q in asked),
+            criteria=tuple(q["question"] for q in item.row["scoring_questions"]),
             response=response,
-            maximum=MAXIMUM,
+            maximum=1,
             format="yes_no",
-            rules=tuple(
-                complexbench_rules.parse(q.get("rule")) for q in item.row["scoring_questions"]
-            ),
         )
     ]
 
@@ -86,14 +79,9 @@ def after_dependencies(scores: list[float], deps: list[list[int]], *, deep: bool
     return held
 
 
-def measures(items: list[Item], verdicts: list[dict[str, Any]]) -> Measures:
+def measures(items: list[Item], verdicts: list[Verdict]) -> Measures:
     """DRFR in three readings, and by category, task type, constraint and composition."""
-    table: Measures = defaultdict(dict)
-
-    def add(name: str, item: Item, held: bool) -> None:
-        met, count = table[name].get(item.id, (0.0, 0.0))
-        table[name][item.id] = (met + held, count + 1)
-
+    table: Measures = {}
     for item, verdict in zip(items, verdicts, strict=True):
         scores = verdict["scores"]
         if scores is None:
@@ -101,16 +89,17 @@ def measures(items: list[Item], verdicts: list[dict[str, Any]]) -> Measures:
         asked = item.row["scoring_questions"]
         deps = [q["dep"] for q in asked]
         deep = after_dependencies(scores, deps, deep=True)
-        table["DRFR_transitive"][item.id] = (sum(deep), len(deep))
-        table["DRFR_independent"][item.id] = (sum(scores), len(scores))
+        add(table, "DRFR_transitive", item.id, sum(deep), len(deep))
+        add(table, "DRFR_independent", item.id, sum(scores), len(scores))
         held = after_dependencies(scores, deps, deep=False)
         for question, ok in zip(asked, held, strict=True):
-            kind = "rule_questions" if question.get("rule") else "judge_questions"
-            names = ["DRFR", kind]
-            names += [f"category/{item.row.get('category', 'none')}"]
+            names = ["DRFR", f"category/{item.row.get('category', 'none')}"]
             names += [f"task/{item.row.get('task_types', 'none')}"]
             names += [f"constraint/{c}" for c in question.get("constraint_dimensions", [])]
             names += [f"composition/{c}" for c in question.get("composition_types", [])]
             for name in names:
-                add(name, item, ok)
-    return dict(table)
+                add(table, name, item.id, ok)
+    return table
+
+
+BENCHMARK = Benchmark(SOURCE, HEADLINE, load, measures, questions)

@@ -2,23 +2,32 @@
 
 HSR: share of answers that meet all constraints. SSR: share of constraints met. CSL: how many levels
 in a row, from the first, an instruction's answers meet in full. Level 0 is context, not scored.
+
+Items that code can check (by data source and level) follow the published scorer, sentence splitting
+included, also where it is stricter or laxer than the instruction's words (a list is in
+docs/evaluation.md). One difference: blanks around an answer are ignored.
 """
 
-from collections import defaultdict
+import ast
+import re
+import string
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from iopo.evaluation.benchmarks import followbench_rules
 from iopo.evaluation.items import (
+    Benchmark,
     Item,
     Measures,
+    Question,
     Source,
-    require_fields,
+    Verdict,
+    add,
+    read_rows,
     require_unique,
     user_turn,
 )
-from iopo.evaluation.judge.prompts import Question
-from iopo.files import read_records
 
 SOURCE = Source(
     benchmark="followbench",
@@ -30,9 +39,20 @@ SOURCE = Source(
     licence="Apache-2.0",
     sha256="dd6ae8f8ebb615193162d32e881f5f5ad10fa4e9e14254beae2a716b10faf5b6",
 )
-MAXIMUM = 1
 HEADLINE = ("HSR/en", "SSR/en", "CSL/en", "HSR/zh", "SSR/zh", "CSL/zh")
 LEVELS = 5
+
+Check = Callable[[str], bool]
+
+# Sources whose answer is compared with `target`, at every level alike.
+TARGETED = (
+    "E2E", "WIKIEVENTS", "CONLL2003", "text_editing", "BBH_logical", "BBH_time",
+    "self_made_space", "gsm_8k",
+)  # fmt: skip
+# Groups of the type "format" that code can check.
+FORMAT_GROUPS = {"en": (22, 30), "zh": (22,)}
+
+_PUNCTUATION_ZH = string.punctuation + "，。：’“”"
 
 
 def load(path: Path) -> list[Item]:
@@ -40,12 +60,11 @@ def load(path: Path) -> list[Item]:
 
     Raises ValueError if a level is missing.
     """
-    rows = read_records(path)
     fields = {
         "language": str, "constraint_type": str, "example_id": int, "source": str,
         "level": int, "instruction": str, "target": str,
     }  # fmt: skip
-    require_fields(path, rows, fields)
+    rows = read_rows(path, fields)
     groups: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
     for row in rows:
         groups[group_id(row)][row["level"]] = row
@@ -66,11 +85,12 @@ def group_id(row: dict[str, Any]) -> str:
 
 
 def questions(item: Item, response: str) -> list[Question]:
-    """One question on all added constraints; none where code can check the answer."""
+    """One question on all added constraints; none where code can check the answer.
+
+    Asked by the `robust` prompt only: the constraints have no text of their own.
+    """
     row = item.row
-    if followbench_rules.has_rule(
-        row["language"], row["constraint_type"], row["source"], row["example_id"]
-    ):
+    if has_rule(row):
         return []
     task = "\n\n".join(f"Instruction {k}:\n{text}" for k, text in enumerate(row["steps"]))
     return [
@@ -82,61 +102,247 @@ def questions(item: Item, response: str) -> list[Question]:
                 for k in range(1, row["level"] + 1)
             ),
             response=response,
-            maximum=MAXIMUM,
+            maximum=1,
             format="list",
-            steps=tuple(row["steps"]),
         )
     ]
 
 
-def by_code(item: Item, response: str) -> list[float]:
+def by_code(item: Item, response: str) -> Verdict:
     """Scores of an item without a question: all or nothing, as published (so SSR equals HSR)."""
-    held = bool(response.strip()) and followbench_rules.follows(item.row, response)
-    return [float(held)] * item.row["level"]
+    held = bool(response.strip()) and follows(item.row, response)
+    scores = [float(held)] * item.row["level"]
+    return {"by": "code", "id": item.id, "status": "judged", "scores": scores}
 
 
-def measures(items: list[Item], verdicts: list[dict[str, Any]]) -> Measures:
+def measures(items: list[Item], verdicts: list[Verdict]) -> Measures:
     """HSR and SSR by language, level and type, and CSL by language and type.
 
     The value of a language (and of a level in it) is the mean over the constraint types, as in the
     paper: an item weighs 1 over the number of items of its language, type and level.
     """
-    table: Measures = defaultdict(dict)
+    table: Measures = {}
     scored = [(i, v) for i, v in zip(items, verdicts, strict=True) if v["scores"] is not None]
-    sizes: dict[tuple, int] = defaultdict(int)
-    for item, _ in scored:
-        sizes[_cell(item)] += 1
+    sizes = Counter(_cell(item) for item, _ in scored)
     met: dict[str, dict[int, bool]] = defaultdict(dict)
     for item, verdict in scored:
-        row, scores = item.row, verdict["scores"]
+        scores = verdict["scores"]
         language, kind, level = _cell(item)
         hard, soft = float(all(scores)), sum(scores) / len(scores)
-        met[group_id(row)][level] = bool(hard)
+        met[group_id(item.row)][level] = bool(hard)
         weight = 1 / sizes[_cell(item)]
         for name, value in (("HSR", hard), ("SSR", soft)):
-            table[f"{name}/{language}"][item.id] = (value * weight, weight)
-            table[f"{name}/{language}/level {level}"][item.id] = (value * weight, weight)
-            table[f"{name}/{language}/{kind}"][item.id] = (value, 1)
-    _consistency(table, met)
-    return dict(table)
+            add(table, f"{name}/{language}", item.id, value * weight, weight)
+            add(table, f"{name}/{language}/level {level}", item.id, value * weight, weight)
+            add(table, f"{name}/{language}/{kind}", item.id, value)
+    _add_consistency(table, met)
+    return table
 
 
 def _cell(item: Item) -> tuple[str, str, int]:
     return item.row["language"], item.row["constraint_type"], item.row["level"]
 
 
-def _consistency(table: Measures, met: dict[str, dict[int, bool]]) -> None:
+def _add_consistency(table: Measures, met: dict[str, dict[int, bool]]) -> None:
     """CSL over groups whose five answers are all scored."""
     whole = {name: levels for name, levels in met.items() if len(levels) == LEVELS}
-    sizes: dict[tuple[str, str], int] = defaultdict(int)
-    for name in whole:
-        language, kind, _ = name.split("/")
-        sizes[language, kind] += 1
+    sizes = Counter(name.rpartition("/")[0] for name in whole)  # by language and type
     for name, levels in whole.items():
-        language, kind, _ = name.split("/")
+        cell = name.rpartition("/")[0]
         row = 0
         while row < LEVELS and levels[row + 1]:
             row += 1
-        weight = 1 / sizes[language, kind]
-        table[f"CSL/{language}"][name] = (row * weight, weight)
-        table[f"CSL/{language}/{kind}"][name] = (row, 1)
+        weight = 1 / sizes[cell]
+        add(table, f"CSL/{cell.partition('/')[0]}", name, row * weight, weight)
+        add(table, f"CSL/{cell}", name, row)
+
+
+# --- items that code can check
+
+
+def has_rule(row: dict) -> bool:
+    """Whether code scores this item; the judge scores the others."""
+    kind = row["constraint_type"]
+    in_format = kind == "format" and row["example_id"] in FORMAT_GROUPS[row["language"]]
+    return kind == "example" or in_format or row["source"] in (*_GRADED_EN, *TARGETED)
+
+
+def follows(row: dict, response: str) -> bool:
+    """Whether the answer meets every constraint of the item."""
+    text = response.strip()
+    language, level = row["language"], row["level"]
+    if row["constraint_type"] == "example":
+        return matches_template(row["target"], text)
+    if row["constraint_type"] == "format" and row["example_id"] in FORMAT_GROUPS[language]:
+        if row["example_id"] == 30:
+            return all(check(text) for check in _FORMAT_30[:level])
+        return _format_22(text, level, language)
+    if row["source"] in _GRADED_EN:
+        table = _GRADED_EN if language == "en" else _GRADED_ZH
+        return all(check(text) for check in table[row["source"]][:level])
+    return _targeted(row["source"], row["target"], text, language)
+
+
+def matches_template(template: str, text: str) -> bool:
+    """The answer has the form of the examples: the template with anything in place of {answer}."""
+    shape = template.replace("{instruction}\n", "").replace("{{", "{").replace("}}", "}")
+    # The published check lets the dot stop at line ends, so an answer is one line.
+    pattern = ".*".join(re.escape(part) for part in shape.split("{answer}"))
+    return re.fullmatch(pattern, text) is not None
+
+
+def _targeted(source: str, target: str, text: str, language: str) -> bool:
+    if source in ("E2E", "text_editing"):
+        return text == target.strip()
+    if source == "WIKIEVENTS":
+        return set(text.split("\n")) <= set(target.split("\n"))
+    if source == "CONLL2003":
+        return text in ast.literal_eval(target)
+    if source == "self_made_space":
+        return target in text
+    money = r"\$\d+" if language == "en" else r"\d+美元"
+    patterns = {"BBH_logical": r"\([A-Z]\)", "BBH_time": r"\d{2}/\d{2}/\d{4}", "gsm_8k": money}
+    found = re.findall(patterns[source], text)
+    return bool(found) and found[-1] == target
+
+
+def _sentences(text: str, ends: str) -> list[str]:
+    return [s for s in re.split(f"[{ends}]", text) if s]
+
+
+def _en(text: str) -> list[str]:
+    return _sentences(text, ".!?")
+
+
+def _zh(text: str) -> list[str]:
+    return _sentences(text, "。！？")
+
+
+def _word(text: str, word: str) -> bool:
+    return re.search(rf"\b{re.escape(word)}\b", text) is not None
+
+
+def _nth(sentences: list[str], number: int) -> str:
+    return sentences[number - 1] if number <= len(sentences) else ""
+
+
+def _words(text: str) -> int:
+    return len(text.split(" "))  # the published count: runs of blanks count as empty words
+
+
+# Sources with one check a level; the level-k answer must pass the first k.
+_GRADED_EN: dict[str, tuple[Check, ...]] = {
+    "cnn_dailymail": (
+        lambda t: len(_en(t)) == 3,
+        lambda t: all(len(s.split()) < 15 for s in _en(t)),
+        lambda t: all(
+            _word(_nth(_en(t), n), w) for n, w in ((1, "Potter"), (2, "actor"), (3, "films"))
+        ),
+        lambda t: not _word(_nth(_en(t), 2), "lavish"),
+        lambda t: re.search(r"\b(has|have)\s+\w+", _nth(_en(t), 3)) is not None,
+    ),
+    "xsum": (
+        lambda t: len(_en(t)) == 1,
+        lambda t: _words(t) < 20,
+        lambda t: not _word(t, "Newton Stewart"),
+        lambda t: re.search(r"\b(am|is|are)\s+\w+ing\b", t) is not None,
+        lambda t: _word(t, "operation"),
+    ),
+    "samsum": (
+        lambda t: len(_en(t)) == 1,
+        lambda t: _words(t) < 15,
+        lambda t: _word(t, "stuff"),
+        lambda t: "procrast" not in t.lower(),
+        lambda t: sum(c in string.punctuation for c in t) == 1,
+    ),
+    "gigaword": (
+        lambda t: _words(t) == 8,
+        lambda t: not any(c in string.punctuation for c in t),
+        lambda t: t.islower(),
+        lambda t: not _word(t, "bus"),
+        lambda t: _word(t, "in"),
+    ),
+    "arxiv": (
+        lambda t: len(_en(t)) == 1,
+        lambda t: _words(t) <= 20,
+        lambda t: t.startswith("We"),
+        lambda t: _word(t, "activations"),
+        lambda t: not _word(t, "transformer"),
+    ),
+}
+
+_GRADED_ZH: dict[str, tuple[Check, ...]] = {
+    "cnn_dailymail": (
+        lambda t: len(_zh(t)) == 3,
+        lambda t: all(len(s) < 15 for s in _zh(t)),
+        lambda t: all(w in _nth(_zh(t), n) for n, w in ((1, "波特"), (2, "演员"), (3, "电影"))),
+        lambda t: "奢侈" not in _nth(_zh(t), 2),
+        lambda t: "了" in _nth(_zh(t), 3),
+    ),
+    "xsum": (
+        lambda t: len(_zh(t)) == 1,
+        lambda t: len(t) < 20,
+        lambda t: "牛顿斯图尔特" not in t,
+        lambda t: "在" in t,
+        lambda t: "操作" in t,
+    ),
+    "samsum": (
+        lambda t: len(_zh(t)) == 1,
+        lambda t: len(t) < 15,
+        lambda t: "琐碎的" in t,
+        lambda t: "拖沓的" not in t,
+        lambda t: sum(c in _PUNCTUATION_ZH for c in t) == 1,
+    ),
+    "gigaword": (
+        lambda t: len(t) == 8,
+        lambda t: not any(c in _PUNCTUATION_ZH for c in t),
+        lambda t: not any(c.isnumeric() for c in t),
+        lambda t: "公交车" not in t,
+        lambda t: "在" in t,
+    ),
+    "arxiv": (
+        lambda t: len(_zh(t)) == 1,
+        lambda t: len(t) <= 20,
+        lambda t: t.startswith("我们"),
+        lambda t: "激活" in t,
+        lambda t: "transformer" not in t,
+    ),
+}
+
+
+def _format_22(text: str, level: int, language: str) -> bool:
+    """Numbered paragraphs of short number and long sentences; a fourth one ends level 5."""
+    split = _en if language == "en" else _zh
+    size = (lambda s: len(s.split())) if language == "en" else len
+    ending = "Those are suggestions" if language == "en" else "这些是建议"
+    paragraphs = text.split("\n\n")
+    numbered = all(re.match(r"\d+\.", p.lstrip()) for p in paragraphs if p.strip())
+    checks = (
+        len(paragraphs) == (4 if level == 5 else 3),
+        all(len(split(p)) < 3 for p in paragraphs[:3]),
+        all(size(s) > 20 for s in split(text)),
+        numbered,
+        text.endswith(ending),
+    )
+    return all(checks[:level])
+
+
+def _speech_sentences(text: str) -> list[str]:
+    # A blank after "." or "?", but not after "e.g." or "Mr."
+    return re.split(r"(?<!\w\.\w.)(?<![A-Z][a-z]\.)(?<=\.|\?)\s", text)
+
+
+_FORMAT_30: tuple[Check, ...] = (
+    lambda t: "**" in t,
+    lambda t: len(re.findall(r"\*\*\d.+?:", t)) == 5,
+    lambda t: all(
+        len(s.split(".")) < 3
+        for s in _speech_sentences(t)
+        if any(f"{number}." in s for number in range(1, 6))
+    ),
+    lambda t: all(10 <= len(s.split()) <= 15 for s in _speech_sentences(t)),
+    lambda t: not any(w.endswith("-ly") for w in t.split()),
+)
+
+
+BENCHMARK = Benchmark(SOURCE, HEADLINE, load, measures, questions, by_code)

@@ -1,8 +1,9 @@
 """`evaluate.py +benchmark=quads`: a model on held-out quads, by log-prob and by its answers."""
 
 import json
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,21 @@ import torch
 
 from iopo.data.rows import Quad, read_rows, spread
 from iopo.data.tokenize import Chat, Encoder, Limits, tokenize_rows
-from iopo.evaluation import plain_text, report
 from iopo.evaluation import quad_metrics as heldout
+from iopo.evaluation import report
 from iopo.evaluation.config import BOOTSTRAP, EvaluateConfig, JudgeSection
 from iopo.evaluation.quad_metrics import Answer
 from iopo.evaluation.responses import default_out, placing
-from iopo.files import write_records, write_text
+from iopo.files import iter_records, write_records, write_text
 from iopo.model.load import load_tokenizer, resolve_model
 
 Rows = Sequence[tuple[Quad, str]]  # a quad and what it is held out for ("heldout" if it says not)
 DEFAULT = Path(__file__).resolve().parents[3] / "data" / "verified" / "heldout.jsonl"
 
+log = logging.getLogger(__name__)
 
-def evaluate_quads(config: EvaluateConfig, say: Callable[[str], None]) -> dict[str, Any]:
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Score config.model (and config.benchmark.reference) on config.data.path; write and return.
 
     Writes verdicts.jsonl (one row per answer), logps.jsonl (one row per quad that was scored) and,
@@ -39,38 +42,23 @@ def evaluate_quads(config: EvaluateConfig, say: Callable[[str], None]) -> dict[s
             f"generate.temperature is {config.generate.temperature}; quads are answered greedily: 0"
         )
     rows = read(Path(config.data.path or DEFAULT), config.limit)
-    reference, scored = config.benchmark.reference, config.benchmark.scored
     out = Path(config.out or default_out(config))
     settings = report.plain(asdict(config)) | {"out": None}
     _refuse_other_scores(out, settings)
     out.mkdir(parents=True, exist_ok=True)
-    device, dtype = placing(config.model)
-    scores, answers = evaluate_folder(
-        resolve_model(config.model.path),
-        rows,
-        scored=scored,
-        details=out,
-        controls=config.benchmark.controls,
-        adapter=config.model.adapter,
-        reference=None if reference is None else resolve_model(reference),
-        max_new_tokens=config.generate.max_new_tokens,
-        batch_size=config.generate.batch_size,
-        system=config.generate.system_prompt,
-        device=device,
-        dtype=dtype,
-        say=say,
-    )
+    scores, answers = score_model(config, rows, details=out)
     if not answers:
-        say("note: following is left out: some quads have constraints that code cannot check")
+        log.info("note: following is left out: some quads have constraints that code cannot check")
     scores["config"] = settings
     scores["made_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     write_records(out / "verdicts.jsonl", [asdict(answer) for answer in answers])
     write_text(out / "scores.json", json.dumps(scores, indent=1) + "\n")
     for name, cell in scores.items():
         if isinstance(cell, dict) and "low" in cell:
-            say(f"{name:36s} {cell['value']:8.3f} [{cell['low']:.3f}, {cell['high']:.3f}]")
-    logps = "" if scored == 0 else ", logps.jsonl"
-    say(f"written: {out}/scores.json, verdicts.jsonl{logps}")
+            interval = f"[{cell['low']:.3f}, {cell['high']:.3f}]"
+            log.info("%s", f"{name:36s} {cell['value']:8.3f} {interval}")
+    logps = "" if config.benchmark.scored == 0 else ", logps.jsonl"
+    log.info("written: %s/scores.json, verdicts.jsonl%s", out, logps)
     return scores
 
 
@@ -97,48 +85,31 @@ def _refuse_other_scores(out: Path, settings: dict[str, Any]) -> None:
 def read(path: Path, limit: int | None = None) -> Rows:
     """Quads of a file with their "split", spread evenly over the file if limited."""
     quads = [row for row in read_rows(path, kind="quad") if isinstance(row, Quad)]
-    splits: dict[str, str] = {}
-    if path.suffix == ".jsonl":
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            row = json.loads(line) if line.strip() else {}
-            splits[row.get("id", "")] = row.get("split", "heldout")
+    found = [value for _, value, _ in iter_records(path) if isinstance(value, dict)]
+    splits = {row.get("id"): row.get("split", "heldout") for row in found}
     return [(quad, splits.get(quad.id, "heldout")) for quad in spread(quads, limit)]
 
 
-def evaluate_folder(
-    path: Path,
-    rows: Rows,
-    *,
-    scored: int | None = None,
-    details: Path | None = None,
-    controls: bool = True,
-    adapter: str | None = None,
-    reference: Path | None = None,
-    max_new_tokens: int = 128,
-    batch_size: int = 50,
-    system: str | None = None,
-    device: str = "cpu",
-    dtype: torch.dtype | None = None,
-    say: Callable[[str], None] | None = None,
+def score_model(
+    config: EvaluateConfig, rows: Rows, details: Path | None = None
 ) -> tuple[dict[str, Any], list[Answer]]:
     """Preferences, their controls, margins against a reference, following by greedy answers.
 
     Every share is {"value", "low", "high", "n"}. Following is left out for quads without
-    constraints that code can check. scored: how many of the rows, spread evenly, are scored by
-    log-prob; None: all; 0: none, and no plain text. details: a folder that gets logps.jsonl,
-    {"id", "logps"} with nats in the order of MEMBERS; plain text is scored too, then. system: the
-    system prompt of quads without their own. dtype: None for what is fast on a CPU. say: told now
-    and then how many answers are made.
+    constraints that code can check. details: a folder that gets logps.jsonl, {"id", "logps"} with
+    nats in the order of MEMBERS; plain text is scored too, then.
     """
     quads = [quad for quad, _ in rows]
-    chat = Chat(load_tokenizer(path), system)
+    path = resolve_model(config.model.path or "")
+    device, dtype = placing(config.model)
+    chat = Chat(load_tokenizer(path), config.generate.system_prompt)
     limits = Limits(max_prompt_tokens=4096, max_response_tokens=4096, on_overlong="raise")
-    scorer = heldout.Scorer(path, adapter, device, dtype)
+    scorer = heldout.Scorer(path, config.model.adapter, device, dtype)
 
     def logps(scorer: heldout.Scorer, of: Sequence[Quad]) -> torch.Tensor:
         return scorer.score(tokenize_rows(of, Encoder(chat, limits))[0])
 
-    few = spread(quads, scored)
+    few = spread(quads, config.benchmark.scored)
     out: dict[str, Any] = {}
     if few:
         policy_Q4 = logps(scorer, few)
@@ -146,45 +117,23 @@ def evaluate_folder(
     if few and details is not None:
         logps_Q = zip(few, policy_Q4.tolist(), strict=True)
         write_records(details / "logps.jsonl", [{"id": q.id, "logps": row} for q, row in logps_Q])
-    if controls:
+    if config.benchmark.controls:
         out["controls"] = {
             "constraints_blanked": heldout.group_share(logps(scorer, heldout.blanked(few))),
             "instructions_shuffled": heldout.group_share(logps(scorer, heldout.shuffled(few))),
         }
-    if reference is not None:
-        out |= heldout.margins(
-            policy_Q4, logps(heldout.Scorer(reference, None, device, dtype), few)
-        )
+    if config.benchmark.reference is not None:
+        reference = heldout.Scorer(resolve_model(config.benchmark.reference), None, device, dtype)
+        out |= heldout.margins(policy_Q4, logps(reference, few))
     model = scorer.for_generation()
     if few and details is not None:
-        out["plain_text"] = plain_text.score(model, chat.tokenizer)
+        out["plain_text"] = heldout.plain_text_score(model, chat.tokenizer)
     if not all(heldout.checkable(quad) for quad in quads):
         return out, []
-    answers = heldout.answer_prompts(
-        model,
-        chat.tokenizer,
-        quads,
-        [split for _, split in rows],
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        system=system,
-        progress=None if say is None else _now_and_then(say),
-    )
+    splits = [split for _, split in rows]
+    answers = heldout.answer_prompts(model, chat.tokenizer, quads, splits, config.generate)
     shares = heldout.following(answers)
     out["constraint_accuracy"] = shares.pop("all")
     out |= {f"constraint_accuracy_{split}": share for split, share in shares.items()}
     out["degeneration"] = heldout.degeneration(answers)
     return out, answers
-
-
-def _now_and_then(say: Callable[[str], None]) -> Callable[[int, int], None]:
-    """A progress function that speaks every ten seconds, and of the last answer."""
-    last = time.monotonic()
-
-    def progress(done: int, total: int) -> None:
-        nonlocal last
-        if done == total or time.monotonic() - last > 10:
-            last = time.monotonic()
-            say(f"{done} of {total} answers")
-
-    return progress

@@ -1,27 +1,49 @@
-"""Have answers scored by a language model: ask, read, ask again, and count what stays unparsed."""
+"""Score answers by a language model: ask, read, ask again, and count what stays unparsed."""
 
+import asyncio
 import dataclasses
+import logging
+import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from iopo.evaluation.config import JudgeSection, Style
-from iopo.evaluation.endpoint import Endpoint, Reply, Request, RequestFailed, run_together
+from iopo.evaluation.config import EvaluateConfig, JudgeSection, Style
+from iopo.evaluation.endpoint import (
+    Endpoint,
+    EndpointError,
+    Reply,
+    ReplyCache,
+    Request,
+    RequestFailed,
+    run_together,
+)
+from iopo.evaluation.items import Benchmark, Item, Question, Verdict
 from iopo.evaluation.judge import parse as judge_parse
-from iopo.evaluation.judge import passages
 from iopo.evaluation.judge import prompts as judge_prompts
+from iopo.evaluation.judge.cost import (
+    ASSUMED_RESPONSE,
+    REPLY_TOKENS,
+    REPLY_TOKENS_PER_CRITERION,
+    cost_usd,
+    tokens,
+)
 from iopo.evaluation.judge.parse import Parsed, Unreadable
-from iopo.evaluation.judge.prompts import Question
 
 REPAIR_TEMPERATURE = 0.3  # a judge at temperature 0 would repeat its unreadable reply
 QUOTED_CHARS = 4000  # of an unreadable reply, when it is shown back to the judge
 CUT_MARK = "\n[... the rest of the answer was cut ...]"
 
-_PAPER: dict[str, Callable[[Question], str]] = {
-    "trace": judge_prompts.paper_trace,
-    "lines": judge_prompts.paper_lines,
-    "list": judge_prompts.paper_list,
-    "yes_no": judge_prompts.paper_yes_no,
+# The published formats: what is asked, and how the reply is read.
+_PAPER: dict[str, tuple[Callable[[Question], str], Callable[..., Parsed]]] = {
+    "trace": (judge_prompts.paper_trace, judge_parse.parse_trace),
+    "lines": (judge_prompts.paper_lines, judge_parse.parse_lines),
+    "yes_no": (judge_prompts.paper_yes_no, judge_parse.parse_yes_no),
 }
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,70 +64,41 @@ class Judgement:
     cut: bool = False  # the answer was too long and was cut for the judge
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A question that is asked in one request, and which criteria of the whole it holds."""
-
-    places: list[int]
-    question: Question
-
-
 def prompt(question: Question, style: Style) -> str:
-    """The text that is sent to the judge."""
-    if _rule(question) is not None:
-        return passages.prompt(question, style)
+    """The text that is sent to the judge. Raises ValueError for a format without `paper` prompt."""
     if style is Style.robust:
         return judge_prompts.robust(question)
-    return _PAPER[question.format](question)
+    if question.format not in _PAPER:
+        raise ValueError("judge.style=paper: this benchmark has none; set judge.style=robust")
+    return _PAPER[question.format][0](question)
 
 
 def parse(question: Question, style: Style, reply: Reply) -> Parsed:
     """The scores in a reply. Raises Unreadable, also when the reply was cut off."""
     if reply.finish_reason == "length":
         raise Unreadable("the reply was cut off at the token limit")
-    rule = _rule(question)
-    if rule is not None:
-        return Parsed((float(rule.holds(passages.parse(question, style, reply.text))),))
     count = len(question.criteria)
-    if style is Style.robust:
-        return judge_parse.parse_indexed(
-            reply.text,
-            count=count,
-            maximum=question.maximum,
-            token=judge_prompts.token(question),
-        )
-    parsers: dict[str, Callable[..., Parsed]] = {
-        "trace": judge_parse.parse_trace,
-        "lines": judge_parse.parse_lines,
-        "list": judge_parse.parse_list,
-        "yes_no": judge_parse.parse_yes_no,
-    }
-    return parsers[question.format](reply.text, count=count)
-
-
-def _rule(question: Question) -> judge_prompts.PassageRule | None:
-    """The rule of a question with one criterion that code scores (see `split`)."""
-    return question.rules[0] if len(question.rules) == 1 else None
+    if style is Style.paper:
+        return _PAPER[question.format][1](reply.text, count=count)
+    token = judge_prompts.token(question)
+    return judge_parse.parse_indexed(reply.text, count=count, maximum=question.maximum, token=token)
 
 
 def first_request(question: Question, section: JudgeSection) -> Request:
     """The request that opens a question."""
     structured = section.structured and section.style is Style.robust
-    coded = _rule(question) is not None
-    schema = passages.schema if coded else judge_prompts.robust_schema
-    form = "passages" if coded else question.format
     return Request(
         model=section.model or "",
         messages=({"role": "user", "content": prompt(question, section.style)},),
         temperature=section.temperature,
         max_tokens=section.max_tokens,
         extra=section.extra,
-        version=f"{form}-{section.style.value}-{judge_prompts.VERSION}",
-        response_format=schema(question) if structured else None,
+        version=f"{question.format}-{section.style.value}-{judge_prompts.VERSION}",
+        response_format=judge_prompts.robust_schema(question) if structured else None,
     )
 
 
-def next_request(question: Question, request: Request, reply: Reply, problem: str) -> Request:
+def next_request(request: Request, reply: Reply, problem: str) -> Request:
     """The request after an unreadable reply: the reply and its fault, at a higher temperature."""
     return dataclasses.replace(
         request,
@@ -127,7 +120,7 @@ async def judge_one(endpoint: Endpoint, question: Question, section: JudgeSectio
     request = first_request(question, section)
     keys: list[str] = []
     problem = ""
-    for attempt in range(section.parse_retries + 1):
+    for _ in range(section.parse_retries + 1):
         try:
             reply = await endpoint.ask(request)
         except RequestFailed as error:
@@ -137,8 +130,7 @@ async def judge_one(endpoint: Endpoint, question: Question, section: JudgeSectio
             parsed = parse(question, section.style, reply)
         except Unreadable as error:
             problem = str(error)
-            if attempt < section.parse_retries:
-                request = next_request(question, request, reply, problem)
+            request = next_request(request, reply, problem)
             continue
         return Judgement(question.id, "judged", parsed.scores, parsed.overall, "", tuple(keys), cut)
     return Judgement(question.id, "unparsed", None, None, problem, tuple(keys), cut)
@@ -152,78 +144,171 @@ def prepare(question: Question, section: JudgeSection) -> tuple[Question, bool]:
     return dataclasses.replace(question, response=response), True
 
 
-def split(question: Question, *, per_criterion: bool, style: Style) -> list[Part]:
-    """What is really asked, with the places of its criteria in the question.
+def split(question: Question, section: JudgeSection) -> list[Question]:
+    """The questions that are asked in its place, each in one request: itself, or one a criterion.
 
-    One part, or one for each criterion; a criterion that code scores is always a part of its own.
-    Raises ValueError if criteria that cannot be asked for one by one are to be.
+    The published yes-or-no prompt holds one criterion only.
     """
-    count = len(question.criteria)
-    coded = {place for place, rule in enumerate(question.rules) if rule is not None}
-    judged = [place for place in range(count) if place not in coded]
-    one_only = style is Style.paper and question.format == "yes_no"
-    # the constraints of the published list format have no text of their own to ask for
-    together = style is Style.paper and question.format == "list"
-    if per_criterion and together:
-        raise ValueError(
-            "judge.per_criterion: FollowBench's published prompt asks for all constraints at once; "
-            "set judge.style=robust, or leave per_criterion out"
-        )
-    apart = per_criterion or one_only
-    groups = [[place] for place in (range(count) if apart else sorted(coded))]
-    if judged and not apart:
-        groups.insert(0, judged)
-    if len(groups) == 1:
-        return [Part(groups[0], question)]
+    one_only = section.style is Style.paper and question.format == "yes_no"
+    if len(question.criteria) == 1 or not (section.per_criterion or one_only):
+        return [question]
     return [
-        Part(
-            places,
-            dataclasses.replace(
-                question,
-                id=f"{question.id}#{places[0] + 1}",
-                criteria=tuple(question.criteria[p] for p in places),
-                rules=(question.rules[places[0]],) if places[0] in coded else (),
-            ),
-        )
-        for places in groups
+        dataclasses.replace(question, id=f"{question.id}#{number}", criteria=(criterion,))
+        for number, criterion in enumerate(question.criteria, 1)
     ]
 
 
-def merge(question: Question, parts: list[Part], found: list[Judgement]) -> Judgement:
+def merge(name: str, found: list[Judgement]) -> Judgement:
     """One judgement from those of its parts; unparsed parts leave the whole unparsed."""
     if len(found) == 1:
-        return dataclasses.replace(found[0], id=question.id)
+        return dataclasses.replace(found[0], id=name)
     bad = [j for j in found if j.scores is None]
     replies = tuple(key for j in found for key in j.replies)
     cut = any(j.cut for j in found)
     if bad:
         status = "failed" if any(j.status == "failed" for j in bad) else "unparsed"
         reason = f"{len(bad)} of {len(found)} parts: {bad[0].reason}"
-        return Judgement(question.id, status, None, None, reason, replies, cut)
-    scores = [0.0] * len(question.criteria)
-    for part, judgement in zip(parts, found, strict=True):
-        for place, score in zip(part.places, judgement.scores or (), strict=True):
-            scores[place] = score
-    return Judgement(question.id, found[0].status, tuple(scores), None, "", replies, cut)
+        return Judgement(name, status, None, None, reason, replies, cut)
+    scores = tuple(score for j in found for score in j.scores or ())
+    return Judgement(name, found[0].status, scores, None, "", replies, cut)
 
 
 async def judge_all(
-    endpoint: Endpoint,
-    questions: list[Question],
-    section: JudgeSection,
-    on_done: Callable[[int, int], None],
+    endpoint: Endpoint, questions: list[Question], section: JudgeSection
 ) -> list[Judgement]:
-    """Judge all, in the order given. `on_done(done, total)` is called after each.
+    """Judge all, in the order given.
 
     Raises EndpointError when the server cannot be used; replies so far stay in the cache.
     """
     results: dict[str, Judgement] = {}
+    started = last = time.monotonic()
 
     async def one(question: Question) -> None:
-        parts = split(question, per_criterion=section.per_criterion, style=section.style)
-        found = [await judge_one(endpoint, part.question, section) for part in parts]
-        results[question.id] = merge(question, parts, found)
-        on_done(len(results), len(questions))
+        nonlocal last
+        parts = split(question, section)
+        found = [await judge_one(endpoint, part, section) for part in parts]
+        results[question.id] = merge(question.id, found)
+        done, now = len(results), time.monotonic()
+        if done == len(questions) or now - last > 5:
+            last = now
+            rate = done / (now - started)
+            log.info("%d of %d judged, %.1f/s", done, len(questions), rate)
 
     await run_together([one(question) for question in questions])
     return [results[question.id] for question in questions]
+
+
+def judge_items(
+    section: JudgeSection, benchmark: Benchmark, items: list[Item], texts: dict[str, str], out: Path
+) -> tuple[list[Verdict], dict[str, Any]]:
+    """(verdicts of the judge in the items' order, what was asked and used).
+
+    texts: answers by item id. Items without a question are scored by the benchmark's own code.
+    Raises EndpointError when the judge cannot be used; its replies so far are in the cache.
+    """
+    asked = {i.id: benchmark.questions(i, texts.get(i.id, "")) for i in items}
+    questions = [question for group in asked.values() for question in group]
+    cache = ReplyCache(section.cache or out / "judge.jsonl")
+    log.info("judging %d answers; %d replies are there already", len(questions), len(cache))
+
+    async def ask() -> tuple[list[Judgement], dict[str, int]]:
+        endpoint = Endpoint(section, cache)
+        try:
+            return await judge_all(endpoint, questions, section), dataclasses.asdict(endpoint.usage)
+        except EndpointError as error:
+            raise EndpointError(f"{error} ({len(cache)} replies are kept in the cache)") from error
+        finally:
+            await endpoint.close()
+
+    try:
+        judgements, usage = asyncio.run(ask())
+    finally:
+        cache.close()
+    by_id = {judgement.id: judgement for judgement in judgements}
+    verdicts = [
+        {"by": "judge", **dataclasses.asdict(by_id[item.id])}
+        if asked[item.id]
+        else benchmark.by_code(item, texts.get(item.id, ""))
+        for item in items
+    ]
+    return verdicts, _summary(section, verdicts, usage)
+
+
+def _summary(
+    section: JudgeSection, verdicts: list[Verdict], usage: dict[str, int]
+) -> dict[str, Any]:
+    status = Counter(row["status"] for row in verdicts)
+    for kind in ("unparsed", "failed"):
+        if status[kind]:
+            log.info(
+                "note: %d judgements %s; see scores.json and verdicts.jsonl", status[kind], kind
+            )
+    cost = cost_usd(section, usage["prompt_tokens"], usage["completion_tokens"])
+    log.info(
+        "judge: %d requests, %d from the cache, %d + %d tokens%s",
+        usage["requests"], usage["cached"], usage["prompt_tokens"], usage["completion_tokens"],
+        "" if cost is None else f", {cost:.2f} USD",
+    )  # fmt: skip
+    return {
+        "model": section.model,
+        "style": section.style.value,
+        "prompt_version": judge_prompts.VERSION,
+        "status": dict(status),
+        "answers_cut": sum(row.get("cut", False) for row in verdicts),
+        "unparsed": {r["id"]: r["reason"] for r in verdicts if r["scores"] is None},
+        "usage": usage,
+    }
+
+
+def require_judge(section: JudgeSection, benchmark: str) -> None:
+    """Raise ValueError where the config names no judge."""
+    if section.base_url is None or section.model is None:
+        raise ValueError(
+            f"{benchmark} needs a judge: set judge.base_url and judge.model "
+            "(plan=true shows what it will cost)"
+        )
+
+
+def plan(
+    config: EvaluateConfig, benchmark: Benchmark, items: list[Item], texts: dict[str, str] | None
+) -> dict[str, Any]:
+    """What an evaluation will ask for and cost: logged and returned; nothing is sent or loaded.
+
+    texts: answers by id; None: of an assumed length.
+    """
+    found: dict[str, Any] = {
+        "items": len(items),
+        "answers_to_make": 0 if texts is not None else len(items),
+        "answer_prompt_tokens": sum(tokens(m["content"]) for i in items for m in i.messages),
+    }
+    if benchmark.judged:
+        found |= _judge_plan(config.judge, benchmark, items, texts)
+    for key, value in found.items():
+        log.info("%s: %s", key.replace("_", " "), "not known" if value is None else value)
+    if benchmark.judged and found["judge_cost_usd"] is None:
+        log.info("set judge.usd_per_million_prompt_tokens and ..._completion_tokens for a cost")
+    log.info("token counts are estimates from characters; re-asked replies come on top")
+    return found
+
+
+def _judge_plan(
+    section: JudgeSection, benchmark: Benchmark, items: list[Item], texts: dict[str, str] | None
+) -> dict[str, Any]:
+    answers = [(i, ASSUMED_RESPONSE if texts is None else texts.get(i.id, "")) for i in items]
+    parts = [
+        part
+        for item, text in answers
+        for question in benchmark.questions(item, text)
+        if question.response.strip()
+        for part in split(prepare(question, section)[0], section)
+    ]
+    sent = sum(tokens(prompt(part, section.style)) for part in parts)
+    criteria = sum(len(part.criteria) for part in parts)
+    received = REPLY_TOKENS * len(parts) + REPLY_TOKENS_PER_CRITERION * criteria
+    cost = cost_usd(section, sent, received)
+    return {
+        "judge_requests": len(parts),
+        "judge_prompt_tokens": sent,
+        "judge_completion_tokens": received,
+        "judge_cost_usd": None if cost is None else round(cost, 2),
+    }

@@ -116,25 +116,8 @@ def parse_lines(text: str, *, count: int) -> Parsed:
     return Parsed(tuple(float(v) for v in verdicts))
 
 
-def parse_list(text: str, *, count: int) -> Parsed:
-    """FollowBench's published format: the last line is a Python list of 'YES' and 'NO'.
-
-    Raises Unreadable.
-    """
-    text = text[-MAX_CHARS:]
-    lines = [line for line in text.splitlines() if line.strip(" `*\t")]
-    last = lines[-1] if lines else ""
-    found = re.search(r"\[([^\[\]]*)\]", last)
-    if not found:
-        raise Unreadable("the last line holds no list")
-    words = [w.strip(" '\"`*“”‘’").lower() for w in re.split("[,，、]", found.group(1))]
-    if len(words) != count:
-        raise Unreadable(f"the list has {len(words)} entries; expected {count}")
-    return Parsed(tuple(_yes_no(w) for w in words))
-
-
 def parse_yes_no(text: str, *, count: int) -> Parsed:
-    """InFoBench's and ComplexBench's published format: one YES or NO (是 or 否).
+    """ComplexBench's published format: one YES or NO (是 or 否).
 
     Read from an "Answer:" label if there is one (the last), else from the first word; a reply that
     holds both words and no label is refused. Raises Unreadable.

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
+from iopo.constraints.text import repeats
 from iopo.evaluation import scoring
 from iopo.evaluation.items import Measures
-from iopo.evaluation.quad_metrics import Answer, repeats
+from iopo.evaluation.quad_metrics import Answer
 from iopo.experiments.paper_table.jobs import costs
 from iopo.files import read_records
 from iopo.training.logger import read_metrics

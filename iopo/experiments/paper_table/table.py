@@ -11,10 +11,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from iopo.evaluation import paired
-from iopo.evaluation.paired import Scores
+from iopo import stats
 from iopo.experiments.paper_table.measures import IFEVAL, Runs, cost, find, measures, provenance
-from iopo.stats import Estimate
+from iopo.stats import Estimate, Scores
 
 # name -> (label, factor for printing, 1 or -1 where more is better or worse, 0: neither)
 METRICS = {
@@ -76,7 +75,7 @@ def write(run: Path, sweep: str) -> list[str]:
         runs = {name: main[name] for name in ("base", "SFT", "iopo") if name in main} | runs
         baselines = ("SFT", "iopo")
     found = _scores(runs, run / "sft")
-    values = {_name(m): {k: paired.estimate(s) for k, s in of.items()} for m, of in found.items()}
+    values = {_name(m): {k: stats.estimate(s) for k, s in of.items()} for m, of in found.items()}
     differences = {
         _name(base): {_name(name): _differences(found[base], of) for name, of in found.items()
                       if name not in (base, "base")}
@@ -103,13 +102,13 @@ def _scores(runs: Runs, sft: Path) -> dict[str, dict[str, Scores]]:
     out: dict[str, dict[str, Scores]] = {}
     for name, folders in runs.items():
         tables = {seed: measures(folder, sft) for seed, folder in folders.items()}
-        columns = {metric: paired.scores(metric, tables) for metric in METRICS}
+        columns = {metric: stats.scores(metric, tables) for metric in METRICS}
         out[name] = {metric: found for metric, found in columns.items() if found is not None}
     return out
 
 
 def _differences(a: dict[str, Scores], b: dict[str, Scores]) -> dict[str, Estimate]:
-    return {metric: paired.difference(a[metric], b[metric]) for metric in a if metric in b}
+    return {metric: stats.difference(a[metric], b[metric]) for metric in a if metric in b}
 
 
 def _values(
@@ -185,7 +184,7 @@ def _number(found: Estimate, metric: str, sign: str = "") -> str:
 
 
 def _difference(found: Estimate, metric: str) -> str:
-    return f"{_number(found, metric, '+')} {paired.word(found, METRICS[metric][2])}"
+    return f"{_number(found, metric, '+')} {stats.word(found, METRICS[metric][2])}"
 
 
 def _markdown(table: Table) -> str:
@@ -207,7 +206,7 @@ def _draw(against: Mapping[str, Estimates], path: Path) -> None:
         label, factor, better = METRICS[metric]
         for place, of in enumerate(rows.values()):
             if metric in of:
-                colour = COLOURS.get(paired.word(of[metric], better), GREY)
+                colour = COLOURS.get(stats.word(of[metric], better), GREY)
                 value, low, high = (factor * number for number in _interval(of[metric]))
                 axes.plot([low, high], [place, place], color=colour)
                 axes.plot(value, place, "o", color=colour, markersize=4)
