@@ -176,7 +176,7 @@ def manifest(config: EvaluateConfig, data: str) -> dict[str, Any]:
         **settings,
         "weights": weights_hash(folder),
         "adapter": None if adapter is None else weights_hash(adapter),
-        "dtype": config.model.dtype.value,
+        "dtype": config.model.dtype,
     }
 
 

@@ -212,6 +212,5 @@ def test_a_template_that_asks_for_the_date_gets_the_one_of_training() -> None:
     )
     request = ChatRequest({"messages": messages, "max_tokens": 1, "temperature": 0}, served)
     served.answer(request)
-    list(served.stream(request))
     hook.remove()
-    assert seen == [dated(prompt)["input_ids"]] * 2
+    assert seen == [dated(prompt)["input_ids"]]
