@@ -15,6 +15,7 @@ ORDER = [
 ]  # fmt: skip
 ENTRY_POINTS = ("train.py", "evaluate.py")
 HYDRA_ONLY_IN = {"construct/__main__.py", "training/reference/__main__.py"}
+OPERATORS = ("iopo.kernels", "iopo.model.attention")  # their arguments are given from outside
 TORCH_FREE = ("constraints", "files.py", "redact.py", "stats.py", "page.py")
 
 
@@ -106,6 +107,22 @@ def test_parts_that_need_no_torch():
         if part in TORCH_FREE:
             roots = {name.split(".")[0] for name in imported_names(path)}
             assert not roots & {"torch", "transformers"}, path
+
+
+def test_functions_take_what_they_need():
+    """Few arguments, and sections of the config instead of the whole of it."""
+    many, whole = [], []
+    for module, path in source_files().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                taken = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                names = [a.arg for a in taken if a.arg not in ("self", "cls")]
+                if len(names) > 6 and not module.startswith(OPERATORS):
+                    many.append(f"{module}.{node.name}")
+                if any(a.annotation and "TrainConfig" in ast.unparse(a.annotation) for a in taken):
+                    whole.append(f"{module}.{node.name}")
+    assert not many
+    assert len(whole) <= 15, whole
 
 
 def test_files_and_folders_are_of_a_size_to_read():
