@@ -63,10 +63,14 @@ def read_records(path: str | Path, *, torn_tail: bool = False) -> list[dict[str,
             found = fault or f"expected an object, found {type(value).__name__}"
             faults.append(f"{path}:{line}: {found}")
     if faults:
-        more = len(faults) - SHOWN_FAULTS
-        tail = [f"... and {more} more bad lines"] if more > 0 else []
-        raise ValueError("\n".join(faults[:SHOWN_FAULTS] + tail))
+        raise ValueError("\n".join(shortened(faults, SHOWN_FAULTS)))
     return rows
+
+
+def shortened(lines: list[str], most: int) -> list[str]:
+    """The first `most` lines and how many more there are."""
+    more = len(lines) - most
+    return lines if more <= 0 else [*lines[:most], f"... and {more} more"]
 
 
 def write_records(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -47,8 +47,8 @@ class Chat:
             )
         if self.tokenizer.chat_template is None:
             raise ValueError(
-                "the tokenizer has no chat template (a base model?): train from an instruction-"
-                "tuned model, or put a chat_template.jinja beside its tokenizer.json"
+                "the tokenizer has no chat template (a base model?): use the instruction-tuned "
+                "model, or put a chat_template.jinja beside its tokenizer.json"
             )
         template = TODAY.sub(
             lambda call: json.dumps(self.today.strftime(call[2])),
@@ -64,11 +64,6 @@ class Chat:
     def prompt(self, x: str, system: str | None = None) -> str:
         """The text up to where the response begins."""
         return self.render(self.messages(x, system), add_generation_prompt=True)
-
-    def conversation(self, x: str, y: str, system: str | None = None) -> str:
-        """The text of instruction and response, with what the template writes after it."""
-        messages = [*self.messages(x, system), {"role": "assistant", "content": y}]
-        return self.render(messages, add_generation_prompt=False)
 
     def messages(self, x: str, system: str | None = None) -> list[dict[str, str]]:
         """The messages of a prompt; the row's system prompt goes before the configured one."""
@@ -104,7 +99,8 @@ class Chat:
         Raises ValueError when the conversation's text does not begin with the prompt's (prefix
         property) or does not hold y. The text is checked, not the tokens.
         """
-        whole = self.conversation(x, y, system)
+        messages = [*self.messages(x, system), {"role": "assistant", "content": y}]
+        whole = self.render(messages, add_generation_prompt=False)
         if not whole.startswith(prompt):
             pairs = enumerate(zip(prompt, whole, strict=False))
             at = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(whole)))
@@ -138,8 +134,7 @@ class Chat:
                 f"{prompt[-20:]!r} and the response begins with the header {header!r}: write the "
                 "header at the end of the template under {% if add_generation_prompt %}"
             )
-        added = self.tokenizer.added_tokens_decoder
-        special = {*self.tokenizer.all_special_ids, *added}
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         for token in self.tokenizer(tail, add_special_tokens=False)["input_ids"]:
             if token in special:
                 return token
@@ -149,14 +144,10 @@ class Chat:
         )
 
 
-def special_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+def special_texts(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """The strings of the special tokens: a text that holds one could forge the end of a turn."""
     added = tokenizer.added_tokens_decoder.values()
-    return tuple(
-        sorted(
-            {token.content for token in added if token.special} | {*tokenizer.all_special_tokens}
-        )
-    )
+    return {token.content for token in added if token.special} | {*tokenizer.all_special_tokens}
 
 
 def tokenizer_hash(chat: Chat) -> str:

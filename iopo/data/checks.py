@@ -10,10 +10,8 @@ REQUIRED = {
     "sft": ("x", "y"),
 }
 OPTIONAL = {
-    "quad": ("id", "system", "c1", "c2"),
-    "pair": ("id", "system"),
-    "sft": ("id", "system"),
-}
+    "quad": ("id", "system", "c1", "c2"), "pair": ("id", "system"), "sft": ("id", "system"),
+}  # fmt: skip
 # The two texts of each tuple must differ, or the row asks for nothing.
 DIFFERENT = {"quad": (("x1", "x2"), ("y1", "y2")), "pair": (("chosen", "rejected"),), "sft": ()}
 GOOD_ROW = {
@@ -28,16 +26,11 @@ GOOD_ROW = {
 }
 # Names other projects give to our keys: a hint only, never read as if they were ours.
 ALIASES = {
-    "prompt": "x",
-    "instruction": "x",
-    "question": "x",
-    "response": "y",
-    "output": "y",
-    "answer": "y",
-    "completion": "y",
-    "system_prompt": "system",
-    "constraints1": "c1",
-    "constraints2": "c2",
+    "x": ("prompt", "instruction", "question"),
+    "y": ("response", "output", "answer", "completion"),
+    "system": ("system_prompt",),
+    "c1": ("constraints1",),
+    "c2": ("constraints2",),
 }
 
 
@@ -58,13 +51,9 @@ def check_row(row: Mapping[str, object], kind: str) -> list[str]:
     typos = {key: ours for key in row if (ours := _meant(key, wanted, row)) is not None}
     faults = [f"unknown key {key!r} (did you mean {ours!r}?)" for key, ours in typos.items()]
     missing = [key for key in REQUIRED[kind] if key not in row and key not in typos.values()]
-    for key in missing:
-        faults.append(f"{key!r} is missing; found the keys {_listed(row)}")
-    for key in REQUIRED[kind]:
-        if key in row:
-            faults += _text_faults(key, row[key])
-    for key in ("id", "system"):
-        if row.get(key) is not None:
+    faults += [f"{key!r} is missing; found the keys {_listed(row)}" for key in missing]
+    for key in (*REQUIRED[kind], "id", "system"):
+        if key in row and (row[key] is not None or key in REQUIRED[kind]):
             faults += _text_faults(key, row[key])
     for first, second in DIFFERENT[kind]:
         if _same_text(row.get(first), row.get(second)):
@@ -85,9 +74,9 @@ def _meant(key: str, wanted: tuple[str, ...], row: Mapping[str, object]) -> str 
     plain = re.sub("[-_ ]", "", key.lower().strip())
     if plain in wanted:
         return plain
-    alias = ALIASES.get(key.lower())
-    if alias in wanted and alias not in row:
-        return alias
+    for ours, aliases in ALIASES.items():
+        if key.lower() in aliases and ours in wanted and ours not in row:
+            return ours
     if len(key) > 3:  # "id" and "x1" are near everything
         close = difflib.get_close_matches(key.lower(), wanted, n=1, cutoff=0.8)
         return close[0] if close else None

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -56,10 +56,6 @@ class Report:
     joint_differences: list[str]
     prompt_tokens: dict[str, int]
     response_tokens: dict[str, int]
-
-    def to_dict(self) -> dict:
-        """For JSON; Report(**d) gives it back."""
-        return asdict(self)
 
     def lines(self) -> list[str]:
         """The report for a person."""

@@ -13,6 +13,7 @@ N attention segments, K gathered keys.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,12 +48,7 @@ class SharedSegments:
 
     def to(self, device: torch.device | str) -> "SharedSegments":
         """The same segments with the index tensors of CUDA kernels on `device`."""
-        return replace(
-            self,
-            cu_q=self.cu_q.to(device, non_blocking=True),
-            cu_k=self.cu_k.to(device, non_blocking=True),
-            gather_K=self.gather_K.to(device, non_blocking=True),
-        )
+        return replace(self, **_moved(self, ("cu_q", "cu_k", "gather_K"), device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +77,15 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device` (copies do not block the host where memory is pinned)."""
-        tensors = ("input_ids", "positions", "rows_R", "targets_R", "scored_M")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in tensors}
-        segments, mask = self.attention, self.padding_mask
-        moved["attention"] = None if segments is None else segments.to(device)
-        moved["padding_mask"] = None if mask is None else mask.to(device, non_blocking=True)
-        return replace(self, **moved)
+        names = ["input_ids", "positions", "rows_R", "targets_R", "scored_M"]
+        if self.padding_mask is not None:
+            names.append("padding_mask")
+        segments = None if self.attention is None else self.attention.to(device)
+        return replace(self, attention=segments, **_moved(self, names, device))
+
+
+def _moved(holder: object, names: Sequence[str], device: torch.device | str) -> dict[str, Any]:
+    return {name: getattr(holder, name).to(device, non_blocking=True) for name in names}
 
 
 def build_shared(examples: Sequence[Example], *, multiple: int = 1) -> Batch:
@@ -112,8 +111,6 @@ def build_shared(examples: Sequence[Example], *, multiple: int = 1) -> Batch:
     [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 6, 8, 9]
     """
     members = _members_of_each(examples)
-    if multiple < 1:
-        raise ValueError(f"build_shared: multiple must be at least 1, found {multiple}")
     tokens: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     rows: list[np.ndarray] = []
@@ -217,27 +214,13 @@ def segments(ranges: Sequence[tuple[int, int, int, int]]) -> SharedSegments:
 
 
 def _members_of_each(examples: Sequence[Example]) -> int:
-    """The number of members that all examples have in common; raises if they differ."""
-    if not examples:
-        raise ValueError("layout: expected at least one example, found none")
+    """The number of members that all examples have in common."""
     for example in examples:
-        for index, prompt in enumerate(example.prompts):
-            if not example.responses[index]:
-                raise ValueError(
-                    f"layout: example {example.id!r}: prompt {index} has no response, expected at "
-                    "least one; leave the prompt out"
-                )
-            if not len(prompt):
-                raise ValueError(
-                    f"layout: example {example.id!r}: prompt {index} is empty, so nothing predicts "
-                    "the first response token; every prompt needs at least one token"
-                )
-    counts = {sum(len(responses) for responses in example.responses) for example in examples}
-    if len(counts) > 1:
-        raise ValueError(
-            f"layout: examples of one batch need equally many members, found {sorted(counts)}; "
-            "do not mix kinds of examples in a batch"
-        )
+        # the last token of a prompt predicts the first one of its responses
+        assert all(map(len, example.prompts)), f"example {example.id!r} has an empty prompt"
+        assert all(example.responses), f"example {example.id!r} has a prompt without response"
+    counts = {sum(map(len, example.responses)) for example in examples}
+    assert len(counts) == 1, f"expected equally many members in each example, found {counts}"
     return counts.pop()
 
 
