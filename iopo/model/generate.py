@@ -74,7 +74,14 @@ def generate(
     afterwards. Raises ValueError on a prompt that is empty or longer than the model takes.
     """
     prompts = [chat.prompt_ids(conversation) for conversation in conversations]
-    _check_lengths(model, prompts, decoding.max_new_tokens)
+    limit = model.config.get_text_config().max_position_embeddings
+    for i, prompt in enumerate(prompts):
+        if not 0 < len(prompt) <= limit - decoding.max_new_tokens:
+            raise ValueError(
+                f"generate: conversation {i} has {len(prompt)} tokens, expected 1 or more that "
+                f"leave room for {decoding.max_new_tokens} new ones in the model's {limit} "
+                "positions; shorten the prompt or lower max_new_tokens"
+            )
     stops = end_of_turn_ids(model, chat.tokenizer)
     # Long prompts first: the first batch is the largest, so memory runs out at once or never.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -132,7 +139,8 @@ def _decode(
     steps, temperature = decoding.max_new_tokens, decoding.temperature
     # in [0, 1), by row and step; a row's depend on (seed, its index) only
     uniforms = np.stack([np.random.default_rng((decoding.seed, i)).random(steps) for i in batch])
-    cache = growing_cache(model)
+    cache = DynamicCache(config=model.config)  # layers with a sliding window stay as they are
+    cache.layers = [GrowingLayer() if type(x) is DynamicLayer else x for x in cache.layers]
     shared = _shared_tokens([prompts[i] for i in batch])
     ids_SL, mask_SL = _left_pad([prompts[i][shared:] for i in batch], device=model.device)
     if shared:  # a system prompt, mostly: read once, not once a row
@@ -235,13 +243,6 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
 
 
-def growing_cache(model: PreTrainedModel) -> DynamicCache:
-    """An empty cache; layers with a sliding window stay transformers' own."""
-    cache = DynamicCache(config=model.config)
-    cache.layers = [GrowingLayer() if type(x) is DynamicLayer else x for x in cache.layers]
-    return cache
-
-
 def sample(scores_SV: Tensor, uniform_S: Tensor, top_p: float) -> Tensor:
     """Tokens, int64 [S], where softmax(scores) cumulates past `uniform_S` in [0, 1).
 
@@ -276,17 +277,3 @@ def _left_pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, T
         ids_SL[s, length - len(prompt) :] = torch.tensor(prompt)
         mask_SL[s, length - len(prompt) :] = 1
     return ids_SL.to(device), mask_SL.to(device)
-
-
-def _check_lengths(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int) -> None:
-    limit = model.config.get_text_config().max_position_embeddings
-    long = [i for i, prompt in enumerate(prompts) if len(prompt) + max_new_tokens > limit]
-    if long:
-        raise ValueError(
-            f"generate: {len(long)} prompts (first: conversation {long[0]} with "
-            f"{len(prompts[long[0]])} tokens) and {max_new_tokens} new tokens exceed the model's "
-            f"{limit} positions; shorten the prompts or lower max_new_tokens"
-        )
-    empty = [i for i, prompt in enumerate(prompts) if not prompt]
-    if empty:
-        raise ValueError(f"generate: conversation {empty[0]} has no tokens; add a user turn")

@@ -8,7 +8,7 @@ attention and the log-prob head cannot do is refused here, by name.
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -42,6 +42,15 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+# keys of a config -> why a model that sets one of them is refused
+UNSUPPORTED = {
+    ("auto_map",): "it needs code from its own folder (auto_map), which is never run",
+    ("quantization_config",): "its weights are quantised; use the bf16 or fp32 original",
+    ("is_encoder_decoder",): "it is an encoder-decoder, not a causal LM",
+    ("vision_config", "audio_config"): "it is multimodal; use the text-only model of the family",
+    ("attn_logit_softcapping",): "its attention logits are soft-capped (Gemma 2), which no fused "
+    "attention does",
+}
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -66,31 +75,22 @@ def resolve_model(path: str | Path) -> Path:
     if str(path) == "demo":
         return fetch_demo_model()
     folder = Path(path).expanduser()
-    if folder.is_dir():
-        require_safetensors(folder)
-        return folder
-    if folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") != 1:
-        raise ValueError(
-            f"model.path: {path} is not a folder; give a folder with config.json and "
-            "*.safetensors, a hub id such as org/name, or demo"
-        )
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
-    folder = Path(snapshot_download(str(path), allow_patterns=patterns))
+    if not folder.is_dir():
+        name = str(path)
+        if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+            raise ValueError(
+                f"model.path: {path} is not a folder; give a folder with config.json and "
+                "*.safetensors, a hub id such as org/name, or demo"
+            )
+        patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+        folder = Path(snapshot_download(name, allow_patterns=patterns))
     require_safetensors(folder)
     return folder
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model folder; raises ValueError without chat template or end of turn."""
-    tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"{path}: the tokenizer has no chat template, so instructions cannot be told from "
-            "responses; use the instruction-tuned model or put a chat_template.jinja beside it"
-        )
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"{path}: the tokenizer has no end-of-turn (eos) token")
-    return tokenizer
+    """The tokenizer in a model folder; Chat (iopo/data/chat.py) checks it."""
+    return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
 
 
 def load_causal_lm(
@@ -161,7 +161,7 @@ def architecture(path: str | Path) -> PretrainedConfig:
 
     The project's own models come from architectures/, which holds the keys that decide sizes (not
     rotary settings); any other hub id costs the download of its config.json.
-    Raises ValueError if there is no config to be had.
+    Raises ValueError if there is no config.
     """
     name = DEMO_ID if str(path) == "demo" else str(path)
     shipped = Path(__file__).parent / "architectures" / (name.replace("/", "--") + ".json")
@@ -213,34 +213,18 @@ def require_safetensors(path: str | Path) -> None:
 def refuse_unsupported(config: PretrainedConfig, *, where: str) -> None:
     """Raise ValueError for what this code would compute wrongly: one message, all reasons."""
     fields = config.to_dict()
-    kind = config.model_type
-    reasons = []
-    if fields.get("auto_map"):
-        reasons.append("it needs code from its own folder (auto_map), which is never run")
-    if fields.get("quantization_config"):
-        reasons.append("its weights are quantised; use the bf16 or fp32 original")
-    if fields.get("is_encoder_decoder"):
-        reasons.append("it is an encoder-decoder, not a causal LM")
-    if fields.get("vision_config") or fields.get("audio_config"):
-        reasons.append("it is multimodal; use the text-only model of the family")
-    if fields.get("attn_logit_softcapping"):
-        reasons.append(
-            "its attention logits are soft-capped (Gemma 2), which no fused attention does"
-        )
+    reasons = [reason for keys, reason in UNSUPPORTED.items() if any(map(fields.get, keys))]
     layers = set(fields.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
     if layers:
         reasons.append(f"it has layers of kind {', '.join(sorted(layers))}, which mix packed rows")
-    if not reasons:
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            reasons.append("transformers has no causal LM for it")
-        elif not _architecture(config)._supports_attention_backend:
-            reasons.append("its attention cannot be replaced through AttentionInterface")
+    if not reasons and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        reasons.append("transformers has no causal LM for it")
+    elif not reasons and not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_attention_backend:
+        reasons.append("its attention cannot be replaced through AttentionInterface")
     if reasons:
-        raise ValueError(f"{where}: model type '{kind}' is not supported: {'; '.join(reasons)}")
-
-
-def _architecture(config: PretrainedConfig) -> type[PreTrainedModel]:
-    return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+        raise ValueError(
+            f"{where}: model type '{config.model_type}' is not supported: {'; '.join(reasons)}"
+        )
 
 
 def _check(config: PretrainedConfig, attention: str, *, where: str) -> None:
@@ -254,9 +238,9 @@ def _check(config: PretrainedConfig, attention: str, *, where: str) -> None:
 
 
 def _finish(model: PreTrainedModel, *, where: str) -> PreTrainedModel:
-    alive = [n for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
-    if alive:
-        raise ValueError(f"{where}: dropout is still on in {', '.join(alive[:3])}")
+    on = [n for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
+    if on:
+        raise ValueError(f"{where}: dropout is still on in {', '.join(on[:3])}")
     model.config.use_cache = False  # generation asks for it explicitly
     return model
 

@@ -198,7 +198,7 @@ def gradients(
             if parts is not None:
                 parts.idle(last=last)
             else:
-                train_model.empty_backward(train_model.model, batch)
+                train_model.empty_backward(batch)
             continue
         policy_EM = train_model.model(batch) if parts is None else parts.log_probs()
         loss_E, values_EK = score(job, batch, rows, policy_EM, reference_EM)

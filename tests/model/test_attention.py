@@ -143,8 +143,8 @@ def test_the_function_takes_transformers_shapes():
         ({"softcap": 50.0}, r"soft-capped scores \(here 50.0\)"),
         ({"sliding_window": 7}, r"sliding window of 7 tokens is shorter .* \(8 tokens\)"),
         ({"key": torch.zeros(1, 2, T + 1, 16)}, "found 20 and 19; pass use_cache=False"),
-        ({"attention_mask": None}, "segments take the place of a mask"),
-        ({"attention_mask": torch.ones(1, 1, T, T)}, "segments take the place of a mask"),
+        ({"attention_mask": None}, "in place of a mask"),
+        ({"attention_mask": torch.ones(1, 1, T, T)}, "in place of a mask"),
     ],
 )
 def test_what_segments_cannot_do_is_refused_by_name(changes, message):
