@@ -54,21 +54,19 @@ def blocks_for(capability: int, itemsize: int, softcap: float | None) -> Blocks:
 
 
 @triton.jit
-def _place(R, V, ROWS: tl.constexpr, VOCAB: tl.constexpr, GROUP: tl.constexpr):
-    """(row block, vocab block) of this program: a group of row blocks shares each vocab block."""
-    row_blocks = tl.cdiv(R, ROWS)
+def _logits(hidden, weight, bias_ptr, R, V, D, SOFTCAP: tl.constexpr, ROWS: tl.constexpr,
+            VOCAB: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
+            DESCRIPTORS: tl.constexpr):  # fmt: skip
+    """(row, entry, float32 logits [ROWS, VOCAB] from there on) of this program's blocks.
+
+    A group of row blocks shares each vocabulary block. Logits beyond R and V mean nothing.
+    """
     in_group = GROUP * tl.cdiv(V, VOCAB)
     program = tl.program_id(0)
     first = program // in_group * GROUP
-    rows_here = min(row_blocks - first, GROUP)
-    return first + program % in_group % rows_here, program % in_group // rows_here
-
-
-@triton.jit
-def _logits(hidden, weight, bias_ptr, row, entry, R, V, D, SOFTCAP: tl.constexpr,
-            ROWS: tl.constexpr, VOCAB: tl.constexpr, WIDTH: tl.constexpr,
-            DESCRIPTORS: tl.constexpr):  # fmt: skip
-    """float32 logits [ROWS, VOCAB] from (row, entry) on; beyond R and V they mean nothing."""
+    rows_here = min(tl.cdiv(R, ROWS) - first, GROUP)
+    row = (first + program % in_group % rows_here) * ROWS
+    entry = program % in_group // rows_here * VOCAB
     logits = tl.zeros((ROWS, VOCAB), dtype=tl.float32)
     if DESCRIPTORS:
         for k in range(0, D, WIDTH):
@@ -93,7 +91,7 @@ def _logits(hidden, weight, bias_ptr, row, entry, R, V, D, SOFTCAP: tl.constexpr
         e = tl.exp(-2 * tl.abs(logits) / SOFTCAP)
         tanh = tl.where(logits < 0, -1.0, 1.0) * (1 - e) / (1 + e)
         logits = SOFTCAP * tanh
-    return logits
+    return row, entry, logits
 
 
 @triton.jit(do_not_specialize=["R", "V"])
@@ -106,10 +104,8 @@ def forward_kernel(hidden, weight, bias_ptr, targets_ptr, top_ptr, sum_ptr, targ
     With error_ptr also exp(z - maximum) times the soft cap's slope, 0 at the target, from which the
     gradient follows when the rows' sums are known.
     """
-    row_block, vocab_block = _place(R, V, ROWS, VOCAB, GROUP)
-    row, entry = row_block * ROWS, vocab_block * VOCAB
-    logits = _logits(hidden, weight, bias_ptr, row, entry, R, V, D, SOFTCAP, ROWS, VOCAB, WIDTH,
-                     DESCRIPTORS)  # fmt: skip
+    row, entry, logits = _logits(hidden, weight, bias_ptr, R, V, D, SOFTCAP, ROWS, VOCAB, WIDTH,
+                                 GROUP, DESCRIPTORS)  # fmt: skip
     rows, vocab = row + tl.arange(0, ROWS), entry + tl.arange(0, VOCAB)
     inside = rows < R
     targets = tl.load(targets_ptr + rows, mask=inside, other=-1)
@@ -120,7 +116,7 @@ def forward_kernel(hidden, weight, bias_ptr, targets_ptr, top_ptr, sum_ptr, targ
     others = tl.where(hits | (vocab[None, :] >= V), float("-inf"), logits)
     top = tl.maximum(tl.max(others, 1), -3.4e38)  # a block without others: exp(-inf + 3.4e38)
     exps = tl.exp(others - top[:, None])
-    partial = vocab_block.to(tl.int64) * R + rows
+    partial = (entry // VOCAB).to(tl.int64) * R + rows
     tl.store(top_ptr + partial, top, mask=inside)
     tl.store(sum_ptr + partial, tl.sum(exps, 1), mask=inside)
     if error_ptr is not None:
@@ -136,10 +132,8 @@ def error_kernel(hidden, weight, bias_ptr, targets_ptr, shift_ptr, factor_ptr, m
                  VOCAB: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
                    DESCRIPTORS: tl.constexpr):  # fmt: skip
     """d loss / d logits = factor exp(z - shift), miss at the target, times the soft cap's slope."""
-    row_block, vocab_block = _place(R, V, ROWS, VOCAB, GROUP)
-    row, entry = row_block * ROWS, vocab_block * VOCAB
-    logits = _logits(hidden, weight, bias_ptr, row, entry, R, V, D, SOFTCAP, ROWS, VOCAB, WIDTH,
-                     DESCRIPTORS)  # fmt: skip
+    row, entry, logits = _logits(hidden, weight, bias_ptr, R, V, D, SOFTCAP, ROWS, VOCAB, WIDTH,
+                                 GROUP, DESCRIPTORS)  # fmt: skip
     rows, vocab = row + tl.arange(0, ROWS), entry + tl.arange(0, VOCAB)
     inside = rows < R
     targets = tl.load(targets_ptr + rows, mask=inside, other=-1)

@@ -43,14 +43,12 @@ class Decoding:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, ok, expected in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or above"),
-            ("top_p", 0 < self.top_p <= 1, "a value in (0, 1]; 1 keeps all"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-        ):
-            if not ok:
-                raise ValueError(f"generate: {name} is {getattr(self, name)}, expected {expected}")
+        whole = min(self.max_new_tokens, self.batch_size) >= 1
+        if not (whole and self.temperature >= 0 and 0 < self.top_p <= 1):
+            raise ValueError(
+                f"generate: found {self}, expected max_new_tokens and batch_size of 1 or more, "
+                "temperature of 0 (greedy) or more, and 0 < top_p <= 1"
+            )
 
 
 def generate(
