@@ -93,15 +93,14 @@ class Journal:
         self._file = open(self.path, "ab")  # noqa: SIM115 - lives as long as the journal
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            self.rows = read_records(self.path, torn_tail=True)
+            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
+        except BlockingIOError as error:
             self._file.close()
             raise ValueError(
                 f"{self.path}: another process is writing this file; wait for it, or choose "
                 "another output folder"
             ) from error
-        try:
-            self.rows = read_records(self.path, torn_tail=True)
-            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
         except ValueError:
             self._file.close()
             raise

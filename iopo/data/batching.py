@@ -1,14 +1,13 @@
 """Which examples make which step, rank and micro-batch: pure functions of (seed, epoch, step).
 
-An epoch is one random order of all examples, cut into steps of `global_batch_quads`. The last step
-of an epoch holds the rest: nothing is dropped or repeated, and the loss is divided by the
-number of quads that the step really holds (`len(quads_of_step(...))`). Which quads a step holds
-depends on neither ranks, layout nor packing, so the position of a run is one integer, the step.
+An epoch is one random order of all examples, cut into steps of `global_batch_quads`; its last step
+holds the rest. The loss is divided by the number of quads that a step really holds. Which ones it
+holds depends on neither ranks, layout nor packing, so the position of a run is one integer.
 
 Within a step the quads go to the ranks longest first, each to the rank with the fewest tokens so
 far (LPT), and then into micro-batches of whole quads. All ranks have the same number of
 micro-batches, because their forward and backward passes are collective: a rank with too few quads
-for its own gets None for the missing ones, and must run them with a gradient of zero.
+gets None for the missing ones, and must run them with a gradient of zero.
 
 "Quad" stands for example throughout: pairs and sft rows are batched in the same way.
 Letters: N examples of the data set.
@@ -59,21 +58,16 @@ class Batching:
 def tokens(example: Example, layout: str) -> int:
     """Tokens that the example costs alone: shared sum(P) + sum(R), that is 2P + 4R of a quad;
     plain members times the longest member."""
-    members = member_tokens(example)
     if layout == "plain":
+        members = member_tokens(example)
         return len(members) * max(members)
     assert layout == "shared", layout
-    copies = (len(ys) - 1 for ys in example.responses)
-    return sum(members) - sum(len(x) * n for x, n in zip(example.prompts, copies, strict=True))
+    return sum(map(len, example.prompts)) + sum(len(y) for ys in example.responses for y in ys)
 
 
 def member_tokens(example: Example) -> list[int]:
     """Tokens of each member alone: its response and its own copy of the prompt."""
-    return [
-        len(prompt) + len(response)
-        for prompt, responses in zip(example.prompts, example.responses, strict=True)
-        for response in responses
-    ]
+    return [len(prompt) + len(response) for prompt, response in example.members()]
 
 
 def token_counts(examples: Iterable[Example], layout: str) -> np.ndarray:
@@ -95,10 +89,8 @@ def plan_steps(quads: int, batching: Batching, epochs: int, max_steps: int | Non
 
 @lru_cache(maxsize=2)
 def order_of_epoch(quads: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of all examples in this epoch: a permutation, int64 [N], read-only."""
-    order = np.random.default_rng([seed, DATA_ORDER, epoch]).permutation(quads)
-    order.flags.writeable = False
-    return order
+    """The order of all examples in this epoch: a permutation, int64 [N]."""
+    return np.random.default_rng([seed, DATA_ORDER, epoch]).permutation(quads)
 
 
 def quads_of_step(quads: int, batching: Batching, step: int) -> np.ndarray:

@@ -51,12 +51,15 @@ def check_row(row: Mapping[str, object], kind: str) -> list[str]:
     typos = {key: ours for key in row if (ours := _meant(key, wanted, row)) is not None}
     faults = [f"unknown key {key!r} (did you mean {ours!r}?)" for key, ours in typos.items()]
     missing = [key for key in REQUIRED[kind] if key not in row and key not in typos.values()]
-    faults += [f"{key!r} is missing; found the keys {_listed(row)}" for key in missing]
+    keys = ", ".join([*sorted(row)[:12], *(["..."] if len(row) > 12 else [])]) or "(none)"
+    faults += [f"{key!r} is missing; found the keys {keys}" for key in missing]
     for key in (*REQUIRED[kind], "id", "system"):
         if key in row and (row[key] is not None or key in REQUIRED[kind]):
             faults += _text_faults(key, row[key])
     for first, second in DIFFERENT[kind]:
-        if _same_text(row.get(first), row.get(second)):
+        # Most chat templates strip white space, so texts that differ only there become equal tokens
+        one, other = row.get(first), row.get(second)
+        if isinstance(one, str) and isinstance(other, str) and one.strip() == other.strip() != "":
             faults.append(
                 f"{first!r} and {second!r} are equal ({_short(row[first])}), expected two texts "
                 "that differ in more than white space"
@@ -98,21 +101,10 @@ def _constraint_faults(key: str, value: object) -> list[str]:
     if not isinstance(value, list):
         return [f"{key!r} is {_json_type(value)}, {expected}"]
     for number, constraint in enumerate(value):
-        if not (
-            isinstance(constraint, dict)
-            and isinstance(constraint.get("kind"), str)
-            and isinstance(constraint.get("params"), dict)
-            and isinstance(constraint.get("text"), str)
-        ):
+        given = constraint if isinstance(constraint, dict) else {}
+        if [type(given.get(name)) for name in ("kind", "params", "text")] != [str, dict, str]:
             return [f"{key!r}[{number}] is {_short(constraint)}, {expected}"]
     return []
-
-
-def _same_text(first: object, second: object) -> bool:
-    # Most chat templates strip white space, so texts that differ only there become equal tokens.
-    if not isinstance(first, str) or not isinstance(second, str) or not first.strip():
-        return False
-    return first.strip() == second.strip()
 
 
 def _json_type(value: object) -> str:
@@ -126,8 +118,3 @@ def _json_type(value: object) -> str:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _listed(row: Mapping[str, object]) -> str:
-    keys = sorted(row)
-    return ", ".join(keys[:12]) + (", ..." if len(keys) > 12 else "") if keys else "(none)"

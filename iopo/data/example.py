@@ -27,6 +27,10 @@ class Example:
     responses: tuple[tuple[np.ndarray, ...], ...]
     differing: int = 0
 
+    def members(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(prompt, response) of each member."""
+        return [(x, y) for x, ys in zip(self.prompts, self.responses, strict=True) for y in ys]
+
 
 def content_key(example: Example) -> str:
     """sha256 (hex) of the example's token ids and shape, whatever its id."""

@@ -4,8 +4,7 @@ shared  all examples in one row, each prompt once: [x1 | y1 | y2 | x2 | y2 | y1]
 plain   one right-padded row per member: the reference path
 
 The shared layout processes 2P + 4R tokens of a quad instead of 4(P + R). Positions restart after
-the prompt for each of its responses, and the last prompt token's hidden row is scored once per
-response.
+the prompt for each response, and the last prompt token's hidden row is scored once per response.
 
 Letters: S sequences, L padded length, T packed tokens, R response rows, M members of all examples,
 N attention segments, K gathered keys.
@@ -166,12 +165,7 @@ def build_plain(examples: Sequence[Example]) -> Batch:
     tensor([ True,  True,  True,  True, False])
     """
     members = _members_of_each(examples)
-    pairs = [
-        (prompt, response)
-        for example in examples
-        for prompt, responses in zip(example.prompts, example.responses, strict=True)
-        for response in responses
-    ]
+    pairs = [pair for example in examples for pair in example.members()]
     length = max(len(prompt) + len(response) for prompt, response in pairs)
     input_ids = np.zeros((len(pairs), length), np.int64)
     mask = np.zeros((len(pairs), length), bool)

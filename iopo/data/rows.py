@@ -84,7 +84,7 @@ def read_rows(path: str | Path, kind: str | None = None) -> list[Row]:
     rows: list[Row] = []
     bad: list[str] = []
     line_of_id: dict[str, int] = {}
-    good_row: dict = checks.GOOD_ROW[kind or "quad"]
+    good_row = checks.GOOD_ROW[kind or "quad"]
     for line, decoded, fault in iter_records(path):
         if fault is not None:
             bad.append(f"{path}:{line}: {fault}")
@@ -160,7 +160,12 @@ def _from_sharegpt(row: Mapping[str, object]) -> tuple[dict[str, object], list[s
     if roles == ["human", "human"]:
         quad["x1"], quad["x2"] = turns[0][1], turns[1][1]
     else:
-        faults.append(_wrong_turns(roles))
+        fault = f"'conversations' has the turns {roles}, expected two human turns (x1 and x2)"
+        if roles == ["human"]:
+            fault += "; one turn is an ordinary preference pair: give it as x, chosen, rejected"
+        if len(roles) > 2 and len(roles) % 4 == 2:
+            fault += "; dialogues of several turns are not supported: render them into x1 and x2"
+        faults.append(fault)
     for key, name in (("chosen", "y1"), ("rejected", "y2")):
         if key not in row:
             faults.append(f"{key!r} ({name}) is missing")
@@ -185,18 +190,6 @@ def _turns(messages: object) -> tuple[list[tuple[str, object]], list[str]]:
             return [], [f'message {number} is {found}, expected {{"from": ..., "value": ...}}']
         turns.append((str(message["from"]), message["value"]))
     return turns, []
-
-
-def _wrong_turns(roles: list[str]) -> str:
-    found = f"'conversations' has the turns {roles}, expected two human turns (x1 and x2)"
-    if roles == ["human"]:
-        found += "; one turn is an ordinary preference pair: give it as x, chosen, rejected"
-    if len(roles) > 2 and len(roles) % 4 == 2:
-        found += (
-            "; dialogues of several turns are not supported, because a member is one prompt and "
-            "one response: render the earlier turns into x1 and x2"
-        )
-    return found
 
 
 def rows_for(kind: str, rows: Sequence[Row], quad_rows: str = "both") -> list[Row]:

@@ -34,7 +34,6 @@ BLOCK_ROWS = 1000
 ALL_MEMBERS = (0, 1, 2, 3)
 PROMPT_TOO_LONG = "prompt longer than max_prompt_tokens"
 RESPONSE_TOO_LONG = "response longer than max_response_tokens"
-TOO_LONG = (PROMPT_TOO_LONG, RESPONSE_TOO_LONG)
 SPECIAL_TOKEN = "text holds a special token of the tokenizer"
 EQUAL_PROMPTS = "the two prompts are equal after truncation"
 EQUAL_RESPONSES = "the two responses are equal after truncation"
@@ -91,10 +90,8 @@ class Encoder:
     def __init__(self, chat: Chat, limits: Limits, columns: tuple[int, ...] = ALL_MEMBERS):
         self.chat, self.limits, self.columns = chat, limits, columns
         self.end_of_turn = chat.end_of_turn()
-        forbidden = {
-            *special_texts(chat.tokenizer),
-            str(chat.tokenizer.convert_ids_to_tokens(self.end_of_turn)),
-        }
+        end = str(chat.tokenizer.convert_ids_to_tokens(self.end_of_turn))
+        forbidden = {*special_texts(chat.tokenizer), end}
         self.special = re.compile("|".join(map(re.escape, sorted(forbidden, reverse=True))))
         self.ids: dict[str, np.ndarray] = {}  # of the texts of the present block
 
@@ -148,35 +145,28 @@ class Encoder:
 
     def _joint_differs(self, tree: _Tree) -> bool:
         header = self._header(tree.prompt)
-        return any(
-            not np.array_equal(
-                np.concatenate((self.ids[header], self.ids[response])), self.ids[header + response]
-            )
-            for response in tree.responses
-        )
+        apart = [np.concatenate((self.ids[header], self.ids[y])) for y in tree.responses]
+        joined = [self.ids[header + y] for y in tree.responses]
+        return not all(map(np.array_equal, apart, joined))
 
     def _finish(self, row: Row, trees: list[_Tree], outcome: Outcome) -> None:
         """Cut at the end of turn, apply the limits, and book the row under what became of it."""
         prompts = [self.ids[tree.prompt] for tree in trees]
         responses = [[self._until_end(text) for text in tree.responses] for tree in trees]
-        longest = (max(map(len, prompts)), max(len(ids) for ys in responses for ids in ys))
-        most = (self.limits.max_prompt_tokens, self.limits.max_response_tokens)
-        too_long = [
-            (reason, length)
-            for reason, length, limit in zip(TOO_LONG, longest, most, strict=True)
-            if length > limit
-        ]
+        longest = max(map(len, prompts)), max(len(ids) for ys in responses for ids in ys)
+        most_x, most_y = self.limits.max_prompt_tokens, self.limits.max_response_tokens
+        too_long = [(PROMPT_TOO_LONG, longest[0])] if longest[0] > most_x else []
+        too_long += [(RESPONSE_TOO_LONG, longest[1])] if longest[1] > most_y else []
         if too_long and self.limits.on_overlong == "error":
             found = " and ".join(f"{reason} ({length} tokens)" for reason, length in too_long)
-            raise ValueError(
-                f"{found}: raise the limit, or set data.on_overlong to drop or truncate"
-            )
+            what_to_do = "raise the limit, or set data.on_overlong to drop or truncate"
+            raise ValueError(f"{found}: {what_to_do}")
         if too_long and self.limits.on_overlong == "drop":
             outcome.dropped.append((too_long[0][0], row.id))
             return
         if too_long:
             prompts = [self._cut_prompt(*cut) for cut in zip(prompts, trees, strict=True)]
-            responses = [[ids[: most[1]] for ids in ys] for ys in responses]
+            responses = [[ids[:most_y] for ids in ys] for ys in responses]
             if (equal := _made_equal(prompts, responses)) is not None:
                 outcome.dropped.append((equal, row.id))
                 return
@@ -231,11 +221,12 @@ def _differing(row: Row) -> int:
     """Constraints of x1 that x2 has not, or the other way round, whichever are more."""
     if not isinstance(row, Quad) or row.c1 is None or row.c2 is None:
         return 0
-    sides = [
-        {json.dumps([c["kind"], c["params"]], sort_keys=True) for c in side}
-        for side in (row.c1, row.c2)
-    ]
-    return max(len(sides[0] - sides[1]), len(sides[1] - sides[0]))
+
+    def named(constraints: list[dict]) -> set[str]:
+        return {json.dumps([c["kind"], c["params"]], sort_keys=True) for c in constraints}
+
+    c1, c2 = named(row.c1), named(row.c2)
+    return max(len(c1 - c2), len(c2 - c1))
 
 
 def _made_equal(prompts: list[np.ndarray], responses: list[list[np.ndarray]]) -> str | None:
@@ -258,9 +249,8 @@ def tokenize_rows(
     """Examples of the rows that can be used, in their order, and the report of all rows.
 
     workers: processes to spread the rows over; 0 or 1 is this process. cache_dir: where results are
-    kept, None for nowhere; the key holds everything that changes the result, and of several
-    processes that ask for the same one works. source: the file that an error names.
-    Call it before any process group exists: a first run may take minutes.
+    kept, if anywhere, under a key of everything that changes them. source: the file that an error
+    names. Call it before any process group exists: a first run may take minutes.
     Raises ValueError naming the rows that break the template's prefix property or end without an
     end-of-turn token, the overlong ones if the limits say so, and when no row remains.
     """

@@ -67,8 +67,7 @@ def generate(
     last bits between batch shapes, so texts are equal for other batch sizes except at near ties
     (frequent enough to see in bf16, rare in fp32). Same arguments, same machine: same texts.
 
-    `chat` renders the prompts, without adding its own system prompt. The tokenizer's eos token ends
-    an answer; the model's generation config may name more such tokens. Train mode is restored
+    `chat` renders the prompts, without adding its own system prompt. Train mode is restored
     afterwards. Raises ValueError on a prompt that is empty or longer than the model takes.
     """
     prompts = [chat.prompt_ids(conversation) for conversation in conversations]
@@ -228,11 +227,9 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these sequences."""
         self._change_rows(lambda buffer: buffer[indices])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every sequence so many times."""
         self._change_rows(lambda buffer: buffer.repeat_interleave(repeats, dim=0))
 
     def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:

@@ -5,7 +5,6 @@ dropout is off, so that a policy and its reference are the same function at step
 attention and the log-prob head cannot do is refused here, by name.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -31,11 +30,6 @@ from iopo.model.attention import SHARED, register_attention
 from iopo.model.demo_model import fetch_demo_model
 
 DEMO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-CONVERT = (
-    'convert it once, on a machine where you trust it: python -c "from transformers import '
-    "AutoModelForCausalLM as M; M.from_pretrained('SOURCE').save_pretrained('TARGET')\""
-)
-
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
     "+ '<|im_end|>' + '\n' }}{% endfor %}"
@@ -48,8 +42,7 @@ UNSUPPORTED = {
     ("quantization_config",): "its weights are quantised; use the bf16 or fp32 original",
     ("is_encoder_decoder",): "it is an encoder-decoder, not a causal LM",
     ("vision_config", "audio_config"): "it is multimodal; use the text-only model of the family",
-    ("attn_logit_softcapping",): "its attention logits are soft-capped (Gemma 2), which no fused "
-    "attention does",
+    ("attn_logit_softcapping",): "its attention logits are soft-capped (Gemma 2)",
 }
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -62,9 +55,8 @@ def compute_dtype(name: str, device_type: str) -> torch.dtype:
 
 def default_dtype(device_type: str) -> torch.dtype:
     """bf16 on CUDA and on CPUs with AMX tiles; fp32 on other CPUs, where bf16 is emulated."""
-    if device_type == "cuda" or torch.cpu._is_amx_tile_supported():
-        return torch.bfloat16
-    return torch.float32
+    fast = device_type == "cuda" or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 
 def resolve_model(path: str | Path) -> Path:
@@ -177,9 +169,7 @@ def architecture(path: str | Path) -> PretrainedConfig:
         ) from error
 
 
-def meta_causal_lm(
-    config: PretrainedConfig, dtype: torch.dtype, attention: str = "sdpa"
-) -> PreTrainedModel:
+def meta_causal_lm(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """A model without values, on the meta device: its operators compute shapes only."""
     with torch.device("meta"):
         return _from_config(config, dtype, attention, where="model.path")
@@ -206,12 +196,14 @@ def require_safetensors(path: str | Path) -> None:
     found = ", ".join(pickles) if pickles else "no weights"
     raise ValueError(
         f"{folder}: found {found}, expected *.safetensors. Pickled weights can run code when they "
-        f"are opened and are not loaded; {CONVERT}"
+        "are opened and are not loaded; convert them once, on a machine where you trust them: "
+        'python -c "from transformers import AutoModelForCausalLM as M; '
+        "M.from_pretrained('SOURCE').save_pretrained('TARGET')\""
     )
 
 
 def refuse_unsupported(config: PretrainedConfig, *, where: str) -> None:
-    """Raise ValueError for what this code would compute wrongly: one message, all reasons."""
+    """Raise ValueError, with all reasons, for what this code would compute wrongly."""
     fields = config.to_dict()
     reasons = [reason for keys, reason in UNSUPPORTED.items() if any(map(fields.get, keys))]
     layers = set(fields.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
@@ -254,10 +246,7 @@ def weights_hash(path: str | Path) -> str:
     files = sorted(Path(path).glob("*.safetensors"))
     if not files:
         raise ValueError(f"{path}: no *.safetensors to hash; a hub id must be downloaded first")
-    total = hashlib.sha256()
-    for file in files:
-        total.update(f"{file.name}\0{_file_hash(file)}\n".encode())
-    return total.hexdigest()
+    return sha256_text("".join(f"{file.name}\0{_file_hash(file)}\n" for file in files))
 
 
 def _file_hash(file: Path) -> str:
@@ -266,9 +255,8 @@ def _file_hash(file: Path) -> str:
     identity = f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
     folder = cache_root() / "hashes"
     note = folder / (sha256_text(identity) + ".json")
-    if note.is_file():
-        return json.loads(note.read_text())["sha256"]
-    digest = sha256_file(file)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(note, json.dumps({"file": str(file.resolve()), "sha256": digest}))
-    return digest
+    if not note.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        digest = sha256_file(file)
+        write_text(note, json.dumps({"file": str(file.resolve()), "sha256": digest}))
+    return json.loads(note.read_text())["sha256"]

@@ -57,8 +57,8 @@ class TrainModel:
     def set_sync(self, last: bool) -> None:
         """Before each micro-batch's forward: whether it is the step's last on this process.
 
-        Shards get their sums after every micro-batch, replicas of them after the last: kept until
-        then, the gradients of a process would be whole, 4 bytes a parameter.
+        Shards get their sums after every micro-batch (whole gradients would be 4 bytes a parameter),
+        replicas of shards after the last.
         """
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_all_reduce(last)
@@ -116,8 +116,8 @@ class TrainModel:
 class BlockOptions:
     """What happens to each decoder block.
 
-    checkpoint_every: keep no activations of every k-th block but its input, and recompute them in
-        backward; 1 for all blocks, 0 for none.
+    checkpoint_every: keep of every k-th block (0: of none) its input alone, and recompute the rest
+        of its activations in backward.
     selective: of those blocks keep matrix products and attention too (activation_checkpointing.py).
     compile: torch.compile each block.
     """
@@ -250,18 +250,14 @@ def _wide_root_gradients(model: nn.Module, accum_dtype: torch.dtype) -> None:
     A tied weight gets one gradient as embedding and one as head; autograd would add them in bf16.
     """
     blocked = {id(m) for block in blocks(model) for m in block.modules()}
-    owners = [
-        (module, name)
-        for module in model.modules()
-        if id(module) not in blocked
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.requires_grad
-    ]
+    outside = [module for module in model.modules() if id(module) not in blocked]
 
     def widen(module: nn.Module, args: Any) -> None:
         # FSDP's hook ran before this one: these are the gathered parameters
-        for owner, name in owners:
-            getattr(owner, name).grad_dtype = accum_dtype
+        for owner in outside:
+            for parameter in owner.parameters(recurse=False):
+                if parameter.requires_grad:
+                    parameter.grad_dtype = accum_dtype
 
     model.register_forward_pre_hook(widen)
 
