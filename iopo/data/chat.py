@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from iopo.files import sha256_text
 
-TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
-DEFAULT_DATE = date(2024, 7, 26)  # what Llama 3.1's template writes when it is told no date
+ASKS_DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+TODAY = date(2024, 7, 26)  # what Llama 3.1's template writes when it is told no date
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,14 @@ class Chat:
     system: the system prompt of rows that have none of their own; None leaves it to the template
     (some write a default one).
     options: further variables of the template, such as {"enable_thinking": False} for Qwen3.
-    today: the date that templates write which ask for the current one; with the real date, prompts,
-    caches and resumed runs would change at midnight.
+    Templates that ask for the current date get TODAY: with the real one, prompts, caches and
+    resumed runs would change at midnight.
     Raises ValueError for a tokenizer without a template, or with a date that cannot be fixed.
     """
 
     tokenizer: PreTrainedTokenizerBase
     system: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    today: date = DEFAULT_DATE
     template: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -50,9 +49,8 @@ class Chat:
                 "the tokenizer has no chat template (a base model?): use the instruction-tuned "
                 "model, or put a chat_template.jinja beside its tokenizer.json"
             )
-        template = TODAY.sub(
-            lambda call: json.dumps(self.today.strftime(call[2])),
-            self.tokenizer.get_chat_template(),
+        template = ASKS_DATE.sub(
+            lambda call: json.dumps(TODAY.strftime(call[2])), self.tokenizer.get_chat_template()
         )
         if "strftime_now(" in template:
             raise ValueError(

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from iopo.files import shortened
+
 PERCENTILES = {"min": 0, "p50": 50, "p90": 90, "p99": 99, "max": 100}
 MAX_LISTED = 5  # ids shown in a line of the report; all of them are in its dict
 
@@ -87,6 +89,5 @@ def percentiles(lengths: Sequence[int]) -> dict[str, int]:
     return {name: int(value) for name, value in zip(PERCENTILES, values, strict=True)}
 
 
-def _some(ids: Sequence[str]) -> str:
-    more = f", and {len(ids) - MAX_LISTED} more" if len(ids) > MAX_LISTED else ""
-    return ", ".join(ids[:MAX_LISTED]) + more
+def _some(ids: list[str]) -> str:
+    return ", ".join(shortened(ids, MAX_LISTED))

@@ -121,8 +121,7 @@ def tiny_causal_lm(
     """
     if "model_type" not in config:
         raise ValueError("model.tiny: 'model_type' is missing; add for example model_type: llama")
-    rest = {key: value for key, value in config.items() if key != "model_type"}
-    made = AutoConfig.for_model(config["model_type"], **rest)
+    made = AutoConfig.for_model(**config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _from_config(made, torch.float32, attention, where="model.tiny")
@@ -158,8 +157,7 @@ def architecture(path: str | Path) -> PretrainedConfig:
     name = DEMO_ID if str(path) == "demo" else str(path)
     shipped = Path(__file__).parent / "architectures" / (name.replace("/", "--") + ".json")
     if shipped.is_file():
-        keys = json.loads(shipped.read_text())
-        return AutoConfig.for_model(keys.pop("model_type"), **keys)
+        return AutoConfig.for_model(**json.loads(shipped.read_text()))
     try:
         return AutoConfig.from_pretrained(str(Path(name).expanduser()), trust_remote_code=False)
     except OSError as error:

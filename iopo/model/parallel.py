@@ -57,8 +57,8 @@ class TrainModel:
     def set_sync(self, last: bool) -> None:
         """Before each micro-batch's forward: whether it is the step's last on this process.
 
-        Shards get their sums after every micro-batch (whole gradients would be 4 bytes a parameter),
-        replicas of shards after the last.
+        Shards get their sums after every micro-batch, because whole gradients would be 4 bytes a
+        parameter; replicas of shards after the last.
         """
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_all_reduce(last)

@@ -1,7 +1,6 @@
 """Text to tokens: the boundary of prompt and response, templates' habits, limits, cache."""
 
 import dataclasses
-from datetime import date
 from types import SimpleNamespace
 
 import numpy as np
@@ -118,9 +117,6 @@ def test_a_template_that_writes_the_date_writes_a_fixed_one():
     template = "{{ '<|im_start|>system\nToday: ' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}"
     chat = with_template(template + CHATML)
     assert chat.prompt("ask").startswith("<|im_start|>system\nToday: 26 Jul 2024<|im_end|>\n")
-    later = with_template(template + CHATML, today=date(2031, 1, 2))
-    assert "Today: 02 Jan 2031" in later.prompt("ask")
-    assert tokenizer_hash(chat) != tokenizer_hash(later)
     one(chat)
 
 
