@@ -98,9 +98,7 @@ def exo(margin: Tensor, *, beta: float, label_smoothing: float = 1e-3) -> Tensor
 
 
 Link = StrEnum("Link", ["sigmoid", "hinge", "ipo", "robust", "exo"])
-LINKS: dict[str, Callable[..., Tensor]] = {
-    Link.sigmoid: sigmoid, Link.hinge: hinge, Link.ipo: ipo, Link.robust: robust, Link.exo: exo,
-}  # fmt: skip
+LINKS = dict(zip(Link, (sigmoid, hinge, ipo, robust, exo), strict=True))
 SMOOTHED_LINKS = (Link.sigmoid, Link.robust, Link.exo)
 
 

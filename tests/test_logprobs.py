@@ -115,7 +115,7 @@ def loss_and_gradients(model, examples, build, cut: Batching):
     """IOPO's loss per example, and the gradient of their mean, summed over micro-batches."""
     model.zero_grad()
     losses = {}
-    for indices in micro_batches(token_counts(examples, cut.layout), cut, 0, 0):
+    for indices in micro_batches(token_counts(examples, cut.layout), cut, 0)[0]:
         batch = build([examples[i] for i in indices])
         logp_E4 = LogProbs(model)(batch)
         tokens_E4 = batch.scored_M.view(batch.examples, 4)

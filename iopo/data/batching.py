@@ -101,19 +101,10 @@ def quads_of_step(quads: int, batching: Batching, step: int) -> np.ndarray:
     return order_of_epoch(quads, batching.seed, epoch)[start : start + batching.global_batch_quads]
 
 
-def micro_batches_of_ranks(
-    tokens_N: np.ndarray, batching: Batching, step: int
-) -> list[list[MicroBatch]]:
+def micro_batches(tokens_N: np.ndarray, batching: Batching, step: int) -> list[list[MicroBatch]]:
     """What each rank processes in `step`: indices into the data set per micro-batch, longest quads
     first. None is a micro-batch of other ranks in which this one has nothing."""
     return _shared_out(tokens_N, quads_of_step(len(tokens_N), batching, step), batching)
-
-
-def micro_batches(
-    tokens_N: np.ndarray, batching: Batching, step: int, rank: int
-) -> list[MicroBatch]:
-    """`micro_batches_of_ranks` of one rank."""
-    return micro_batches_of_ranks(tokens_N, batching, step)[rank]
 
 
 def pass_micro_batches(tokens_N: np.ndarray, batching: Batching, rank: int) -> list[MicroBatch]:

@@ -106,8 +106,7 @@ class Chat:
                 "the template's text of the whole conversation does not begin with that of the "
                 f"prompt: at character {at} the prompt has {prompt[at : at + 30]!r} and the "
                 f"conversation {whole[at : at + 30]!r}, so the model would be trained on a prompt "
-                "that it is never asked with; use a template without this, or set the template's "
-                "options (Qwen3: enable_thinking)"
+                "that it is never asked with; use another template"
             )
         text = whole[len(prompt) :]
         if y.strip() not in text:

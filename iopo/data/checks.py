@@ -4,11 +4,6 @@ import difflib
 import re
 from collections.abc import Mapping
 
-REQUIRED = {
-    "quad": ("x1", "y1", "x2", "y2"),
-    "pair": ("x", "chosen", "rejected"),
-    "sft": ("x", "y"),
-}
 OPTIONAL = {
     "quad": ("id", "system", "c1", "c2"), "pair": ("id", "system"), "sft": ("id", "system"),
 }  # fmt: skip
@@ -24,6 +19,7 @@ GOOD_ROW = {
     "pair": {"x": "Name a fruit.", "chosen": "An apple.", "rejected": "A chair."},
     "sft": {"x": "Name a fruit.", "y": "An apple."},
 }
+REQUIRED = {kind: tuple(row) for kind, row in GOOD_ROW.items()}
 # Names other projects give to our keys: a hint only, never read as if they were ours.
 ALIASES = {
     "x": ("prompt", "instruction", "question"),

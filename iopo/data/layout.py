@@ -58,7 +58,6 @@ class Batch:
     rows_R: the row of hidden.flatten(0, 1) that predicts each response token; has duplicates.
     targets_R: the response token itself.
     scored_M: response tokens per member, [examples * members]; a member's rows are neighbours.
-    ids: one per example.
     attention: the segments; None in the plain layout.
     padding_mask: bool [S, L], True on tokens; None unless the layout is plain.
     """
@@ -70,7 +69,6 @@ class Batch:
     scored_M: Tensor
     examples: int
     members: int
-    ids: tuple[str, ...]
     attention: SharedSegments | None
     padding_mask: Tensor | None
 
@@ -145,7 +143,6 @@ def build_shared(examples: Sequence[Example], *, multiple: int = 1) -> Batch:
         scored_M=torch.tensor([len(response) for response in targets]),
         examples=len(examples),
         members=members,
-        ids=tuple(example.id for example in examples),
         attention=segments(ranges),
         padding_mask=None,
     )
@@ -184,7 +181,6 @@ def build_plain(examples: Sequence[Example]) -> Batch:
         scored_M=torch.tensor([len(response) for _, response in pairs]),
         examples=len(examples),
         members=members,
-        ids=tuple(example.id for example in examples),
         attention=None,
         padding_mask=torch.from_numpy(mask),
     )

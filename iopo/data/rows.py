@@ -18,6 +18,13 @@ from iopo.data import checks
 from iopo.files import iter_records, sha256_text, shortened
 
 MAX_LISTED = 20  # bad rows shown of one file; the rest is counted
+NO_FILE = """no such file.
+The paper's training set was never released. To get rows:
+  - build quads with any instruction-tuned model: iopo/construct, docs/reproduction.md;
+  - turn a preference set (two answers to a prompt) into quads: iopo/construct, relabel;
+  - give the authors' ShareGPT JSON as it is, if you have such a file;
+  - write JSONL rows yourself, data/README.md shows them;
+  - or train on the quads in data/verified."""
 GOOD_SHAREGPT_ROW = {
     "conversations": [
         {"from": "human", "value": "Name a fruit. Use capital letters only."},
@@ -80,7 +87,7 @@ def read_rows(path: str | Path, kind: str | None = None) -> list[Row]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(missing_data_message(path))
+        raise ValueError(f"{path}: {NO_FILE}")
     rows: list[Row] = []
     bad: list[str] = []
     line_of_id: dict[str, int] = {}
@@ -224,16 +231,3 @@ def spread(rows: Sequence[T], limit: int | None) -> list[T]:
     if limit is None or limit >= len(rows):
         return list(rows)
     return [rows[i * len(rows) // limit] for i in range(limit)]
-
-
-def missing_data_message(path: str | Path) -> str:
-    """What to do when a data file is not there: the ways to make or convert one."""
-    return (
-        f"{path}: no such file.\n"
-        "The paper's training set was never released. To get rows:\n"
-        "  - build quads with any instruction-tuned model: iopo/construct, docs/reproduction.md;\n"
-        "  - turn a preference set (two answers to a prompt) into quads: iopo/construct, relabel;\n"
-        "  - give the authors' ShareGPT JSON as it is, if you have such a file;\n"
-        "  - write JSONL rows yourself, data/README.md shows them;\n"
-        "  - or train on the quads in data/verified."
-    )
