@@ -49,9 +49,8 @@ class Chat:
                 "the tokenizer has no chat template (a base model?): use the instruction-tuned "
                 "model, or put a chat_template.jinja beside its tokenizer.json"
             )
-        template = ASKS_DATE.sub(
-            lambda call: json.dumps(TODAY.strftime(call[2])), self.tokenizer.get_chat_template()
-        )
+        asking = self.tokenizer.get_chat_template()
+        template = ASKS_DATE.sub(lambda call: json.dumps(TODAY.strftime(call[2])), asking)
         if "strftime_now(" in template:
             raise ValueError(
                 "the chat template asks for the current date in a format that is not a plain string"
@@ -109,10 +108,8 @@ class Chat:
                 "that it is never asked with; use another template"
             )
         text = whole[len(prompt) :]
-        if y.strip() not in text:
-            raise ValueError(
-                f"the template changes the response: {text[:60]!r} does not hold {y.strip()[:60]!r}"
-            )
+        if (y := y.strip()) not in text:
+            raise ValueError(f"the template changes the response {y[:60]!r} to {text[:60]!r}")
         return text
 
     def end_of_turn(self) -> int:

@@ -120,9 +120,7 @@ def read_rows(path: str | Path, kind: str | None = None) -> list[Row]:
             "Mend or delete these lines; data/README.md describes the formats."
         )
     if not rows:
-        raise ValueError(
-            f"{path}: holds no rows, expected one JSON object a line; see data/README.md"
-        )
+        raise ValueError(f"{path}: holds no rows, expected JSON objects; see data/README.md")
     return rows
 
 

@@ -21,14 +21,9 @@ import numpy as np
 
 from iopo.data import token_cache
 from iopo.data.chat import Chat, special_texts, tokenizer_hash
-from iopo.data.example import Example, Report, content_key, percentiles
+from iopo.data.example import Example, Report, percentiles
 from iopo.data.rows import MAX_LISTED, Pair, Quad, Row
 from iopo.files import shortened
-
-__all__ = [
-    "Chat", "Encoder", "Example", "Limits", "Report", "content_key", "tokenize_rows",
-    "tokenizer_hash",
-]  # fmt: skip
 
 BLOCK_ROWS = 1000
 ALL_MEMBERS = (0, 1, 2, 3)
@@ -66,10 +61,6 @@ class Outcome:
     truncated: list[tuple[str, str]] = field(default_factory=list)
     joint: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
-
-    def add(self, other: "Outcome") -> None:
-        for name, values in vars(other).items():
-            getattr(self, name).extend(values)
 
 
 @dataclass(frozen=True)
@@ -280,7 +271,8 @@ def _in_processes(rows: Sequence[Row], encoder: Encoder, workers: int) -> Outcom
         # spawn, not fork: the tokenizer runs threads, and a fork may keep their locks forever.
         with get_context("spawn").Pool(len(parts), _one_thread) as pool:
             for part in pool.imap(encoder.encode, parts):
-                outcome.add(part)
+                for name, values in vars(part).items():
+                    getattr(outcome, name).extend(values)
     if outcome.faults:
         raise ValueError(
             f"{len(outcome.faults)} of {len(rows)} rows cannot be tokenised\n  "

@@ -118,11 +118,9 @@ def _forward(
     """
     _check_targets(targets_R, weight_VD.shape[0])
     inputs = Inputs(hidden_RD, weight_VD, targets_R, bias_V, softcap)
-    logp_R, shift_R, scale_R, unit_RD = _backend(hidden_RD).forward(
-        inputs, with_gradient=with_gradient
-    )
+    *per_row, unit_RD = _backend(hidden_RD).forward(inputs, with_gradient=with_gradient)
     unit_RD = hidden_RD.new_empty(0) if unit_RD is None else unit_RD.to(hidden_RD.dtype)
-    return logp_R, shift_R, scale_R, unit_RD
+    return *per_row, unit_RD
 
 
 @_forward.register_fake
@@ -181,12 +179,10 @@ def _differentiate(ctx, grad_R, *_):
     if ctx.with_gradient:
         (unit_RD,) = ctx.saved_tensors
         return (unit_RD * grad_R[:, None]).to(unit_RD.dtype), *[None] * 5
-    _, weight_needed, _, bias_needed, *_ = ctx.needs_input_grad
-    hidden, weight, bias = _backward(
-        grad_R, *ctx.saved_tensors, ctx.softcap, weight_needed, bias_needed
-    )
-    weight, bias = weight if weight_needed else None, bias if bias_needed else None
-    return hidden, weight, None, bias, None, None
+    _, need_weight, _, need_bias, *_ = ctx.needs_input_grad
+    found = _backward(grad_R, *ctx.saved_tensors, ctx.softcap, need_weight, need_bias)
+    hidden, weight, bias = found
+    return hidden, weight if need_weight else None, None, bias if need_bias else None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save_for_backward)

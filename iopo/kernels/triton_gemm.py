@@ -233,9 +233,7 @@ def _reduce(
     return *log_probability(reference_R, sum_R, target_R), (top_BR, target_R)
 
 
-def _launch(
-    kernel: Any, inputs: Inputs, per_row: tuple[Tensor, ...], error_RV: Tensor | None
-) -> None:
+def _launch(kernel: Any, inputs: Inputs, per_row: tuple, error_RV: Tensor | None) -> None:
     hidden_RD, weight_VD, _, bias_V, softcap = inputs
     rows, vocab, width = len(hidden_RD), len(weight_VD), hidden_RD.shape[1]
     if rows == 0:

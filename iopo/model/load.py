@@ -212,9 +212,8 @@ def refuse_unsupported(config: PretrainedConfig, *, where: str) -> None:
     elif not reasons and not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_attention_backend:
         reasons.append("its attention cannot be replaced through AttentionInterface")
     if reasons:
-        raise ValueError(
-            f"{where}: model type '{config.model_type}' is not supported: {'; '.join(reasons)}"
-        )
+        kind, why = config.model_type, "; ".join(reasons)
+        raise ValueError(f"{where}: model type '{kind}' is not supported: {why}")
 
 
 def _check(config: PretrainedConfig, attention: str, *, where: str) -> None:

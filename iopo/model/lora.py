@@ -38,18 +38,15 @@ FIXED = {
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with a low-rank adapter; `weight` and `bias` keep their names and are frozen.
+    """A linear layer with a low-rank adapter; `weight` and `bias` keep their names.
 
     active: False gives the base layer's output (see adapter_off).
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
         # on the meta device nothing is allocated or drawn: the weights are the base's own
-        super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
+        super().__init__(base.in_features, base.out_features, device="meta")
         self.weight, self.bias = base.weight, base.bias
-        self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
         self.rank, self.alpha, self.dropout, self.active = rank, alpha, dropout, True
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.zeros(rank, base.in_features, device=device))
@@ -146,9 +143,7 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 def merge_lora(model: nn.Module) -> None:
     """Replace every LoRALinear by the nn.Linear that it amounts to, in place; no way back."""
     for name, layer in adapters(model).items():
-        merged = nn.Linear(
-            layer.in_features, layer.out_features, layer.bias is not None, device="meta"
-        )
+        merged = nn.Linear(layer.in_features, layer.out_features, device="meta")
         weight = merge(layer.weight, layer.lora_A, layer.lora_B, layer.scaling).detach()
         merged.weight = nn.Parameter(weight, requires_grad=False)
         merged.bias = layer.bias

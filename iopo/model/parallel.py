@@ -307,10 +307,8 @@ def sum_gradients(parameters: list[nn.Parameter]) -> None:
         pending.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
     for bucket, flat, work in pending:
         work.wait()
-        pieces = flat.split([grad.numel() for grad in bucket])
-        torch._foreach_copy_(
-            bucket, [piece.view_as(g) for piece, g in zip(pieces, bucket, strict=True)]
-        )
+        pieces = zip(flat.split([grad.numel() for grad in bucket]), bucket, strict=True)
+        torch._foreach_copy_(bucket, [piece.view_as(grad) for piece, grad in pieces])
 
 
 def _buckets(grads: list[Tensor]) -> list[list[Tensor]]:

@@ -9,18 +9,10 @@ from helpers_tokenizer import CHATML, tiny_tokenizer
 
 from iopo import files
 from iopo.data import tokenize
-from iopo.data.example import percentiles
+from iopo.data.chat import Chat, tokenizer_hash
+from iopo.data.example import Example, Report, content_key, percentiles
 from iopo.data.rows import Pair, Quad, Sft
-from iopo.data.tokenize import (
-    Chat,
-    Encoder,
-    Example,
-    Limits,
-    Report,
-    content_key,
-    tokenize_rows,
-    tokenizer_hash,
-)
+from iopo.data.tokenize import Encoder, Limits, tokenize_rows
 from iopo.objectives import THREE
 
 LIMITS = Limits(1000, 1000)
