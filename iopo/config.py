@@ -14,7 +14,6 @@ from iopo.objectives import OBJECTIVES, SMOOTHED_LINKS, Link, Options
 
 HELDOUT_MEASURES = ("loss", "group_accuracy", "x_preference", "y_preference")  # of any objective
 
-
 Dtype = StrEnum("Dtype", ["auto", "bf16", "fp32", "fp64"])
 QuadRows = StrEnum("QuadRows", ["both", "first"])
 Layout = StrEnum("Layout", ["shared", "plain"])

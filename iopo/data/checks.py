@@ -76,10 +76,8 @@ def _meant(key: str, wanted: tuple[str, ...], row: Mapping[str, object]) -> str 
     for ours, aliases in ALIASES.items():
         if key.lower() in aliases and ours in wanted and ours not in row:
             return ours
-    if len(key) > 3:  # "id" and "x1" are near everything
-        close = difflib.get_close_matches(key.lower(), wanted, n=1, cutoff=0.8)
-        return close[0] if close else None
-    return None
+    close = difflib.get_close_matches(key.lower(), wanted, n=1, cutoff=0.8)
+    return close[0] if close and len(key) > 3 else None  # "id" and "x1" are near everything
 
 
 def _text_faults(key: str, value: object) -> list[str]:

@@ -158,9 +158,10 @@ class Encoder:
         if too_long:
             prompts = [self._cut_prompt(*cut) for cut in zip(prompts, trees, strict=True)]
             responses = [[ids[:most_y] for ids in ys] for ys in responses]
-            if (equal := _made_equal(prompts, responses)) is not None:
-                outcome.dropped.append((equal, row.id))
-                return
+            for reason, texts in ((EQUAL_PROMPTS, prompts), (EQUAL_RESPONSES, responses[0])):
+                if len(texts) == 2 and np.array_equal(*texts):
+                    outcome.dropped.append((reason, row.id))
+                    return
             outcome.truncated += [(reason, row.id) for reason, _ in too_long]
         if any(map(self._joint_differs, trees)):
             outcome.joint.append(row.id)
@@ -218,15 +219,6 @@ def _differing(row: Row) -> int:
 
     c1, c2 = named(row.c1), named(row.c2)
     return max(len(c1 - c2), len(c2 - c1))
-
-
-def _made_equal(prompts: list[np.ndarray], responses: list[list[np.ndarray]]) -> str | None:
-    """The reason to drop a row whose two prompts or two responses have become the same."""
-    if len(prompts) == 2 and np.array_equal(prompts[0], prompts[1]):
-        return EQUAL_PROMPTS
-    if len(responses[0]) == 2 and np.array_equal(responses[0][0], responses[0][1]):
-        return EQUAL_RESPONSES
-    return None
 
 
 def tokenize_rows(

@@ -180,8 +180,8 @@ def _differentiate(ctx, grad_R, *_):
         (unit_RD,) = ctx.saved_tensors
         return (unit_RD * grad_R[:, None]).to(unit_RD.dtype), *[None] * 5
     _, need_weight, _, need_bias, *_ = ctx.needs_input_grad
-    found = _backward(grad_R, *ctx.saved_tensors, ctx.softcap, need_weight, need_bias)
-    hidden, weight, bias = found
+    wanted = need_weight, need_bias
+    hidden, weight, bias = _backward(grad_R, *ctx.saved_tensors, ctx.softcap, *wanted)
     return hidden, weight if need_weight else None, None, bias if need_bias else None, None, None
 
 

@@ -23,8 +23,7 @@ from iopo.model.attention_cpu import segment_attention
 
 SHARED = "shared"
 
-# From 2.12 on varlen_attn has a switch for key heads that serve several query heads. (This is no
-# comparison of text: torch.__version__ is a TorchVersion.)
+# varlen_attn's switch for key heads that serve several query heads. (A TorchVersion, not a text.)
 VARLEN_GROUPS_HEADS = torch.__version__ >= "2.12"
 
 

@@ -99,7 +99,7 @@ def load_causal_lm(
     require_safetensors(path)
     disable_progress_bar()  # transformers draws one per load, on every rank
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-    _check(config, attention, where=str(path))
+    check_config(config, attention, where=str(path))
     model = AutoModelForCausalLM.from_pretrained(
         str(path),
         config=config,
@@ -176,7 +176,7 @@ def meta_causal_lm(config: PretrainedConfig, dtype: torch.dtype, attention: str)
 def _from_config(
     config: PretrainedConfig, dtype: torch.dtype, attention: str, *, where: str
 ) -> PreTrainedModel:
-    _check(config, attention, where=where)
+    check_config(config, attention, where=where)
     model = AutoModelForCausalLM.from_config(
         config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
     )
@@ -200,8 +200,8 @@ def require_safetensors(path: str | Path) -> None:
     )
 
 
-def refuse_unsupported(config: PretrainedConfig, *, where: str) -> None:
-    """Raise ValueError, with all reasons, for what this code would compute wrongly."""
+def check_config(config: PretrainedConfig, attention: str, *, where: str) -> None:
+    """Turn dropout off, make SHARED known, and raise ValueError for an unsupported model."""
     fields = config.to_dict()
     reasons = [reason for keys, reason in UNSUPPORTED.items() if any(map(fields.get, keys))]
     layers = set(fields.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
@@ -214,12 +214,7 @@ def refuse_unsupported(config: PretrainedConfig, *, where: str) -> None:
     if reasons:
         kind, why = config.model_type, "; ".join(reasons)
         raise ValueError(f"{where}: model type '{kind}' is not supported: {why}")
-
-
-def _check(config: PretrainedConfig, attention: str, *, where: str) -> None:
-    """Refuse what is not supported; dropout off, attention known to transformers."""
-    refuse_unsupported(config, where=where)
-    for key, value in config.to_dict().items():
+    for key, value in fields.items():
         if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
             setattr(config, key, 0.0)
     if attention == SHARED:
