@@ -18,7 +18,7 @@ from iopo.data.batching import Batching, micro_batches, token_counts, tokens
 from iopo.data.example import Example
 from iopo.data.layout import build_plain, build_shared
 from iopo.logprobs import LogProbs
-from iopo.model.attention import SHARED, register_attention
+from iopo.model.attention import SHARED
 
 V = 61
 SIZES = dict(
@@ -38,7 +38,6 @@ FAMILIES = {
 
 def tiny(family: str, attention: str = SHARED, dtype: torch.dtype = torch.float64):
     """A random model whose weights do not depend on `attention` and are large enough to matter."""
-    register_attention()
     keys = SIZES | FAMILIES[family]
     torch.manual_seed(0)
     config = AutoConfig.for_model(keys.pop("model_type"), initializer_range=0.3, **keys)

@@ -1,6 +1,6 @@
 """The attention function that lets transformers' models run on the shared layout.
 
-`register_attention` makes it known to transformers under the name SHARED; a model loaded with
+Importing this file makes it known to transformers under the name SHARED; a model loaded with
 `attn_implementation=SHARED` then works on both layouts. With `segments=` among the keyword
 arguments of the model's forward, attention is by segments (see SharedSegments): PyTorch's
 varlen_attn on CUDA, attention_cpu on the CPU. Without it (plain layout, generation) it is
@@ -25,15 +25,6 @@ SHARED = "shared"
 
 # varlen_attn's switch for key heads that serve several query heads. (A TorchVersion, not a text.)
 VARLEN_GROUPS_HEADS = torch.__version__ >= "2.12"
-
-
-def register_attention() -> None:
-    """Make SHARED a choice for `attn_implementation`; calling it again changes nothing."""
-    AttentionInterface.register(SHARED, shared_attention)
-    # For calls without segments. With segments, forward_arguments passes a mask that transformers
-    # hands on as it is: otherwise it would build a T x T mask, and a wrong one, because it takes
-    # the restart of positions before a second response for the start of a new document.
-    AttentionMaskInterface.register(SHARED, sdpa_mask)
 
 
 def forward_arguments(
@@ -123,3 +114,10 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, segments: SharedSegments, scale: flo
     )  # fmt: skip
     assert isinstance(out, Tensor)  # a tuple only when the log-sum-exp is asked for
     return out
+
+
+AttentionInterface.register(SHARED, shared_attention)
+# For calls without segments. With segments, forward_arguments passes a mask that transformers hands
+# on as it is: otherwise it would build a T x T mask, and a wrong one, because it takes the restart
+# of positions before a second response for the start of a new document.
+AttentionMaskInterface.register(SHARED, sdpa_mask)

@@ -26,7 +26,6 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from iopo.files import cache_root, sha256_file, sha256_text, write_text
-from iopo.model.attention import SHARED, register_attention
 from iopo.model.demo_model import fetch_demo_model
 
 DEMO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -99,7 +98,7 @@ def load_causal_lm(
     require_safetensors(path)
     disable_progress_bar()  # transformers draws one per load, on every rank
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-    check_config(config, attention, where=str(path))
+    check_config(config, where=str(path))
     model = AutoModelForCausalLM.from_pretrained(
         str(path),
         config=config,
@@ -176,7 +175,7 @@ def meta_causal_lm(config: PretrainedConfig, dtype: torch.dtype, attention: str)
 def _from_config(
     config: PretrainedConfig, dtype: torch.dtype, attention: str, *, where: str
 ) -> PreTrainedModel:
-    check_config(config, attention, where=where)
+    check_config(config, where=where)
     model = AutoModelForCausalLM.from_config(
         config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
     )
@@ -200,8 +199,8 @@ def require_safetensors(path: str | Path) -> None:
     )
 
 
-def check_config(config: PretrainedConfig, attention: str, *, where: str) -> None:
-    """Turn dropout off, make SHARED known, and raise ValueError for an unsupported model."""
+def check_config(config: PretrainedConfig, *, where: str) -> None:
+    """Turn dropout off; raise ValueError, with all reasons, for an unsupported model."""
     fields = config.to_dict()
     reasons = [reason for keys, reason in UNSUPPORTED.items() if any(map(fields.get, keys))]
     layers = set(fields.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
@@ -217,8 +216,6 @@ def check_config(config: PretrainedConfig, attention: str, *, where: str) -> Non
     for key, value in fields.items():
         if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
             setattr(config, key, 0.0)
-    if attention == SHARED:
-        register_attention()
 
 
 def _finish(model: PreTrainedModel, *, where: str) -> PreTrainedModel:

@@ -77,7 +77,7 @@ def test_missing_folder_config_and_weights(tmp_path):
 def test_unsupported_models_are_named(model_type, fields, reason):
     config = AutoConfig.for_model(model_type, **fields)
     with pytest.raises(ValueError, match=reason):
-        load.check_config(config, "sdpa", where="here")
+        load.check_config(config, where="here")
 
 
 def test_models_without_replaceable_attention_are_refused():
