@@ -91,7 +91,7 @@ def read_rows(path: str | Path, kind: str | None = None) -> list[Row]:
     rows: list[Row] = []
     bad: list[str] = []
     line_of_id: dict[str, int] = {}
-    good_row = checks.GOOD_ROW[kind or "quad"]
+    good_row: dict = checks.GOOD_ROW[kind or "quad"]
     for line, decoded, fault in iter_records(path):
         if fault is not None:
             bad.append(f"{path}:{line}: {fault}")

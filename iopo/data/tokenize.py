@@ -159,7 +159,7 @@ class Encoder:
             prompts = [self._cut_prompt(*cut) for cut in zip(prompts, trees, strict=True)]
             responses = [[ids[:most_y] for ids in ys] for ys in responses]
             for reason, texts in ((EQUAL_PROMPTS, prompts), (EQUAL_RESPONSES, responses[0])):
-                if len(texts) == 2 and np.array_equal(*texts):
+                if len(texts) == 2 and np.array_equal(texts[0], texts[1]):
                     outcome.dropped.append((reason, row.id))
                     return
             outcome.truncated += [(reason, row.id) for reason, _ in too_long]

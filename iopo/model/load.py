@@ -206,9 +206,10 @@ def check_config(config: PretrainedConfig, *, where: str) -> None:
     layers = set(fields.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
     if layers:
         reasons.append(f"it has layers of kind {', '.join(sorted(layers))}, which mix packed rows")
-    if not reasons and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    if not reasons and type(config) not in known:
         reasons.append("transformers has no causal LM for it")
-    elif not reasons and not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_attention_backend:
+    elif not reasons and not known[type(config)]._supports_attention_backend:
         reasons.append("its attention cannot be replaced through AttentionInterface")
     if reasons:
         kind, why = config.model_type, "; ".join(reasons)
