@@ -12,13 +12,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from iopo.config import ExportConfig
+from iopo.config import ExportConfig, ParallelConfig
 from iopo.logprobs import LogProbs
 from iopo.model import lora, parallel
 from iopo.model.load import byte_tokenizer
 from iopo.model.parallel import BlockOptions
 from iopo.training.export import write_exports
 from iopo.training.launch.placement import RankInfo
+from iopo.training.policy import check_sharding
 
 CPU = torch.device("cpu")
 # each process's micro-batches of a step, as indices into the eight sequences; () is an empty turn
@@ -348,6 +349,11 @@ def test_not_finite_gradients_show_in_the_norm():
     root, train_model = spread("full", "replicate")
     (root(sequences()[0]) * float("nan")).sum().backward()
     assert not torch.isfinite(train_model.reduce_and_clip(1.0))
+
+
+def test_groups_that_do_not_divide_the_processes_are_refused():
+    with pytest.raises(ValueError, match="does not divide the 6 processes"):
+        check_sharding(ParallelConfig(shard_processes=4), 6)
 
 
 @pytest.mark.slow
