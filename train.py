@@ -133,7 +133,7 @@ def start(cfg: TrainConfig, config_text: str) -> int:
         return launch(worker, cfg, folder, **ranks)
     environment = describe_environment(Path(__file__).resolve().parent)
     with open_run(folder, config_text=config_text, environment=environment):
-        reports = {name: report.to_dict() for name, report in inputs.reports.items()}
+        reports = {name: plain(report) for name, report in inputs.reports.items()}
         (folder / "data.json").write_text(json.dumps(reports, indent=1) + "\n")
         return launch(worker, cfg, folder, **ranks)
 

@@ -27,7 +27,7 @@ from benchmarks.throughput_data import alike, quads_of_lengths, useful_tokens
 from benchmarks.throughput_flops import Weights, ledger, processed_tokens
 from benchmarks.throughput_variants import COMPILED, LADDER, PLAIN, Trainer, Variant
 from iopo.data.example import Example
-from iopo.model.attention import SHARED, register_attention
+from iopo.model.attention import SHARED
 
 SHAPES = {  # prompt and response tokens: the quads of a step
     "200/300": alike(200, 300, 16),
@@ -48,7 +48,6 @@ def qwen2_7b(layers: int, device: torch.device) -> PreTrainedModel:
         max_position_embeddings=32768, tie_word_embeddings=False, use_cache=False,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )  # fmt: skip
-    register_attention()
     with device:
         return AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16, attn_implementation=SHARED

@@ -185,7 +185,7 @@ class Trainer:
             (loss_E.sum() / len(examples)).backward()
             if parts:  # that reached the log-probs, not yet the model
                 parts.backward(last=False)
-            losses |= dict(zip(batch.ids, loss_E.detach(), strict=True))
+            losses |= {e.id: loss for e, loss in zip(rows, loss_E.detach(), strict=True)}
         self.train_model.reduce_and_clip(1.0)
         self.optimizer.step()
         self.train_model.zero_grad()
@@ -232,7 +232,7 @@ class Trainer:
         for rows in self.micro_batches(examples, CACHED):
             batch = build_shared(rows).to(self.device)
             values = self.reference_logps(batch, CACHED).tolist()
-            found |= dict(zip(batch.ids, values, strict=True))
+            found |= {e.id: value for e, value in zip(rows, values, strict=True)}
         return found
 
 

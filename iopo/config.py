@@ -14,8 +14,8 @@ from iopo.objectives import OBJECTIVES, SMOOTHED_LINKS, Link, Options
 
 HELDOUT_MEASURES = ("loss", "group_accuracy", "x_preference", "y_preference")  # of any objective
 
-
 Dtype = StrEnum("Dtype", ["auto", "bf16", "fp32", "fp64"])
+QuadRows = StrEnum("QuadRows", ["both", "first"])
 Layout = StrEnum("Layout", ["shared", "plain"])
 Overlong = StrEnum("Overlong", ["drop", "truncate", "error"])
 Schedule = StrEnum("Schedule", ["cosine", "linear", "constant"])
@@ -66,19 +66,15 @@ class ModelConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self):
-        _require(
-            (self.path is None) != (self.tiny is None),
-            "model.path",
-            self.path,
-            "a model folder, a hub id or 'demo' (or model.tiny, never both)",
-        )
+        expected = "a model folder, a hub id or 'demo' (or model.tiny, never both)"
+        _require((self.path is None) != (self.tiny is None), "model.path", self.path, expected)
 
 
 @dataclass
 class DataConfig:
     train: str | None = None
     heldout: str | None = None
-    quad_rows: str = "both"
+    quad_rows: QuadRows = QuadRows.both
     max_prompt_tokens: int = 1024
     max_response_tokens: int = 1024
     on_overlong: Overlong = Overlong.drop
@@ -89,9 +85,6 @@ class DataConfig:
 
     def __post_init__(self):
         _at_least(self, "data", 1, "max_prompt_tokens", "max_response_tokens", "limit_rows")
-        _require(
-            self.quad_rows in ("both", "first"), "data.quad_rows", self.quad_rows, "both or first"
-        )
 
 
 @dataclass
@@ -111,16 +104,13 @@ class ObjectiveConfig(Options):
         weights = ("gamma", "odds_weight", "sft_weight", "margin_per_constraint")
         _at_least(self, "objective", 0, *weights)
         for option in fields(Options):
-            value, users = getattr(self, option.name), _users(option.name)
+            value = getattr(self, option.name)
+            users = [name for name, of in OBJECTIVES.items() if option.name in of.reads]
             _refuse(
                 value != option.default and self.name not in users,
                 f"objective.{option.name}={value} has no effect with objective.name={self.name}; "
                 f"remove it (used by {', '.join(users)})",
             )
-
-
-def _users(option: str) -> list[str]:
-    return [name for name, objective in OBJECTIVES.items() if option in objective.reads]
 
 
 @dataclass
@@ -145,12 +135,10 @@ class OptimConfig:
         _require(self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "more than 0 (inf: off)")
         _at_least(self, "optim", 1, "epochs", "max_steps", "global_batch_quads")
         _at_least(self, "optim", 1, "micro_batch_quads", "tokens_per_microbatch")
-        _require(
-            (self.micro_batch_quads is None) != (self.tokens_per_microbatch is None),
-            "optim.micro_batch_quads",
-            self.micro_batch_quads,
-            "exactly one of optim.micro_batch_quads and optim.tokens_per_microbatch; set the "
-            "other to null",
+        _refuse(
+            (self.micro_batch_quads is None) == (self.tokens_per_microbatch is None),
+            "expected exactly one of optim.micro_batch_quads and optim.tokens_per_microbatch; set "
+            "the other to null",
         )
 
 
@@ -269,48 +257,43 @@ class TrainConfig:
 
     def __post_init__(self):
         adapted, source = self.model.lora.rank > 0, self.reference.source
-        name = self.objective.name
-        objective = OBJECTIVES[name]
+        name, objective = self.objective.name, OBJECTIVES[self.objective.name]
         on_quads = objective.rows.kind == "quad"
         _refuse(
             source is ReferenceSource.adapter_off and not adapted,
-            "reference.source=adapter_off: there are no adapters (model.lora.rank is 0), "
-            "expected model.lora.rank of 1 or more, or reference.source=cache or live",
+            "reference.source=adapter_off: there are no adapters; set model.lora.rank to 1 or "
+            "more, or reference.source to cache or live",
         )
         _refuse(
             self.export.merged and not adapted,
-            "export.merged=true has no effect without adapters (model.lora.rank is 0); the "
-            "export is the whole model already",
+            "export.merged=true has no effect at model.lora.rank=0, which exports the whole model",
         )
         _refuse(
             self.parallel.checkpointing is Checkpointing.auto and self.data.layout is Layout.plain,
-            "parallel.checkpointing=auto plans the memory of a run, which is modelled for "
-            "data.layout=shared only; with data.layout=plain expected none, every_k, selective "
-            "or full",
+            "parallel.checkpointing=auto knows the memory of data.layout=shared only; with plain "
+            "expected none, every_k, selective or full",
         )
         _refuse(
             not adapted and self.model.lora != LoraConfig(),
             "model.lora: alpha, dropout and targets have no effect at model.lora.rank=0, which "
             "trains all weights; set the rank of the adapters",
         )
+        of_name = f"has no effect with objective.name={name}, which"
         _refuse(
-            self.data.quad_rows == "first" and on_quads,
-            f"data.quad_rows=first has no effect with objective.name={name}, which takes whole "
-            "quads; remove it",
+            self.data.quad_rows is QuadRows.first and on_quads,
+            f"data.quad_rows=first {of_name} takes whole quads; remove it",
         )
         _refuse(
             source is not ReferenceSource.auto and not objective.reference,
-            f"reference.source={source} has no effect with objective.name={name}, which has no "
-            "reference; remove it",
+            f"reference.source={source} {of_name} has no reference; remove it",
         )
         if self.parallel.split_quads:
             budget, dropout = self.optim.tokens_per_microbatch, self.model.lora.dropout
             so = "with parallel.split_quads=true"
-            expected = f"an objective on quads {so}: two prompts"
-            _require(on_quads, "objective.name", name, expected)
+            _require(on_quads, "objective.name", name, f"an objective on quads {so}: two prompts")
             _require(budget is not None, "optim.tokens_per_microbatch", None, f"a number {so}")
-            why = f"0 {so}: other elements would drop"
-            _require(dropout == 0, "model.lora.dropout", dropout, why)
+            expected = f"0 {so}: other elements would drop"
+            _require(dropout == 0, "model.lora.dropout", dropout, expected)
 
 
 def plain(cfg: Any) -> dict[str, Any]:

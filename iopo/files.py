@@ -11,11 +11,11 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SHOWN_FAULTS = 10  # of a bad file; the rest are counted
@@ -63,10 +63,14 @@ def read_records(path: str | Path, *, torn_tail: bool = False) -> list[dict[str,
             found = fault or f"expected an object, found {type(value).__name__}"
             faults.append(f"{path}:{line}: {found}")
     if faults:
-        more = len(faults) - SHOWN_FAULTS
-        tail = [f"... and {more} more bad lines"] if more > 0 else []
-        raise ValueError("\n".join(faults[:SHOWN_FAULTS] + tail))
+        raise ValueError("\n".join(shortened(faults, SHOWN_FAULTS)))
     return rows
+
+
+def shortened(lines: list[str], most: int) -> list[str]:
+    """The first `most` lines and how many more there are."""
+    more = len(lines) - most
+    return lines if more <= 0 else [*lines[:most], f"... and {more} more"]
 
 
 def write_records(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -74,7 +78,7 @@ def write_records(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-class Journal:
+class Journal(AbstractContextManager["Journal"]):
     """A JSON Lines file that is only appended to, by one process at a time.
 
     Opening it reads the finished rows, cuts off a torn last line (its writer was killed) and takes
@@ -89,15 +93,14 @@ class Journal:
         self._file = open(self.path, "ab")  # noqa: SIM115 - lives as long as the journal
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            self.rows = read_records(self.path, torn_tail=True)
+            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
+        except BlockingIOError as error:
             self._file.close()
             raise ValueError(
                 f"{self.path}: another process is writing this file; wait for it, or choose "
                 "another output folder"
             ) from error
-        try:
-            self.rows = read_records(self.path, torn_tail=True)
-            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
         except ValueError:
             self._file.close()
             raise
@@ -110,9 +113,6 @@ class Journal:
 
     def close(self) -> None:
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()

@@ -9,7 +9,6 @@ Letters: T packed tokens, S sequences, L padded length, R response rows, D width
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from iopo.data.layout import Batch
@@ -46,11 +45,6 @@ class LogProbs(nn.Module):
         hidden = self._hidden(batch)
         hidden_RD = hidden.flatten(0, 1).index_select(0, batch.rows_R)
         head = self.causal_lm.get_output_embeddings()
-        if isinstance(head.weight, DTensor):
-            raise ValueError(
-                "LogProbs: the output weight is sharded inside forward; shard LogProbs itself as "
-                "the FSDP root and do not give the output layer a group of its own"
-            )
         logp_R = linear_logprob(
             hidden_RD, head.weight, batch.targets_R, bias_V=head.bias, softcap=self.softcap
         )

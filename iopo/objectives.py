@@ -33,17 +33,14 @@ LinkFunction = Callable[[Tensor], Tensor]
 def log_ratio(policy: Tensor, reference: Tensor, members: int) -> Tensor:
     """r = policy - reference, [E, members]; checks shapes and dtypes for every objective.
 
-    Raises ValueError if the two shapes differ, if there are not `members` columns, or if either is
-    below float32: a bf16 log-probability of -300 nats is only known to 2 nats.
+    Raises ValueError below float32: a bf16 log-probability of -300 nats is only known to 2 nats.
     """
-    if policy.shape != reference.shape or policy.dim() != 2 or policy.shape[1] != members:
+    narrow = min(policy.dtype.itemsize, reference.dtype.itemsize) < 4
+    if narrow or policy.shape != reference.shape or policy.shape[1:] != (members,):
         raise ValueError(
-            f"policy {tuple(policy.shape)} and reference {tuple(reference.shape)} "
-            f"must both be [examples, {members}]"
+            f"policy and reference must be float32 or float64 [examples, {members}], found "
+            f"{policy.dtype} {list(policy.shape)} and {reference.dtype} {list(reference.shape)}"
         )
-    for name, value in (("policy", policy), ("reference", reference)):
-        if value.dtype.itemsize < 4:
-            raise ValueError(f"{name} log-probs are {value.dtype}; pass float32 or float64")
     return policy - reference.detach()
 
 
@@ -101,16 +98,14 @@ def exo(margin: Tensor, *, beta: float, label_smoothing: float = 1e-3) -> Tensor
 
 
 Link = StrEnum("Link", ["sigmoid", "hinge", "ipo", "robust", "exo"])
-LINKS: dict[str, Callable[..., Tensor]] = {
-    Link.sigmoid: sigmoid, Link.hinge: hinge, Link.ipo: ipo, Link.robust: robust, Link.exo: exo,
-}  # fmt: skip
+LINKS = dict(zip(Link, (sigmoid, hinge, ipo, robust, exo), strict=True))
 SMOOTHED_LINKS = (Link.sigmoid, Link.robust, Link.exo)
 
 
 # --- objectives on quads -------------------------------------------------------------------------
 
 
-def iopo(policy_Q4: Tensor, reference_Q4: Tensor, *, link: LinkFunction) -> Tensor:
+def iopo(policy_Q4: Tensor, reference_Q4: Tensor, link: LinkFunction) -> Tensor:
     """Prefer the matched members to the mismatched ones, jointly: link((P1 + P2) / 2). Eq. 9.
 
     policy_Q4, reference_Q4: float32 [Q, 4]. With link = sigmoid(., beta) this is
@@ -122,7 +117,7 @@ def iopo(policy_Q4: Tensor, reference_Q4: Tensor, *, link: LinkFunction) -> Tens
     return link(iopo_margin(log_ratio(policy_Q4, reference_Q4, 4)))
 
 
-def iopo_three(policy_Q3: Tensor, reference_Q3: Tensor, *, link: LinkFunction) -> Tensor:
+def iopo_three(policy_Q3: Tensor, reference_Q3: Tensor, link: LinkFunction) -> Tensor:
     """The memory-saving form with three members x1y1, x1y2, x2y1: link(P1). Eq. 11.
 
     P1 = 2 r[x1y1] - r[x1y2] - r[x2y1], without the 1/2 of Eq. 9, as printed. The partition
@@ -132,7 +127,7 @@ def iopo_three(policy_Q3: Tensor, reference_Q3: Tensor, *, link: LinkFunction) -
     return link(2 * r_Q3[:, 0] - r_Q3[:, 1] - r_Q3[:, 2])
 
 
-def input_preference(policy_Q4: Tensor, reference_Q4: Tensor, *, link: LinkFunction) -> Tensor:
+def input_preference(policy_Q4: Tensor, reference_Q4: Tensor, link: LinkFunction) -> Tensor:
     """Each response prefers its own instruction: "w/o Output Pref" of section 6.2.
 
     ( link(r[x1y1] - r[x2y1]) + link(r[x2y2] - r[x1y2]) ) / 2: two separate logistic terms, averaged
@@ -142,7 +137,7 @@ def input_preference(policy_Q4: Tensor, reference_Q4: Tensor, *, link: LinkFunct
     return (link(r_Q4[:, X1Y1] - r_Q4[:, X2Y1]) + link(r_Q4[:, X2Y2] - r_Q4[:, X1Y2])) / 2
 
 
-def output_preference(policy_Q4: Tensor, reference_Q4: Tensor, *, link: LinkFunction) -> Tensor:
+def output_preference(policy_Q4: Tensor, reference_Q4: Tensor, link: LinkFunction) -> Tensor:
     """DPO on both rows of a quad: "w/o Input Pref" of section 6.2.
 
     ( link(r[x1y1] - r[x1y2]) + link(r[x2y2] - r[x2y1]) ) / 2. It differs from `iopo` only in where
@@ -155,7 +150,7 @@ def output_preference(policy_Q4: Tensor, reference_Q4: Tensor, *, link: LinkFunc
 # --- objectives on pairs (column 0 chosen, column 1 rejected) and on single sequences -------------
 
 
-def dpo(policy_P2: Tensor, reference_P2: Tensor, *, link: LinkFunction) -> Tensor:
+def dpo(policy_P2: Tensor, reference_P2: Tensor, link: LinkFunction) -> Tensor:
     """link(r[chosen] - r[rejected]), one value per pair (DPO, arXiv 2305.18290, Eq. 7)."""
     r_P2 = log_ratio(policy_P2, reference_P2, 2)
     return link(r_P2[:, 0] - r_P2[:, 1])
@@ -262,8 +257,8 @@ SINGLE = Rows("sft", ("y",), (1,), (X1Y1, X2Y2))
 class Objective:
     """An objective and everything that the program must know of it.
 
-    loss: (policy_EM, reference_EM, tokens_EM, link, options) -> loss_E; reference_EM is None for an
-        objective without a reference.
+    loss: -> loss_E, of (policy_EM, reference_EM, link) if the objective compares the policy with a
+        reference, else of (policy_EM, tokens_EM, options).
     reads: the options that change it; another one that is set is refused.
     reference: whether it compares the policy with a reference.
     direction: dloss/dpolicy of an example is one scalar times this, whatever the log-probs are;
@@ -281,29 +276,23 @@ class Objective:
         return len(self.rows.members)
 
 
-def _of_log_ratios(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda policy, reference, tokens, link, options: loss(policy, reference, link=link)
-
-
 LINKED = ("beta", "link", "label_smoothing", "sft_weight")
 ON_QUADS = (*LINKED, "margin_per_constraint")
 OBJECTIVES = {
-    "iopo": Objective(QUAD, _of_log_ratios(iopo), ON_QUADS, True, (1, -1, 1, -1)),
-    "input_preference": Objective(QUAD, _of_log_ratios(input_preference), ON_QUADS, True),
-    "output_preference": Objective(QUAD, _of_log_ratios(output_preference), ON_QUADS, True),
-    "iopo_three": Objective(THREE, _of_log_ratios(iopo_three), ON_QUADS, True, (2, -1, -1)),
-    "dpo": Objective(PAIR, _of_log_ratios(dpo), LINKED, True),
+    "iopo": Objective(QUAD, iopo, ON_QUADS, True, (1, -1, 1, -1)),
+    "input_preference": Objective(QUAD, input_preference, ON_QUADS, True),
+    "output_preference": Objective(QUAD, output_preference, ON_QUADS, True),
+    "iopo_three": Objective(THREE, iopo_three, ON_QUADS, True, (2, -1, -1)),
+    "dpo": Objective(PAIR, dpo, LINKED, True),
     "simpo": Objective(
         PAIR,
-        lambda policy, _r, tokens, _l, o: simpo(policy, tokens, beta=o.beta, gamma=o.gamma),
+        lambda policy, tokens, o: simpo(policy, tokens, beta=o.beta, gamma=o.gamma),
         ("beta", "gamma", "sft_weight"),
     ),
     "orpo": Objective(
-        PAIR,
-        lambda policy, _r, tokens, _l, o: orpo(policy, tokens, weight=o.odds_weight),
-        ("odds_weight",),
+        PAIR, lambda policy, tokens, o: orpo(policy, tokens, weight=o.odds_weight), ("odds_weight",)
     ),
-    "sft": Objective(SINGLE, lambda policy, _r, tokens, _l, o: sft(policy, tokens), ()),
+    "sft": Objective(SINGLE, lambda policy, tokens, o: sft(policy, tokens), ()),
 }
 
 
@@ -329,7 +318,11 @@ def compute(
         offset_E = options.margin_per_constraint * differing_E / options.beta
         return LINKS[options.link](margin_E - offset_E, beta=options.beta, **smoothing)
 
-    loss_E = OBJECTIVES[name].loss(policy_EM, reference_EM, tokens_EM, link, options)
+    objective = OBJECTIVES[name]
+    if objective.reference:
+        loss_E = objective.loss(policy_EM, reference_EM, link)
+    else:
+        loss_E = objective.loss(policy_EM, tokens_EM, options)
     if options.sft_weight:
         loss_E = loss_E + options.sft_weight * sft_anchor(policy_EM, tokens_EM)
     return loss_E

@@ -219,7 +219,7 @@ def test_low_precision_log_probs_are_refused():
 def test_a_new_objective_is_one_line_of_the_table(monkeypatch):
     """Log-ratio of one matched member, on three members: nothing else knows its name."""
 
-    def matched(policy, reference, tokens, link, options):
+    def matched(policy, reference, link):
         return link(policy[:, 0] - reference[:, 0])
 
     toy = O.Objective(O.THREE, matched, ("beta",), reference=True, direction=(1, 0, 0))

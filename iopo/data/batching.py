@@ -1,14 +1,13 @@
 """Which examples make which step, rank and micro-batch: pure functions of (seed, epoch, step).
 
-An epoch is one random order of all examples, cut into steps of `global_batch_quads`. The last step
-of an epoch holds the rest: nothing is dropped or repeated, and the loss is divided by the
-number of quads that the step really holds (`len(quads_of_step(...))`). Which quads a step holds
-depends on neither ranks, layout nor packing, so the position of a run is one integer, the step.
+An epoch is one random order of all examples, cut into steps of `global_batch_quads`; its last step
+holds the rest. The loss is divided by the number of quads that a step really holds. Which ones it
+holds depends on neither ranks, layout nor packing, so the position of a run is one integer.
 
 Within a step the quads go to the ranks longest first, each to the rank with the fewest tokens so
 far (LPT), and then into micro-batches of whole quads. All ranks have the same number of
 micro-batches, because their forward and backward passes are collective: a rank with too few quads
-for its own gets None for the missing ones, and must run them with a gradient of zero.
+gets None for the missing ones, and must run them with a gradient of zero.
 
 "Quad" stands for example throughout: pairs and sft rows are batched in the same way.
 Letters: N examples of the data set.
@@ -22,7 +21,6 @@ import numpy as np
 
 from iopo.data.example import Example
 
-LAYOUTS = ("shared", "plain")
 DATA_ORDER = 0x0D0E  # name of this stream of random numbers, beside the seed
 WINDOW_QUADS = 1024  # quads that a pass over the data set shares out at once
 
@@ -34,10 +32,9 @@ class Batching:
     """How examples become steps and micro-batches.
 
     Exactly one of micro_batch_quads (quads per forward and rank) and tokens_per_microbatch (most
-    tokens that a forward processes in the layout) is given. A quad longer than the token budget
-    runs alone. seed: of the data order only.
-    Raises ValueError for values that do not fit together, such as ranks that do not divide
-    global_batch_quads.
+    tokens that a forward processes in the layout, "shared" or "plain") is given. A quad longer than
+    the token budget runs alone. seed: of the data order only.
+    Raises ValueError for ranks that do not divide global_batch_quads.
     """
 
     global_batch_quads: int
@@ -48,17 +45,7 @@ class Batching:
     tokens_per_microbatch: int | None = None
 
     def __post_init__(self) -> None:
-        if self.layout not in LAYOUTS:
-            raise ValueError(f"layout is {self.layout!r}, expected one of {', '.join(LAYOUTS)}")
-        if (self.micro_batch_quads is None) == (self.tokens_per_microbatch is None):
-            raise ValueError(
-                f"micro_batch_quads is {self.micro_batch_quads} and tokens_per_microbatch "
-                f"{self.tokens_per_microbatch}, expected one of them and null for the other"
-            )
-        for name in ("global_batch_quads", "ranks", "micro_batch_quads", "tokens_per_microbatch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, expected 1 or more")
+        assert (self.micro_batch_quads is None) != (self.tokens_per_microbatch is None)
         if self.global_batch_quads % self.ranks:
             below = self.global_batch_quads // self.ranks * self.ranks
             near = [str(n) for n in (below, below + self.ranks) if n]
@@ -71,21 +58,16 @@ class Batching:
 def tokens(example: Example, layout: str) -> int:
     """Tokens that the example costs alone: shared sum(P) + sum(R), that is 2P + 4R of a quad;
     plain members times the longest member."""
-    members = member_tokens(example)
     if layout == "plain":
+        members = member_tokens(example)
         return len(members) * max(members)
     assert layout == "shared", layout
-    copies = (len(ys) - 1 for ys in example.responses)
-    return sum(members) - sum(len(x) * n for x, n in zip(example.prompts, copies, strict=True))
+    return sum(map(len, example.prompts)) + sum(len(y) for ys in example.responses for y in ys)
 
 
 def member_tokens(example: Example) -> list[int]:
     """Tokens of each member alone: its response and its own copy of the prompt."""
-    return [
-        len(prompt) + len(response)
-        for prompt, responses in zip(example.prompts, example.responses, strict=True)
-        for response in responses
-    ]
+    return [len(prompt) + len(response) for prompt, response in example.members()]
 
 
 def token_counts(examples: Iterable[Example], layout: str) -> np.ndarray:
@@ -95,29 +77,20 @@ def token_counts(examples: Iterable[Example], layout: str) -> np.ndarray:
 
 def microbatch_tokens(tokens_N: np.ndarray, members: Sequence[int], layout: str) -> int:
     """Tokens that a micro-batch of the examples `members` processes (plain: padding included)."""
-    if not members:
-        return 0
     costs = tokens_N[list(members)]
     return int(costs.max()) * len(costs) if layout == "plain" else int(costs.sum())
 
 
 def plan_steps(quads: int, batching: Batching, epochs: int, max_steps: int | None = None) -> int:
-    """Steps of a run of `epochs` passes over `quads` examples, or fewer where max_steps says so.
-
-    Raises ValueError when there are no examples.
-    """
-    if quads < 1:
-        raise ValueError("the training set has no examples, expected 1 or more")
+    """Steps of a run of `epochs` passes over `quads` examples, at most max_steps."""
     steps = -(-quads // batching.global_batch_quads) * epochs
     return steps if max_steps is None else min(steps, max_steps)
 
 
 @lru_cache(maxsize=2)
 def order_of_epoch(quads: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of all examples in this epoch: a permutation, int64 [N], read-only."""
-    order = np.random.default_rng([seed, DATA_ORDER, epoch]).permutation(quads)
-    order.flags.writeable = False
-    return order
+    """The order of all examples in this epoch: a permutation, int64 [N]."""
+    return np.random.default_rng([seed, DATA_ORDER, epoch]).permutation(quads)
 
 
 def quads_of_step(quads: int, batching: Batching, step: int) -> np.ndarray:
@@ -128,18 +101,9 @@ def quads_of_step(quads: int, batching: Batching, step: int) -> np.ndarray:
     return order_of_epoch(quads, batching.seed, epoch)[start : start + batching.global_batch_quads]
 
 
-def micro_batches(
-    tokens_N: np.ndarray, batching: Batching, step: int, rank: int
-) -> list[MicroBatch]:
-    """What `rank` processes in `step`: indices into the data set per micro-batch, longest quads
+def micro_batches(tokens_N: np.ndarray, batching: Batching, step: int) -> list[list[MicroBatch]]:
+    """What each rank processes in `step`: indices into the data set per micro-batch, longest quads
     first. None is a micro-batch of other ranks in which this one has nothing."""
-    return micro_batches_of_ranks(tokens_N, batching, step)[rank]
-
-
-def micro_batches_of_ranks(
-    tokens_N: np.ndarray, batching: Batching, step: int
-) -> list[list[MicroBatch]]:
-    """`micro_batches` of every rank."""
     return _shared_out(tokens_N, quads_of_step(len(tokens_N), batching, step), batching)
 
 
@@ -157,17 +121,19 @@ def _shared_out(
     tokens_N: np.ndarray, quads: np.ndarray, batching: Batching
 ) -> list[list[MicroBatch]]:
     """Micro-batches of every rank, equally many."""
-    capacity = len(quads)
-    if batching.micro_batch_quads is not None:
-        capacity = -(-len(quads) // batching.ranks)  # equal counts, so equally many forwards
-    shares = _balanced(tokens_N, _longest_first(tokens_N, quads), batching.ranks, capacity)
-    per_rank = [_split(tokens_N, share, batching) for share in shares]
+    order, layout = _longest_first(tokens_N, quads), batching.layout
+    size, budget = batching.micro_batch_quads, batching.tokens_per_microbatch
+    # quads per rank: equal counts make equally many micro-batches of `size`
+    capacity = len(quads) if size is None else -(-len(quads) // batching.ranks)
+    shares = _balanced(tokens_N, order, batching.ranks, capacity)
+    if size is not None:
+        per_rank = [[share[i : i + size] for i in range(0, len(share), size)] for share in shares]
+    else:
+        assert budget is not None
+        per_rank = [first_fit(tokens_N, share, budget, layout) for share in shares]
+        most = max(map(len, per_rank))
+        per_rank = [_into(tokens_N, bins, most, budget, layout) for bins in per_rank]
     count = max(map(len, per_rank))
-    if batching.tokens_per_microbatch is not None:
-        per_rank = [
-            _into(tokens_N, bins, count, batching.tokens_per_microbatch, batching.layout)
-            for bins in per_rank
-        ]
     return [[*map(tuple, bins), *[None] * (count - len(bins))] for bins in per_rank]
 
 
@@ -188,14 +154,6 @@ def _balanced(
         shares[lightest].append(quad)
         load[lightest] += int(tokens_N[quad])
     return shares
-
-
-def _split(tokens_N: np.ndarray, share: list[int], batching: Batching) -> list[list[int]]:
-    """A rank's quads, longest first, as few micro-batches as the limit allows."""
-    if (size := batching.micro_batch_quads) is not None:
-        return [share[at : at + size] for at in range(0, len(share), size)]
-    assert batching.tokens_per_microbatch is not None  # checked in Batching
-    return first_fit(tokens_N, share, batching.tokens_per_microbatch, batching.layout)
 
 
 def first_fit(
@@ -233,12 +191,9 @@ def _into(
     count = min(count, len(quads))
     if layout != "plain":
         even = _balanced(tokens_N, quads, count, len(quads))
-        if all(
-            len(members) == 1 or microbatch_tokens(tokens_N, members, layout) <= budget
-            for members in even
-        ):
+        if all(len(m) == 1 or microbatch_tokens(tokens_N, m, layout) <= budget for m in even):
             return even
-    bins = [list(members) for members in bins]
+    bins = list(bins)
     while len(bins) < count:
         splittable = [members for members in bins if len(members) > 1]
         largest = max(splittable, key=lambda m: microbatch_tokens(tokens_N, m, layout))

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from iopo.files import sha256_text
 
-TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
-DEFAULT_DATE = date(2024, 7, 26)  # what Llama 3.1's template writes when it is told no date
+ASKS_DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+TODAY = date(2024, 7, 26)  # what Llama 3.1's template writes when it is told no date
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,14 @@ class Chat:
     system: the system prompt of rows that have none of their own; None leaves it to the template
     (some write a default one).
     options: further variables of the template, such as {"enable_thinking": False} for Qwen3.
-    today: the date that templates write which ask for the current one; with the real date, prompts,
-    caches and resumed runs would change at midnight.
+    Templates that ask for the current date get TODAY: with the real one, prompts, caches and
+    resumed runs would change at midnight.
     Raises ValueError for a tokenizer without a template, or with a date that cannot be fixed.
     """
 
     tokenizer: PreTrainedTokenizerBase
     system: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    today: date = DEFAULT_DATE
     template: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -47,13 +46,11 @@ class Chat:
             )
         if self.tokenizer.chat_template is None:
             raise ValueError(
-                "the tokenizer has no chat template (a base model?): train from an instruction-"
-                "tuned model, or put a chat_template.jinja beside its tokenizer.json"
+                "the tokenizer has no chat template (a base model?): use the instruction-tuned "
+                "model, or put a chat_template.jinja beside its tokenizer.json"
             )
-        template = TODAY.sub(
-            lambda call: json.dumps(self.today.strftime(call[2])),
-            self.tokenizer.get_chat_template(),
-        )
+        asking = self.tokenizer.get_chat_template()
+        template = ASKS_DATE.sub(lambda call: json.dumps(TODAY.strftime(call[2])), asking)
         if "strftime_now(" in template:
             raise ValueError(
                 "the chat template asks for the current date in a format that is not a plain string"
@@ -64,11 +61,6 @@ class Chat:
     def prompt(self, x: str, system: str | None = None) -> str:
         """The text up to where the response begins."""
         return self.render(self.messages(x, system), add_generation_prompt=True)
-
-    def conversation(self, x: str, y: str, system: str | None = None) -> str:
-        """The text of instruction and response, with what the template writes after it."""
-        messages = [*self.messages(x, system), {"role": "assistant", "content": y}]
-        return self.render(messages, add_generation_prompt=False)
 
     def messages(self, x: str, system: str | None = None) -> list[dict[str, str]]:
         """The messages of a prompt; the row's system prompt goes before the configured one."""
@@ -104,7 +96,8 @@ class Chat:
         Raises ValueError when the conversation's text does not begin with the prompt's (prefix
         property) or does not hold y. The text is checked, not the tokens.
         """
-        whole = self.conversation(x, y, system)
+        messages = [*self.messages(x, system), {"role": "assistant", "content": y}]
+        whole = self.render(messages, add_generation_prompt=False)
         if not whole.startswith(prompt):
             pairs = enumerate(zip(prompt, whole, strict=False))
             at = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(whole)))
@@ -112,14 +105,11 @@ class Chat:
                 "the template's text of the whole conversation does not begin with that of the "
                 f"prompt: at character {at} the prompt has {prompt[at : at + 30]!r} and the "
                 f"conversation {whole[at : at + 30]!r}, so the model would be trained on a prompt "
-                "that it is never asked with; use a template without this, or set the template's "
-                "options (Qwen3: enable_thinking)"
+                "that it is never asked with; use another template"
             )
         text = whole[len(prompt) :]
-        if y.strip() not in text:
-            raise ValueError(
-                f"the template changes the response: {text[:60]!r} does not hold {y.strip()[:60]!r}"
-            )
+        if (y := y.strip()) not in text:
+            raise ValueError(f"the template changes the response {y[:60]!r} to {text[:60]!r}")
         return text
 
     def end_of_turn(self) -> int:
@@ -138,8 +128,7 @@ class Chat:
                 f"{prompt[-20:]!r} and the response begins with the header {header!r}: write the "
                 "header at the end of the template under {% if add_generation_prompt %}"
             )
-        added = self.tokenizer.added_tokens_decoder
-        special = {*self.tokenizer.all_special_ids, *added}
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         for token in self.tokenizer(tail, add_special_tokens=False)["input_ids"]:
             if token in special:
                 return token
@@ -149,14 +138,10 @@ class Chat:
         )
 
 
-def special_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+def special_texts(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """The strings of the special tokens: a text that holds one could forge the end of a turn."""
     added = tokenizer.added_tokens_decoder.values()
-    return tuple(
-        sorted(
-            {token.content for token in added if token.special} | {*tokenizer.all_special_tokens}
-        )
-    )
+    return {token.content for token in added if token.special} | {*tokenizer.all_special_tokens}
 
 
 def tokenizer_hash(chat: Chat) -> str:

@@ -4,16 +4,9 @@ import difflib
 import re
 from collections.abc import Mapping
 
-REQUIRED = {
-    "quad": ("x1", "y1", "x2", "y2"),
-    "pair": ("x", "chosen", "rejected"),
-    "sft": ("x", "y"),
-}
 OPTIONAL = {
-    "quad": ("id", "system", "c1", "c2"),
-    "pair": ("id", "system"),
-    "sft": ("id", "system"),
-}
+    "quad": ("id", "system", "c1", "c2"), "pair": ("id", "system"), "sft": ("id", "system"),
+}  # fmt: skip
 # The two texts of each tuple must differ, or the row asks for nothing.
 DIFFERENT = {"quad": (("x1", "x2"), ("y1", "y2")), "pair": (("chosen", "rejected"),), "sft": ()}
 GOOD_ROW = {
@@ -26,18 +19,14 @@ GOOD_ROW = {
     "pair": {"x": "Name a fruit.", "chosen": "An apple.", "rejected": "A chair."},
     "sft": {"x": "Name a fruit.", "y": "An apple."},
 }
+REQUIRED = {kind: tuple(row) for kind, row in GOOD_ROW.items()}
 # Names other projects give to our keys: a hint only, never read as if they were ours.
 ALIASES = {
-    "prompt": "x",
-    "instruction": "x",
-    "question": "x",
-    "response": "y",
-    "output": "y",
-    "answer": "y",
-    "completion": "y",
-    "system_prompt": "system",
-    "constraints1": "c1",
-    "constraints2": "c2",
+    "x": ("prompt", "instruction", "question"),
+    "y": ("response", "output", "answer", "completion"),
+    "system": ("system_prompt",),
+    "c1": ("constraints1",),
+    "c2": ("constraints2",),
 }
 
 
@@ -58,16 +47,15 @@ def check_row(row: Mapping[str, object], kind: str) -> list[str]:
     typos = {key: ours for key in row if (ours := _meant(key, wanted, row)) is not None}
     faults = [f"unknown key {key!r} (did you mean {ours!r}?)" for key, ours in typos.items()]
     missing = [key for key in REQUIRED[kind] if key not in row and key not in typos.values()]
-    for key in missing:
-        faults.append(f"{key!r} is missing; found the keys {_listed(row)}")
-    for key in REQUIRED[kind]:
-        if key in row:
-            faults += _text_faults(key, row[key])
-    for key in ("id", "system"):
-        if row.get(key) is not None:
+    keys = ", ".join([*sorted(row)[:12], *(["..."] if len(row) > 12 else [])]) or "(none)"
+    faults += [f"{key!r} is missing; found the keys {keys}" for key in missing]
+    for key in (*REQUIRED[kind], "id", "system"):
+        if key in row and (row[key] is not None or key in REQUIRED[kind]):
             faults += _text_faults(key, row[key])
     for first, second in DIFFERENT[kind]:
-        if _same_text(row.get(first), row.get(second)):
+        # Most chat templates strip white space, so texts that differ only there become equal tokens
+        one, other = row.get(first), row.get(second)
+        if isinstance(one, str) and isinstance(other, str) and one.strip() == other.strip() != "":
             faults.append(
                 f"{first!r} and {second!r} are equal ({_short(row[first])}), expected two texts "
                 "that differ in more than white space"
@@ -85,13 +73,11 @@ def _meant(key: str, wanted: tuple[str, ...], row: Mapping[str, object]) -> str 
     plain = re.sub("[-_ ]", "", key.lower().strip())
     if plain in wanted:
         return plain
-    alias = ALIASES.get(key.lower())
-    if alias in wanted and alias not in row:
-        return alias
-    if len(key) > 3:  # "id" and "x1" are near everything
-        close = difflib.get_close_matches(key.lower(), wanted, n=1, cutoff=0.8)
-        return close[0] if close else None
-    return None
+    for ours, aliases in ALIASES.items():
+        if key.lower() in aliases and ours in wanted and ours not in row:
+            return ours
+    close = difflib.get_close_matches(key.lower(), wanted, n=1, cutoff=0.8)
+    return close[0] if close and len(key) > 3 else None  # "id" and "x1" are near everything
 
 
 def _text_faults(key: str, value: object) -> list[str]:
@@ -109,21 +95,10 @@ def _constraint_faults(key: str, value: object) -> list[str]:
     if not isinstance(value, list):
         return [f"{key!r} is {_json_type(value)}, {expected}"]
     for number, constraint in enumerate(value):
-        if not (
-            isinstance(constraint, dict)
-            and isinstance(constraint.get("kind"), str)
-            and isinstance(constraint.get("params"), dict)
-            and isinstance(constraint.get("text"), str)
-        ):
+        given = constraint if isinstance(constraint, dict) else {}
+        if [type(given.get(name)) for name in ("kind", "params", "text")] != [str, dict, str]:
             return [f"{key!r}[{number}] is {_short(constraint)}, {expected}"]
     return []
-
-
-def _same_text(first: object, second: object) -> bool:
-    # Most chat templates strip white space, so texts that differ only there become equal tokens.
-    if not isinstance(first, str) or not isinstance(second, str) or not first.strip():
-        return False
-    return first.strip() == second.strip()
 
 
 def _json_type(value: object) -> str:
@@ -137,8 +112,3 @@ def _json_type(value: object) -> str:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _listed(row: Mapping[str, object]) -> str:
-    keys = sorted(row)
-    return ", ".join(keys[:12]) + (", ..." if len(keys) > 12 else "") if keys else "(none)"

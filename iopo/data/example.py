@@ -2,9 +2,11 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
+
+from iopo.files import shortened
 
 PERCENTILES = {"min": 0, "p50": 50, "p90": 90, "p99": 99, "max": 100}
 MAX_LISTED = 5  # ids shown in a line of the report; all of them are in its dict
@@ -26,6 +28,10 @@ class Example:
     prompts: tuple[np.ndarray, ...]
     responses: tuple[tuple[np.ndarray, ...], ...]
     differing: int = 0
+
+    def members(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(prompt, response) of each member."""
+        return [(x, y) for x, ys in zip(self.prompts, self.responses, strict=True) for y in ys]
 
 
 def content_key(example: Example) -> str:
@@ -57,10 +63,6 @@ class Report:
     prompt_tokens: dict[str, int]
     response_tokens: dict[str, int]
 
-    def to_dict(self) -> dict:
-        """For JSON; Report(**d) gives it back."""
-        return asdict(self)
-
     def lines(self) -> list[str]:
         """The report for a person."""
         lines = [f"{self.kept} of {self.rows} rows kept"]
@@ -87,6 +89,5 @@ def percentiles(lengths: Sequence[int]) -> dict[str, int]:
     return {name: int(value) for name, value in zip(PERCENTILES, values, strict=True)}
 
 
-def _some(ids: Sequence[str]) -> str:
-    more = f", and {len(ids) - MAX_LISTED} more" if len(ids) > MAX_LISTED else ""
-    return ", ".join(ids[:MAX_LISTED]) + more
+def _some(ids: list[str]) -> str:
+    return ", ".join(shortened(ids, MAX_LISTED))

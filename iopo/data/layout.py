@@ -4,8 +4,7 @@ shared  all examples in one row, each prompt once: [x1 | y1 | y2 | x2 | y2 | y1]
 plain   one right-padded row per member: the reference path
 
 The shared layout processes 2P + 4R tokens of a quad instead of 4(P + R). Positions restart after
-the prompt for each of its responses, and the last prompt token's hidden row is scored once per
-response.
+the prompt for each response, and the last prompt token's hidden row is scored once per response.
 
 Letters: S sequences, L padded length, T packed tokens, R response rows, M members of all examples,
 N attention segments, K gathered keys.
@@ -13,6 +12,7 @@ N attention segments, K gathered keys.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,12 +47,7 @@ class SharedSegments:
 
     def to(self, device: torch.device | str) -> "SharedSegments":
         """The same segments with the index tensors of CUDA kernels on `device`."""
-        return replace(
-            self,
-            cu_q=self.cu_q.to(device, non_blocking=True),
-            cu_k=self.cu_k.to(device, non_blocking=True),
-            gather_K=self.gather_K.to(device, non_blocking=True),
-        )
+        return replace(self, **_moved(self, ("cu_q", "cu_k", "gather_K"), device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +58,6 @@ class Batch:
     rows_R: the row of hidden.flatten(0, 1) that predicts each response token; has duplicates.
     targets_R: the response token itself.
     scored_M: response tokens per member, [examples * members]; a member's rows are neighbours.
-    ids: one per example.
     attention: the segments; None in the plain layout.
     padding_mask: bool [S, L], True on tokens; None unless the layout is plain.
     """
@@ -75,18 +69,20 @@ class Batch:
     scored_M: Tensor
     examples: int
     members: int
-    ids: tuple[str, ...]
     attention: SharedSegments | None
     padding_mask: Tensor | None
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device` (copies do not block the host where memory is pinned)."""
-        tensors = ("input_ids", "positions", "rows_R", "targets_R", "scored_M")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in tensors}
-        segments, mask = self.attention, self.padding_mask
-        moved["attention"] = None if segments is None else segments.to(device)
-        moved["padding_mask"] = None if mask is None else mask.to(device, non_blocking=True)
-        return replace(self, **moved)
+        names = ["input_ids", "positions", "rows_R", "targets_R", "scored_M"]
+        if self.padding_mask is not None:
+            names.append("padding_mask")
+        segments = None if self.attention is None else self.attention.to(device)
+        return replace(self, attention=segments, **_moved(self, names, device))
+
+
+def _moved(holder: object, names: Sequence[str], device: torch.device | str) -> dict[str, Any]:
+    return {name: getattr(holder, name).to(device, non_blocking=True) for name in names}
 
 
 def build_shared(examples: Sequence[Example], *, multiple: int = 1) -> Batch:
@@ -112,8 +108,6 @@ def build_shared(examples: Sequence[Example], *, multiple: int = 1) -> Batch:
     [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 6, 8, 9]
     """
     members = _members_of_each(examples)
-    if multiple < 1:
-        raise ValueError(f"build_shared: multiple must be at least 1, found {multiple}")
     tokens: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     rows: list[np.ndarray] = []
@@ -149,7 +143,6 @@ def build_shared(examples: Sequence[Example], *, multiple: int = 1) -> Batch:
         scored_M=torch.tensor([len(response) for response in targets]),
         examples=len(examples),
         members=members,
-        ids=tuple(example.id for example in examples),
         attention=segments(ranges),
         padding_mask=None,
     )
@@ -169,12 +162,7 @@ def build_plain(examples: Sequence[Example]) -> Batch:
     tensor([ True,  True,  True,  True, False])
     """
     members = _members_of_each(examples)
-    pairs = [
-        (prompt, response)
-        for example in examples
-        for prompt, responses in zip(example.prompts, example.responses, strict=True)
-        for response in responses
-    ]
+    pairs = [pair for example in examples for pair in example.members()]
     length = max(len(prompt) + len(response) for prompt, response in pairs)
     input_ids = np.zeros((len(pairs), length), np.int64)
     mask = np.zeros((len(pairs), length), bool)
@@ -193,7 +181,6 @@ def build_plain(examples: Sequence[Example]) -> Batch:
         scored_M=torch.tensor([len(response) for _, response in pairs]),
         examples=len(examples),
         members=members,
-        ids=tuple(example.id for example in examples),
         attention=None,
         padding_mask=torch.from_numpy(mask),
     )
@@ -217,27 +204,13 @@ def segments(ranges: Sequence[tuple[int, int, int, int]]) -> SharedSegments:
 
 
 def _members_of_each(examples: Sequence[Example]) -> int:
-    """The number of members that all examples have in common; raises if they differ."""
-    if not examples:
-        raise ValueError("layout: expected at least one example, found none")
+    """The number of members that all examples have in common."""
     for example in examples:
-        for index, prompt in enumerate(example.prompts):
-            if not example.responses[index]:
-                raise ValueError(
-                    f"layout: example {example.id!r}: prompt {index} has no response, expected at "
-                    "least one; leave the prompt out"
-                )
-            if not len(prompt):
-                raise ValueError(
-                    f"layout: example {example.id!r}: prompt {index} is empty, so nothing predicts "
-                    "the first response token; every prompt needs at least one token"
-                )
-    counts = {sum(len(responses) for responses in example.responses) for example in examples}
-    if len(counts) > 1:
-        raise ValueError(
-            f"layout: examples of one batch need equally many members, found {sorted(counts)}; "
-            "do not mix kinds of examples in a batch"
-        )
+        # the last token of a prompt predicts the first one of its responses
+        assert all(map(len, example.prompts)), f"example {example.id!r} has an empty prompt"
+        assert all(example.responses), f"example {example.id!r} has a prompt without response"
+    counts = {sum(map(len, example.responses)) for example in examples}
+    assert len(counts) == 1, f"expected equally many members in each example, found {counts}"
     return counts.pop()
 
 

@@ -15,9 +15,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from iopo.data import checks
-from iopo.files import iter_records, sha256_text
+from iopo.files import iter_records, sha256_text, shortened
 
 MAX_LISTED = 20  # bad rows shown of one file; the rest is counted
+NO_FILE = """no such file.
+The paper's training set was never released. To get rows:
+  - build quads with any instruction-tuned model: iopo/construct, docs/reproduction.md;
+  - turn a preference set (two answers to a prompt) into quads: iopo/construct, relabel;
+  - give the authors' ShareGPT JSON as it is, if you have such a file;
+  - write JSONL rows yourself, data/README.md shows them;
+  - or train on the quads in data/verified."""
 GOOD_SHAREGPT_ROW = {
     "conversations": [
         {"from": "human", "value": "Name a fruit. Use capital letters only."},
@@ -79,17 +86,15 @@ def read_rows(path: str | Path, kind: str | None = None) -> list[Row]:
     Raises ValueError that lists every bad row with file:line, what was found and a good row.
     """
     path = Path(path)
-    if kind is not None and kind not in CLASSES:
-        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(CLASSES)}")
     if not path.is_file():
-        raise ValueError(missing_data_message(path))
+        raise ValueError(f"{path}: {NO_FILE}")
     rows: list[Row] = []
-    bad: list[tuple[int, str]] = []
+    bad: list[str] = []
     line_of_id: dict[str, int] = {}
     good_row: dict = checks.GOOD_ROW[kind or "quad"]
     for line, decoded, fault in iter_records(path):
         if fault is not None:
-            bad.append((line, fault))
+            bad.append(f"{path}:{line}: {fault}")
             continue
         sharegpt = isinstance(decoded, dict) and "conversations" in decoded
         if isinstance(decoded, dict) and kind is None:
@@ -99,18 +104,23 @@ def read_rows(path: str | Path, kind: str | None = None) -> list[Row]:
         if faults and kind == "quad" and sharegpt:
             good_row = GOOD_SHAREGPT_ROW
         if row is not None and row.id in line_of_id:
-            faults.append(_duplicate(decoded, row.id, line_of_id[row.id]))
+            given = isinstance(decoded, dict) and decoded.get("id") is not None
+            what = f"'id' {row.id!r} is that of" if given else "all texts are those of"
+            faults.append(f"{what} line {line_of_id[row.id]}, expected each row once")
         if row is None or faults:
-            bad.append((line, "; ".join(faults)))
+            bad.append(f"{path}:{line}: {'; '.join(faults)}")
             continue
         line_of_id[row.id] = line
         rows.append(row)
     if bad:
-        raise ValueError(_bad_rows_message(path, bad, len(rows), good_row))
-    if not rows:
         raise ValueError(
-            f"{path}: holds no rows, expected one JSON object a line; see data/README.md"
+            f"{path}: {len(bad)} of {len(bad) + len(rows)} rows cannot be used\n  "
+            + "\n  ".join(shortened(bad, MAX_LISTED))
+            + f"\nA good row: {json.dumps(good_row, ensure_ascii=False)}\n"
+            "Mend or delete these lines; data/README.md describes the formats."
         )
+    if not rows:
+        raise ValueError(f"{path}: holds no rows, expected JSON objects; see data/README.md")
     return rows
 
 
@@ -119,11 +129,9 @@ def _row(decoded: object, kind: str | None) -> tuple[Row | None, list[str]]:
     if not isinstance(decoded, dict):
         return None, [f"the row is of type {type(decoded).__name__}, expected an object"]
     if kind is None:
-        return None, [
-            "the row is neither quad, pair nor sft; found the keys "
-            f"{', '.join(sorted(decoded)) or '(none)'}, "
-            "expected x1, y1, x2, y2 or x, chosen, rejected or x, y",
-        ]
+        found = ", ".join(sorted(decoded)) or "(none)"
+        expected = "expected x1, y1, x2, y2 or x, chosen, rejected or x, y"
+        return None, [f"the row is neither quad, pair nor sft; found the keys {found}, {expected}"]
     faults: list[str] = []
     if kind == "quad" and "conversations" in decoded:
         decoded, faults = _from_sharegpt(decoded)
@@ -131,14 +139,11 @@ def _row(decoded: object, kind: str | None) -> tuple[Row | None, list[str]]:
         faults = checks.check_row(decoded, kind)
     if faults:
         return None, faults
-    keys = checks.REQUIRED[kind]
-    fields: dict[str, Any] = {
-        key: decoded[key] for key in keys + checks.OPTIONAL[kind] if key in decoded
-    }
+    texts, options = checks.REQUIRED[kind], checks.OPTIONAL[kind]
+    fields: dict[str, Any] = {key: decoded[key] for key in texts + options if key in decoded}
     if fields.get("id") is None:
-        system = fields.get("system")
-        texts = [fields[key] for key in keys] + ([system] if system is not None else [])
-        fields["id"] = sha256_text(json.dumps(texts))[:16]
+        hashed = [fields.get(key) for key in (*texts, "system")]
+        fields["id"] = sha256_text(json.dumps([text for text in hashed if text is not None]))[:16]
     return CLASSES[kind](**fields), []
 
 
@@ -160,7 +165,12 @@ def _from_sharegpt(row: Mapping[str, object]) -> tuple[dict[str, object], list[s
     if roles == ["human", "human"]:
         quad["x1"], quad["x2"] = turns[0][1], turns[1][1]
     else:
-        faults.append(_wrong_turns(roles))
+        fault = f"'conversations' has the turns {roles}, expected two human turns (x1 and x2)"
+        if roles == ["human"]:
+            fault += "; one turn is an ordinary preference pair: give it as x, chosen, rejected"
+        if len(roles) > 2 and len(roles) % 4 == 2:
+            fault += "; dialogues of several turns are not supported: render them into x1 and x2"
+        faults.append(fault)
     for key, name in (("chosen", "y1"), ("rejected", "y2")):
         if key not in row:
             faults.append(f"{key!r} ({name}) is missing")
@@ -187,34 +197,6 @@ def _turns(messages: object) -> tuple[list[tuple[str, object]], list[str]]:
     return turns, []
 
 
-def _wrong_turns(roles: list[str]) -> str:
-    found = f"'conversations' has the turns {roles}, expected two human turns (x1 and x2)"
-    if roles == ["human"]:
-        return found + "; one turn is an ordinary preference pair: give it as x, chosen, rejected"
-    if len(roles) > 2 and len(roles) % 4 == 2:
-        return (
-            found + "; dialogues of several turns are not supported, because a member is one prompt"
-            " and one response: render the earlier turns into x1 and x2"
-        )
-    return found
-
-
-def _duplicate(decoded: object, row_id: str, first_line: int) -> str:
-    given = isinstance(decoded, dict) and decoded.get("id") is not None
-    what = f"'id' {row_id!r} is that of" if given else "all texts are those of"
-    return f"{what} line {first_line}, expected each row once"
-
-
-def _bad_rows_message(path: Path, bad: list[tuple[int, str]], good: int, good_row: dict) -> str:
-    lines = [f"{path}: {len(bad)} of {len(bad) + good} rows cannot be used"]
-    lines += [f"  {path}:{line}: {fault}" for line, fault in bad[:MAX_LISTED]]
-    if len(bad) > MAX_LISTED:
-        lines.append(f"  ... and {len(bad) - MAX_LISTED} more")
-    lines.append(f"A good row: {json.dumps(good_row, ensure_ascii=False)}")
-    lines.append("Mend or delete these lines; data/README.md describes the formats.")
-    return "\n".join(lines)
-
-
 def rows_for(kind: str, rows: Sequence[Row], quad_rows: str = "both") -> list[Row]:
     """The rows as an objective of `kind` ("quad" | "pair" | "sft") needs them.
 
@@ -223,17 +205,15 @@ def rows_for(kind: str, rows: Sequence[Row], quad_rows: str = "both") -> list[Ro
     A pair becomes one sft row. Ids of derived rows end in /1 and /2.
     Raises ValueError where the rows hold less than the objective needs.
     """
-    if kind not in CLASSES:
-        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(CLASSES)}")
-    if quad_rows not in ("both", "first"):
-        raise ValueError(f"quad_rows is {quad_rows!r}, expected 'both' or 'first'")
     out: list[Row] = []
     for row in rows:
         if isinstance(row, CLASSES[kind]):
             out.append(row)
         elif isinstance(row, Quad):
-            halves = (_half(row, kind, 1), _half(row, kind, 2))
-            out += halves if quad_rows == "both" else halves[:1]
+            halves = ((row.x1, row.y1, row.y2), (row.x2, row.y2, row.y1))
+            for n, (x, y, other) in enumerate(halves if quad_rows == "both" else halves[:1], 1):
+                pair = Pair(f"{row.id}/{n}", x, y, other, row.system)
+                out.append(pair if kind == "pair" else Sft(pair.id, x, y, row.system))
         elif isinstance(row, Pair) and kind == "sft":
             out.append(Sft(row.id, row.x, row.chosen, row.system))
         else:
@@ -244,29 +224,8 @@ def rows_for(kind: str, rows: Sequence[Row], quad_rows: str = "both") -> list[Ro
     return out
 
 
-def _half(quad: Quad, kind: str, number: int) -> Pair | Sft:
-    x, y, other = (quad.x1, quad.y1, quad.y2) if number == 1 else (quad.x2, quad.y2, quad.y1)
-    row_id = f"{quad.id}/{number}"
-    if kind == "pair":
-        return Pair(row_id, x, y, other, quad.system)
-    return Sft(row_id, x, y, quad.system)
-
-
 def spread(rows: Sequence[T], limit: int | None) -> list[T]:
     """At most `limit` rows, evenly over their order, which often sorts them; the same each time."""
     if limit is None or limit >= len(rows):
         return list(rows)
     return [rows[i * len(rows) // limit] for i in range(limit)]
-
-
-def missing_data_message(path: str | Path) -> str:
-    """What to do when a data file is not there: the ways to make or convert one."""
-    return (
-        f"{path}: no such file.\n"
-        "The paper's training set was never released. To get rows:\n"
-        "  - build quads with any instruction-tuned model: iopo/construct, docs/reproduction.md;\n"
-        "  - turn a preference set (two answers to a prompt) into quads: iopo/construct, relabel;\n"
-        "  - give the authors' ShareGPT JSON as it is, if you have such a file;\n"
-        "  - write JSONL rows yourself, data/README.md shows them;\n"
-        "  - or train on the quads in data/verified."
-    )

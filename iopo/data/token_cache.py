@@ -6,6 +6,7 @@ Several processes of a machine that map one folder share its pages. No pickle is
 import fcntl
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,7 @@ Result = tuple[list[Example], Report]
 def key(parts: Sequence[object]) -> str:
     """Name of the result: hash of `parts` (JSON values), this code and tokenizers' version."""
     sources = [(Path(__file__).parent / name).read_text() for name in CODE]
-    text = json.dumps([*parts, *sources, tokenizers.__version__])
-    return sha256_text(text)[:32]
+    return sha256_text(json.dumps([*parts, *sources, tokenizers.__version__]))[:32]
 
 
 def get(cache_dir: Path, name: str, work: Callable[[], Result]) -> Result:
@@ -56,13 +56,12 @@ def _write(folder: Path, examples: list[Example], report: Report) -> None:
         "ids": [example.id for example in examples],
         "differing": [example.differing for example in examples],
         "responses_per_prompt": list(shapes.pop()),
-        "report": report.to_dict(),
+        "report": asdict(report),
     }
     with replacing(folder) as new:
         new.mkdir()
         np.save(new / "tokens.npy", np.concatenate(segments).astype(np.int32))
-        offsets = np.cumsum([0, *map(len, segments)], dtype=np.int64)
-        np.save(new / "offsets.npy", offsets)
+        np.save(new / "offsets.npy", np.cumsum([0, *map(len, segments)], dtype=np.int64))
         (new / "meta.json").write_text(json.dumps(meta))
 
 

@@ -21,13 +21,9 @@ import numpy as np
 
 from iopo.data import token_cache
 from iopo.data.chat import Chat, special_texts, tokenizer_hash
-from iopo.data.example import Example, Report, content_key, percentiles
+from iopo.data.example import Example, Report, percentiles
 from iopo.data.rows import MAX_LISTED, Pair, Quad, Row
-
-__all__ = [
-    "Chat", "Encoder", "Example", "Limits", "Report", "content_key", "tokenize_rows",
-    "tokenizer_hash",
-]  # fmt: skip
+from iopo.files import shortened
 
 BLOCK_ROWS = 1000
 ALL_MEMBERS = (0, 1, 2, 3)
@@ -42,7 +38,7 @@ EQUAL_RESPONSES = "the two responses are equal after truncation"
 class Limits:
     """How long prompts and responses may be, in tokens, template and end-of-turn token included.
 
-    on_overlong: "drop" the row and report it; "raise"; or "truncate": a response loses its end (and
+    on_overlong: "drop" the row and report it; "error"; or "truncate": a response loses its end (and
     with it the end-of-turn token), a prompt the end of its instruction, while the template's text
     around the instruction stays whole. (The released code cuts the prompt from the right, assistant
     header included.)
@@ -52,43 +48,28 @@ class Limits:
     max_response_tokens: int
     on_overlong: str = "drop"
 
-    def __post_init__(self) -> None:
-        if self.on_overlong not in ("drop", "truncate", "raise"):
-            raise ValueError(
-                f"on_overlong is {self.on_overlong!r}, expected 'drop', 'truncate' or 'raise'"
-            )
-        for name in ("max_prompt_tokens", "max_response_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
-
 
 @dataclass
 class Outcome:
-    """What one process made of its rows."""
+    """What one process made of its rows.
+
+    dropped, truncated: (reason, row id). joint: see Report.joint_differences.
+    """
 
     examples: list[Example] = field(default_factory=list)
-    dropped: dict[str, list[str]] = field(default_factory=dict)
-    truncated: dict[str, list[str]] = field(default_factory=dict)
+    dropped: list[tuple[str, str]] = field(default_factory=list)
+    truncated: list[tuple[str, str]] = field(default_factory=list)
     joint: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
-    def add(self, other: "Outcome") -> None:
-        self.examples += other.examples
-        self.joint += other.joint
-        self.faults += other.faults
-        for mine, others in ((self.dropped, other.dropped), (self.truncated, other.truncated)):
-            for reason, ids in others.items():
-                mine.setdefault(reason, []).extend(ids)
-
 
 @dataclass(frozen=True)
-class _Texts:
-    """The texts of one row: for each prompt its instruction, itself and its responses."""
+class _Tree:
+    """The texts of a prompt: its instruction, the whole of it, and the responses under it."""
 
-    row: Row
-    instructions: tuple[str, ...]
-    prompts: tuple[str, ...]
-    responses: tuple[tuple[str, ...], ...]
+    instruction: str
+    prompt: str
+    responses: tuple[str, ...]
 
 
 class Encoder:
@@ -100,10 +81,8 @@ class Encoder:
     def __init__(self, chat: Chat, limits: Limits, columns: tuple[int, ...] = ALL_MEMBERS):
         self.chat, self.limits, self.columns = chat, limits, columns
         self.end_of_turn = chat.end_of_turn()
-        forbidden = {
-            *special_texts(chat.tokenizer),
-            str(chat.tokenizer.convert_ids_to_tokens(self.end_of_turn)),
-        }
+        end = str(chat.tokenizer.convert_ids_to_tokens(self.end_of_turn))
+        forbidden = {*special_texts(chat.tokenizer), end}
         self.special = re.compile("|".join(map(re.escape, sorted(forbidden, reverse=True))))
         self.ids: dict[str, np.ndarray] = {}  # of the texts of the present block
 
@@ -115,46 +94,35 @@ class Encoder:
         return outcome
 
     def _encode_block(self, rows: Sequence[Row], outcome: Outcome) -> None:
-        rendered: list[_Texts] = []
+        rendered: list[tuple[Row, list[_Tree]]] = []
         for row in rows:
+            forest = _forest(row, self.columns)
+            texts = [row.system or "", *(text for x, ys in forest for text in (x, *ys))]
+            if any(self.special.search(text) for text in texts):
+                outcome.dropped.append((SPECIAL_TOKEN, row.id))
+                continue
             try:
-                if self._holds_special(row):
-                    outcome.dropped.setdefault(SPECIAL_TOKEN, []).append(row.id)
-                else:
-                    rendered.append(self._render(row))
+                rendered.append((row, [self._render(x, ys, row.system) for x, ys in forest]))
             except ValueError as error:
                 outcome.faults.append(f"row {row.id!r}: {error}")
-        self._tokenize(rendered)
-        for texts in rendered:
+        self._tokenize(tree for _, forest in rendered for tree in forest)
+        for row, trees in rendered:
             try:
-                self._finish(texts, outcome)
+                self._finish(row, trees, outcome)
             except ValueError as error:
-                outcome.faults.append(f"row {texts.row.id!r}: {error}")
+                outcome.faults.append(f"row {row.id!r}: {error}")
 
-    def _holds_special(self, row: Row) -> bool:
-        parts = [
-            row.system or "",
-            *(text for x, ys in _forest(row, self.columns) for text in (x, *ys)),
-        ]
-        return any(self.special.search(text) for text in parts)
+    def _render(self, x: str, ys: Sequence[str], system: str | None) -> _Tree:
+        prompt = self.chat.prompt(x, system)
+        return _Tree(x, prompt, tuple(self.chat.response(prompt, x, y, system) for y in ys))
 
-    def _render(self, row: Row) -> _Texts:
-        forest = _forest(row, self.columns)
-        prompts = tuple(self.chat.prompt(x, row.system) for x, _ in forest)
-        responses = tuple(
-            tuple(self.chat.response(prompt, x, y, row.system) for y in ys)
-            for prompt, (x, ys) in zip(prompts, forest, strict=True)
-        )
-        return _Texts(row, tuple(x for x, _ in forest), prompts, responses)
-
-    def _tokenize(self, rendered: Iterable[_Texts]) -> None:
+    def _tokenize(self, trees: Iterable[_Tree]) -> None:
         """All texts of the rows at once, and those that the joint comparison needs."""
         texts: dict[str, None] = {}
-        for row in rendered:
-            for prompt, responses in zip(row.prompts, row.responses, strict=True):
-                header = self._header(prompt)
-                texts.update(dict.fromkeys((prompt, header, *responses)))
-                texts.update(dict.fromkeys(header + response for response in responses))
+        for tree in trees:
+            header = self._header(tree.prompt)
+            joined = (header + response for response in tree.responses)
+            texts.update(dict.fromkeys((tree.prompt, header, *tree.responses, *joined)))
         self.ids = {}
         if texts:
             encoded = self.chat.tokenizer(list(texts), add_special_tokens=False, verbose=False)
@@ -166,49 +134,39 @@ class Encoder:
         last = max((found.start() for found in self.special.finditer(prompt)), default=0)
         return prompt[last:]
 
-    def _joint_differs(self, texts: _Texts) -> bool:
-        for prompt, responses in zip(texts.prompts, texts.responses, strict=True):
-            header = self._header(prompt)
-            for response in responses:
-                apart = np.concatenate((self.ids[header], self.ids[response]))
-                if not np.array_equal(apart, self.ids[header + response]):
-                    return True
-        return False
+    def _joint_differs(self, tree: _Tree) -> bool:
+        header = self._header(tree.prompt)
+        apart = [np.concatenate((self.ids[header], self.ids[y])) for y in tree.responses]
+        joined = [self.ids[header + y] for y in tree.responses]
+        return not all(map(np.array_equal, apart, joined))
 
-    def _finish(self, texts: _Texts, outcome: Outcome) -> None:
+    def _finish(self, row: Row, trees: list[_Tree], outcome: Outcome) -> None:
         """Cut at the end of turn, apply the limits, and book the row under what became of it."""
-        row_id = texts.row.id
-        prompts = [self.ids[text] for text in texts.prompts]
-        responses = [[self._until_end(text) for text in ys] for ys in texts.responses]
-        too_long = []
-        if max(map(len, prompts)) > self.limits.max_prompt_tokens:
-            too_long.append((PROMPT_TOO_LONG, max(map(len, prompts))))
-        longest = max(len(ids) for ys in responses for ids in ys)
-        if longest > self.limits.max_response_tokens:
-            too_long.append((RESPONSE_TOO_LONG, longest))
-        if too_long and self.limits.on_overlong == "raise":
+        prompts = [self.ids[tree.prompt] for tree in trees]
+        responses = [[self._until_end(text) for text in tree.responses] for tree in trees]
+        longest = max(map(len, prompts)), max(len(ids) for ys in responses for ids in ys)
+        most_x, most_y = self.limits.max_prompt_tokens, self.limits.max_response_tokens
+        too_long = [(PROMPT_TOO_LONG, longest[0])] if longest[0] > most_x else []
+        too_long += [(RESPONSE_TOO_LONG, longest[1])] if longest[1] > most_y else []
+        if too_long and self.limits.on_overlong == "error":
             found = " and ".join(f"{reason} ({length} tokens)" for reason, length in too_long)
-            raise ValueError(
-                f"{found}: raise the limit, or set data.on_overlong to drop or truncate"
-            )
+            what_to_do = "raise the limit, or set data.on_overlong to drop or truncate"
+            raise ValueError(f"{found}: {what_to_do}")
         if too_long and self.limits.on_overlong == "drop":
-            outcome.dropped.setdefault(too_long[0][0], []).append(row_id)
+            outcome.dropped.append((too_long[0][0], row.id))
             return
         if too_long:
-            prompts = [
-                self._cut_prompt(*parts)
-                for parts in zip(prompts, texts.prompts, texts.instructions, strict=True)
-            ]
-            responses = [[ids[: self.limits.max_response_tokens] for ids in ys] for ys in responses]
-            if (equal := _made_equal(prompts, responses)) is not None:
-                outcome.dropped.setdefault(equal, []).append(row_id)
-                return
-            for reason, _ in too_long:
-                outcome.truncated.setdefault(reason, []).append(row_id)
-        if self._joint_differs(texts):
-            outcome.joint.append(row_id)
+            prompts = [self._cut_prompt(*cut) for cut in zip(prompts, trees, strict=True)]
+            responses = [[ids[:most_y] for ids in ys] for ys in responses]
+            for reason, texts in ((EQUAL_PROMPTS, prompts), (EQUAL_RESPONSES, responses[0])):
+                if len(texts) == 2 and np.array_equal(texts[0], texts[1]):
+                    outcome.dropped.append((reason, row.id))
+                    return
+            outcome.truncated += [(reason, row.id) for reason, _ in too_long]
+        if any(map(self._joint_differs, trees)):
+            outcome.joint.append(row.id)
         forest = tuple(map(tuple, responses))
-        outcome.examples.append(Example(row_id, tuple(prompts), forest, _differing(texts.row)))
+        outcome.examples.append(Example(row.id, tuple(prompts), forest, _differing(row)))
 
     def _until_end(self, text: str) -> np.ndarray:
         """Tokens of a response up to and including the first end-of-turn token."""
@@ -222,11 +180,11 @@ class Encoder:
             )
         return ids[: ends[0] + 1]
 
-    def _cut_prompt(self, ids: np.ndarray, prompt: str, instruction: str) -> np.ndarray:
+    def _cut_prompt(self, ids: np.ndarray, tree: _Tree) -> np.ndarray:
         """The prompt without the end of its instruction, so that it fits; the frame stays."""
         if len(ids) <= self.limits.max_prompt_tokens:
             return ids
-        _, found, frame = prompt.rpartition(instruction.strip())
+        _, found, frame = tree.prompt.rpartition(tree.instruction.strip())
         encoded = self.chat.tokenizer(frame, add_special_tokens=False)["input_ids"]
         after = np.array(encoded, dtype=np.int32)
         keep = self.limits.max_prompt_tokens - len(after)
@@ -255,20 +213,12 @@ def _differing(row: Row) -> int:
     """Constraints of x1 that x2 has not, or the other way round, whichever are more."""
     if not isinstance(row, Quad) or row.c1 is None or row.c2 is None:
         return 0
-    sides = [
-        {json.dumps([c["kind"], c["params"]], sort_keys=True) for c in side}
-        for side in (row.c1, row.c2)
-    ]
-    return max(len(sides[0] - sides[1]), len(sides[1] - sides[0]))
 
+    def named(constraints: list[dict]) -> set[str]:
+        return {json.dumps([c["kind"], c["params"]], sort_keys=True) for c in constraints}
 
-def _made_equal(prompts: list[np.ndarray], responses: list[list[np.ndarray]]) -> str | None:
-    """The reason to drop a row whose two prompts or two responses have become the same."""
-    if len(prompts) == 2 and np.array_equal(prompts[0], prompts[1]):
-        return EQUAL_PROMPTS
-    if len(responses[0]) == 2 and np.array_equal(responses[0][0], responses[0][1]):
-        return EQUAL_RESPONSES
-    return None
+    c1, c2 = named(row.c1), named(row.c2)
+    return max(len(c1 - c2), len(c2 - c1))
 
 
 def tokenize_rows(
@@ -282,9 +232,8 @@ def tokenize_rows(
     """Examples of the rows that can be used, in their order, and the report of all rows.
 
     workers: processes to spread the rows over; 0 or 1 is this process. cache_dir: where results are
-    kept, None for nowhere; the key holds everything that changes the result, and of several
-    processes that ask for the same one works. source: the file that an error names.
-    Call it before any process group exists: a first run may take minutes.
+    kept, if anywhere, under a key of everything that changes them. source: the file that an error
+    names. Call it before any process group exists: a first run may take minutes.
     Raises ValueError naming the rows that break the template's prefix property or end without an
     end-of-turn token, the overlong ones if the limits say so, and when no row remains.
     """
@@ -314,14 +263,12 @@ def _in_processes(rows: Sequence[Row], encoder: Encoder, workers: int) -> Outcom
         # spawn, not fork: the tokenizer runs threads, and a fork may keep their locks forever.
         with get_context("spawn").Pool(len(parts), _one_thread) as pool:
             for part in pool.imap(encoder.encode, parts):
-                outcome.add(part)
+                for name, values in vars(part).items():
+                    getattr(outcome, name).extend(values)
     if outcome.faults:
-        shown = outcome.faults[:MAX_LISTED]
-        if len(outcome.faults) > MAX_LISTED:
-            shown.append(f"... and {len(outcome.faults) - MAX_LISTED} more")
         raise ValueError(
             f"{len(outcome.faults)} of {len(rows)} rows cannot be tokenised\n  "
-            + "\n  ".join(shown)
+            + "\n  ".join(shortened(outcome.faults, MAX_LISTED))
         )
     return outcome
 
@@ -331,14 +278,18 @@ def _one_thread() -> None:
 
 
 def _report(rows: int, outcome: Outcome) -> Report:
+    def by_reason(booked: list[tuple[str, str]]) -> dict[str, list[str]]:
+        reasons = dict.fromkeys(reason for reason, _ in booked)
+        return {reason: [i for r, i in booked if r == reason] for reason in reasons}
+
     examples = outcome.examples
     prompts = [len(ids) for example in examples for ids in example.prompts]
     responses = [len(ids) for example in examples for ys in example.responses for ids in ys]
     return Report(
         rows=rows,
         kept=len(examples),
-        dropped=outcome.dropped,
-        truncated=outcome.truncated,
+        dropped=by_reason(outcome.dropped),
+        truncated=by_reason(outcome.truncated),
         joint_differences=outcome.joint,
         prompt_tokens=percentiles(prompts),
         response_tokens=percentiles(responses),

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from iopo.kernels import tiled
+from iopo.kernels.tiled import Inputs
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -50,50 +51,35 @@ def linear_logprob(
     Raises ValueError on other shapes and dtypes and on sharded weights; targets out of range are a
     ValueError on CPU and a device-side assertion on CUDA, where asking would stall the queue.
     """
-    _check(hidden_RD, weight_VD, targets_R, bias_V, softcap)
+    _check(Inputs(hidden_RD, weight_VD, targets_R, bias_V, softcap))
     trained = weight_VD.requires_grad or (bias_V is not None and bias_V.requires_grad)
     in_forward = torch.is_grad_enabled() and hidden_RD.requires_grad and not trained
     return _forward(hidden_RD, weight_VD, targets_R, bias_V, softcap, in_forward)[0]
 
 
-def _check(
-    hidden_RD: Tensor,
-    weight_VD: Tensor,
-    targets_R: Tensor,
-    bias_V: Tensor | None,
-    softcap: float | None,
-) -> None:
-    if isinstance(weight_VD, DTensor):
+def _check(inputs: Inputs) -> None:
+    hidden, weight, targets, bias, softcap = inputs
+    if isinstance(weight, DTensor):
         raise ValueError(
-            "linear_logprob: the weight is a sharded DTensor; call this inside the forward of the "
-            "FSDP module that holds the head, where the weight is whole"
+            "linear_logprob: the weight is a sharded DTensor; shard LogProbs itself as the FSDP "
+            "root, whose forward sees it whole, and give the output layer no group of its own"
         )
-    if hidden_RD.dim() != 2 or weight_VD.dim() != 2 or hidden_RD.shape[1] != weight_VD.shape[1]:
-        raise ValueError(
-            "linear_logprob: expected hidden [R, D] and weight [V, D], found "
-            f"{list(hidden_RD.shape)} and {list(weight_VD.shape)}"
-        )
-    if hidden_RD.dtype not in DTYPES or weight_VD.dtype != hidden_RD.dtype:
-        raise ValueError(
-            "linear_logprob: hidden and weight must share one floating dtype, found "
-            f"{hidden_RD.dtype} and {weight_VD.dtype}; cast the weight once, outside"
-        )
-    if targets_R.shape != hidden_RD.shape[:1] or targets_R.dtype != torch.int64:
-        raise ValueError(
-            f"linear_logprob: targets must be int64 [{hidden_RD.shape[0]}], one per row, found "
-            f"{targets_R.dtype} {list(targets_R.shape)}"
-        )
-    if weight_VD.shape[0] == 0:
-        raise ValueError("linear_logprob: the weight has no rows, hence no vocabulary")
-    if bias_V is not None and (
-        bias_V.shape != weight_VD.shape[:1] or bias_V.dtype != weight_VD.dtype
-    ):
-        raise ValueError(
-            f"linear_logprob: bias must be {weight_VD.dtype} [{weight_VD.shape[0]}], found "
-            f"{bias_V.dtype} {list(bias_V.shape)}"
-        )
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"linear_logprob: softcap must be above 0, or None, found {softcap}")
+    expected = None
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        expected = "hidden [R, D] and weight [V, D]"
+    elif hidden.dtype not in DTYPES or weight.dtype != hidden.dtype:
+        expected = "one floating dtype of hidden and weight; cast the weight once, outside"
+    elif targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
+        expected = "targets int64 [R], one per row"
+    elif weight.shape[0] == 0:
+        expected = "a weight with rows, which are the vocabulary"
+    elif bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+        expected = "bias [V] in the weight's dtype"
+    elif softcap is not None and not softcap > 0:
+        expected = "softcap above 0, or None"
+    if expected is not None:
+        found = [f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else x for x in inputs]
+        raise ValueError(f"linear_logprob: expected {expected}; found {inputs._fields} = {found}")
 
 
 def _check_targets(targets_R: Tensor, vocab: int) -> None:
@@ -131,11 +117,10 @@ def _forward(
     unit_RD is d logp_R / d hidden_RD in hidden's dtype, empty unless with_gradient.
     """
     _check_targets(targets_R, weight_VD.shape[0])
-    logp_R, shift_R, scale_R, unit_RD = _backend(hidden_RD).forward(
-        hidden_RD, weight_VD, targets_R, bias_V, softcap, with_gradient=with_gradient
-    )
+    inputs = Inputs(hidden_RD, weight_VD, targets_R, bias_V, softcap)
+    *per_row, unit_RD = _backend(hidden_RD).forward(inputs, with_gradient=with_gradient)
     unit_RD = hidden_RD.new_empty(0) if unit_RD is None else unit_RD.to(hidden_RD.dtype)
-    return logp_R, shift_R, scale_R, unit_RD
+    return *per_row, unit_RD
 
 
 @_forward.register_fake
@@ -161,17 +146,12 @@ def _backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by hidden, weight and bias; an unwanted one is an empty tensor."""
-    backward = _backend(hidden_RD).backward
-    hidden, weight, bias = backward(
-        grad_R, hidden_RD, weight_VD, targets_R, logp_R, shift_R, scale_R, bias_V, softcap,
-        need_weight=need_weight, need_bias=need_bias,
-    )  # fmt: skip
-    nothing = hidden_RD.new_empty(0)
-    return (
-        hidden,
-        nothing if weight is None else weight,
-        nothing.clone() if bias is None else bias,
+    inputs = Inputs(hidden_RD, weight_VD, targets_R, bias_V, softcap)
+    hidden, weight, bias = _backend(hidden_RD).backward(
+        inputs, grad_R, (logp_R, shift_R, scale_R), need_weight=need_weight, need_bias=need_bias
     )
+    empty = [hidden_RD.new_empty(0) for _ in range(2)]
+    return hidden, empty[0] if weight is None else weight, empty[1] if bias is None else bias
 
 
 @_backward.register_fake
@@ -199,12 +179,10 @@ def _differentiate(ctx, grad_R, *_):
     if ctx.with_gradient:
         (unit_RD,) = ctx.saved_tensors
         return (unit_RD * grad_R[:, None]).to(unit_RD.dtype), *[None] * 5
-    _, weight_needed, _, bias_needed, *_ = ctx.needs_input_grad
-    hidden, weight, bias = _backward(
-        grad_R, *ctx.saved_tensors, ctx.softcap, weight_needed, bias_needed
-    )
-    weight, bias = weight if weight_needed else None, bias if bias_needed else None
-    return hidden, weight, None, bias, None, None
+    _, need_weight, _, need_bias, *_ = ctx.needs_input_grad
+    wanted = need_weight, need_bias
+    hidden, weight, bias = _backward(grad_R, *ctx.saved_tensors, ctx.softcap, *wanted)
+    return hidden, weight if need_weight else None, None, bias if need_bias else None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save_for_backward)

@@ -16,6 +16,7 @@ that contains the target would be differences of nearly equal numbers.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,15 +25,17 @@ ROWS, VOCAB = 2048, 1024  # a tile of float32 is 8 MB at most and stays in the c
 SLACK = 16.0  # the reference of the exponentials moves only if a logit passes it by this much
 
 
-def forward(
-    hidden_RD: Tensor,
-    weight_VD: Tensor,
-    targets_R: Tensor,
-    bias_V: Tensor | None,
-    softcap: float | None,
-    *,
-    with_gradient: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+class Inputs(NamedTuple):
+    """The arguments of linear_logprob.py, which documents and checks them."""
+
+    hidden_RD: Tensor
+    weight_VD: Tensor
+    targets_R: Tensor
+    bias_V: Tensor | None = None
+    softcap: float | None = None
+
+
+def forward(inputs: Inputs, *, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return (logp_R, shift_R, scale_R, d logp_R / d hidden_RD or None), all in the wide dtype.
 
     softmax(z) = scale * exp(z - shift): what the backward pass needs, kept as two numbers because
@@ -40,6 +43,7 @@ def forward(
     The gradient costs one more product per tile and no second pass: like attention over the
     vocabulary, sum_v exp(z_v - reference) weight_v is rescaled whenever the reference moves.
     """
+    hidden_RD, weight_VD, targets_R, bias_V, softcap = inputs
     dtype, wide = hidden_RD.dtype, torch.promote_types(hidden_RD.dtype, torch.float32)
     hidden_RD = hidden_RD.to(wide)
     reference_R = hidden_RD.new_full(targets_R.shape, torch.finfo(wide).min)
@@ -84,26 +88,23 @@ def forward(
 
 
 def backward(
+    inputs: Inputs,
     grad_R: Tensor,
-    hidden_RD: Tensor,
-    weight_VD: Tensor,
-    targets_R: Tensor,
-    logp_R: Tensor,
-    shift_R: Tensor,
-    scale_R: Tensor,
-    bias_V: Tensor | None,
-    softcap: float | None,
+    forward_R: tuple[Tensor, Tensor, Tensor],
     *,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of sum(grad_R * logp_R) by hidden, weight and bias, each in its input's dtype.
 
+    forward_R: logp, shift and scale of `forward`.
     Sums are wide and rounded once. A tile holds magnitude * (softmax - onehot), and factor *
     magnitude = -grad: wide inputs keep the exponentials as they are and leave scale and grad to
     the factor, which multiplies narrower tensors; a tile of bfloat16 inputs is rounded by the
     product, so that their factor is a sign, which rounds nothing a second time.
     """
+    hidden_RD, weight_VD, targets_R, bias_V, softcap = inputs
+    logp_R, shift_R, scale_R = forward_R
     dtype, wide = hidden_RD.dtype, logp_R.dtype
     hidden_RD = hidden_RD.to(wide)
     if dtype == wide:
@@ -116,7 +117,9 @@ def backward(
     grad_weight_VD = torch.empty_like(weight_VD) if need_weight else None
     grad_bias_V = torch.zeros_like(weight_VD[:, 0], dtype=wide) if need_bias else None
     logits_buffer, weight_buffer = _buffers(hidden_RD, weight_VD)
-    narrow = dtype if _multiplies(dtype) else wide
+    # a CPU that multiplies bfloat16 with float32 sums, and fast
+    multiplies = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    narrow = dtype if multiplies else wide
     kept_rows = len(hidden_RD) if need_weight else 0  # dW needs all rows of a tile: one product
     in_place = need_weight and narrow == wide
     errors_buffer = hidden_RD.new_empty(kept_rows * len(weight_buffer), dtype=narrow)
@@ -199,20 +202,14 @@ def _buffers(hidden_RD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _widened(weight_vD: Tensor, buffer: Tensor) -> Tensor:
-    return (
-        weight_vD if weight_vD.dtype == buffer.dtype else buffer[: len(weight_vD)].copy_(weight_vD)
-    )
+    same = weight_vD.dtype == buffer.dtype
+    return weight_vD if same else buffer[: len(weight_vD)].copy_(weight_vD)
 
 
 def _product(hidden_rD: Tensor, weight_vD: Tensor, buffer: Tensor) -> Tensor:
     rows, vocab = len(hidden_rD), len(weight_vD)
     logits_rv = buffer[: rows * vocab].view(rows, vocab)
     return torch.mm(hidden_rD, weight_vD.t(), out=logits_rv)
-
-
-def _multiplies(dtype: torch.dtype) -> bool:
-    """Does this CPU multiply matrices of this narrow dtype with float32 sums, and fast?"""
-    return dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _finish_logits(

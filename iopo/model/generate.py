@@ -43,14 +43,12 @@ class Decoding:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, ok, expected in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or above"),
-            ("top_p", 0 < self.top_p <= 1, "a value in (0, 1]; 1 keeps all"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-        ):
-            if not ok:
-                raise ValueError(f"generate: {name} is {getattr(self, name)}, expected {expected}")
+        whole = min(self.max_new_tokens, self.batch_size) >= 1
+        if not (whole and self.temperature >= 0 and 0 < self.top_p <= 1):
+            raise ValueError(
+                f"generate: found {self}, expected max_new_tokens and batch_size of 1 or more, "
+                "temperature of 0 (greedy) or more, and 0 < top_p <= 1"
+            )
 
 
 def generate(
@@ -69,12 +67,18 @@ def generate(
     last bits between batch shapes, so texts are equal for other batch sizes except at near ties
     (frequent enough to see in bf16, rare in fp32). Same arguments, same machine: same texts.
 
-    `chat` renders the prompts, without adding its own system prompt. The tokenizer's eos token ends
-    an answer; the model's generation config may name more such tokens. Train mode is restored
+    `chat` renders the prompts, without adding its own system prompt. Train mode is restored
     afterwards. Raises ValueError on a prompt that is empty or longer than the model takes.
     """
     prompts = [chat.prompt_ids(conversation) for conversation in conversations]
-    _check_lengths(model, prompts, decoding.max_new_tokens)
+    limit = model.config.get_text_config().max_position_embeddings
+    for i, prompt in enumerate(prompts):
+        if not 0 < len(prompt) <= limit - decoding.max_new_tokens:
+            raise ValueError(
+                f"generate: conversation {i} has {len(prompt)} tokens, expected 1 or more that "
+                f"leave room for {decoding.max_new_tokens} new ones in the model's {limit} "
+                "positions; shorten the prompt or lower max_new_tokens"
+            )
     stops = end_of_turn_ids(model, chat.tokenizer)
     # Long prompts first: the first batch is the largest, so memory runs out at once or never.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -132,7 +136,8 @@ def _decode(
     steps, temperature = decoding.max_new_tokens, decoding.temperature
     # in [0, 1), by row and step; a row's depend on (seed, its index) only
     uniforms = np.stack([np.random.default_rng((decoding.seed, i)).random(steps) for i in batch])
-    cache = growing_cache(model)
+    cache = DynamicCache(config=model.config)  # layers with a sliding window stay as they are
+    cache.layers = [GrowingLayer() if type(x) is DynamicLayer else x for x in cache.layers]
     shared = _shared_tokens([prompts[i] for i in batch])
     ids_SL, mask_SL = _left_pad([prompts[i][shared:] for i in batch], device=model.device)
     if shared:  # a system prompt, mostly: read once, not once a row
@@ -222,24 +227,15 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these sequences."""
         self._change_rows(lambda buffer: buffer[indices])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every sequence so many times."""
         self._change_rows(lambda buffer: buffer.repeat_interleave(repeats, dim=0))
 
     def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         length = self.get_seq_length()
         self._buffers = [change(buffer) for buffer in self._buffers]
         self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
-
-
-def growing_cache(model: PreTrainedModel) -> DynamicCache:
-    """An empty cache; layers with a sliding window stay transformers' own."""
-    cache = DynamicCache(config=model.config)
-    cache.layers = [GrowingLayer() if type(x) is DynamicLayer else x for x in cache.layers]
-    return cache
 
 
 def sample(scores_SV: Tensor, uniform_S: Tensor, top_p: float) -> Tensor:
@@ -276,17 +272,3 @@ def _left_pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, T
         ids_SL[s, length - len(prompt) :] = torch.tensor(prompt)
         mask_SL[s, length - len(prompt) :] = 1
     return ids_SL.to(device), mask_SL.to(device)
-
-
-def _check_lengths(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int) -> None:
-    limit = model.config.get_text_config().max_position_embeddings
-    long = [i for i, prompt in enumerate(prompts) if len(prompt) + max_new_tokens > limit]
-    if long:
-        raise ValueError(
-            f"generate: {len(long)} prompts (first: conversation {long[0]} with "
-            f"{len(prompts[long[0]])} tokens) and {max_new_tokens} new tokens exceed the model's "
-            f"{limit} positions; shorten the prompts or lower max_new_tokens"
-        )
-    empty = [i for i, prompt in enumerate(prompts) if not prompt]
-    if empty:
-        raise ValueError(f"generate: conversation {empty[0]} has no tokens; add a user turn")

@@ -5,10 +5,9 @@ dropout is off, so that a policy and its reference are the same function at step
 attention and the log-prob head cannot do is refused here, by name.
 """
 
-import hashlib
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -27,21 +26,23 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from iopo.files import cache_root, sha256_file, sha256_text, write_text
-from iopo.model.attention import SHARED, register_attention
 from iopo.model.demo_model import fetch_demo_model
 
 DEMO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-CONVERT = (
-    'convert it once, on a machine where you trust it: python -c "from transformers import '
-    "AutoModelForCausalLM as M; M.from_pretrained('SOURCE').save_pretrained('TARGET')\""
-)
-
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
     "+ '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+# keys of a config -> why a model that sets one of them is refused
+UNSUPPORTED = {
+    ("auto_map",): "it needs code from its own folder (auto_map), which is never run",
+    ("quantization_config",): "its weights are quantised; use the bf16 or fp32 original",
+    ("is_encoder_decoder",): "it is an encoder-decoder, not a causal LM",
+    ("vision_config", "audio_config"): "it is multimodal; use the text-only model of the family",
+    ("attn_logit_softcapping",): "its attention logits are soft-capped (Gemma 2)",
+}
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -53,9 +54,8 @@ def compute_dtype(name: str, device_type: str) -> torch.dtype:
 
 def default_dtype(device_type: str) -> torch.dtype:
     """bf16 on CUDA and on CPUs with AMX tiles; fp32 on other CPUs, where bf16 is emulated."""
-    if device_type == "cuda" or torch.cpu._is_amx_tile_supported():
-        return torch.bfloat16
-    return torch.float32
+    fast = device_type == "cuda" or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 
 def resolve_model(path: str | Path) -> Path:
@@ -66,31 +66,22 @@ def resolve_model(path: str | Path) -> Path:
     if str(path) == "demo":
         return fetch_demo_model()
     folder = Path(path).expanduser()
-    if folder.is_dir():
-        require_safetensors(folder)
-        return folder
-    if folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") != 1:
-        raise ValueError(
-            f"model.path: {path} is not a folder; give a folder with config.json and "
-            "*.safetensors, a hub id such as org/name, or demo"
-        )
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
-    folder = Path(snapshot_download(str(path), allow_patterns=patterns))
+    if not folder.is_dir():
+        name = str(path)
+        if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+            raise ValueError(
+                f"model.path: {path} is not a folder; give a folder with config.json and "
+                "*.safetensors, a hub id such as org/name, or demo"
+            )
+        patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+        folder = Path(snapshot_download(name, allow_patterns=patterns))
     require_safetensors(folder)
     return folder
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model folder; raises ValueError without chat template or end of turn."""
-    tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"{path}: the tokenizer has no chat template, so instructions cannot be told from "
-            "responses; use the instruction-tuned model or put a chat_template.jinja beside it"
-        )
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"{path}: the tokenizer has no end-of-turn (eos) token")
-    return tokenizer
+    """The tokenizer in a model folder; Chat (iopo/data/chat.py) checks it."""
+    return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
 
 
 def load_causal_lm(
@@ -107,7 +98,7 @@ def load_causal_lm(
     require_safetensors(path)
     disable_progress_bar()  # transformers draws one per load, on every rank
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-    _check(config, attention, where=str(path))
+    check_config(config, where=str(path))
     model = AutoModelForCausalLM.from_pretrained(
         str(path),
         config=config,
@@ -129,8 +120,7 @@ def tiny_causal_lm(
     """
     if "model_type" not in config:
         raise ValueError("model.tiny: 'model_type' is missing; add for example model_type: llama")
-    rest = {key: value for key, value in config.items() if key != "model_type"}
-    made = AutoConfig.for_model(config["model_type"], **rest)
+    made = AutoConfig.for_model(**config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _from_config(made, torch.float32, attention, where="model.tiny")
@@ -161,13 +151,12 @@ def architecture(path: str | Path) -> PretrainedConfig:
 
     The project's own models come from architectures/, which holds the keys that decide sizes (not
     rotary settings); any other hub id costs the download of its config.json.
-    Raises ValueError if there is no config to be had.
+    Raises ValueError if there is no config.
     """
     name = DEMO_ID if str(path) == "demo" else str(path)
     shipped = Path(__file__).parent / "architectures" / (name.replace("/", "--") + ".json")
     if shipped.is_file():
-        keys = json.loads(shipped.read_text())
-        return AutoConfig.for_model(keys.pop("model_type"), **keys)
+        return AutoConfig.for_model(**json.loads(shipped.read_text()))
     try:
         return AutoConfig.from_pretrained(str(Path(name).expanduser()), trust_remote_code=False)
     except OSError as error:
@@ -177,9 +166,7 @@ def architecture(path: str | Path) -> PretrainedConfig:
         ) from error
 
 
-def meta_causal_lm(
-    config: PretrainedConfig, dtype: torch.dtype, attention: str = "sdpa"
-) -> PreTrainedModel:
+def meta_causal_lm(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """A model without values, on the meta device: its operators compute shapes only."""
     with torch.device("meta"):
         return _from_config(config, dtype, attention, where="model.path")
@@ -188,7 +175,7 @@ def meta_causal_lm(
 def _from_config(
     config: PretrainedConfig, dtype: torch.dtype, attention: str, *, where: str
 ) -> PreTrainedModel:
-    _check(config, attention, where=where)
+    check_config(config, where=where)
     model = AutoModelForCausalLM.from_config(
         config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
     )
@@ -206,57 +193,36 @@ def require_safetensors(path: str | Path) -> None:
     found = ", ".join(pickles) if pickles else "no weights"
     raise ValueError(
         f"{folder}: found {found}, expected *.safetensors. Pickled weights can run code when they "
-        f"are opened and are not loaded; {CONVERT}"
+        "are opened and are not loaded; convert them once, on a machine where you trust them: "
+        'python -c "from transformers import AutoModelForCausalLM as M; '
+        "M.from_pretrained('SOURCE').save_pretrained('TARGET')\""
     )
 
 
-def refuse_unsupported(config: PretrainedConfig, *, where: str) -> None:
-    """Raise ValueError for what this code would compute wrongly: one message, all reasons."""
+def check_config(config: PretrainedConfig, *, where: str) -> None:
+    """Turn dropout off; raise ValueError, with all reasons, for an unsupported model."""
     fields = config.to_dict()
-    kind = config.model_type
-    reasons = []
-    if fields.get("auto_map"):
-        reasons.append("it needs code from its own folder (auto_map), which is never run")
-    if fields.get("quantization_config"):
-        reasons.append("its weights are quantised; use the bf16 or fp32 original")
-    if fields.get("is_encoder_decoder"):
-        reasons.append("it is an encoder-decoder, not a causal LM")
-    if fields.get("vision_config") or fields.get("audio_config"):
-        reasons.append("it is multimodal; use the text-only model of the family")
-    if fields.get("attn_logit_softcapping"):
-        reasons.append(
-            "its attention logits are soft-capped (Gemma 2), which no fused attention does"
-        )
+    reasons = [reason for keys, reason in UNSUPPORTED.items() if any(map(fields.get, keys))]
     layers = set(fields.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
     if layers:
         reasons.append(f"it has layers of kind {', '.join(sorted(layers))}, which mix packed rows")
-    if not reasons:
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            reasons.append("transformers has no causal LM for it")
-        elif not _architecture(config)._supports_attention_backend:
-            reasons.append("its attention cannot be replaced through AttentionInterface")
+    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    if not reasons and type(config) not in known:
+        reasons.append("transformers has no causal LM for it")
+    elif not reasons and not known[type(config)]._supports_attention_backend:
+        reasons.append("its attention cannot be replaced through AttentionInterface")
     if reasons:
-        raise ValueError(f"{where}: model type '{kind}' is not supported: {'; '.join(reasons)}")
-
-
-def _architecture(config: PretrainedConfig) -> type[PreTrainedModel]:
-    return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
-
-
-def _check(config: PretrainedConfig, attention: str, *, where: str) -> None:
-    """Refuse what is not supported; dropout off, attention known to transformers."""
-    refuse_unsupported(config, where=where)
-    for key, value in config.to_dict().items():
+        kind, why = config.model_type, "; ".join(reasons)
+        raise ValueError(f"{where}: model type '{kind}' is not supported: {why}")
+    for key, value in fields.items():
         if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
             setattr(config, key, 0.0)
-    if attention == SHARED:
-        register_attention()
 
 
 def _finish(model: PreTrainedModel, *, where: str) -> PreTrainedModel:
-    alive = [n for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
-    if alive:
-        raise ValueError(f"{where}: dropout is still on in {', '.join(alive[:3])}")
+    on = [n for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
+    if on:
+        raise ValueError(f"{where}: dropout is still on in {', '.join(on[:3])}")
     model.config.use_cache = False  # generation asks for it explicitly
     return model
 
@@ -270,10 +236,7 @@ def weights_hash(path: str | Path) -> str:
     files = sorted(Path(path).glob("*.safetensors"))
     if not files:
         raise ValueError(f"{path}: no *.safetensors to hash; a hub id must be downloaded first")
-    total = hashlib.sha256()
-    for file in files:
-        total.update(f"{file.name}\0{_file_hash(file)}\n".encode())
-    return total.hexdigest()
+    return sha256_text("".join(f"{file.name}\0{_file_hash(file)}\n" for file in files))
 
 
 def _file_hash(file: Path) -> str:
@@ -282,9 +245,8 @@ def _file_hash(file: Path) -> str:
     identity = f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
     folder = cache_root() / "hashes"
     note = folder / (sha256_text(identity) + ".json")
-    if note.is_file():
-        return json.loads(note.read_text())["sha256"]
-    digest = sha256_file(file)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(note, json.dumps({"file": str(file.resolve()), "sha256": digest}))
-    return digest
+    if not note.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        digest = sha256_file(file)
+        write_text(note, json.dumps({"file": str(file.resolve()), "sha256": digest}))
+    return json.loads(note.read_text())["sha256"]

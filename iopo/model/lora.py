@@ -10,7 +10,7 @@ small updates are not lost, and their products run at the speed of the base's.
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,18 +38,15 @@ FIXED = {
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with a low-rank adapter; `weight` and `bias` keep their names and are frozen.
+    """A linear layer with a low-rank adapter; `weight` and `bias` keep their names.
 
     active: False gives the base layer's output (see adapter_off).
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
         # on the meta device nothing is allocated or drawn: the weights are the base's own
-        super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
+        super().__init__(base.in_features, base.out_features, device="meta")
         self.weight, self.bias = base.weight, base.bias
-        self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
         self.rank, self.alpha, self.dropout, self.active = rank, alpha, dropout, True
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.zeros(rank, base.in_features, device=device))
@@ -87,86 +84,66 @@ def add_lora(
     rank: int,
     alpha: float,
     dropout: float,
-    targets: str | Sequence[str],
+    targets: str,
     generator: torch.Generator,
 ) -> None:
     """Replace linear layers by LoRALinear, in place, and freeze everything else.
 
     targets: `all-linear` (every nn.Linear but the output layer), or names of layers such as
-        `q_proj` or `mlp.down_proj` (a sequence, or one string with commas): a layer is adapted if
-        its full name is one of them or ends in a dot and one of them.
+        `q_proj` or `mlp.down_proj`, with commas between them: a layer is adapted if its full name
+        is one of them or ends in a dot and one of them.
     generator: a CPU generator; A is drawn on the CPU in the model's order, so that all ranks and
         devices start alike.
-    Raises ValueError if a name fits no layer, or the model has adapters already.
+    Raises ValueError if a name fits no layer.
     """
-    if adapters(model):
-        raise ValueError("add_lora: the model has adapters already; merge or load them instead")
-    if rank < 1:
-        raise ValueError(f"add_lora: model.lora.rank is {rank}, expected 1 or more")
+    assert not adapters(model)
     chosen = _choose(model, targets)
     model.requires_grad_(False)
     for name in chosen:
-        layer = LoRALinear(_linear(model, name), rank, alpha, dropout)
+        base = model.get_submodule(name)
+        assert isinstance(base, nn.Linear)
+        layer = LoRALinear(base, rank, alpha, dropout)
         drawn = torch.empty(layer.lora_A.shape)
         nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
         layer.lora_A.data.copy_(drawn)
         model.set_submodule(name, layer)
 
 
-def _choose(model: PreTrainedModel, targets: str | Sequence[str]) -> list[str]:
+def _choose(model: PreTrainedModel, targets: str) -> list[str]:
     head = model.get_output_embeddings()
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
     if targets == "all-linear":
         return linear
-    wanted = [t.strip() for t in targets.split(",")] if isinstance(targets, str) else list(targets)
+    wanted = [target.strip() for target in targets.split(",")]
     fits = {t: [n for n in linear if n == t or n.endswith("." + t)] for t in wanted}
     missing = [t for t, names in fits.items() if not names]
-    if missing or not wanted:
+    if missing:
         leaves = sorted({n.rsplit(".", 1)[-1] for n in linear})
         raise ValueError(
-            f"model.lora.targets: {', '.join(missing) or 'nothing'} fits no linear layer; "
-            f"expected all-linear or some of {', '.join(leaves)}"
+            f"model.lora.targets: {', '.join(missing)} fits no linear layer; expected all-linear "
+            f"or some of {', '.join(leaves)}"
         )
     return [n for n in linear if any(n in names for names in fits.values())]
 
 
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    layer = model.get_submodule(name)
-    assert isinstance(layer, nn.Linear)
-    return layer
-
-
-def starts_at_zero(model: nn.Module) -> bool:
-    """Whether there are adapters and all of them add exactly nothing (every B is zero)."""
-    layers = adapters(model).values()
-    return bool(layers) and not any(bool(layer.lora_B.any()) for layer in layers)
-
-
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes as its base: the reference, if the base is the reference.
-
-    Raises ValueError on a model without adapters, where it would change nothing.
-    """
-    layers = list(adapters(model).values())
-    if not layers:
-        raise ValueError("adapter_off: the model has no adapters; use another reference")
-    before = [layer.active for layer in layers]
+    """Inside, the model computes as its base: the reference, if the base is the reference."""
+    layers = adapters(model).values()
+    assert layers, "without adapters this would change nothing"
     try:
         for layer in layers:
             layer.active = False
         yield
     finally:
-        for layer, active in zip(layers, before, strict=True):
-            layer.active = active
+        for layer in layers:
+            layer.active = True
 
 
 def merge_lora(model: nn.Module) -> None:
     """Replace every LoRALinear by the nn.Linear that it amounts to, in place; no way back."""
     for name, layer in adapters(model).items():
-        merged = nn.Linear(
-            layer.in_features, layer.out_features, layer.bias is not None, device="meta"
-        )
+        merged = nn.Linear(layer.in_features, layer.out_features, device="meta")
         weight = merge(layer.weight, layer.lora_A, layer.lora_B, layer.scaling).detach()
         merged.weight = nn.Parameter(weight, requires_grad=False)
         merged.bias = layer.bias
@@ -176,10 +153,11 @@ def merge_lora(model: nn.Module) -> None:
 def adapter_config(model: nn.Module, base: str) -> dict[str, Any]:
     """The contents of PEFT's adapter_config.json; base: path or hub id of the base model."""
     layers = adapters(model)
-    settings = {(m.rank, m.alpha, m.dropout) for m in layers.values()}
-    if len(settings) != 1:
-        raise ValueError(f"expected adapters of one rank, alpha and dropout, found {settings}")
-    rank, alpha, dropout = settings.pop()
+    ((rank, alpha, dropout),) = {(m.rank, m.alpha, m.dropout) for m in layers.values()}
+    # the last parts of the names (`q_proj`) if they single out the adapted layers
+    leaves = {name.rsplit(".", 1)[-1] for name in layers}
+    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    fitting = {name for name in linear if name.rsplit(".", 1)[-1] in leaves}
     return FIXED | {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
@@ -188,16 +166,8 @@ def adapter_config(model: nn.Module, base: str) -> dict[str, Any]:
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": dropout,
-        "target_modules": _target_names(model, set(layers)),
+        "target_modules": sorted(leaves if fitting == set(layers) else layers),
     }
-
-
-def _target_names(model: nn.Module, chosen: set[str]) -> list[str]:
-    """Last parts of the names (`q_proj`) if they single out the chosen layers, else full names."""
-    leaves = {name.rsplit(".", 1)[-1] for name in chosen}
-    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    fitting = {name for name in linear if name.rsplit(".", 1)[-1] in leaves}
-    return sorted(leaves if fitting == chosen else chosen)
 
 
 def write_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -209,9 +179,8 @@ def write_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, Tenso
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:
-    """Put the adapters of a PEFT folder on the model, in place, and freeze everything else.
+    """Put the adapters of a PEFT folder on a model without any, and freeze everything else.
 
-    A model that has adapters already must have the same ones; their values are replaced.
     Raises ValueError for what LoRALinear does not compute (DoRA, rsLoRA, biases, per-layer ranks,
     further trained modules), for pickled adapters and for layers that do not fit.
     """
@@ -222,18 +191,25 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     for key, tensor in tensors.items():
         name, _, which = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         layers.setdefault(name, {})[which] = tensor
-    known = dict(model.named_modules())
+    known = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     bad = [n for n, t in layers.items() if set(t) != {"lora_A", "lora_B"} or n not in known]
-    present = adapters(model)
-    if bad or (present and set(present) != set(layers)):
+    if bad:
         raise ValueError(
-            f"{folder}: adapters for {', '.join(bad[:3]) or 'other layers'} do not fit this model; "
-            "was the adapter trained on another one?"
+            f"{folder}: adapters for {', '.join(bad[:3])} do not fit this model; was the adapter "
+            "trained on another one?"
         )
-    if not present:
-        model.requires_grad_(False)
+    model.requires_grad_(False)
     for name, values in layers.items():
-        _load_layer(model, name, values, config, where=str(folder))
+        layer = LoRALinear(known[name], config["r"], config["lora_alpha"], config["lora_dropout"])
+        for which, value in values.items():
+            parameter = layer.get_parameter(which)
+            if parameter.shape != value.shape:
+                raise ValueError(
+                    f"{folder}: {name}.{which} has shape {tuple(value.shape)}, expected "
+                    f"{tuple(parameter.shape)}"
+                )
+            parameter.data.copy_(value)
+        model.set_submodule(name, layer)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -248,20 +224,3 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if odd:
         raise ValueError(f"{folder}: not supported in adapter_config.json: {odd}")
     return config
-
-
-def _load_layer(
-    model: nn.Module, name: str, values: dict[str, Tensor], config: dict[str, Any], *, where: str
-) -> None:
-    layer = _linear(model, name)
-    if not isinstance(layer, LoRALinear):
-        layer = LoRALinear(layer, config["r"], config["lora_alpha"], config["lora_dropout"])
-    for which, parameter in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-        if parameter.shape != values[which].shape:
-            raise ValueError(
-                f"{where}: {name}.{which} has shape {tuple(values[which].shape)}, expected "
-                f"{tuple(parameter.shape)}"
-            )
-        parameter.data.copy_(values[which])
-    layer.alpha = config["lora_alpha"]
-    model.set_submodule(name, layer)

@@ -12,7 +12,6 @@ Gradients are sums over micro-batches and processes, never means: the loss is al
 number of quads in the step.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,20 +57,20 @@ class TrainModel:
     def set_sync(self, last: bool) -> None:
         """Before each micro-batch's forward: whether it is the step's last on this process.
 
-        Shards get their sums after every micro-batch, replicas of them after the last: kept until
-        then, the gradients of a process would be whole, 4 bytes a parameter.
+        Shards get their sums after every micro-batch, because whole gradients would be 4 bytes a
+        parameter; replicas of shards after the last.
         """
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_all_reduce(last)
 
-    def empty_backward(self, forward: Callable[[Any], Tensor], batch: Any) -> None:
+    def empty_backward(self, batch: Any) -> None:
         """Take part in a micro-batch that only other processes have; adds zero to the gradients.
 
         Sharded models communicate inside forward and backward, so every process must run as many;
         `batch` is any small batch. Replicated models have nothing to do.
         """
         if self.sharded:
-            (forward(batch).sum() * 0.0).backward()
+            (self.model(batch).sum() * 0.0).backward()
 
     def reduce_and_clip(self, max_norm: float) -> Tensor:
         """After the last backward: sum gradients over processes and scale them to max_norm.
@@ -80,21 +79,16 @@ class TrainModel:
         device, the same on all processes; inf or nan if any gradient is not finite, and then the
         gradients are unusable and the step must not be applied.
         """
-        if not self.sharded:
-            self._collect_gradients()
+        for name, copy in self.copies.items():
+            self.parameters[name].grad, copy.grad = copy.grad, None
+        if not self.sharded and dist.is_initialized() and dist.get_world_size() > 1:
+            sum_gradients(list(self.parameters.values()))
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), max_norm, norm)
         return norm
-
-    def _collect_gradients(self) -> None:
-        """Give the fp32 parameters the gradients that their copies gathered, summed over ranks."""
-        for name, copy in self.copies.items():
-            self.parameters[name].grad, copy.grad = copy.grad, None
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            sum_gradients(list(self.parameters.values()))
 
     def zero_grad(self) -> None:
         """After the optimizer's step: forget the gradients and refresh the computing copies."""
@@ -122,8 +116,8 @@ class TrainModel:
 class BlockOptions:
     """What happens to each decoder block.
 
-    checkpoint_every: keep no activations of every k-th block but its input, and recompute them in
-        backward; 1 for all blocks, 0 for none.
+    checkpoint_every: keep of every k-th block (0: of none) its input alone, and recompute the rest
+        of its activations in backward.
     selective: of those blocks keep matrix products and attention too (activation_checkpointing.py).
     compile: torch.compile each block.
     """
@@ -138,14 +132,10 @@ def make_mesh(device_type: str, shard_processes: int | None = None) -> DeviceMes
 
     shard_processes: processes that divide one copy of the model, neighbours in rank, as within a
         node; None for all. With 8 GPUs a node, 8 gives HSDP: only gradients cross nodes.
-    Raises ValueError if it does not divide the number of processes.
     """
     world = dist.get_world_size()
     shard = shard_processes or world
-    if world % shard:
-        raise ValueError(
-            f"parallel.shard_processes is {shard}, which does not divide the {world} processes"
-        )
+    assert world % shard == 0  # check_sharding
     if shard == world:
         return init_device_mesh(device_type, (world,), mesh_dim_names=("shard",))
     sizes = (world // shard, shard)
@@ -159,7 +149,7 @@ def prepare(
     dtype: torch.dtype,
     mesh: DeviceMesh | None,
     offload: bool = False,
-    block_options: BlockOptions | None = None,
+    block_options: BlockOptions = BlockOptions(),
 ) -> TrainModel:
     """Place, shard or replicate a model (changed in place) whose root's forward does all its work.
 
@@ -167,16 +157,13 @@ def prepare(
         and frozen parameters as they are.
     mesh: shard over it (make_mesh); None replicates on all processes of the default group.
     offload: keep sharded parameters and optimizer state in host memory.
-    block_options: what is recomputed and compiled; None for nothing.
+    block_options: what is recomputed and compiled.
     """
-    if offload and mesh is None:
-        raise ValueError("parallel.offload needs a sharded model: set parallel.shard_processes > 1")
-    frozen = any(not p.requires_grad for p in model.parameters())
     accum_dtype = dtype if torch.finfo(dtype).bits >= 32 else torch.float32
     _exact_embedding_gradient(language_model(model))
-    wrap_blocks(model, block_options or BlockOptions())
+    wrap_blocks(model, block_options)
     if mesh is None:
-        return _replicate(model, device, dtype, accum_dtype, adapters=frozen)
+        return _replicate(model, device, dtype, accum_dtype)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(accum_dtype)
@@ -187,10 +174,7 @@ def prepare(
 
 def language_model(model: nn.Module) -> PreTrainedModel:
     """The transformers causal LM that `model` is or holds."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            return module
-    raise ValueError(f"{type(model).__name__} holds no transformers model")
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -216,13 +200,10 @@ def wrap_blocks(model: nn.Module, options: BlockOptions) -> None:
 
 
 def _replicate(
-    model: nn.Module,
-    device: torch.device,
-    dtype: torch.dtype,
-    accum_dtype: torch.dtype,
-    *,
-    adapters: bool,
+    model: nn.Module, device: torch.device, dtype: torch.dtype, accum_dtype: torch.dtype
 ) -> TrainModel:
+    # beside frozen weights the trained ones are adapters, which compute from fp32 themselves
+    adapters = any(not p.requires_grad for p in model.parameters())
     model.to(device)
     parameters, copies = {}, {}
     for name, parameter in model.named_parameters():  # a tied weight comes once
@@ -252,8 +233,7 @@ def _shard(
         ),
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
     }
-    inner = blocks(model)
-    for block in inner:
+    for block in blocks(model):
         fully_shard(block, **options)
     fully_shard(model, **options)
     for module in model.modules():
@@ -261,29 +241,23 @@ def _shard(
             # the loss is divided already; gloo has no reduction with a factor
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    _wide_root_gradients(model, inner, accum_dtype)
+    _wide_root_gradients(model, accum_dtype)
 
 
-def _wide_root_gradients(
-    model: nn.Module, inner: list[nn.Module], accum_dtype: torch.dtype
-) -> None:
+def _wide_root_gradients(model: nn.Module, accum_dtype: torch.dtype) -> None:
     """Gradients of the root's own group (embedding, final norm, head) arrive in `accum_dtype`.
 
     A tied weight gets one gradient as embedding and one as head; autograd would add them in bf16.
     """
-    blocked = {id(m) for block in inner for m in block.modules()}
-    owners = [
-        (module, name)
-        for module in model.modules()
-        if id(module) not in blocked
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.requires_grad
-    ]
+    blocked = {id(m) for block in blocks(model) for m in block.modules()}
+    outside = [module for module in model.modules() if id(module) not in blocked]
 
     def widen(module: nn.Module, args: Any) -> None:
         # FSDP's hook ran before this one: these are the gathered parameters
-        for owner, name in owners:
-            getattr(owner, name).grad_dtype = accum_dtype
+        for owner in outside:
+            for parameter in owner.parameters(recurse=False):
+                if parameter.requires_grad:
+                    parameter.grad_dtype = accum_dtype
 
     model.register_forward_pre_hook(widen)
 
@@ -333,10 +307,8 @@ def sum_gradients(parameters: list[nn.Parameter]) -> None:
         pending.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
     for bucket, flat, work in pending:
         work.wait()
-        pieces = flat.split([grad.numel() for grad in bucket])
-        torch._foreach_copy_(
-            bucket, [piece.view_as(g) for piece, g in zip(pieces, bucket, strict=True)]
-        )
+        pieces = zip(flat.split([grad.numel() for grad in bucket]), bucket, strict=True)
+        torch._foreach_copy_(bucket, [piece.view_as(grad) for piece, grad in pieces])
 
 
 def _buckets(grads: list[Tensor]) -> list[list[Tensor]]:

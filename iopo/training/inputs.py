@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from iopo import objectives
-from iopo.config import Layout, OptimConfig, Overlong, TrainConfig
+from iopo.config import Layout, OptimConfig, TrainConfig
 from iopo.data.batching import Batching
 from iopo.data.rows import Quad, Row, read_rows, rows_for, spread
 from iopo.data.tokenize import (
@@ -68,8 +68,7 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
     model_path = None if cfg.model.tiny is not None else resolve_model(str(cfg.model.path))
     tokenizer = byte_tokenizer() if model_path is None else load_tokenizer(model_path)
     chat = Chat(tokenizer, cfg.model.system)
-    overlong = "raise" if data.on_overlong is Overlong.error else data.on_overlong.value
-    limits = Limits(data.max_prompt_tokens, data.max_response_tokens, overlong)
+    limits = Limits(data.max_prompt_tokens, data.max_response_tokens, data.on_overlong.value)
     # One process per core where there is work for them: starting one costs seconds.
     many = len(train_rows) > 20_000
     workers = data.workers or (len(os.sched_getaffinity(0)) if many else 1)

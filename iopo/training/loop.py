@@ -183,7 +183,7 @@ def gradients(
     Yields the examples of each and the metrics' values [E, columns]; nothing for a micro-batch that
     only other ranks have, but this one takes part in its communication.
     """
-    batches = micro_batches(job.tokens_N, job.batching, step - 1, job.rank)
+    batches = micro_batches(job.tokens_N, job.batching, step - 1)[job.rank]
     split = job.split_microbatches(step - 1)
     total = len(quads_of_step(len(job.tokens_N), job.batching, step - 1))
     for i, indices in enumerate(batches):
@@ -198,7 +198,7 @@ def gradients(
             if parts is not None:
                 parts.idle(last=last)
             else:
-                train_model.empty_backward(train_model.model, batch)
+                train_model.empty_backward(batch)
             continue
         policy_EM = train_model.model(batch) if parts is None else parts.log_probs()
         loss_E, values_EK = score(job, batch, rows, policy_EM, reference_EM)
@@ -254,7 +254,7 @@ def check_start(job: Job, policy: LogProbs, reference: Reference) -> None:
     |log-ratio| over the first step's examples on this rank; raises ValueError if the loss is off by
     more than the reference's tolerance, and not because a steep objective magnifies rounding.
     """
-    indices = micro_batches(job.tokens_N, job.batching, 0, job.rank)[0] or (0,)
+    indices = micro_batches(job.tokens_N, job.batching, 0)[job.rank][0] or (0,)
     rows = [job.examples[j] for j in indices]
     batch = job.build(rows)
     policy_EM = policy(batch)

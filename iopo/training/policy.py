@@ -48,7 +48,7 @@ def make_policy(
         dtype=dtype,
         mesh=make_mesh(ranks.device.type, p.shard_processes) if sharded else None,
         offload=p.offload,
-        block_options=None if frozen else block_options(p),
+        block_options=BlockOptions() if frozen else block_options(p),
     )
 
 

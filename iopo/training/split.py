@@ -24,7 +24,7 @@ from torch import Tensor
 
 from iopo import objectives
 from iopo.config import LoraConfig, ObjectiveConfig, OptimConfig, ParallelConfig
-from iopo.data.batching import Batching, MicroBatch, micro_batches_of_ranks
+from iopo.data.batching import Batching, MicroBatch, micro_batches
 from iopo.data.example import Example
 from iopo.data.layout import Batch
 from iopo.model.parallel import TrainModel
@@ -49,7 +49,7 @@ class Splitting:
         self, tokens_N: np.ndarray, batching: Batching, step: int, rank: int
     ) -> set[int]:
         """Numbers of the micro-batches of `step` that `rank` splits."""
-        per_rank = micro_batches_of_ranks(tokens_N, batching, step)
+        per_rank = micro_batches(tokens_N, batching, step)
         seen = per_rank if self.collective else [per_rank[rank]]
 
         def any_above(batches: Sequence[MicroBatch]) -> bool:

@@ -61,7 +61,6 @@ def test_every_response_token_is_scored_once_from_the_token_before_it(examples, 
         predicted_at = batch.positions.flatten()[rows]
         assert predicted_at.tolist() == list(range(len(prompt) - 1, len(path) - 1))
     assert batch.examples * batch.members == len(paths(examples)) == len(batch.scored_M)
-    assert batch.ids == tuple(example.id for example in examples)
 
 
 @settings(max_examples=100, deadline=None)
@@ -109,16 +108,12 @@ def test_three_members():
 def test_refusals():
     token, none = np.ones(1, np.int32), np.ones(0, np.int32)
     pair = Example("pair", (token,), ((token, token),))
-    with pytest.raises(ValueError, match="at least one example"):
-        build_shared([])
-    with pytest.raises(ValueError, match="'bad': prompt 0 is empty"):
+    with pytest.raises(AssertionError, match="'bad' has an empty prompt"):
         build_plain([Example("bad", (none,), ((token,),))])
-    with pytest.raises(ValueError, match="'bad': prompt 0 has no response"):
+    with pytest.raises(AssertionError, match="'bad' has a prompt without response"):
         build_plain([Example("bad", (token,), ((),))])
-    with pytest.raises(ValueError, match=r"equally many members, found \[1, 2\]"):
+    with pytest.raises(AssertionError, match="equally many members"):
         build_shared([pair, Example("sft", (token,), ((token,),))])
-    with pytest.raises(ValueError, match="multiple must be at least 1, found 0"):
-        build_shared([pair], multiple=0)
 
 
 def test_moving_a_batch_keeps_the_ranges_on_the_cpu():

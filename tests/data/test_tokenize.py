@@ -1,7 +1,6 @@
 """Text to tokens: the boundary of prompt and response, templates' habits, limits, cache."""
 
 import dataclasses
-from datetime import date
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,18 +9,10 @@ from helpers_tokenizer import CHATML, tiny_tokenizer
 
 from iopo import files
 from iopo.data import tokenize
-from iopo.data.example import percentiles
+from iopo.data.chat import Chat, tokenizer_hash
+from iopo.data.example import Example, Report, content_key, percentiles
 from iopo.data.rows import Pair, Quad, Sft
-from iopo.data.tokenize import (
-    Chat,
-    Encoder,
-    Example,
-    Limits,
-    Report,
-    content_key,
-    tokenize_rows,
-    tokenizer_hash,
-)
+from iopo.data.tokenize import Encoder, Limits, tokenize_rows
 from iopo.objectives import THREE
 
 LIMITS = Limits(1000, 1000)
@@ -94,7 +85,8 @@ def test_rows_that_would_tokenise_otherwise_in_one_piece_are_counted_and_kept(ch
     # "assistant\n" + "\n\nApple": joined, the three line breaks merge across the boundary
     rows = [QUAD, dataclasses.replace(QUAD, id="breaks", y1="\n\nAPPLE")]
     examples, report = tokenize_rows(rows, Encoder(chat, LIMITS))
-    whole = chat.tokenizer(chat.conversation(rows[1].x1, rows[1].y1))["input_ids"]
+    messages = [*chat.messages(rows[1].x1), {"role": "assistant", "content": rows[1].y1}]
+    whole = chat.tokenizer(chat.render(messages, add_generation_prompt=False))["input_ids"]
     joined = [*examples[1].prompts[0], *examples[1].responses[0][0]]
     assert whole[: len(joined)] != joined  # so the case is one
     assert report.joint_differences == ["breaks"] and report.kept == 2
@@ -117,9 +109,6 @@ def test_a_template_that_writes_the_date_writes_a_fixed_one():
     template = "{{ '<|im_start|>system\nToday: ' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}"
     chat = with_template(template + CHATML)
     assert chat.prompt("ask").startswith("<|im_start|>system\nToday: 26 Jul 2024<|im_end|>\n")
-    later = with_template(template + CHATML, today=date(2031, 1, 2))
-    assert "Today: 02 Jan 2031" in later.prompt("ask")
-    assert tokenizer_hash(chat) != tokenizer_hash(later)
     one(chat)
 
 
@@ -245,7 +234,7 @@ def test_overlong_rows_raise_when_asked(chat):
     with pytest.raises(
         ValueError, match=r"row 'q': prompt longer than max_prompt_tokens \(\d+ tok"
     ):
-        tokenize_rows([QUAD], Encoder(chat, Limits(10, 100, on_overlong="raise")))
+        tokenize_rows([QUAD], Encoder(chat, Limits(10, 100, on_overlong="error")))
 
 
 def test_truncation_is_joint_and_keeps_the_template(chat):
@@ -279,13 +268,6 @@ def test_truncation_that_makes_texts_equal_drops_the_row(chat):
 def test_a_prompt_that_is_all_template_cannot_be_cut(chat):
     with pytest.raises(ValueError, match="cannot be cut to 5 within the template"):
         tokenize_rows([QUAD], Encoder(chat, Limits(5, 100, on_overlong="truncate")))
-
-
-def test_limits_are_checked():
-    with pytest.raises(ValueError, match="expected 'drop', 'truncate' or 'raise'"):
-        Limits(10, 10, on_overlong="skip")
-    with pytest.raises(ValueError, match="max_response_tokens is 0"):
-        Limits(10, 0)
 
 
 def test_differing_constraints_are_counted(chat):
@@ -348,7 +330,7 @@ def test_the_second_time_is_read_from_disk(chat, tmp_path, monkeypatch):
     [
         {"rows": [dataclasses.replace(QUAD, y1="PEAR")]},
         {"limits": Limits(999, 1000)},
-        {"limits": Limits(1000, 1000, "raise")},
+        {"limits": Limits(1000, 1000, "error")},
         {"chat": Chat(tiny_tokenizer("{{ 'Chat: ' }}" + CHATML))},
         {"chat": Chat(tiny_tokenizer(vocab_size=390))},
         {"chat": Chat(tiny_tokenizer(), system="Be brief.")},

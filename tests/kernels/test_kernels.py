@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers_kernels import by_definition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iopo.kernels import definition, tiled
+from iopo.kernels import tiled
 from iopo.kernels.linear_logprob import linear_logprob
 
 
@@ -63,7 +64,7 @@ def test_any_shape_equals_the_definition(rows, width, words, bias, softcap, scal
     args = (hidden, weight, targets, bias_V, upstream, softcap)
     assert_all_close(
         values_and_gradients(linear_logprob, *args),
-        values_and_gradients(definition.linear_logprob, *args),
+        values_and_gradients(by_definition, *args),
         rtol=1e-9,
         atol=1e-9,
     )
@@ -89,7 +90,7 @@ def test_error_is_below_that_of_log_softmax_in_the_same_dtype(dtype, scale):
     hidden, weight, targets, _ = problem(64, 96, 500, dtype, scale=scale)
     upstream = torch.linspace(-1, 2, 64)
     wide = (hidden.double(), weight.double(), targets, None, upstream.double())
-    truth = values_and_gradients(definition.linear_logprob, *wide)
+    truth = values_and_gradients(by_definition, *wide)
 
     def plain(hidden, weight, targets, **_):
         return F.linear(hidden, weight).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
@@ -147,7 +148,7 @@ def test_large_reference_moves_do_not_lose_the_earlier_tiles():
     targets = torch.tensor([0, 70, 40])
     upstream = torch.tensor([1.0, -2.0, 0.5])
     args = (hidden, weight, targets, None, upstream)
-    theirs = values_and_gradients(definition.linear_logprob, *args)
+    theirs = values_and_gradients(by_definition, *args)
     assert_all_close(values_and_gradients(linear_logprob, *args), theirs)
     _, grad = frozen_head(hidden, weight, targets, None, upstream)
     torch.testing.assert_close(grad, theirs[1])
@@ -185,7 +186,7 @@ def test_a_frozen_head_is_exact_for_any_upstream(dtype, tolerance):
     hidden, weight, targets, _ = problem(64, 96, 500, dtype, scale=8.0)
     upstream = torch.tensor([0.3, -1.0, 2.0, 0.01]).repeat(16)
     wide = (hidden.double(), weight.double(), targets, None, upstream.double())
-    truth = values_and_gradients(definition.linear_logprob, *wide)[1]
+    truth = values_and_gradients(by_definition, *wide)[1]
     _, grad = frozen_head(hidden, weight, targets, None, upstream)
     assert (grad.double() - truth).norm() / truth.norm() < tolerance
 
@@ -228,13 +229,12 @@ class Largest(TorchDispatchMode):
 def test_the_logits_never_exist():
     hidden, weight, targets, _ = problem(40, 8, 400)
     with Largest() as largest:
-        saved = tiled.forward(hidden, weight, targets, None, 3.0, with_gradient=True)[:3]
-        tiled.backward(
-            saved[0], hidden, weight, targets, *saved, None, 3.0, need_weight=True, need_bias=False
-        )
+        inputs = tiled.Inputs(hidden, weight, targets, softcap=3.0)
+        saved = tiled.forward(inputs, with_gradient=True)[:3]
+        tiled.backward(inputs, saved[0], saved, need_weight=True, need_bias=False)
     assert largest.elements == weight.numel() == 3200
     with Largest() as largest:
-        definition.linear_logprob(hidden, weight, targets)
+        by_definition(hidden, weight, targets)
     assert largest.elements == 40 * 400
 
 
@@ -243,7 +243,7 @@ def test_padded_vocabulary_is_a_view_of_the_weight():
     weight.requires_grad_()
     logp = linear_logprob(hidden, weight[:33], targets % 33)
     torch.testing.assert_close(
-        logp, definition.linear_logprob(hidden, weight[:33], targets % 33), rtol=1e-9, atol=1e-9
+        logp, by_definition(hidden, weight[:33], targets % 33), rtol=1e-9, atol=1e-9
     )
     logp.sum().backward()
     assert (weight.grad[33:] == 0).all() and (weight.grad[:33] != 0).any()
@@ -255,7 +255,7 @@ def test_tied_embeddings_receive_both_gradients():
     tokens = torch.tensor([1, 2, 3, 3, 2, 1])
     grads = [
         torch.autograd.grad(function(weight[tokens].tanh(), weight, targets).sum(), weight)[0]
-        for function in (linear_logprob, definition.linear_logprob)
+        for function in (linear_logprob, by_definition)
     ]
     torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
 
@@ -265,7 +265,7 @@ def test_strided_inputs():
     args = (hidden[:, ::2], weight.t().contiguous().t()[:, 1::2], targets, None, torch.ones(6))
     assert_all_close(
         values_and_gradients(linear_logprob, *args),
-        values_and_gradients(definition.linear_logprob, *args),
+        values_and_gradients(by_definition, *args),
     )
 
 
@@ -333,16 +333,16 @@ def refused(message, **changes):
 def test_guards():
     for wrong in (20, -1, -100):
         refused("targets must be in", targets_R=torch.tensor([0, 1, 2, 3, wrong]))
-    refused("targets must be int64", targets_R=torch.zeros(4, dtype=torch.int64))
-    refused("targets must be int64", targets_R=torch.zeros(5, dtype=torch.int32))
+    refused("expected targets int64", targets_R=torch.zeros(4, dtype=torch.int64))
+    refused("expected targets int64", targets_R=torch.zeros(5, dtype=torch.int32))
     refused("expected hidden", hidden_RD=torch.zeros(1, 5, 4))
-    refused("expected hidden", weight_VD=torch.zeros(20, 3))
+    refused(r"expected hidden.*float32 \[20, 3\]", weight_VD=torch.zeros(20, 3))
     refused("one floating dtype", weight_VD=torch.zeros(20, 4, dtype=torch.bfloat16))
     refused("one floating dtype", hidden_RD=torch.zeros(5, 4, dtype=torch.int64))
-    refused("no vocabulary", weight_VD=torch.zeros(0, 4))
-    refused("bias must be", bias_V=torch.zeros(19))
-    refused("bias must be", bias_V=torch.zeros(20).double())
-    refused("softcap", softcap=0.0)
+    refused("are the vocabulary", weight_VD=torch.zeros(0, 4))
+    refused("expected bias", bias_V=torch.zeros(19))
+    refused("expected bias", bias_V=torch.zeros(20).double())
+    refused("expected softcap above 0", softcap=0.0)
 
 
 @pytest.mark.slow
@@ -352,5 +352,5 @@ def test_more_logits_than_an_int32_can_count(monkeypatch):
     hidden, weight, targets, _ = problem(rows, 2, words, torch.float32)
     logp = linear_logprob(hidden, weight, targets)
     tail = slice(rows - 7, rows)
-    expected = definition.linear_logprob(hidden[tail].double(), weight.double(), targets[tail])
+    expected = by_definition(hidden[tail].double(), weight.double(), targets[tail])
     torch.testing.assert_close(logp[tail].double(), expected, rtol=1e-5, atol=1e-5)

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
+from helpers_kernels import by_definition
 
-from iopo.kernels import definition
 from iopo.kernels.linear_logprob import linear_logprob
 
 pytestmark = pytest.mark.gpu
@@ -32,7 +32,7 @@ def results(function, hidden, weight, targets, bias, upstream, softcap):
 
 def exact(hidden, weight, targets, bias, upstream, softcap):
     wide = [None if x is None else x.double() for x in (hidden, weight, bias, upstream)]
-    return results(definition.linear_logprob, wide[0], wide[1], targets, wide[2], wide[3], softcap)
+    return results(by_definition, wide[0], wide[1], targets, wide[2], wide[3], softcap)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -100,7 +100,7 @@ def test_full_size_head_beyond_int32_in_little_memory():
     extra = torch.cuda.max_memory_allocated() - before
     assert extra < 1.5e9, f"{extra / 1e9:.2f} GB"
     last = slice(rows - 8, rows)
-    expected = definition.linear_logprob(hidden[last].detach(), weight, targets[last])
+    expected = by_definition(hidden[last].detach(), weight, targets[last])
     torch.testing.assert_close(logp[last].detach(), expected, rtol=1e-4, atol=1e-3)
 
 

@@ -8,11 +8,13 @@ import os
 
 import pytest
 import torch
+from helpers_kernels import by_definition
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_kernels_triton.py in the interpreter", allow_module_level=True)
 
-from iopo.kernels import definition, linear_logprob, triton_gemm
+from iopo.kernels import linear_logprob, triton_gemm
+from iopo.kernels.tiled import Inputs
 from iopo.kernels.triton_gemm import Blocks
 
 SHAPES = [(7, 16, 33), (37, 24, 100), (40, 20, 97), (16, 16, 32), (3, 9, 2), (1, 5, 65), (0, 8, 20)]
@@ -24,7 +26,7 @@ def small_blocks(monkeypatch, request):
     blocks = Blocks(
         rows=16, vocab=32, width=16, warps=4, stages=1, descriptors=request.param, group=2
     )
-    monkeypatch.setattr(triton_gemm, "_blocks", lambda hidden, softcap: blocks)
+    monkeypatch.setattr(triton_gemm, "_blocks", lambda inputs: blocks)
     monkeypatch.setattr(triton_gemm, "CHUNK_BYTES_PER_ENTRY", 4 * 32)
     monkeypatch.setattr(linear_logprob, "_backend", lambda hidden: triton_gemm)
 
@@ -58,7 +60,7 @@ def test_float32_equals_the_definition(shape, options):
         linear_logprob.linear_logprob, hidden, weight, targets, bias_V, upstream, softcap
     )
     theirs = results(
-        definition.linear_logprob,
+        by_definition,
         wide(hidden), wide(weight), targets, wide(bias_V), wide(upstream), softcap,
     )  # fmt: skip
     for one, other in zip(ours, theirs, strict=True):
@@ -71,7 +73,7 @@ def test_float16_has_float32_log_probabilities(shape):
     hidden.requires_grad_()
     upstream = torch.randn(shape[0])
     exact_hidden = hidden.detach().double().requires_grad_()
-    exact = definition.linear_logprob(exact_hidden, weight.double(), targets)
+    exact = by_definition(exact_hidden, weight.double(), targets)
     logp = linear_logprob.linear_logprob(hidden, weight, targets)
     torch.testing.assert_close(logp.detach().double(), exact.detach(), rtol=2e-5, atol=2e-5)
     (grad,) = torch.autograd.grad(logp, hidden, upstream)
@@ -91,7 +93,7 @@ def test_frozen_head_with_the_gradient_in_the_forward_pass(dtype, shape, softcap
     with torch.no_grad():
         assert torch.equal(logp, linear_logprob.linear_logprob(hidden, weight, targets, **options))
     exact_hidden = hidden.detach().double().requires_grad_()
-    exact = definition.linear_logprob(
+    exact = by_definition(
         exact_hidden, weight.double(), targets, bias_V=bias.double(), softcap=softcap
     )
     (grad,) = torch.autograd.grad(logp, hidden, upstream)
@@ -115,11 +117,12 @@ def test_no_log_probability_above_zero_and_the_same_bits_twice(dtype):
 def test_offsets_do_not_wrap_at_2_to_the_31():
     """The third row of the errors begins at element 2^31 of memory that is mostly never touched."""
     hidden, weight, targets, _ = problem(3, 16, 32, torch.float16)
-    logp, shift, scale, _ = triton_gemm.forward(hidden, weight, targets, None, None)
+    inputs = Inputs(hidden, weight, targets)
+    logp, shift, scale, _ = triton_gemm.forward(inputs, with_gradient=False)
     memory = torch.empty(2**31 + 32, dtype=torch.float16)
     error = memory.as_strided((3, 32), (2**30, 1))
     per_row = (targets, shift, -scale, -torch.expm1(logp))
-    triton_gemm._launch(triton_gemm.error_kernel, hidden, weight, None, per_row, error, None)
+    triton_gemm._launch(triton_gemm.error_kernel, inputs, per_row, error)
     probabilities = (hidden.double() @ weight.double().t()).softmax(-1)
     expected = torch.nn.functional.one_hot(targets, 32) - probabilities
     torch.testing.assert_close(error.double(), expected, rtol=2e-3, atol=2e-3)

@@ -146,11 +146,11 @@ def test_no_conversations(tokenizer):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ({"temperature": -1.0}, "temperature is -1.0"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"max_new_tokens": 510}, "exceed the model's 512 positions"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"max_new_tokens": 510}, "room for 510 new ones in the model's 512 positions"),
     ],
 )
 def test_refuses(tokenizer, change, message):

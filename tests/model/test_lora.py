@@ -35,7 +35,6 @@ def test_starts_as_the_base_bit_for_bit(dtype):
     model = tiny_qwen2(dtype=dtype)
     before = logits(model)
     adapted(model, fill=False)
-    assert lora.starts_at_zero(model)
     assert torch.equal(logits(model), before)
 
 
@@ -62,12 +61,12 @@ def test_adapter_off_is_the_base_and_comes_back():
     base = logits(tiny_qwen2())
     model = adapted()
     changed = logits(model)
-    assert not torch.allclose(base, changed) and not lora.starts_at_zero(model)
+    assert not torch.allclose(base, changed)
     with pytest.raises(RuntimeError, match="inside"), lora.adapter_off(model):
         assert torch.equal(logits(model), base)
         raise RuntimeError("inside")
     assert torch.equal(logits(model), changed)
-    with pytest.raises(ValueError, match="no adapters"), lora.adapter_off(tiny_llama()):
+    with pytest.raises(AssertionError, match="change nothing"), lora.adapter_off(tiny_llama()):
         pass
 
 
@@ -85,13 +84,11 @@ def test_targets():
         "q_proj",
         "up_proj",
     }
-    one = adapted(targets=["layers.1.self_attn.v_proj"])
+    one = adapted(targets="layers.1.self_attn.v_proj")
     assert list(lora.adapters(one)) == ["model.layers.1.self_attn.v_proj"]
     assert not any("lm_head" in n for n in lora.adapters(adapted()))
     with pytest.raises(ValueError, match=r"query fits no linear layer.*q_proj"):
         adapted(targets="query")
-    with pytest.raises(ValueError, match="adapters already"):
-        adapted(adapted())
 
 
 def test_start_depends_on_the_generator_only():
@@ -140,16 +137,14 @@ def test_we_read_what_peft_writes(tmp_path, targets):
     assert all(("lora_" in n) == p.requires_grad for n, p in model.named_parameters())
 
 
-def test_round_trip_into_present_adapters(tmp_path):
+def test_round_trip(tmp_path):
     model = adapted()
     save_adapter(model, tmp_path)
-    other = adapted(fill=False)
+    other = tiny_qwen2()
     lora.load_adapter(other, tmp_path)
     assert torch.equal(logits(other), logits(model))
-    with pytest.raises(ValueError, match="other layers do not fit"):
-        lora.load_adapter(adapted(targets="q_proj"), tmp_path)
-    with pytest.raises(ValueError, match=r"lora_A has shape \(4, .*, expected \(2, "):
-        lora.load_adapter(adapted(rank=2), tmp_path)
+    with pytest.raises(ValueError, match="layers.1.* do not fit this model"):
+        lora.load_adapter(tiny_qwen2(num_hidden_layers=1), tmp_path)
     with pytest.raises(ValueError, match="has shape"):
         lora.load_adapter(tiny_qwen2(hidden_size=16), tmp_path)
 

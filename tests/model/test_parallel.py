@@ -12,13 +12,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from iopo.config import ExportConfig
+from iopo.config import ExportConfig, ParallelConfig
 from iopo.logprobs import LogProbs
 from iopo.model import lora, parallel
 from iopo.model.load import byte_tokenizer
 from iopo.model.parallel import BlockOptions
 from iopo.training.export import write_exports
 from iopo.training.launch.placement import RankInfo
+from iopo.training.policy import check_sharding
 
 CPU = torch.device("cpu")
 # each process's micro-batches of a step, as indices into the eight sequences; () is an empty turn
@@ -68,7 +69,7 @@ def gradients(root, train_model, forwards, max_norm=float("inf")):
     for i, j in enumerate(forwards):
         train_model.set_sync(i == len(forwards) - 1)
         if j is None:
-            train_model.empty_backward(root, rows[0])
+            train_model.empty_backward(rows[0])
         else:
             ((root(rows[j]) + 30.0) ** 2 / 8).sum().backward()
     norm = train_model.reduce_and_clip(max_norm)
@@ -355,14 +356,9 @@ def test_not_finite_gradients_show_in_the_norm():
     assert not torch.isfinite(train_model.reduce_and_clip(1.0))
 
 
-def test_offload_needs_shards_and_meshes_need_divisors(monkeypatch):
-    with pytest.raises(ValueError, match=r"parallel\.offload"):
-        spread("full", "replicate", offload=True)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 6)
+def test_groups_that_do_not_divide_the_processes_are_refused():
     with pytest.raises(ValueError, match="does not divide the 6 processes"):
-        parallel.make_mesh("cpu", shard_processes=4)
-    with pytest.raises(ValueError, match="no transformers model"):
-        parallel.blocks(nn.Linear(2, 2))
+        check_sharding(ParallelConfig(shard_processes=4), 6)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from iopo.data.batching import Batching
-from iopo.data.tokenize import Example, content_key
+from iopo.data.example import Example, content_key
 from iopo.training.reference import cache as module
 from iopo.training.reference.cache import Cache, CachedReference, Manifest, fill, recheck
 

@@ -103,7 +103,7 @@ def test_an_objective_without_a_reference_has_nothing_to_fill(tmp_path, override
 def test_rounding_under_a_steep_objective_is_no_wrong_reference(monkeypatch, caplog):
     job = SimpleNamespace(tokens_N=[1], batching=None, rank=0, examples=[None], device="cpu")
     job.build = lambda rows: SimpleNamespace(input_ids=torch.zeros(1))
-    monkeypatch.setattr(loop, "micro_batches", lambda *_: [[0]])
+    monkeypatch.setattr(loop, "micro_batches", lambda *_: [[[0]]])
     steep = lambda job, batch, rows, p, r: (25 + 100 * (p - r).sum(1), None)  # noqa: E731
     monkeypatch.setattr(loop, "score", steep)
 

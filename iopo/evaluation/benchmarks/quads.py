@@ -103,7 +103,7 @@ def score_model(
     path = resolve_model(config.model.path or "")
     device, dtype = placing(config.model)
     chat = Chat(load_tokenizer(path), config.generate.system_prompt)
-    limits = Limits(max_prompt_tokens=4096, max_response_tokens=4096, on_overlong="raise")
+    limits = Limits(max_prompt_tokens=4096, max_response_tokens=4096, on_overlong="error")
     scorer = heldout.Scorer(path, config.model.adapter, device, dtype)
 
     def logps(scorer: heldout.Scorer, of: Sequence[Quad]) -> torch.Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from iopo.config import DataConfig, ModelConfig
-from iopo.data.batching import micro_batches_of_ranks, plan_steps, token_counts
+from iopo.data.batching import micro_batches, plan_steps, token_counts
 from iopo.data.example import Example
 from iopo.data.layout import build_shared
 from iopo.files import cache_root
@@ -122,7 +122,7 @@ def data_work(run: PlannedRun, examples: Sequence[Example]) -> Work:
     heaviest = _forward([examples[int(tokens_N.argmax())]], splitting)
     count = seen = apart = 0
     for step in range(min(steps, STEPS_LOOKED_AT)):
-        of_ranks = micro_batches_of_ranks(tokens_N, batching, step)[:RANKS_LOOKED_AT]
+        of_ranks = micro_batches(tokens_N, batching, step)[:RANKS_LOOKED_AT]
         for rank, batches in enumerate(of_ranks):
             count = max(count, len(batches))
             split: set[int] = set()

@@ -29,7 +29,7 @@ from torch import Tensor
 
 import iopo
 from iopo.data.batching import Batching, pass_micro_batches, token_counts
-from iopo.data.tokenize import Example, content_key
+from iopo.data.example import Example, content_key
 from iopo.files import replacing, sha256_text
 from iopo.training.launch.signals import heartbeat
 

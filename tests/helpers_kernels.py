@@ -1,4 +1,4 @@
-"""What every kernel of this folder must compute, in plain PyTorch.
+"""What every kernel of iopo/kernels must compute, in plain PyTorch.
 
 Shapes: R response rows, D width, V vocabulary.
 """
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-def linear_logprob(
+def by_definition(
     hidden_RD: Tensor,
     weight_VD: Tensor,
     targets_R: Tensor,
@@ -19,7 +19,7 @@ def linear_logprob(
 
     Products and sums are in float32 whatever the inputs are, in float64 for float64 inputs.
     cap(z) = softcap * tanh(z / softcap) when softcap is given (Gemma 2), the identity otherwise.
-    Returns logp_R in nats. Keeps all R x V logits: for tests, not for training.
+    Returns logp_R in nats. Keeps all R x V logits.
     """
     wide = torch.promote_types(hidden_RD.dtype, torch.float32)
     logits_RV = hidden_RD.to(wide) @ weight_VD.to(wide).t()
