@@ -26,7 +26,7 @@ from iopo.logprobs import LogProbs
 from iopo.model import lora
 from iopo.model.parallel import TrainModel, language_model
 from iopo.training.checkpoint.folders import complete_folders, step_of
-from iopo.training.checkpoint.tensors import load_state
+from iopo.training.checkpoint.resume import load_checkpoint
 from iopo.training.launch.placement import RankInfo
 from iopo.training.launch.signals import Control, heartbeat
 from iopo.training.logger import set_up_logging
@@ -72,9 +72,7 @@ def export_step(cfg: TrainConfig, scratch: Path, ranks: RankInfo, control: Contr
     cfg.parallel.checkpointing = Checkpointing.none  # there is no backward
     cfg.export.model = True
     run = build_run(cfg, ranks, with_reference=False)
-    parameters = run.model.parameters
-    load_state(folders[step], parameters, run.optimizer, rank=ranks.rank, same_world=False)
-    run.model.refresh()
+    load_checkpoint(folders[step], run.model, run.optimizer, ranks)
     heartbeat()
     place = folder / "exported" / folders[step].name
     if ranks.is_main:

@@ -82,25 +82,13 @@ class Job:
     clip_norm: float
     rank: int
     device: torch.device
-    splitting: Splitting | None = None  # of quads above the token budget
+    splitting: Splitting = Splitting()  # of quads above the token budget
 
     def build(self, rows: Sequence[Example]) -> Batch:
         """Tensors of one micro-batch, in the run's layout, on its device."""
         if self.batching.layout == "plain":
             return build_plain(rows).to(self.device)
         return build_shared(rows, multiple=LENGTH_STEP).to(self.device)
-
-    def split(self, train_model: TrainModel, rows: Sequence[Example]) -> PromptByPrompt:
-        """The same micro-batch, one prompt at a time."""
-        assert self.splitting is not None
-        batches = [self.build(part) for part in by_prompt(rows)]
-        return PromptByPrompt(train_model, batches, self.splitting.direction)
-
-    def split_microbatches(self, step: int) -> set[int]:
-        """Numbers of this rank's micro-batches of `step` (from 0) that are split."""
-        if self.splitting is None:
-            return set()
-        return self.splitting.split_microbatches(self.tokens_N, self.batching, step, self.rank)
 
 
 @dataclass
@@ -160,7 +148,12 @@ def train_steps(
         grad_norm = train_model.reduce_and_clip(job.clip_norm).item()
         # A NaN in one rank's quads has reached every rank's gradient by now: all stop together.
         if not math.isfinite(grad_norm):
-            raise NonFiniteError(_non_finite(step, grad_norm, sums, rows))
+            loss = "finite" if torch.isfinite(sums[0]) else "not finite"
+            raise NonFiniteError(
+                f"step {step}: gradient norm {grad_norm}, loss {loss} on this rank; the update was "
+                f"not applied. Its examples on this rank: {', '.join(row.id for row in rows)}. Add "
+                f"replay_step={step} to the command to print every member"
+            )
         optimizer.step()
         train_model.zero_grad()
         yield StepResult(
@@ -184,7 +177,7 @@ def gradients(
     only other ranks have, but this one takes part in its communication.
     """
     batches = micro_batches(job.tokens_N, job.batching, step - 1, job.rank)
-    split = job.split_microbatches(step - 1)
+    split = job.splitting.split_microbatches(job.tokens_N, job.batching, step - 1, job.rank)
     total = len(quads_of_step(len(job.tokens_N), job.batching, step - 1))
     for i, indices in enumerate(batches):
         last = i == len(batches) - 1
@@ -193,7 +186,10 @@ def gradients(
         rows = [job.examples[j] for j in indices or (0,)]
         batch = job.build(rows)
         reference_EM = reference_log_probs(reference, rows, batch, idle=idle)
-        parts = job.split(train_model, rows) if i in split else None
+        parts = None
+        if i in split:
+            of_prompts = [job.build(part) for part in by_prompt(rows)]
+            parts = PromptByPrompt(train_model, of_prompts, job.splitting.direction)
         if idle:
             if parts is not None:
                 parts.idle(last=last)
@@ -237,22 +233,13 @@ def score(
     return loss_E, metrics.per_example(rows_of, loss_E, policy_EM, reference_EM, tokens_EM)
 
 
-def _non_finite(step: int, grad_norm: float, sums: Tensor, rows: Sequence[Example]) -> str:
-    loss = "not finite on this rank" if not torch.isfinite(sums[0]) else "finite on this rank"
-    return (
-        f"step {step}: gradient norm {grad_norm}, loss {loss}; the update was not applied. Its "
-        f"examples on this rank: {', '.join(row.id for row in rows)}. Add replay_step={step} to "
-        "the command to print every member"
-    )
-
-
 @torch.no_grad()
 def check_start(job: Job, policy: LogProbs, reference: Reference) -> None:
     """At step 0 the policy is the reference: the loss must be the objective's value at margin 0.
 
-    For the sigmoid link without an added margin that is ln 2. Logs the loss and the largest
-    |log-ratio| over the first step's examples on this rank; raises ValueError if the loss is off by
-    more than the reference's tolerance, and not because a steep objective magnifies rounding.
+    For the sigmoid link without an added margin that is ln 2. Looks at the first micro-batch of
+    this rank. Raises ValueError if the loss is off by more than the reference's tolerance, and not
+    because a steep objective magnifies rounding.
     """
     indices = micro_batches(job.tokens_N, job.batching, 0, job.rank)[0] or (0,)
     rows = [job.examples[j] for j in indices]
@@ -280,11 +267,10 @@ def check_start(job: Job, policy: LogProbs, reference: Reference) -> None:
 
 @torch.no_grad()
 def evaluate(job: Job, policy: LogProbs, reference: Reference | None) -> dict[str, float]:
-    """Loss and preferences, means over all held-out quads on all ranks. Every rank calls it.
+    """Means of `metrics.columns` and `metrics.preferences` over all held-out quads on all ranks.
 
-    Every objective is scored on quads: a pair or sft objective on the rows that a quad holds.
-    Returns the columns of `metrics.columns` and the shares of `metrics.preferences`; {} without
-    held-out quads.
+    Every rank calls it; {} without held-out quads. A pair or sft objective is scored on the rows
+    that a quad holds.
     """
     if not job.heldout:
         return {}

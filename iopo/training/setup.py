@@ -41,11 +41,8 @@ class Run:
 
 
 def build_run(cfg: TrainConfig, ranks: RankInfo, *, with_reference: bool = True) -> Run:
-    """A run before its first step. Every rank calls it together.
-
-    It comes before any checkpoint is loaded: the reference is the starting weights, never trained
-    ones. with_reference: False where no step will be taken.
-    """
+    """A run before its first step and before any checkpoint is loaded: the reference is the
+    starting weights. Every rank calls it. with_reference: False where no step will be taken."""
     inputs = load_inputs(cfg)
     job = make_job(cfg, inputs, ranks)
     cfg = resolve_checkpointing(cfg, inputs, ranks, Path(cfg.run))
@@ -82,9 +79,7 @@ def make_job(cfg: TrainConfig, inputs: Inputs, ranks: RankInfo) -> Job:
         clip_norm=cfg.optim.clip_norm,
         rank=ranks.rank,
         device=ranks.device,
-        splitting=splitting(
-            cfg.objective, cfg.optim, cfg.model.lora, cfg.parallel, ranks.world_size
-        ),
+        splitting=splitting(cfg, ranks.world_size),
     )
 
 
@@ -96,16 +91,11 @@ def backend(cfg: ParallelConfig) -> str:
     return "nccl" if cuda else "gloo"
 
 
-def processes(cfg: ParallelConfig) -> int:
-    """Ranks on this machine: as configured, else one per GPU, or one on the CPU."""
-    if cfg.processes is not None:
-        return cfg.processes
-    return torch.cuda.device_count() if backend(cfg) == "nccl" else 1
-
-
 def launch_options(cfg: ParallelConfig) -> dict[str, Any]:
-    """The keyword arguments of `launch`."""
-    return {"processes": processes(cfg), "backend": backend(cfg), "timeout_s": cfg.timeout_s}
+    """The keyword arguments of `launch`; by default one process per GPU, or one on a CPU."""
+    usual = torch.cuda.device_count() if backend(cfg) == "nccl" else 1
+    processes = cfg.processes or usual
+    return {"processes": processes, "backend": backend(cfg), "timeout_s": cfg.timeout_s}
 
 
 def refuse(error: Exception) -> int:

@@ -18,10 +18,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from benchmarks.faults import read_whole
 from iopo.config import CheckpointConfig
 from iopo.training.checkpoint import folders as files
 from iopo.training.checkpoint.folders import latest, latest_intact
-from iopo.training.checkpoint.tensors import gather_state, load_state, read_whole
+from iopo.training.checkpoint.tensors import gather_state, load_state
 from iopo.training.checkpoint.writer import CheckpointError, Checkpoints
 from iopo.training.launch.launcher import launch
 from iopo.training.seeds import rng_state, seed_process, set_rng_state

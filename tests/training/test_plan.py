@@ -193,7 +193,7 @@ def test_hybrid_sharding_sends_only_gradients_between_machines():
     transfers = communication(run, sizes, 1)
     assert [t.path for t in transfers] == ["machine", "machine", "network"]
     assert transfers[2].bytes == 2 * 7 / 8 * 4 * sizes.total / 8
-    with pytest.raises(ValueError, match="does not divide plan_for.gpus=12"):
+    with pytest.raises(ValueError, match="does not divide the 12 processes"):
         seven_b(*shards, "plan_for.gpus=12")
 
 

@@ -74,10 +74,6 @@ def find_damage(folder: Path, *, sizes_only: bool, part: int = 0, parts: int = 1
     return None
 
 
-def describe_file(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-
-
 def latest(run_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest complete checkpoint, by its files' sizes, and remarks on those left out."""
     complete, remarks = complete_folders(run_dir)
@@ -106,16 +102,6 @@ def first_of_ranks(problem: str | None, group: dist.ProcessGroup | None = None) 
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem, group=group)
     return next((p for p in problems if p is not None), None)
-
-
-def start_partial(run_dir: Path, step: int) -> Path:
-    """Make an empty folder to write into. Raises OSError if the run folder is gone or read-only."""
-    partial = partial_of(run_dir, step)
-    partial.parent.mkdir(exist_ok=True)  # no parents: a run folder that vanished is an error
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir()
-    return partial
 
 
 def publish(run_dir: Path, step: int, files: dict[str, dict[str, Any]]) -> None:

@@ -18,7 +18,8 @@ from iopo.training.checkpoint.tensors import load_state
 from iopo.training.inputs import Inputs
 from iopo.training.launch.placement import RankInfo
 from iopo.training.launch.run_folder import read_complete
-from iopo.training.reference import sources as references
+from iopo.training.reference.cache import manifest_hash
+from iopo.training.reference.sources import manifest
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +49,12 @@ def fingerprint(cfg: TrainConfig, inputs: Inputs, world_size: int) -> dict[str, 
     secrets.
     """
     device = "cuda" if setup.backend(cfg.parallel) == "nccl" else "cpu"
-    reference = references.manifest(cfg.model, cfg.data, inputs, device).hash()
     identity = {
         "data": inputs.data_hash,
         "tokenizer": inputs.tokenizer_hash,
-        "reference and starting weights": reference,
+        "reference and starting weights": manifest_hash(
+            manifest(cfg.model, cfg.data, inputs, device)
+        ),
     }
     whole = {"config": plain(cfg), "identity": identity, "world_size": world_size}
     return json.loads(redact(json.dumps(whole)))
@@ -67,8 +69,8 @@ def check_resume(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[s
     """
     notes: list[str] = []
     refused: list[str] = []
-    for what in sorted(saved["identity"].keys() | current["identity"].keys()):
-        before, now = saved["identity"].get(what), current["identity"].get(what)
+    for what, now in current["identity"].items():
+        before = saved["identity"].get(what)
         if before != now:
             refused.append(f"the {what} is not the one the run began with: {before} -> {now}")
     old, new = flatten(saved["config"]), flatten(current["config"])
@@ -84,10 +86,10 @@ def check_resume(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[s
         else:
             refused.append(change)
     if refused:
+        changes = "\n  ".join(refused)
         raise ValueError(
             "this run cannot be resumed with another objective, data, reference or model:\n  "
-            + "\n  ".join(refused)
-            + "\nSet these back, or start a new run folder"
+            f"{changes}\nSet these back, or start a new run folder"
         )
     if saved["world_size"] != current["world_size"]:
         notes.append(
@@ -109,10 +111,10 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def refuse_or_note(run: Path, now: dict, *, resume: Resume) -> list[str]:
-    """Before anything is written: may this run folder be resumed by this config?
+    """Before anything is written: may this config resume this run folder? Sentences to show.
 
-    Returns sentences for the person. Raises ValueError, naming keys, if it may not, if there is a
-    checkpoint and checkpoint.resume is never, and if there is none and it is must.
+    Raises ValueError, naming keys, if it may not, if there is a checkpoint and checkpoint.resume is
+    never, and if there is none and it is must.
     """
     folder, remarks = latest(run)
     if folder is None:
@@ -154,10 +156,10 @@ def is_finished(run: Path, now: dict, steps: int) -> bool:
 def _refuse_if_all_damaged(run: Path, remarks: list[str]) -> None:
     """A run that was saved is never begun again in silence: someone must decide that."""
     if any((run / "checkpoints").glob(f"step-*/{COMPLETE_FILE}")):
+        found = "\n  ".join(remarks)
         raise ValueError(
-            f"{run} has checkpoints, but none of them is intact:\n  "
-            + "\n  ".join(remarks)
-            + f"\nPut one back from a copy, or delete {run / 'checkpoints'} to begin at step 1"
+            f"{run} has checkpoints, but none of them is intact:\n  {found}\nPut one back from a "
+            f"copy, or delete {run / 'checkpoints'} to begin at step 1"
         )
 
 
@@ -170,22 +172,17 @@ def restore(
     Raises ValueError if there are checkpoints, and all of them are damaged.
     """
     folder, remarks = latest_intact(run)
-    if folder is None:
-        _refuse_if_all_damaged(run, remarks)
     for remark in remarks:
         log.info(remark)
-    # Without a checkpoint nothing counts: the run begins again, and so does its record.
-    step = 0 if folder is None else load_checkpoint(folder, train_model, optimizer, ranks)
-    if folder is not None:
-        log.info(f"resuming from {folder}: step {step} is done, the starting weights are ignored")
-    if ranks.is_main:
-        cut = truncate_metrics(run / "metrics.jsonl", -1 if folder is None else step)
-        if cut and folder is None:
-            log.info(f"{run} holds no complete checkpoint: beginning again at step 1")
-        elif cut:
-            again = "rows of metrics.jsonl are of later steps, which are now made again"
-            log.info(f"{cut} {again}: cut")
-    return step
+    if folder is None:
+        _refuse_if_all_damaged(run, remarks)
+        done, kept = 0, -1  # nothing counts: the run begins again, and so does its record
+    else:
+        done = kept = load_checkpoint(folder, train_model, optimizer, ranks)
+        log.info(f"resuming from {folder}: step {done} is done, the starting weights are ignored")
+    if ranks.is_main and (cut := truncate_metrics(run / "metrics.jsonl", kept)):
+        log.info(f"{cut} rows of metrics.jsonl are of steps that are now made again: cut")
+    return done
 
 
 def load_checkpoint(
@@ -200,10 +197,9 @@ def load_checkpoint(
 
 
 def truncate_metrics(path: Path, step: int) -> int:
-    """Cut a jsonl file of rows with a "step" after the last row of `step` or before.
+    """Cut the rows after `step`, and a half-written last line, off the end of a metrics.jsonl.
 
-    What a killed run wrote after its last checkpoint goes, also a half-written last line; the
-    steps will be made again. Returns the number of lines cut; 0 for a file that does not exist.
+    Returns the number of lines cut; 0 for a file that does not exist.
     """
     if not path.exists():
         return 0

@@ -7,7 +7,6 @@ everything this project saves is a tensor, so nothing else is unpickled.
 
 import io
 import pickle
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -78,17 +77,6 @@ def load_state(
     optimizer.load_state_dict({"state": filled, "param_groups": groups})
     if same_world:
         set_rng_state(generators)
-
-
-def read_whole(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, unsharded, in this process alone: for tools and comparisons."""
-    reader = _Reader(folder)
-    saved = reader.read_metadata().state_dict_metadata
-    state = {key: _empty(entry) for key, entry in saved.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it runs without a process group: as asked
-        dcp.load(state, storage_reader=reader, no_dist=True)
-    return state
 
 
 def _check_parameters(

@@ -65,14 +65,12 @@ def find_placement(processes: int, environ: Mapping[str, str] = os.environ) -> P
     processes: workers per machine, >= 1; a launcher that made one process per rank overrides it.
     Raises ValueError when the launcher's variables are incomplete or contradict `processes`.
     """
-    if processes < 1:
-        raise ValueError(f"parallel.processes is {processes}; expected at least 1")
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return _torchrun(environ)
     # Inside `srun`, not merely inside an allocation: only steps have both of these.
-    if "SLURM_PROCID" in environ and environ.get("SLURM_STEP_ID", "").isdigit():
-        if int(environ.get("SLURM_NTASKS", "1")) > 1:
-            return _slurm(processes, environ)
+    step = "SLURM_PROCID" in environ and environ.get("SLURM_STEP_ID", "").isdigit()
+    if step and int(environ.get("SLURM_NTASKS", "1")) > 1:
+        return _slurm(processes, environ)
     return Placement(False, 0, 0, processes, processes, "127.0.0.1", 0)
 
 

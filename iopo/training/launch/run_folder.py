@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -75,6 +76,7 @@ def describe_environment(repository: Path) -> dict[str, Any]:
     The result is not redacted: `open_run` does that.
     """
     installed = {d.metadata["Name"].lower() for d in metadata.distributions()}
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "argv": sys.argv,
@@ -83,20 +85,11 @@ def describe_environment(repository: Path) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in _PACKAGES if name in installed},
         "host": platform.node(),
-        "cpu": _cpu(),
+        "cpu": cpu[1] if cpu else platform.processor(),
         "cpu_cores": len(os.sched_getaffinity(0)),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
     }
-
-
-def _cpu() -> str:
-    """The processor's name, on Linux."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "")
 
 
 def _git(repository: Path, *arguments: str) -> str | None:

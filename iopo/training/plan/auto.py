@@ -19,7 +19,7 @@ from iopo.files import write_text
 from iopo.model.host_memory import available_ram
 from iopo.training.inputs import Inputs
 from iopo.training.launch.placement import RankInfo
-from iopo.training.plan.report import GB, HEADROOM, Plan, plan_report
+from iopo.training.plan.report import GB, HEADROOM, plan_report
 
 FILE = "memory.json"
 log = logging.getLogger(__name__)
@@ -28,10 +28,7 @@ log = logging.getLogger(__name__)
 def resolve_checkpointing(
     cfg: TrainConfig, inputs: Inputs, ranks: RankInfo, run: Path
 ) -> TrainConfig:
-    """`cfg` with `auto` replaced by the choice; as it is if it does not say auto.
-
-    Every rank calls it, before the policy is made; all get the same answer.
-    """
+    """`cfg` with `auto` replaced by the choice. Every rank calls it and gets the same answer."""
     if cfg.parallel.checkpointing is not Checkpointing.auto:
         return cfg
     free = torch.tensor(free_bytes(ranks), dtype=torch.int64, device=ranks.device)
@@ -52,7 +49,14 @@ def resolve_checkpointing(
                 parallel=replace(cfg.parallel, device=Device(ranks.device.type)),
             )
             plan = plan_report(here, inputs.train, advise=False)
-            choice = _choice(plan) | {"free_gb": free_gb} | made_for
+            # GB are 10^9 bytes of one rank, tokens those of a micro-batch.
+            choice = made_for | {
+                "checkpointing": plan.cfg.parallel.checkpointing.value,
+                "planned_gb": plan.peak / GB,
+                "too_large_gb": {kind.value: peak / GB for kind, peak in plan.refused.items()},
+                "tokens": plan.trace.tokens,
+                "free_gb": free_gb,
+            }
             write_text(path, json.dumps(choice, indent=1) + "\n")
         log.info(_sentence(choice))
         answer = [choice["checkpointing"]]
@@ -62,24 +66,14 @@ def resolve_checkpointing(
     return replace(cfg, parallel=replace(cfg.parallel, checkpointing=kind))
 
 
-def _choice(plan: Plan) -> dict[str, Any]:
-    """What a plan took, for memory.json. GB are 10^9 bytes of one rank, tokens of a micro-batch."""
-    return {
-        "checkpointing": plan.cfg.parallel.checkpointing.value,
-        "planned_gb": plan.peak / GB,
-        "too_large_gb": {kind.value: peak / GB for kind, peak in plan.refused.items()},
-        "tokens": plan.trace.tokens,
-    }
-
-
 def _sentence(choice: dict[str, Any]) -> str:
     too_large = "".join(f"; {kind} {gb:.2f} GB" for kind, gb in choice["too_large_gb"].items())
     planned, free = choice["planned_gb"], choice["free_gb"]
-    fits = planned <= HEADROOM * free
+    more = f", MORE THAN {HEADROOM:.0%} of it: plan=true says what to change"
     return (
         f"parallel.checkpointing=auto: {choice['checkpointing']}, {planned:.2f} GB planned "
         f"for {choice['tokens']} tokens{too_large}; {free:.2f} GB are free on a rank"
-        + ("" if fits else f", MORE THAN {HEADROOM:.0%} of it: plan=true says what to change")
+        f"{more if planned > HEADROOM * free else ''}"
     )
 
 

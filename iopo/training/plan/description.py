@@ -19,7 +19,7 @@ from iopo.config import (
 from iopo.data.batching import Batching
 from iopo.model import load
 from iopo.training.inputs import batching
-from iopo.training.policy import compute_dtype, shards
+from iopo.training.policy import check_sharding, shards
 from iopo.training.split import Splitting, splitting
 
 
@@ -28,7 +28,7 @@ class PlannedRun:
     """A run as its costs see it, on the machines of `machine`.
 
     shard: ranks that divide one copy of the model, 1 if every rank holds a whole one.
-    reference: where the reference log-probs of a step come from; None without a reference.
+    reference: where the reference log-probs come from (auto: the cache); None without a reference.
     offload: the lasting states are in host memory.
     """
 
@@ -39,7 +39,7 @@ class PlannedRun:
     rows: objectives.Rows
     reference: ReferenceSource | None
     batching: Batching
-    splitting: Splitting | None
+    splitting: Splitting
     sharded: bool
     shard: int
     offload: bool
@@ -57,7 +57,7 @@ class PlannedRun:
     @property
     def splits_once(self) -> bool:
         """Whether a split quad goes through the model once: training/split.py."""
-        return self.splitting is not None and self.splitting.direction is not None
+        return self.splitting.direction is not None
 
 
 def describe(cfg: TrainConfig) -> PlannedRun:
@@ -66,21 +66,9 @@ def describe(cfg: TrainConfig) -> PlannedRun:
     Raises ValueError for ranks that do not divide the batch or into shards, and for offload on one.
     """
     ranks, parallel, lora = cfg.plan_for.gpus, cfg.parallel, cfg.model.lora
-    batches = batching(cfg.optim, cfg.data.layout, cfg.seed, ranks)
+    check_sharding(parallel, ranks)
     sharded = shards(lora, parallel, ranks)
-    shard = (parallel.shard_processes or ranks) if sharded else 1
-    if ranks % shard:
-        raise ValueError(
-            f"parallel.shard_processes is {shard}, which does not divide plan_for.gpus={ranks}"
-        )
-    if parallel.offload and not sharded:
-        raise ValueError(
-            "parallel.offload needs a sharded model: plan_for.gpus is 1, expected more"
-        )
     kind = objectives.OBJECTIVES[cfg.objective.name]
-    reference = cfg.reference.source
-    if reference is ReferenceSource.auto:
-        reference = ReferenceSource.cache
     device_type = "cpu" if parallel.device is Device.cpu else "cuda"
     return PlannedRun(
         machine=cfg.plan_for,
@@ -88,14 +76,14 @@ def describe(cfg: TrainConfig) -> PlannedRun:
         optim=cfg.optim,
         lora=lora,
         rows=kind.rows,
-        reference=reference if kind.reference else None,
-        batching=batches,
-        splitting=splitting(cfg.objective, cfg.optim, lora, parallel, ranks),
+        reference=cfg.reference.source if kind.reference else None,
+        batching=batching(cfg.optim, cfg.data.layout, cfg.seed, ranks),
+        splitting=splitting(cfg, ranks),
         sharded=sharded,
-        shard=shard,
+        shard=(parallel.shard_processes or ranks) if sharded else 1,
         offload=parallel.offload,
         device_type=device_type,
-        dtype=compute_dtype(cfg.model, device_type),
+        dtype=load.compute_dtype(cfg.model.dtype, device_type),
     )
 
 

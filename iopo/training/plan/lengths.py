@@ -76,33 +76,31 @@ def assumed_work(run: PlannedRun, missing: str) -> Work:
     usual = example_of(run.rows, prompt, response)
     longest = example_of(run.rows, run.data.max_prompt_tokens, run.data.max_response_tokens)
     share = -(-run.batching.global_batch_quads // run.ranks)
-    per_batch = [_per_batch(run, example, share) for example in (usual, longest)]
-    choices = [[usual] * per_batch[0], [longest] * per_batch[1]]
-    parts = [_forward(rows, run.splitting) for rows in choices]
+
+    def fullest(example: Example) -> list[Example]:
+        """The fullest micro-batch of a rank whose examples are all like this one."""
+        limit, budget = run.batching.micro_batch_quads, run.batching.tokens_per_microbatch
+        if limit is None:
+            assert budget is not None  # checked in the config
+            limit = max(1, budget // _total([example]))
+        return [example] * min(share, limit)
+
+    batch, largest = fullest(usual), fullest(longest)
     return Work(
         source=f"assumed: prompts of {prompt} tokens, responses of {response} ({missing})",
-        heaviest=max(parts, key=_total),
+        heaviest=max((_forward(rows, run.splitting) for rows in (batch, largest)), key=_total),
         longest=_total([longest]),
         longest_part=_total(_longest_part([longest])),
-        micro_batches=-(-share // per_batch[0]),
-        split=float(parts[0] is not choices[0]),
+        micro_batches=-(-share // len(batch)),
+        split=float(_total([usual]) > run.splitting.budget),
         **_means([usual]),
         steps=None,
     )
 
 
-def _per_batch(run: PlannedRun, example: Example, share: int) -> int:
-    """Equal examples in the fullest micro-batch of a rank that has `share` of them."""
-    limit, budget = run.batching.micro_batch_quads, run.batching.tokens_per_microbatch
-    if limit is None:
-        assert budget is not None  # checked in Batching
-        limit = max(1, budget // _total([example]))
-    return min(share, limit)
-
-
-def _forward(rows: list[Example], splitting: Splitting | None) -> list[Example]:
+def _forward(rows: list[Example], splitting: Splitting) -> list[Example]:
     """What is processed at once of a micro-batch: all of it, or its longest part if it is split."""
-    above = splitting is not None and max(token_counts(rows, "shared")) > splitting.budget
+    above = max(token_counts(rows, "shared")) > splitting.budget
     return _longest_part(rows) if above else rows
 
 
@@ -125,9 +123,7 @@ def data_work(run: PlannedRun, examples: Sequence[Example]) -> Work:
         of_ranks = micro_batches_of_ranks(tokens_N, batching, step)[:RANKS_LOOKED_AT]
         for rank, batches in enumerate(of_ranks):
             count = max(count, len(batches))
-            split: set[int] = set()
-            if splitting is not None:
-                split = splitting.split_microbatches(tokens_N, batching, step, rank)
+            split = splitting.split_microbatches(tokens_N, batching, step, rank)
             for i, batch in enumerate(batches):
                 rows = [examples[j] for j in batch or ()]
                 seen += _total(rows)

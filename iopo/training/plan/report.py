@@ -8,7 +8,6 @@ arithmetic (cost.py). docs/scaling.md reads the tables.
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from enum import Enum
 from typing import Any
 
 from iopo.config import Checkpointing, TrainConfig
@@ -33,8 +32,7 @@ class Plan:
     """What plan_report found. memory: bytes on one GPU by purpose. host: bytes per machine.
 
     flops: of one step on all GPUs. advice: changes that make it fit, best first; empty if it does.
-    refused: peak bytes of the kinds of checkpointing that `auto` found too large; cfg has the one
-        that it took.
+    refused: peak bytes of the kinds of checkpointing that `auto` found too large, and did not take.
     """
 
     cfg: TrainConfig
@@ -56,6 +54,11 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.peak <= self.run.machine.gpu_gb * GB
+
+    @property
+    def seconds(self) -> float:
+        """Of a step's arithmetic."""
+        return sum(self.flops.values()) / self.run.ranks / (self.run.machine.gpu_tflops * 1e12)
 
     def __str__(self) -> str:
         parts = (_head(self), _memory(self), _flops(self), _transfers(self))
@@ -121,19 +124,14 @@ def _advice(plan: Plan, examples: Sequence[Example] | None) -> list[str]:
             setattr(getattr(cfg, section), name, value)
         tried = plan_report(cfg, examples, advise=False)
         if tried.fits:
-            words = " ".join(_words(*change) for change in changes.items())
-            found.append(f"{words}: {tried.peak / GB:.1f} GB")
+            words = [f"{key}={str(value).lower()}" for key, value in changes.items()]
+            if "plan_for.gpus" in changes:  # the last one
+                words[-1] = f"on {changes['plan_for.gpus']} GPUs"
+            found.append(f"{' '.join(words)}: {tried.peak / GB:.1f} GB")
         if len(found) == 2:
             break
     nothing = "nothing tried here fits: train adapters (model.lora.rank=8), or a smaller model"
     return found or [nothing]
-
-
-def _words(key: str, value: Any) -> str:
-    if key == "plan_for.gpus":
-        return f"on {value} GPUs"
-    shown = value.value if isinstance(value, Enum) else str(value).lower()
-    return f"{key}={shown}"
 
 
 def _changes(plan: Plan) -> Iterator[dict[str, Any]]:
@@ -152,9 +150,8 @@ def _changes(plan: Plan) -> Iterator[dict[str, Any]]:
         yield from (change | {budget: value} for value in smaller)
     full = {checkpointing: Checkpointing.full}
     part = max(work.longest_part, SMALLEST_BUDGET)
-    two_prompts = len(plan.run.rows.responses) == 2
-    may_split = two_prompts and plan.run.lora.dropout == 0 and not parallel.split_quads
-    if may_split and tokens and part < work.longest:
+    may_split = len(plan.run.rows.responses) == 2 and plan.run.lora.dropout == 0
+    if may_split and not parallel.split_quads and tokens and part < work.longest:
         yield full | {"parallel.split_quads": True, budget: part}
     if ranks > 1 and not plan.run.sharded:
         yield full | {"parallel.shard_processes": ranks}
@@ -213,16 +210,11 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield from (f"    {line}" for line in plan.advice)
 
 
-def _seconds(plan: Plan) -> float:
-    """Of a step's arithmetic."""
-    return sum(plan.flops.values()) / plan.run.ranks / (plan.run.machine.gpu_tflops * 1e12)
-
-
 def _flops(plan: Plan) -> Iterator[str]:
     rows = plan.flops | {"total": sum(plan.flops.values())}
     numbers = ((name, f"{value / 1e12:>9,.1f}") for name, value in rows.items())
     yield from _table("FLOPs of a step, all GPUs", f"{'10^12':>9}", numbers)
-    yield f"  {_seconds(plan):.2f} s a step at {plan.run.machine.gpu_tflops:g} TFLOP/s per GPU"
+    yield f"  {plan.seconds:.2f} s a step at {plan.run.machine.gpu_tflops:g} TFLOP/s per GPU"
 
 
 def _transfers(plan: Plan) -> Iterator[str]:
@@ -233,7 +225,7 @@ def _transfers(plan: Plan) -> Iterator[str]:
     if not plan.transfers:
         yield "  none"
         return
-    times = sum(t.seconds for t in plan.transfers) / _seconds(plan)
+    times = sum(t.seconds for t in plan.transfers) / plan.seconds
     if times > 1:
         yield f"  communication takes {times:.1f} times the arithmetic and bounds the step"
     else:

@@ -63,8 +63,7 @@ def meta_policy(
     config: PretrainedConfig, lora: LoraConfig, parallel: ParallelConfig, dtype: torch.dtype
 ) -> TrainModel:
     """The policy as policy.make_policy makes it on one rank, without values and not sharded."""
-    accum_dtype = dtype if torch.finfo(dtype).bits >= 32 else torch.float32
-    loaded = dtype if lora.rank > 0 else accum_dtype
+    loaded = dtype if lora.rank > 0 else torch.promote_types(dtype, torch.float32)
     policy = LogProbs(load.meta_causal_lm(config, loaded, SHARED))
     adapt(policy, lora, seed=0)
     options = replace(block_options(parallel), compile=False)

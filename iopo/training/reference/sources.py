@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 
+import iopo
 from iopo import objectives
 from iopo.config import DataConfig, Layout, ModelConfig, ReferenceConfig
 from iopo.data.layout import Batch
@@ -25,8 +27,7 @@ from iopo.model.parallel import TrainModel
 from iopo.objectives import MEMBERS
 from iopo.training.inputs import Inputs
 from iopo.training.loop import Job, Reference
-from iopo.training.policy import compute_dtype
-from iopo.training.reference.cache import Cache, CachedReference, Manifest, fill, recheck
+from iopo.training.reference.cache import Cache, fill, look_up, recheck
 
 FORWARD_TOKENS = 2  # times the tokens of a training micro-batch, where nothing is kept for backward
 EXACT = 1e-6  # of the loss at step 0, where policy and reference are computed alike
@@ -34,24 +35,29 @@ EXACT = 1e-6  # of the loss at step 0, where policy and reference are computed a
 log = logging.getLogger(__name__)
 
 
-def manifest(model: ModelConfig, data: DataConfig, inputs: Inputs, device_type: str) -> Manifest:
-    """What names the reference log-probs of a run; see cache.py."""
+def manifest(
+    model: ModelConfig, data: DataConfig, inputs: Inputs, device_type: str
+) -> dict[str, str]:
+    """Everything that determines a reference log-prob of a given example, by name."""
     if inputs.model_path is None:
         weights = "tiny " + repr(sorted((model.tiny or {}).items()))
     else:
         weights = load.weights_hash(inputs.model_path)
     if model.adapter is not None:
         weights += " adapter " + load.weights_hash(model.adapter)
-    return Manifest(
-        weights=weights,
-        tokenizer=inputs.tokenizer_hash,
-        data=inputs.data_hash,
-        truncation=f"{data.max_prompt_tokens} {data.max_response_tokens} {data.on_overlong.value}",
-        dtype=str(compute_dtype(model, device_type)),
-        layout=data.layout.value,
-        attention=SHARED if data.layout is Layout.shared else "sdpa",
-        kernel=f"linear_logprob {device_type}",
-    )
+    return {
+        "weights": weights,
+        "tokenizer": inputs.tokenizer_hash,
+        "data": inputs.data_hash,
+        "truncation": f"{data.max_prompt_tokens} {data.max_response_tokens} {data.on_overlong}",
+        "dtype": str(load.compute_dtype(model.dtype, device_type)),
+        "layout": data.layout.value,
+        "attention": SHARED if data.layout is Layout.shared else "sdpa",
+        "kernel": f"linear_logprob {device_type}",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "iopo": iopo.__version__,
+    }
 
 
 def cache_folder(cfg: ReferenceConfig) -> Path:
@@ -97,15 +103,14 @@ def cached(cache: Cache, job: Job, model: TrainModel, recheck_rows: int) -> Refe
     members = objectives.OBJECTIVES[job.objective].members
     rows = fill(cache, job.examples, members, score, batching)
     rows = rows | fill(cache, job.heldout, len(MEMBERS), score, batching)
-    reference = CachedReference(rows, str(cache.folder))
     rounds = model.dtype is torch.bfloat16
-    few = job.examples[:recheck_rows]
-    if few:
-        difference = recheck(reference, few, score, _rounding(few) if rounds else 1e-2)
+    if few := job.examples[:recheck_rows]:
+        tolerance = _rounding(few) if rounds else 1e-2
+        difference = recheck(look_up(rows, few), score(few), tolerance, cache.folder)
         log.info(f"reference: {len(few)} cached rows scored again, differ by {difference:.2g} nats")
     return Reference(
-        lambda rows, batch: reference(rows),
-        reference.where,
+        lambda examples, batch: look_up(rows, examples),
+        str(cache.folder),
         0.1 if rounds else EXACT,
         _rounding(job.examples) if rounds else 1e-4,
     )
