@@ -17,9 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
 from iopo.config import TrackerConfig, Wandb
+from iopo.files import read_records
 from iopo.redact import redact
 
 SHOWN = {"loss": "loss", "margin": "margin", "accuracy": "acc", "tokens_per_s": "tok/s"}
@@ -59,9 +60,8 @@ class Logger:
         self.bar: Progress | None = None
         self.started, self.printed = time.monotonic(), float("-inf")
         if main and sys.stdout.isatty():
-            text = TextColumn("{task.description}")
-            count = TextColumn("{task.completed}/{task.total}")
-            self.bar = Progress(count, BarColumn(20), text, TimeRemainingColumn())
+            columns = "{task.completed}/{task.total}", BarColumn(20), "{task.description}"
+            self.bar = Progress(*columns, TimeRemainingColumn())
             self.task = self.bar.add_task("", total=self.last, completed=self.first - 1)
             self.bar.start()
 
@@ -94,8 +94,7 @@ class Logger:
         now = time.monotonic()
         if now - self.printed >= LINE_EVERY_S or step == self.last:
             self.printed = now
-            steps = step - self.first + 1
-            left = (now - self.started) / steps * (self.last - step)
+            left = (now - self.started) / (step - self.first + 1) * (self.last - step)
             log.info(f"step {step}/{self.last}  {text}  {left:.0f} s left")
 
     def heldout(self, step: int, values: dict[str, float]) -> None:
@@ -131,7 +130,7 @@ def _start_wandb(run: Path, cfg: TrackerConfig, config: dict[str, Any]):
         name=run.name,
         id=id_file.read_text(),
         resume="allow" if cfg.wandb is Wandb.online else None,
-        mode="online" if cfg.wandb is Wandb.online else "offline",
+        mode=cfg.wandb.value,
         dir=str(run),
         tags=[redact(tag) for tag in cfg.tags],
         config=json.loads(redact(json.dumps(config))),
@@ -142,6 +141,5 @@ def _start_wandb(run: Path, cfg: TrackerConfig, config: dict[str, Any]):
 
 def read_metrics(run: Path, split: str | None = None) -> list[dict[str, Any]]:
     """All rows of a run's metrics.jsonl, in file order, of one split if given."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [row for row in rows if split is None or row["split"] == split]
+    rows = read_records(run / "metrics.jsonl", torn_tail=True)
+    return [row for row in rows if split in (None, row["split"])]

@@ -1,4 +1,4 @@
-"""The run folder: made whole or not at all, used by one live run at a time.
+"""The run folder, used by one live run at a time.
 
 config.yaml        the resolved config of the latest attempt (config.1.yaml, ...: earlier ones)
 environment.json   one entry per attempt: code, versions, machine, argv
@@ -40,18 +40,21 @@ def open_run(run_dir: Path, *, config_text: str, environment: dict[str, Any]) ->
     """Make or reopen the run folder and hold its lock while the context lasts.
 
     Call it once all that needs no weights is validated, in the main process only
-    (`Placement.is_main`). A new folder appears with its files in one rename. Reopening clears the
-    previous attempt's COMPLETE, FAILED and errors/. Secrets are redacted from both files.
+    (`Placement.is_main`). Reopening clears the previous attempt's COMPLETE, FAILED and errors/.
+    Secrets are redacted from both files.
     Raises ValueError if a live run holds the folder, or if it holds files but no run.
     """
-    run_dir = run_dir.absolute()
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
-    lock = None if run_dir.exists() else _create(run_dir, config_text, environment)
-    if lock is None:
-        _check_is_run(run_dir)
-        lock = _lock(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    found = [p.name for p in run_dir.iterdir()]
+    # Hydra makes its output folder before the program starts, with its own files in it.
+    foreign = [n for n in found if n not in (".hydra", "lock") and not n.endswith(".log")]
+    if foreign and "config.yaml" not in found:
+        raise ValueError(
+            f"{run_dir} is not a run folder: it holds {', '.join(sorted(foreign)[:5])} but no "
+            "config.yaml; choose another run= or empty this one"
+        )
+    with _lock(run_dir):  # closing the file releases the lock; so does any death of this process
         _record_attempt(run_dir, config_text, environment)
-    with lock:  # closing the file releases the lock; so does any death of this process
         yield
 
 
@@ -101,34 +104,6 @@ def _git(repository: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _create(run_dir: Path, config_text: str, environment: dict[str, Any]) -> TextIO | None:
-    """Make the folder beside its place and rename it; None if someone else was faster."""
-    temporary = run_dir.with_name(f".{run_dir.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
-    lock = _lock(temporary)
-    _record_attempt(temporary, config_text, environment)
-    try:
-        temporary.rename(run_dir)
-    except OSError:
-        lock.close()
-        shutil.rmtree(temporary)
-        if not run_dir.exists():
-            raise
-        return None
-    return lock
-
-
-def _check_is_run(run_dir: Path) -> None:
-    found = [p.name for p in run_dir.iterdir()]
-    # Hydra makes its output folder before the program starts, with its own files in it.
-    foreign = [n for n in found if n not in (".hydra", "lock") and not n.endswith(".log")]
-    if foreign and "config.yaml" not in found:
-        raise ValueError(
-            f"{run_dir} is not a run folder: it holds {', '.join(sorted(foreign)[:5])} but no "
-            "config.yaml; choose another run_dir or empty this one"
-        )
-
-
 def _lock(run_dir: Path) -> TextIO:
     file = open(run_dir / "lock", "a+")
     try:
@@ -139,7 +114,7 @@ def _lock(run_dir: Path) -> TextIO:
         file.close()
         raise ValueError(
             f"{run_dir} is in use by a live run ({holder or 'just starting'}); wait for it, stop "
-            "it, or choose another run_dir"
+            "it, or choose another run="
         ) from None
     file.truncate(0)
     started = time.strftime("%Y-%m-%d %H:%M:%S")

@@ -6,16 +6,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from iopo import objectives
-from iopo.config import (
-    DataConfig,
-    Device,
-    LoraConfig,
-    ModelConfig,
-    OptimConfig,
-    PlanConfig,
-    ReferenceSource,
-    TrainConfig,
-)
+from iopo.config import Device, ModelConfig, ReferenceSource, TrainConfig
 from iopo.data.batching import Batching
 from iopo.model import load
 from iopo.training.inputs import batching
@@ -25,24 +16,19 @@ from iopo.training.split import Splitting, splitting
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run as its costs see it, on the machines of `machine`.
+    """A run as its costs see it, on the machines of cfg.plan_for.
 
     shard: ranks that divide one copy of the model, 1 if every rank holds a whole one.
     reference: where the reference log-probs come from (auto: the cache); None without a reference.
-    offload: the lasting states are in host memory.
     """
 
-    machine: PlanConfig
-    data: DataConfig
-    optim: OptimConfig
-    lora: LoraConfig
+    cfg: TrainConfig
     rows: objectives.Rows
     reference: ReferenceSource | None
     batching: Batching
     splitting: Splitting
     sharded: bool
     shard: int
-    offload: bool
     device_type: str
     dtype: torch.dtype
 
@@ -65,23 +51,19 @@ def describe(cfg: TrainConfig) -> PlannedRun:
 
     Raises ValueError for ranks that do not divide the batch or into shards, and for offload on one.
     """
-    ranks, parallel, lora = cfg.plan_for.gpus, cfg.parallel, cfg.model.lora
+    ranks, parallel = cfg.plan_for.gpus, cfg.parallel
     check_sharding(parallel, ranks)
-    sharded = shards(lora, parallel, ranks)
+    sharded = shards(cfg.model.lora, parallel, ranks)
     kind = objectives.OBJECTIVES[cfg.objective.name]
     device_type = "cpu" if parallel.device is Device.cpu else "cuda"
     return PlannedRun(
-        machine=cfg.plan_for,
-        data=cfg.data,
-        optim=cfg.optim,
-        lora=lora,
+        cfg=cfg,
         rows=kind.rows,
         reference=cfg.reference.source if kind.reference else None,
         batching=batching(cfg.optim, cfg.data.layout, cfg.seed, ranks),
         splitting=splitting(cfg, ranks),
         sharded=sharded,
         shard=(parallel.shard_processes or ranks) if sharded else 1,
-        offload=parallel.offload,
         device_type=device_type,
         dtype=load.compute_dtype(cfg.model.dtype, device_type),
     )

@@ -72,9 +72,9 @@ def assumed_work(run: PlannedRun, missing: str) -> Work:
     The heaviest micro-batch may be one of the longest examples that the limits allow.
     missing: why the lengths of the data are not known.
     """
-    prompt, response = run.machine.prompt_tokens, run.machine.response_tokens
+    prompt, response = run.cfg.plan_for.prompt_tokens, run.cfg.plan_for.response_tokens
     usual = example_of(run.rows, prompt, response)
-    longest = example_of(run.rows, run.data.max_prompt_tokens, run.data.max_response_tokens)
+    longest = example_of(run.rows, run.cfg.data.max_prompt_tokens, run.cfg.data.max_response_tokens)
     share = -(-run.batching.global_batch_quads // run.ranks)
 
     def fullest(example: Example) -> list[Example]:
@@ -116,7 +116,7 @@ def data_work(run: PlannedRun, examples: Sequence[Example]) -> Work:
     """The work of a step by the lengths of the data; micro-batches as in the first steps."""
     splitting, batching = run.splitting, run.batching
     tokens_N = token_counts(examples, batching.layout)
-    steps = plan_steps(len(examples), batching, run.optim.epochs, run.optim.max_steps)
+    steps = plan_steps(len(examples), batching, run.cfg.optim.epochs, run.cfg.optim.max_steps)
     heaviest = _forward([examples[int(tokens_N.argmax())]], splitting)
     count = seen = apart = 0
     for step in range(min(steps, STEPS_LOOKED_AT)):
@@ -130,7 +130,7 @@ def data_work(run: PlannedRun, examples: Sequence[Example]) -> Work:
                 apart += _total(rows) if i in split else 0
                 heaviest = max(heaviest, _forward(rows, splitting) if rows else [], key=_total)
     return Work(
-        source=f"{run.data.train}: {len(examples)} examples",
+        source=f"{run.cfg.data.train}: {len(examples)} examples",
         heaviest=heaviest,
         longest=int(tokens_N.max()),
         longest_part=max(_total(_longest_part([example])) for example in examples),

@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
-from iopo.config import Checkpointing, TrainConfig
+from iopo.config import Checkpointing, Layout, TrainConfig
 from iopo.data.example import Example
 from iopo.training.inputs import load_inputs
 from iopo.training.plan import cost, lengths
@@ -53,12 +53,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.peak <= self.run.machine.gpu_gb * GB
+        return self.peak <= self.cfg.plan_for.gpu_gb * GB
 
     @property
     def seconds(self) -> float:
         """Of a step's arithmetic."""
-        return sum(self.flops.values()) / self.run.ranks / (self.run.machine.gpu_tflops * 1e12)
+        return sum(self.flops.values()) / self.run.ranks / (self.cfg.plan_for.gpu_tflops * 1e12)
 
     def __str__(self) -> str:
         parts = (_head(self), _memory(self), _flops(self), _transfers(self))
@@ -75,10 +75,8 @@ def plan_report(
     Raises ValueError for the plain layout, whose attention is not modelled, for ranks that do not
     divide the batch, and for a model whose config is not known.
     """
-    if cfg.data.layout.value == "plain":
-        raise ValueError(
-            "plan: found data.layout=plain, expected shared; only that one is modelled"
-        )
+    if cfg.data.layout is Layout.plain:
+        raise ValueError("plan: found data.layout=plain, expected shared, the one that is modelled")
     config, run = architecture(cfg.model), describe(cfg)
     if examples is None and (missing := lengths.missing_for_lengths(cfg.data, cfg.model)):
         work = lengths.assumed_work(run, missing)
@@ -95,10 +93,11 @@ def plan_report(
         traced = trace(policy, work.heaviest, run.device_type)
         memory = cost.gpu_memory(run, sizes, traced, split=work.split > 0)
         peak = sum(memory.values())
-        if peak <= HEADROOM * run.machine.gpu_gb * GB or kind is kinds[-1]:
+        if peak <= HEADROOM * cfg.plan_for.gpu_gb * GB or kind is kinds[-1]:
             break
         refused[kind] = peak
-    on_machine = min(run.ranks, run.machine.gpus_per_machine)
+    on_machine = min(run.ranks, cfg.plan_for.gpus_per_machine)
+    offloaded = sum(cost.states(run, sizes).values()) if cfg.parallel.offload else 0.0
     plan = Plan(
         cfg=replace(cfg, parallel=parallel),
         run=run,
@@ -106,7 +105,9 @@ def plan_report(
         work=work,
         trace=traced,
         memory=memory,
-        host=on_machine * sum(cost.states(run, sizes).values()) if run.offload else 0.0,
+        host=on_machine * sum(cost.states(run, sizes).values())
+        if run.cfg.parallel.offload
+        else 0.0,
         flops=cost.step_flops(run, work, traced),
         transfers=cost.communication(run, sizes, work.micro_batches),
         refused=refused,
@@ -150,7 +151,7 @@ def _changes(plan: Plan) -> Iterator[dict[str, Any]]:
         yield from (change | {budget: value} for value in smaller)
     full = {checkpointing: Checkpointing.full}
     part = max(work.longest_part, SMALLEST_BUDGET)
-    may_split = len(plan.run.rows.responses) == 2 and plan.run.lora.dropout == 0
+    may_split = len(plan.run.rows.responses) == 2 and plan.cfg.model.lora.dropout == 0
     if may_split and not parallel.split_quads and tokens and part < work.longest:
         yield full | {"parallel.split_quads": True, budget: part}
     if ranks > 1 and not plan.run.sharded:
@@ -164,11 +165,11 @@ def _changes(plan: Plan) -> Iterator[dict[str, Any]]:
 
 def _head(plan: Plan) -> Iterator[str]:
     cfg, sizes, run, work = plan.cfg, plan.sizes, plan.run, plan.work
-    how = f"LoRA rank {run.lora.rank}" if run.lora.rank else "full fine-tuning"
+    how = f"LoRA rank {cfg.model.lora.rank}" if cfg.model.lora.rank else "full fine-tuning"
     name = cfg.model.path or "model.tiny"
     counts = f"{sizes.total / 1e9:.3f} B parameters, {sizes.trained / 1e6:.1f} M trained"
     yield f"{name}: {counts} ({how})"
-    machines = -(-run.ranks // run.machine.gpus_per_machine)
+    machines = -(-run.ranks // cfg.plan_for.gpus_per_machine)
     shares = "every rank holds the model"
     if run.sharded:
         copies = f", {run.replicas} copies" if run.replicas > 1 else ""
@@ -202,7 +203,7 @@ def _memory(plan: Plan) -> Iterator[str]:
         rows["host memory of a machine (offload)"] = plan.host
     numbers = ((name, f"{value / GB:>9.2f}") for name, value in rows.items())
     yield from _table("memory of a GPU", f"{'GB':>9}", numbers)
-    limit, peak = plan.run.machine.gpu_gb, plan.peak / GB
+    limit, peak = plan.cfg.plan_for.gpu_gb, plan.peak / GB
     if plan.fits:
         yield f"  fits: {limit - peak:.1f} GB of {limit:g} GB stay free"
         return
@@ -214,7 +215,7 @@ def _flops(plan: Plan) -> Iterator[str]:
     rows = plan.flops | {"total": sum(plan.flops.values())}
     numbers = ((name, f"{value / 1e12:>9,.1f}") for name, value in rows.items())
     yield from _table("FLOPs of a step, all GPUs", f"{'10^12':>9}", numbers)
-    yield f"  {plan.seconds:.2f} s a step at {plan.run.machine.gpu_tflops:g} TFLOP/s per GPU"
+    yield f"  {plan.seconds:.2f} s a step at {plan.cfg.plan_for.gpu_tflops:g} TFLOP/s per GPU"
 
 
 def _transfers(plan: Plan) -> Iterator[str]:
