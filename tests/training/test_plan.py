@@ -23,7 +23,7 @@ from iopo.objectives import PAIR, QUAD, SINGLE, THREE
 from iopo.training.plan.cost import Sizes, communication, gpu_memory, sizes_of, states
 from iopo.training.plan.description import PlannedRun, architecture, describe
 from iopo.training.plan.lengths import example_of
-from iopo.training.plan.report import plan_report
+from iopo.training.plan.report import advice, plan_report
 from iopo.training.plan.trace import Trace, attended_pairs, meta_policy, trace
 from iopo.training.policy import adapt, block_options
 
@@ -209,11 +209,11 @@ def test_adapters_are_replicated_and_send_little():
 def test_what_does_not_fit_gets_advice_that_does():
     plan = plan_report(small_config("plan_for.gpu_gb=0.65"))
     assert not plan.fits
-    assert FULL in plan.advice[0]
+    assert FULL in advice(plan)[0]
     assert "does NOT fit" in str(plan)
     again = plan_report(small_config("plan_for.gpu_gb=0.65", FULL))
     assert again.fits and "fits: " in str(again)
-    assert SELECTIVE in plan_report(small_config("plan_for.gpu_gb=0.72")).advice[0]
+    assert SELECTIVE in advice(plan_report(small_config("plan_for.gpu_gb=0.72")))[0]
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_splitting_is_advised_where_the_longest_quad_is_what_does_not_fit():
     tight = plan_report(small_config(*ONE_LONG, *sizes, "plan_for.gpu_gb=1.15"))
     assert not tight.fits
     expected = f"{FULL} parallel.split_quads=true optim.tokens_per_microbatch=3200"
-    assert any(line.startswith(expected) for line in tight.advice)
+    assert any(line.startswith(expected) for line in advice(tight))
 
 
 def test_lengths_come_from_the_data_if_it_is_here():

@@ -48,7 +48,7 @@ def resolve_checkpointing(
                 plan_for=replace(cfg.plan_for, **size, gpu_gb=free_gb),
                 parallel=replace(cfg.parallel, device=Device(ranks.device.type)),
             )
-            plan = plan_report(here, inputs.train, advise=False)
+            plan = plan_report(here, inputs.train)
             # GB are 10^9 bytes of one rank, tokens those of a micro-batch.
             choice = made_for | {
                 "checkpointing": plan.cfg.parallel.checkpointing.value,

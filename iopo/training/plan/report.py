@@ -29,10 +29,10 @@ SMALLEST_BUDGET = 2048  # tokens of a micro-batch below which a GPU has too litt
 
 @dataclass(frozen=True)
 class Plan:
-    """What plan_report found. memory: bytes on one GPU by purpose. host: bytes per machine.
+    """What plan_report found. memory: bytes on one GPU by purpose. flops: of one step on all GPUs.
 
-    flops: of one step on all GPUs. advice: changes that make it fit, best first; empty if it does.
     refused: peak bytes of the kinds of checkpointing that `auto` found too large, and did not take.
+    examples: the training data, if it is on this machine.
     """
 
     cfg: TrainConfig
@@ -41,11 +41,10 @@ class Plan:
     work: Work
     trace: Trace
     memory: dict[str, float]
-    host: float
     flops: dict[str, float]
     transfers: list[Transfer]
     refused: dict[Checkpointing, float]
-    advice: Sequence[str] = ()
+    examples: Sequence[Example] | None
 
     @property
     def peak(self) -> float:
@@ -65,13 +64,10 @@ class Plan:
         return "\n\n".join("\n".join(part) for part in parts)
 
 
-def plan_report(
-    cfg: TrainConfig, examples: Sequence[Example] | None = None, *, advise: bool = True
-) -> Plan:
+def plan_report(cfg: TrainConfig, examples: Sequence[Example] | None = None) -> Plan:
     """Plan a run of `cfg` on the GPUs that cfg.plan_for describes (CPUs with device=cpu).
 
     examples: the training data; without it, it is read if it is on this machine.
-    advise: look for changes that would make a run fit that does not.
     Raises ValueError for the plain layout, whose attention is not modelled, for ranks that do not
     divide the batch, and for a model whose config is not known.
     """
@@ -96,26 +92,21 @@ def plan_report(
         if peak <= HEADROOM * cfg.plan_for.gpu_gb * GB or kind is kinds[-1]:
             break
         refused[kind] = peak
-    on_machine = min(run.ranks, cfg.plan_for.gpus_per_machine)
-    offloaded = sum(cost.states(run, sizes).values()) if cfg.parallel.offload else 0.0
-    plan = Plan(
+    return Plan(
         cfg=replace(cfg, parallel=parallel),
         run=run,
         sizes=sizes,
         work=work,
         trace=traced,
         memory=memory,
-        host=on_machine * sum(cost.states(run, sizes).values())
-        if run.cfg.parallel.offload
-        else 0.0,
         flops=cost.step_flops(run, work, traced),
         transfers=cost.communication(run, sizes, work.micro_batches),
         refused=refused,
+        examples=examples,
     )
-    return replace(plan, advice=_advice(plan, examples)) if advise and not plan.fits else plan
 
 
-def _advice(plan: Plan, examples: Sequence[Example] | None) -> list[str]:
+def advice(plan: Plan) -> list[str]:
     """Two changes, tried one after the other by planning them, that would make the run fit."""
     found: list[str] = []
     for changes in _changes(plan):
@@ -123,7 +114,7 @@ def _advice(plan: Plan, examples: Sequence[Example] | None) -> list[str]:
         for key, value in changes.items():
             section, name = key.split(".")
             setattr(getattr(cfg, section), name, value)
-        tried = plan_report(cfg, examples, advise=False)
+        tried = plan_report(cfg, plan.examples)
         if tried.fits:
             words = [f"{key}={str(value).lower()}" for key, value in changes.items()]
             if "plan_for.gpus" in changes:  # the last one
@@ -199,8 +190,10 @@ def _table(title: str, units: str, rows: Iterable[tuple[str, str]]) -> Iterator[
 
 def _memory(plan: Plan) -> Iterator[str]:
     rows = plan.memory | {"at most": plan.peak}
-    if plan.host:
-        rows["host memory of a machine (offload)"] = plan.host
+    if plan.cfg.parallel.offload:
+        on_machine = min(plan.run.ranks, plan.cfg.plan_for.gpus_per_machine)
+        held = on_machine * sum(cost.states(plan.run, plan.sizes).values())
+        rows["host memory of a machine (offload)"] = held
     numbers = ((name, f"{value / GB:>9.2f}") for name, value in rows.items())
     yield from _table("memory of a GPU", f"{'GB':>9}", numbers)
     limit, peak = plan.cfg.plan_for.gpu_gb, plan.peak / GB
@@ -208,7 +201,7 @@ def _memory(plan: Plan) -> Iterator[str]:
         yield f"  fits: {limit - peak:.1f} GB of {limit:g} GB stay free"
         return
     yield f"  does NOT fit: {peak - limit:.1f} GB more than {limit:g} GB. What would help:"
-    yield from (f"    {line}" for line in plan.advice)
+    yield from (f"    {line}" for line in advice(plan))
 
 
 def _flops(plan: Plan) -> Iterator[str]:
