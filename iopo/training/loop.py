@@ -44,8 +44,8 @@ class Reference:
 
     call: (examples, their batch) -> float32 [E, M] without gradient. where: for messages.
     tolerance: largest difference of the loss at step 0 from its value at policy == reference.
-    rounding: largest log-ratio, in nats, that may still be no more than rounding. collective: call
-    gathers weights, so that a rank without examples has to call it too.
+    rounding: largest log-ratio, in nats, that rounding may cause. collective: call gathers weights,
+    so that a rank without examples has to call it too.
     """
 
     call: Callable[[Sequence[Example], Batch], Tensor]
@@ -171,11 +171,8 @@ def train_steps(
 def gradients(
     job: Job, train_model: TrainModel, reference: Reference | None, step: int
 ) -> Iterator[tuple[list[Example], Tensor]]:
-    """Add the gradients of this rank's micro-batches of `step`, one by one.
-
-    Yields the examples of each and the metrics' values [E, columns]; nothing for a micro-batch that
-    only other ranks have, but this one takes part in its communication.
-    """
+    """Add the gradients of this rank's micro-batches of `step`; yields examples and metrics' values
+    [E, columns] of each. In one that only other ranks have, it only takes part in communication."""
     batches = micro_batches(job.tokens_N, job.batching, step - 1, job.rank)
     split = job.splitting.split_microbatches(job.tokens_N, job.batching, step - 1, job.rank)
     total = len(quads_of_step(len(job.tokens_N), job.batching, step - 1))

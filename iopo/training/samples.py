@@ -26,9 +26,8 @@ def before(run: Path, cfg: EvaluationConfig, inputs: Inputs, train_model: TrainM
     if cfg.samples and quads and not train_model.sharded:
         few = quads[:: max(1, len(quads) // cfg.samples)][: cfg.samples]
         answers = answer(cfg, inputs.chat, few, train_model)
-        write_records(
-            run / FILE, [{"id": a["id"], "prompt": a["prompt"], "before": a} for a in answers]
-        )
+        rows = [{"id": a["id"], "prompt": a["prompt"], "before": a} for a in answers]
+        write_records(run / FILE, rows)
 
 
 def after(run: Path, cfg: EvaluationConfig, inputs: Inputs, train_model: TrainModel) -> None:
@@ -62,14 +61,10 @@ def answer(
         generations = generate(model, chat, conversations, decoding)
     finally:
         model.set_attn_implementation(attention)
+    texts = [generation.text.strip() for generation in generations]
     return [
-        {
-            "id": quad.id,
-            "prompt": quad.x1,
-            "text": generation.text.strip(),
-            "constraints": _verdicts(quad.c1 or [], generation.text.strip()),
-        }
-        for quad, generation in zip(quads, generations, strict=True)
+        {"id": q.id, "prompt": q.x1, "text": text, "constraints": _verdicts(q.c1 or [], text)}
+        for q, text in zip(quads, texts, strict=True)
     ]
 
 

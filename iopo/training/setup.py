@@ -52,7 +52,7 @@ def build_run(cfg: TrainConfig, ranks: RankInfo, *, with_reference: bool = True)
     reference = None
     if with_reference and objectives.OBJECTIVES[cfg.objective.name].reference:
         if cfg.reference.source is ReferenceSource.adapter_off:
-            reference = adapter_off(policy, collective=model.sharded)
+            reference = adapter_off(model)
         elif cfg.reference.source is ReferenceSource.live:
             reference = live(make_policy(cfg, inputs.model_path, ranks, frozen=True))
         else:

@@ -1,8 +1,8 @@
 """The tensors of a checkpoint, and reading them without running code from the file.
 
-`torch.distributed.checkpoint` writes one shard per rank and an index, and can read them back into
-another number of ranks. Its index is a pickle, so it is read here with a list of allowed classes;
-everything this project saves is a tensor, so nothing else is unpickled.
+`torch.distributed.checkpoint` writes one shard per rank and an index, and reads them back into any
+number of ranks. The index is a pickle, so it is read here with a list of allowed classes; all that
+is saved is tensors, so nothing else is unpickled.
 """
 
 import io
@@ -24,11 +24,8 @@ _PARAMETERS, _OPTIMIZER, _RNG = "parameters", "optimizer", "rng"
 def gather_state(
     parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, rank: int
 ) -> dict[str, Tensor]:
-    """Everything a step changes, as a flat dict of tensors (DTensors stay sharded).
-
-    Hyper-parameters of the optimizer are not in it: the config says them, and the learning rate is
-    a function of the step.
-    """
+    """Everything a step changes, as a flat dict of tensors (DTensors stay sharded): parameters,
+    moments, generators. Hyper-parameters are in the config."""
     state: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         state[f"{_PARAMETERS}/{name}"] = parameter.detach()
@@ -73,8 +70,7 @@ def load_state(
     names = {id(parameter): name for name, parameter in parameters.items()}
     ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     filled = {index: moments[name] for index, name in enumerate(ordered) if moments[name]}
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": filled, "param_groups": groups})
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": filled})
     if same_world:
         set_rng_state(generators)
 

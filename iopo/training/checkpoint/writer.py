@@ -34,8 +34,6 @@ class CheckpointError(OSError):
 class Checkpoints:
     """Writes the checkpoints of one run. Every rank has one and calls its methods together.
 
-    cfg.keep: newest complete checkpoints to keep. cfg.best_metric: keep the best by this name in
-        the metrics of `save` as well (loss: the lowest, others: the highest).
     cfg.asynchronous: `save` returns once the state is copied to host memory; a thread writes it
         while training goes on, over a process group of its own. At most one write is under way: the
         next `save`, `wait` and the end of the context wait for it and raise its error.
@@ -53,20 +51,15 @@ class Checkpoints:
         # Half a write's processor time, for nothing: folders.publish keeps SHA-256 of every file
         torch.serialization.set_crc32_options(False)
         cuda = torch.cuda.is_available()
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=cuda,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=cuda,
-            )
-        )
+        fast = {"use_pinned_memory": cuda, "use_non_blocking_copy": cuda}
+        options = StagingOptions(use_shared_memory=False, use_async_staging=False, **fast)
+        self._stager = DefaultStager(options)
 
     def save(self, step: int, state: dict[str, Tensor], description: dict[str, Any]) -> None:
         """Write the checkpoint of `step` (steps done so far).
 
-        state: tensors by name, from `gather_state`. description: fingerprint and metrics, what
-            `check_resume` and `best_metric` look at; written to state.json, secrets redacted.
+        state: from `gather_state`. description: fingerprint and metrics, for `check_resume` and
+            `best_metric`; written to state.json, secrets redacted.
         Raises CheckpointError on every rank if any rank could not write.
         """
         self.wait()

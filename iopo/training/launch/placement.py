@@ -111,4 +111,4 @@ def first_host(node_list: str) -> str:
     match = re.match(r"([^,\[\]]+)(?:\[([^,\-\]]+)[^\]]*\]([^,\[\]]*))?", node_list)
     if match is None:
         raise ValueError(f"SLURM node list {node_list!r} has no host name; set MASTER_ADDR")
-    return match[1] + (match[2] or "") + (match[3] or "")
+    return "".join(part or "" for part in match.groups())

@@ -20,7 +20,6 @@ from iopo.config import DataConfig, Layout, ModelConfig, ReferenceConfig
 from iopo.data.layout import Batch
 from iopo.data.tokenize import Example
 from iopo.files import cache_root
-from iopo.logprobs import LogProbs
 from iopo.model import load, lora
 from iopo.model.attention import SHARED
 from iopo.model.parallel import TrainModel
@@ -65,22 +64,23 @@ def cache_folder(cfg: ReferenceConfig) -> Path:
     return Path(cfg.cache_dir or cache_root() / "reference")
 
 
-def adapter_off(policy: LogProbs, *, collective: bool) -> Reference:
+def adapter_off(policy: TrainModel) -> Reference:
     """The policy with its adapters off, computed in every epoch."""
 
+    @torch.no_grad()
     def call(rows: Sequence[Example], batch: Batch) -> Tensor:
-        with torch.no_grad(), lora.adapter_off(policy):
-            return policy(batch)
+        with lora.adapter_off(policy.model):
+            return policy.model(batch)
 
-    return Reference(call, "the base under the adapters", EXACT, collective=collective)
+    return Reference(call, "the base under the adapters", EXACT, collective=policy.sharded)
 
 
 def live(frozen: TrainModel) -> Reference:
     """A second model with the starting weights."""
 
+    @torch.no_grad()
     def call(rows: Sequence[Example], batch: Batch) -> Tensor:
-        with torch.no_grad():
-            return frozen.model(batch)
+        return frozen.model(batch)
 
     where = "a frozen copy of the starting weights"
     return Reference(call, where, EXACT, collective=frozen.sharded)
@@ -91,10 +91,9 @@ def cached(cache: Cache, job: Job, model: TrainModel, recheck_rows: int) -> Refe
 
     recheck_rows: examples scored again and compared with the cache.
     """
-    batching = dataclasses.replace(job.batching, ranks=1)
-    if batching.tokens_per_microbatch is not None:  # a forward alone needs little memory
-        more = FORWARD_TOKENS * batching.tokens_per_microbatch
-        batching = dataclasses.replace(batching, tokens_per_microbatch=more)
+    budget = job.batching.tokens_per_microbatch
+    more = None if budget is None else FORWARD_TOKENS * budget  # a forward needs little memory
+    batching = dataclasses.replace(job.batching, ranks=1, tokens_per_microbatch=more)
 
     @torch.no_grad()
     def score(rows: Sequence[Example]) -> Tensor:
