@@ -21,7 +21,7 @@ from iopo.model.load import tiny_causal_lm
 from iopo.model.parallel import TrainModel, prepare
 from iopo.objectives import PAIR, QUAD, SINGLE, THREE
 from iopo.training.plan.cost import Sizes, communication, gpu_memory, sizes_of, states
-from iopo.training.plan.description import PlannedRun, architecture, describe
+from iopo.training.plan.description import PlannedRun, describe
 from iopo.training.plan.lengths import example_of
 from iopo.training.plan.report import advice, plan_report
 from iopo.training.plan.trace import Trace, attended_pairs, meta_policy, trace
@@ -78,7 +78,7 @@ def small_config(*overrides: str) -> TrainConfig:
 
 
 def policy_of(cfg: TrainConfig, dtype: torch.dtype) -> TrainModel:
-    return meta_policy(architecture(cfg.model), cfg.model.lora, cfg.parallel, dtype)
+    return meta_policy(cfg.model, cfg.parallel, dtype)
 
 
 FULL, SELECTIVE = "parallel.checkpointing=full", "parallel.checkpointing=selective"

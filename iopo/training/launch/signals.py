@@ -65,7 +65,7 @@ class Control:
         self.exit_code = max(self.exit_code, INTERRUPTED if interrupt else SAVED_REQUEUE)
 
     def should_stop(self) -> bool:
-        """True on every rank at the same step, once any rank was asked to stop. All ranks call it."""
+        """True on every rank at the same step, once any was asked to stop. All ranks call it."""
         heartbeat()
         if dist.is_initialized() and dist.get_world_size() > 1:
             code = torch.tensor(self.exit_code)  # on the CPU: through gloo

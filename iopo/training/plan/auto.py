@@ -1,8 +1,7 @@
 """parallel.checkpointing=auto: the least recomputation whose planned memory is free.
 
-Decided once, before the weights load, by rank 0 for all ranks; logged, and written to
-RUN/memory.json. A run that goes on keeps what it began with: recomputing changes no bit of a
-result, but its time and its memory are then those of the same run.
+Decided at every start, before the weights load, by rank 0 for all ranks; logged, and written to
+RUN/memory.json. A resumed run may choose otherwise: recomputing changes no bit of a result.
 """
 
 import json
@@ -36,28 +35,22 @@ def resolve_checkpointing(
         dist.all_reduce(free, dist.ReduceOp.MIN)
     answer: list[str | None] = [None]
     if ranks.is_main:
-        path = run / FILE
-        choice = json.loads(path.read_text()) if path.exists() else {}
-        micro_batch = [cfg.optim.micro_batch_quads, cfg.optim.tokens_per_microbatch]
-        made_for = {"ranks": ranks.world_size, "micro_batch": micro_batch}
-        if any(choice.get(key) != value for key, value in made_for.items()):
-            free_gb = free.item() / GB
-            size = {"gpus": ranks.world_size, "gpus_per_machine": ranks.local_world_size}
-            here = replace(
-                cfg,
-                plan_for=replace(cfg.plan_for, **size, gpu_gb=free_gb),
-                parallel=replace(cfg.parallel, device=Device(ranks.device.type)),
-            )
-            plan = plan_report(here, inputs.train)
-            # GB are 10^9 bytes of one rank, tokens those of a micro-batch.
-            choice = made_for | {
-                "checkpointing": plan.cfg.parallel.checkpointing.value,
-                "planned_gb": plan.peak / GB,
-                "too_large_gb": {kind.value: peak / GB for kind, peak in plan.refused.items()},
-                "tokens": plan.trace.tokens,
-                "free_gb": free_gb,
-            }
-            write_text(path, json.dumps(choice, indent=1) + "\n")
+        size = {"gpus": ranks.world_size, "gpus_per_machine": ranks.local_world_size}
+        here = replace(
+            cfg,
+            plan_for=replace(cfg.plan_for, **size, gpu_gb=free.item() / GB),
+            parallel=replace(cfg.parallel, device=Device(ranks.device.type)),
+        )
+        plan = plan_report(here, inputs.train)
+        # GB are 10^9 bytes of one rank, tokens those of a micro-batch.
+        choice = {
+            "checkpointing": plan.cfg.parallel.checkpointing.value,
+            "planned_gb": plan.peak / GB,
+            "too_large_gb": {kind.value: peak / GB for kind, peak in plan.refused.items()},
+            "tokens": plan.trace.tokens,
+            "free_gb": free.item() / GB,
+        }
+        write_text(run / FILE, json.dumps(choice, indent=1) + "\n")
         log.info(_sentence(choice))
         answer = [choice["checkpointing"]]
     if ranks.world_size > 1:

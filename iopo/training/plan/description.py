@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
 
 from iopo import objectives
-from iopo.config import Device, ModelConfig, ReferenceSource, TrainConfig
+from iopo.config import Device, ReferenceSource, TrainConfig
 from iopo.data.batching import Batching
 from iopo.model import load
 from iopo.training.inputs import batching
@@ -67,11 +66,3 @@ def describe(cfg: TrainConfig) -> PlannedRun:
         device_type=device_type,
         dtype=load.compute_dtype(cfg.model.dtype, device_type),
     )
-
-
-def architecture(cfg: ModelConfig) -> PretrainedConfig:
-    """The config of model.path or model.tiny."""
-    if cfg.tiny is None:
-        return load.architecture(str(cfg.path))
-    keys = dict(cfg.tiny)
-    return AutoConfig.for_model(keys.pop("model_type"), **keys)

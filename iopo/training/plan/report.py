@@ -15,7 +15,7 @@ from iopo.data.example import Example
 from iopo.training.inputs import load_inputs
 from iopo.training.plan import cost, lengths
 from iopo.training.plan.cost import Sizes, Transfer
-from iopo.training.plan.description import PlannedRun, architecture, describe
+from iopo.training.plan.description import PlannedRun, describe
 from iopo.training.plan.lengths import Work
 from iopo.training.plan.trace import Trace, meta_policy, trace
 
@@ -73,7 +73,7 @@ def plan_report(cfg: TrainConfig, examples: Sequence[Example] | None = None) -> 
     """
     if cfg.data.layout is Layout.plain:
         raise ValueError("plan: found data.layout=plain, expected shared, the one that is modelled")
-    config, run = architecture(cfg.model), describe(cfg)
+    run = describe(cfg)
     if examples is None and (missing := lengths.missing_for_lengths(cfg.data, cfg.model)):
         work = lengths.assumed_work(run, missing)
     else:
@@ -84,7 +84,7 @@ def plan_report(cfg: TrainConfig, examples: Sequence[Example] | None = None) -> 
     refused: dict[Checkpointing, float] = {}
     for kind in kinds:
         parallel = replace(cfg.parallel, checkpointing=kind)
-        policy = meta_policy(config, cfg.model.lora, parallel, run.dtype)
+        policy = meta_policy(cfg.model, parallel, run.dtype)
         sizes = cost.sizes_of(policy, run.dtype)
         traced = trace(policy, work.heaviest, run.device_type)
         memory = cost.gpu_memory(run, sizes, traced, split=work.split > 0)

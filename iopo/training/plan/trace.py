@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from transformers import PretrainedConfig
+from transformers import AutoConfig
 
-from iopo.config import LoraConfig, ParallelConfig
+from iopo.config import ModelConfig, ParallelConfig
 from iopo.data.example import Example
 from iopo.data.layout import SharedSegments, build_shared
 from iopo.kernels import tiled
@@ -59,13 +59,13 @@ class Trace:
     pairs: int
 
 
-def meta_policy(
-    config: PretrainedConfig, lora: LoraConfig, parallel: ParallelConfig, dtype: torch.dtype
-) -> TrainModel:
+def meta_policy(cfg: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TrainModel:
     """The policy as policy.make_policy makes it on one rank, without values and not sharded."""
-    loaded = dtype if lora.rank > 0 else torch.promote_types(dtype, torch.float32)
+    tiny = cfg.tiny
+    config = AutoConfig.for_model(**tiny) if tiny else load.architecture(str(cfg.path))
+    loaded = dtype if cfg.lora.rank > 0 else torch.promote_types(dtype, torch.float32)
     policy = LogProbs(load.meta_causal_lm(config, loaded, SHARED))
-    adapt(policy, lora, seed=0)
+    adapt(policy, cfg.lora, seed=0)
     options = replace(block_options(parallel), compile=False)
     return prepare(policy, device=META, dtype=dtype, mesh=None, block_options=options)
 
