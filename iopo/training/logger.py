@@ -1,4 +1,4 @@
-"""What a run says and records: lines on stdout, metrics.jsonl, Weights & Biases, a progress bar.
+"""What a run says and records: lines on stdout, metrics.jsonl, Weights & Biases.
 
 Every file of the package writes its lines with `log = logging.getLogger(__name__)`; they appear
 once `set_up_logging` was called in the process.
@@ -17,8 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-from rich.progress import BarColumn, Progress, TimeRemainingColumn
-
 from iopo.config import TrackerConfig, Wandb
 from iopo.files import read_records
 from iopo.redact import redact
@@ -30,23 +28,16 @@ LINE_EVERY_S = 10.0
 log = logging.getLogger(__name__)
 
 
-class _Stdout(logging.Handler):
-    """Plain lines on the stdout of the moment: rich replaces it while a bar is shown."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), flush=True)
-
-
 def set_up_logging(*, main: bool) -> None:
     """Show the package's messages on stdout; of a process that is not `main`, only warnings."""
     package = logging.getLogger("iopo")
-    package.handlers = [_Stdout()]
+    package.handlers = [logging.StreamHandler(sys.stdout)]
     package.propagate = False  # Hydra's handler would print every line again
     package.setLevel(logging.INFO if main else logging.WARNING)
 
 
 class Logger:
-    """Metrics and progress of the steps done + 1 .. last; use it as a context.
+    """Metrics and progress of `steps`; use it as a context.
 
     config: of the run, for Weights & Biases. main: rank 0; on other ranks nothing is written.
     """
@@ -57,13 +48,7 @@ class Logger:
         self.every, self.first, self.last = cfg.log_every_steps, steps.start, steps.stop - 1
         self.file = open(run / "metrics.jsonl", "a", encoding="utf-8") if main else None
         self.wandb = _start_wandb(run, cfg, config) if main and cfg.wandb is not Wandb.off else None
-        self.bar: Progress | None = None
         self.started, self.printed = time.monotonic(), float("-inf")
-        if main and sys.stdout.isatty():
-            columns = "{task.completed}/{task.total}", BarColumn(20), "{task.description}"
-            self.bar = Progress(*columns, TimeRemainingColumn())
-            self.task = self.bar.add_task("", total=self.last, completed=self.first - 1)
-            self.bar.start()
 
     def __enter__(self) -> Self:
         return self
@@ -73,8 +58,6 @@ class Logger:
             self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
-        if self.bar is not None:
-            self.bar.stop()
 
     def step(self, step: int, reduce: Callable[[], dict[str, float]]) -> None:
         """Record and show a training step, if it is one to log. Every rank calls it.
@@ -87,13 +70,11 @@ class Logger:
         if self.file is None:
             return
         self._record(step, "train", values)
-        text = "  ".join(f"{label} {values[k]:.4g}" for k, label in SHOWN.items() if k in values)
-        if self.bar is not None:
-            self.bar.update(self.task, completed=step, description=text)
-            return
         now = time.monotonic()
         if now - self.printed >= LINE_EVERY_S or step == self.last:
             self.printed = now
+            shown = [f"{label} {values[k]:.4g}" for k, label in SHOWN.items() if k in values]
+            text = "  ".join(shown)
             left = (now - self.started) / (step - self.first + 1) * (self.last - step)
             log.info(f"step {step}/{self.last}  {text}  {left:.0f} s left")
 
