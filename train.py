@@ -146,7 +146,7 @@ def train(cfg: TrainConfig, folder: Path, ranks: RankInfo, control: Control) -> 
     run = setup.build_run(cfg, ranks)
     job, model, reference = run.job, run.model, run.reference
     fingerprint = resume.fingerprint(cfg, run.inputs, ranks.world_size)
-    done = resume.restore(folder, model, run.optimizer, ranks)
+    done = resume.restore(folder, model, run.optimizer, main=ranks.is_main)
     c, steps = cfg.checkpoint, range(done + 1, job.steps + 1)
     logger = Logger(folder, cfg.tracker, plain(cfg), main=ranks.is_main, steps=steps)
     with logger, Checkpoints(folder, c) as checkpoints:

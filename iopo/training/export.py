@@ -71,7 +71,7 @@ def export_step(cfg: TrainConfig, scratch: Path, ranks: RankInfo, control: Contr
     cfg.parallel.checkpointing = Checkpointing.none  # there is no backward
     cfg.export.model = True
     run = build_run(cfg, ranks, with_reference=False)
-    load_checkpoint(folders[step], run.model, run.optimizer, ranks)
+    load_checkpoint(folders[step], run.model, run.optimizer)
     heartbeat()
     place = folder / "exported" / folders[step].name
     if ranks.is_main:

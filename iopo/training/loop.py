@@ -109,12 +109,8 @@ class StepResult:
         counts = self.sums.new_tensor([self.tokens, self.examples])
         *sums, tokens, examples = metrics.sum_over_ranks(torch.cat([self.sums, counts]))
         means = {name: value / examples for name, value in zip(self.names, sums, strict=True)}
-        return means | {
-            "grad_norm": self.grad_norm,
-            "lr": self.lr,
-            "step_s": self.seconds,
-            "tokens_per_s": tokens / self.seconds,
-        }
+        speed = {"step_s": self.seconds, "tokens_per_s": tokens / self.seconds}
+        return means | {"grad_norm": self.grad_norm, "lr": self.lr} | speed
 
 
 class NonFiniteError(RuntimeError):
@@ -238,8 +234,8 @@ def check_start(job: Job, policy: LogProbs, reference: Reference) -> None:
     this rank. Raises ValueError if the loss is off by more than the reference's tolerance, and not
     because a steep objective magnifies rounding.
     """
-    indices = micro_batches(job.tokens_N, job.batching, 0, job.rank)[0] or (0,)
-    rows = [job.examples[j] for j in indices]
+    indices = micro_batches(job.tokens_N, job.batching, 0, job.rank)[0]
+    rows = [job.examples[j] for j in indices or (0,)]
     batch = job.build(rows)
     policy_EM = policy(batch)
     reference_EM = reference_log_probs(reference, rows, batch)

@@ -38,7 +38,7 @@ def replay(cfg: TrainConfig, scratch: Path, ranks: RankInfo, control: Control) -
     done = 0
     folders = [f for f in complete_folders(Path(cfg.run))[0] if step_of(f) < step]
     if folders:
-        done = load_checkpoint(folders[-1], model, run.optimizer, ranks)
+        done = load_checkpoint(folders[-1], model, run.optimizer)
     log.info(f"weights: {folders[-1] if folders else 'the start'}, then {step - 1 - done} steps")
     steps = loop.train_steps(job, model, run.optimizer, run.reference, first_step=done + 1)
     for _ in range(done + 1, step):

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,15 @@ from iopo.config import Resume, TrainConfig, plain
 from iopo.model.parallel import TrainModel
 from iopo.redact import redact
 from iopo.training import setup
-from iopo.training.checkpoint.folders import COMPLETE_FILE, latest, latest_intact, read_state
+from iopo.training.checkpoint.folders import (
+    COMPLETE_FILE,
+    latest,
+    latest_intact,
+    read_state,
+    step_of,
+)
 from iopo.training.checkpoint.tensors import load_state
 from iopo.training.inputs import Inputs
-from iopo.training.launch.placement import RankInfo
 from iopo.training.launch.run_folder import read_complete
 from iopo.training.reference.cache import manifest_hash
 from iopo.training.reference.sources import manifest
@@ -31,15 +37,12 @@ HARMLESS = (
     *("data.cache_dir", "data.workers", "reference.cache_dir", "reference.recheck_rows"),
 )
 # Harmless to what is learned, but not without a trace.
-_SCHEDULE = "the learning-rate schedule now ends elsewhere"
-_ROUNDING = "other sums of the same numbers: equal up to rounding only"
-CONSEQUENCES = {
-    "optim.epochs": _SCHEDULE,
-    "optim.max_steps": _SCHEDULE,
-    "optim.micro_batch_quads": _ROUNDING,
-    "optim.tokens_per_microbatch": _ROUNDING,
-    "parallel.split_quads": _ROUNDING,
-}
+CONSEQUENCES = dict.fromkeys(
+    ("optim.epochs", "optim.max_steps"), "the learning-rate schedule now ends elsewhere"
+) | dict.fromkeys(
+    ("optim.micro_batch_quads", "optim.tokens_per_microbatch", "parallel.split_quads"),
+    "other sums of the same numbers: equal up to rounding only",
+)
 
 
 def fingerprint(cfg: TrainConfig, inputs: Inputs, world_size: int) -> dict[str, Any]:
@@ -49,12 +52,11 @@ def fingerprint(cfg: TrainConfig, inputs: Inputs, world_size: int) -> dict[str, 
     secrets.
     """
     device = "cuda" if setup.backend(cfg.parallel) == "nccl" else "cpu"
+    reference = manifest_hash(manifest(cfg.model, cfg.data, inputs, device))
     identity = {
         "data": inputs.data_hash,
         "tokenizer": inputs.tokenizer_hash,
-        "reference and starting weights": manifest_hash(
-            manifest(cfg.model, cfg.data, inputs, device)
-        ),
+        "reference and starting weights": reference,
     }
     whole = {"config": plain(cfg), "identity": identity, "world_size": world_size}
     return json.loads(redact(json.dumps(whole)))
@@ -163,9 +165,7 @@ def _refuse_if_all_damaged(run: Path, remarks: list[str]) -> None:
         )
 
 
-def restore(
-    run: Path, train_model: TrainModel, optimizer: torch.optim.Optimizer, ranks: RankInfo
-) -> int:
+def restore(run: Path, model: TrainModel, optimizer: torch.optim.Optimizer, *, main: bool) -> int:
     """Load the newest intact checkpoint, if any, and return the number of steps done.
 
     metrics.jsonl is cut to that step, so that no step stands in it twice. Every rank calls it.
@@ -178,22 +178,18 @@ def restore(
         _refuse_if_all_damaged(run, remarks)
         done, kept = 0, -1  # nothing counts: the run begins again, and so does its record
     else:
-        done = kept = load_checkpoint(folder, train_model, optimizer, ranks)
+        done = kept = load_checkpoint(folder, model, optimizer)
         log.info(f"resuming from {folder}: step {done} is done, the starting weights are ignored")
-    if ranks.is_main and (cut := truncate_metrics(run / "metrics.jsonl", kept)):
+    if main and (cut := truncate_metrics(run / "metrics.jsonl", kept)):
         log.info(f"{cut} rows of metrics.jsonl are of steps that are now made again: cut")
     return done
 
 
-def load_checkpoint(
-    folder: Path, train_model: TrainModel, optimizer: torch.optim.Optimizer, ranks: RankInfo
-) -> int:
-    """Fill model, optimizer and, on the same number of ranks, the generators; the steps done."""
-    saved = read_state(folder)
-    same_world = saved["world_size"] == ranks.world_size
-    load_state(folder, train_model.parameters, optimizer, rank=ranks.rank, same_world=same_world)
-    train_model.refresh()
-    return saved["step"]
+def load_checkpoint(folder: Path, model: TrainModel, optimizer: torch.optim.Optimizer) -> int:
+    """Fill model, optimizer and generators as load_state does; returns the number of steps done."""
+    load_state(folder, model.parameters, optimizer)
+    model.refresh()
+    return step_of(folder)
 
 
 def truncate_metrics(path: Path, step: int) -> int:
@@ -201,14 +197,9 @@ def truncate_metrics(path: Path, step: int) -> int:
 
     Returns the number of lines cut; 0 for a file that does not exist.
     """
-    if not path.exists():
-        return 0
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept = 0
-    for line in lines:
-        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-            break
-        kept += 1
-    if kept < len(lines):
-        os.truncate(path, sum(map(len, lines[:kept])))
-    return len(lines) - kept
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    wanted = lambda line: line.endswith(b"\n") and json.loads(line)["step"] <= step  # noqa: E731
+    kept = list(takewhile(wanted, lines))
+    if len(kept) < len(lines):
+        os.truncate(path, sum(map(len, kept)))
+    return len(lines) - len(kept)

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from iopo.training.checkpoint.folders import read_state
 from iopo.training.seeds import rng_state, set_rng_state
 
 # Keys are kind/.../name; a parameter's name comes last because it may hold any character.
@@ -38,17 +40,13 @@ def gather_state(
 
 
 def load_state(
-    folder: Path,
-    parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    *,
-    rank: int,
-    same_world: bool,
+    folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Fill parameters, optimizer and, if `same_world`, this rank's generators from a checkpoint.
+    """Fill parameters, optimizer and, on the same number of ranks, the generators.
 
     Every rank calls it. Raises ValueError if the parameters are not those that were saved.
     """
+    rank, same_world = dist.get_rank(), read_state(folder)["world_size"] == dist.get_world_size()
     reader = _Reader(folder)
     saved = reader.read_metadata().state_dict_metadata
     _check_parameters(folder, saved, parameters)

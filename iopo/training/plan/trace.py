@@ -13,7 +13,7 @@ Letters: T packed tokens, R response rows, D width, V vocabulary, H heads, E hea
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,11 +81,15 @@ def trace(policy: TrainModel, examples: Sequence[Example], device_type: str) -> 
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
             own.append(parameter.grad)
+    # The head computes the logits, in its backward again, and there the gradients of the rows and of
+    # a weight that trains; with a frozen weight the gradient of the rows comes with the forward.
     formulas = {
-        OPS.segment_attention: lambda q, *_, **__: 4 * pairs * q.shape[1] * q.shape[2],
-        OPS.segment_attention_backward: lambda g, *_, **__: 10 * pairs * g.shape[1] * g.shape[2],
-        OPS.linear_logprob: _head_flops,
-        OPS.linear_logprob_backward: _head_backward_flops,
+        OPS.segment_attention: lambda q, *_: 4 * pairs * q.shape[1] * q.shape[2],
+        OPS.segment_attention_backward: lambda g, *_: 10 * pairs * g.shape[1] * g.shape[2],
+        OPS.linear_logprob: lambda h, w, *rest: (4 if rest[-1] else 2) * h.shape[0] * w.numel(),
+        OPS.linear_logprob_backward: lambda _, h, w, *rest: (
+            (6 if rest[-2] else 4) * h.shape[0] * w.numel()
+        ),
     }
     watch = Watch(own, formulas, device_type)
     with watch:
@@ -112,9 +116,7 @@ class Watch(TorchDispatchMode):
     flops: by operator.
     """
 
-    def __init__(
-        self, own: Sequence[Tensor], formulas: dict[Any, Callable[..., float]], device_type: str
-    ) -> None:
+    def __init__(self, own: Sequence[Tensor], formulas: dict[Any, Any], device_type: str) -> None:
         super().__init__()
         self.known = {tensor.untyped_storage()._cdata for tensor in own}
         self.formulas, self.device_type = formulas, device_type
@@ -128,7 +130,7 @@ class Watch(TorchDispatchMode):
                 self._see(leaf.untyped_storage())
         op = func.overloadpacket
         if op in self.formulas:
-            self.flops[op] += self.formulas[op](*args, **(kwargs or {}))
+            self.flops[op] += self.formulas[op](*args)
         elif op in flop_registry:
             self.flops[op] += flop_registry[op](*args, **(kwargs or {}), out_val=out)
         if op is OPS.linear_logprob_backward or (op is OPS.linear_logprob and args[-1]):
@@ -165,18 +167,6 @@ def head_workspace(op: Any, args: tuple[Any, ...], device_type: str) -> int:
     tiles = tiled.VOCAB * (tiled.ROWS + 2 * width)
     need_weight = op is OPS.linear_logprob_backward and args[9]
     return accum_bytes * (rows * width * (copies + int(need_weight)) + tiles)
-
-
-def _head_flops(hidden_RD: Tensor, weight_VD: Tensor, *rest: Any) -> int:
-    """The logits and, with a frozen head, the gradient of the hidden rows."""
-    with_gradient = rest[-1]
-    return (2 if with_gradient else 1) * 2 * hidden_RD.shape[0] * weight_VD.numel()
-
-
-def _head_backward_flops(grad_R: Tensor, hidden_RD: Tensor, weight_VD: Tensor, *rest: Any) -> int:
-    """The logits again, the gradient of the hidden rows and, if it is wanted, of the weight."""
-    need_weight = rest[-2]
-    return (3 if need_weight else 2) * 2 * hidden_RD.shape[0] * weight_VD.numel()
 
 
 def _parts(flops: Counter[Any]) -> dict[str, float]:

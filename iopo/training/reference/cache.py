@@ -1,9 +1,8 @@
 """Reference log-probs: named by a manifest, computed once, kept on disk, never from live weights.
 
-A reference is the policy's starting point. Its log-probs never change, so they are computed once
-per (weights, data) and shared by every run that starts there: four float32 numbers a quad. The
-manifest (sources.py) says which weights, tokenizer, truncation, dtype and code made them; its hash
-names the folder, so that anything that could change a number is another cache.
+Computed once per (weights, data) and shared by every run that starts there: four float32 numbers a
+quad. The manifest (sources.py) says which weights, tokenizer, truncation, dtype and code made them;
+its hash names the folder, so that anything that could change a number is another cache.
 
 Letters: E examples, M members per example.
 """
@@ -43,8 +42,7 @@ def manifest_hash(manifest: dict[str, str]) -> str:
 class Cache:
     """Log-probs by example content, in one folder: manifest.json, logps-{members}.npz.
 
-    Safe for several runs at once: one at a time fills it (`filling`) and replaces the file in one
-    step, so a reader sees an old whole file or a new whole file.
+    Safe for several runs at once: one at a time fills it and replaces the file in one step.
     """
 
     def __init__(self, root: Path, manifest: dict[str, str]):
@@ -207,8 +205,8 @@ def _compute(
 def recheck(cached_EM: Tensor, again_EM: Tensor, tolerance: float, where: Path) -> float:
     """The largest difference of cached log-probs from those scored again, in nats.
 
-    Raises ValueError above `tolerance` (nats per response): the cache is of other weights, or the
-    numbers are not reproducible on this machine.
+    Raises ValueError above `tolerance`: the cache is of other weights, or the numbers are not
+    reproducible on this machine.
     """
     difference = (again_EM.float().cpu() - cached_EM).abs().max().item()
     if not difference <= tolerance:
