@@ -17,12 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-from iopo.config import TrackerConfig, Wandb
+from iopo.config import HELDOUT_MEASURES, TrackerConfig, Wandb
 from iopo.files import read_records
 from iopo.redact import redact
 
 SHOWN = {"loss": "loss", "margin": "margin", "accuracy": "acc", "tokens_per_s": "tok/s"}
-HELDOUT_SHOWN = ("loss", "group_accuracy", "x_preference", "y_preference")
 LINE_EVERY_S = 10.0
 
 log = logging.getLogger(__name__)
@@ -82,7 +81,7 @@ class Logger:
         """Record and show an evaluation on held-out quads; nothing for an empty one."""
         if self.file is not None and values:
             self._record(step, "heldout", values)
-            shown = "  ".join(f"{k} {values[k]:.4g}" for k in HELDOUT_SHOWN)
+            shown = "  ".join(f"{k} {values[k]:.4g}" for k in HELDOUT_MEASURES)
             log.info(f"held out, step {step}: {shown}")
 
     def flush(self) -> None:

@@ -183,18 +183,17 @@ def gradients(
         if i in split:
             of_prompts = [job.build(part) for part in by_prompt(rows)]
             parts = PromptByPrompt(train_model, of_prompts, job.splitting.direction)
-        if idle:
-            if parts is not None:
-                parts.idle(last=last)
-            else:
-                train_model.empty_backward(train_model.model, batch)
+        if idle and parts is None:
+            train_model.empty_backward(train_model.model, batch)
             continue
         policy_EM = train_model.model(batch) if parts is None else parts.log_probs()
-        loss_E, values_EK = score(job, batch, rows, policy_EM, reference_EM)
-        (loss_E.sum() / total).backward()
-        if parts is not None:  # that reached the log-probs, not yet the model
+        if not idle:
+            loss_E, values_EK = score(job, batch, rows, policy_EM, reference_EM)
+            (loss_E.sum() / total).backward()
+        if parts is not None:  # the loss reached the log-probs, not yet the model
             parts.backward(last=last)
-        yield rows, values_EK
+        if not idle:
+            yield rows, values_EK
 
 
 def score(

@@ -116,7 +116,7 @@ class PromptByPrompt:
     def backward(self, *, last: bool) -> None:
         """Add sum_m f_m dlogp_m/dtheta to the gradients. last: of the step's micro-batches."""
         factor_EM = self.logp_EM.grad
-        if factor_EM is None:  # no loss
+        if factor_EM is None:  # no loss: a micro-batch that only other ranks have
             factor_EM = torch.zeros_like(self.logp_EM)
         if self.direction is None:
             factors = self._by_prompt(factor_EM)
@@ -133,11 +133,6 @@ class PromptByPrompt:
             parameter.grad *= scalar
             if before is not None:
                 parameter.grad = before.add_(parameter.grad)
-
-    def idle(self, *, last: bool) -> None:
-        """Take part in a micro-batch that only other ranks have; adds zero to the gradients."""
-        self.log_probs()
-        self.backward(last=last)
 
     def _by_prompt(self, value_EM: Tensor) -> tuple[Tensor, ...]:
         return value_EM.split([batch.members for batch in self.batches], dim=1)

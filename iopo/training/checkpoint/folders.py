@@ -18,6 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from iopo.files import sha256_file, write_text
+from iopo.training.launch.placement import from_rank_0
 
 COMPLETE_FILE = "COMPLETE"
 STATE_FILE = "state.json"
@@ -85,9 +86,7 @@ def latest_intact(run_dir: Path) -> tuple[Path | None, list[str]]:
 
     The one to resume from: a damaged newest checkpoint costs the steps since the one before it.
     """
-    shared: list[Any] = [complete_folders(run_dir)]
-    dist.broadcast_object_list(shared, src=0)
-    complete, remarks = shared[0]
+    complete, remarks = from_rank_0(lambda: complete_folders(run_dir))
     rank, world = dist.get_rank(), dist.get_world_size()
     for folder in reversed(complete):
         damage = first_of_ranks(find_damage(folder, sizes_only=False, part=rank, parts=world))

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from iopo.model.host_memory import tune_malloc
 from iopo.training.launch import failures
-from iopo.training.launch.placement import Placement, RankInfo, find_placement
+from iopo.training.launch.placement import Placement, RankInfo, find_placement, from_rank_0
 from iopo.training.launch.signals import (
     FAILED,
     INTERRUPTED,
@@ -219,9 +219,7 @@ def _run_adopted(task: _Task, placement: Placement) -> int:
     os.environ.setdefault("MASTER_PORT", str(placement.port))
     ranks = placement.ranks(placement.local_rank, task.backend)
     _init_group(task, ranks, None)
-    shared = [str(task.run_dir)]
-    dist.broadcast_object_list(shared, src=0)
-    task = replace(task, run_dir=Path(shared[0]))
+    task = replace(task, run_dir=from_rank_0(lambda: task.run_dir))
     _await_folder(task)
     return _run_rank(task, ranks, announce=True)
 

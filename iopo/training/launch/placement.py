@@ -10,10 +10,14 @@ Three ways to start the same program:
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,15 @@ class RankInfo:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+
+def from_rank_0(ask: Callable[[], T]) -> T:
+    """What `ask` returns on rank 0, on every rank, which call this together."""
+    if not dist.is_initialized():
+        return ask()
+    told: list[Any] = [ask() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,8 +81,8 @@ def trace(policy: TrainModel, examples: Sequence[Example], device_type: str) -> 
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
             own.append(parameter.grad)
-    # The head computes the logits, in its backward again, and there the gradients of the rows and of
-    # a weight that trains; with a frozen weight the gradient of the rows comes with the forward.
+    # The head computes the logits, in its backward again, and there the gradients of the rows and
+    # of a weight that trains; with a frozen weight that of the rows comes with the forward.
     formulas = {
         OPS.segment_attention: lambda q, *_: 4 * pairs * q.shape[1] * q.shape[2],
         OPS.segment_attention_backward: lambda g, *_: 10 * pairs * g.shape[1] * g.shape[2],
@@ -125,9 +125,14 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._see(leaf.untyped_storage())
+        storages = [x.untyped_storage() for x in tree_leaves(out) if isinstance(x, Tensor)]
+        for storage in storages:
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self.known:
+                self.known.add(key)
+                self.live += size
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._forget, key, size)
         op = func.overloadpacket
         if op in self.formulas:
             self.flops[op] += self.formulas[op](*args)
@@ -137,15 +142,6 @@ class Watch(TorchDispatchMode):
             workspace = head_workspace(op, args, self.device_type)
             self.peak = max(self.peak, self.live + workspace)
         return out
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.known:
-            return
-        self.known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, key, size)
 
     def _forget(self, key: int, size: int) -> None:
         self.known.discard(key)

@@ -26,6 +26,7 @@ from torch import Tensor
 from iopo.data.batching import Batching, pass_micro_batches, token_counts
 from iopo.data.tokenize import Example, content_key
 from iopo.files import replacing, sha256_text
+from iopo.training.launch.placement import from_rank_0
 from iopo.training.launch.signals import heartbeat
 
 STORE_EVERY_ROUNDS = 64  # of fill: what a kill loses
@@ -90,7 +91,7 @@ class Cache:
                 return True
 
             waiting = False
-            while not _told_by_rank_0(lock):
+            while not from_rank_0(lock):
                 if not waiting:
                     log.info("reference: another run is filling this cache; waiting for it")
                 waiting = True
@@ -112,15 +113,6 @@ class Cache:
         (self.folder / "manifest.json").write_text(json.dumps(self.manifest, indent=2))
         with replacing(self.path(members)) as new:
             np.savez(new, keys=keys, logps=logps, checksum=checksum)
-
-
-def _told_by_rank_0(ask: Callable[[], bool]) -> bool:
-    """What `ask` returns on rank 0, on every rank."""
-    if not dist.is_initialized():
-        return ask()
-    told = [ask() if dist.get_rank() == 0 else False]
-    dist.broadcast_object_list(told, src=0)
-    return told[0]
 
 
 def _checksum(keys: np.ndarray, logps: np.ndarray) -> bytes:
@@ -159,7 +151,7 @@ def fill(
     """
     if not examples:
         return {}
-    if _told_by_rank_0(lambda: not missing_examples(cache.read(members), examples)):
+    if from_rank_0(lambda: not missing_examples(cache.read(members), examples)):
         return cache.read(members)
     with cache.filling():
         rows = cache.read(members)

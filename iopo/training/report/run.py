@@ -128,7 +128,7 @@ def write_report(run: Path) -> Path:
     return path
 
 
-def write_summary(run: Path) -> Path:
+def write_summary(run: Path) -> None:
     """RUN/summary.json: steps, metric, seconds in them, the last training row, held-out ones.
 
     metric is the last held-out group accuracy, which sweeps compare; null without held-out quads.
@@ -141,9 +141,7 @@ def write_summary(run: Path) -> Path:
         "train": train[-1] if train else None,
         "heldout": [heldout[0], heldout[-1]] if heldout else None,
     }
-    path = run / "summary.json"
-    path.write_text(json.dumps(summary, indent=1) + "\n")
-    return path
+    (run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
 def text_of(path: Path) -> str:
