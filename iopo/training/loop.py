@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from iopo import objectives
 from iopo.data.batching import (
@@ -25,7 +25,6 @@ from iopo.data.batching import (
 )
 from iopo.data.layout import Batch, build_plain, build_shared
 from iopo.data.tokenize import Example
-from iopo.logprobs import LogProbs
 from iopo.model.parallel import TrainModel
 from iopo.training import metrics
 from iopo.training.launch.signals import heartbeat
@@ -226,7 +225,7 @@ def score(
 
 
 @torch.no_grad()
-def check_start(job: Job, policy: LogProbs, reference: Reference) -> None:
+def check_start(job: Job, policy: nn.Module, reference: Reference) -> None:
     """At step 0 the policy is the reference: the loss must be the objective's value at margin 0.
 
     For the sigmoid link without an added margin that is ln 2. Looks at the first micro-batch of
@@ -258,7 +257,7 @@ def check_start(job: Job, policy: LogProbs, reference: Reference) -> None:
 
 
 @torch.no_grad()
-def evaluate(job: Job, policy: LogProbs, reference: Reference | None) -> dict[str, float]:
+def evaluate(job: Job, policy: nn.Module, reference: Reference | None) -> dict[str, float]:
     """Means of `metrics.columns` and `metrics.preferences` over all held-out quads on all ranks.
 
     Every rank calls it; {} without held-out quads. A pair or sft objective is scored on the rows

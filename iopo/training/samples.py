@@ -31,10 +31,8 @@ def before(run: Path, cfg: EvaluationConfig, inputs: Inputs, train_model: TrainM
 
 
 def after(run: Path, cfg: EvaluationConfig, inputs: Inputs, train_model: TrainModel) -> None:
-    """Add the answers of the trained weights to the rows that `before` wrote.
-
-    The file says which prompts those are: a run may be resumed with other settings.
-    """
+    """Add the answers of the trained weights to the rows that `before` wrote: the file says which
+    prompts those are, for a run may be resumed with other settings."""
     if not cfg.samples or train_model.sharded or not (run / FILE).exists():
         return
     rows = read_records(run / FILE)
@@ -49,8 +47,7 @@ def answer(
 ) -> list[dict[str, Any]]:
     """Greedy answers to x1 of every quad, with what code says of the constraints it can check.
 
-    Rows {"id", "prompt", "text", "constraints": [{"text", "follows"}]}. The model computes with
-    stock attention meanwhile. Not for sharded models.
+    Rows {"id", "prompt", "text", "constraints": [{"text", "follows"}]}. Not for sharded models.
     """
     model = language_model(train_model.model)
     attention = model.config._attn_implementation

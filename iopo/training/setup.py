@@ -13,7 +13,6 @@ import torch
 from iopo import objectives
 from iopo.config import Device, ParallelConfig, ReferenceSource, TrainConfig
 from iopo.data.batching import plan_steps, token_counts
-from iopo.logprobs import LogProbs
 from iopo.model.parallel import TrainModel
 from iopo.redact import redact
 from iopo.training import optim
@@ -30,12 +29,11 @@ REFUSED = 2  # exit code: config or data refused
 
 @dataclass
 class Run:
-    """What the optimizer steps of a run need, on one rank. policy: the module in `model`."""
+    """What the optimizer steps of a run need, on one rank."""
 
     inputs: Inputs
     job: Job
     model: TrainModel
-    policy: LogProbs
     reference: Reference | None
     optimizer: torch.optim.Optimizer
 
@@ -47,8 +45,6 @@ def build_run(cfg: TrainConfig, ranks: RankInfo, *, with_reference: bool = True)
     job = make_job(cfg, inputs, ranks)
     cfg = resolve_checkpointing(cfg, inputs, ranks, Path(cfg.run))
     model = make_policy(cfg, inputs.model_path, ranks)
-    policy = model.model
-    assert isinstance(policy, LogProbs)  # FSDP2 makes it a subclass of itself
     reference = None
     if with_reference and objectives.OBJECTIVES[cfg.objective.name].reference:
         if cfg.reference.source is ReferenceSource.adapter_off:
@@ -60,7 +56,7 @@ def build_run(cfg: TrainConfig, ranks: RankInfo, *, with_reference: bool = True)
             cache = Cache(cache_folder(cfg.reference), names)
             reference = cached(cache, job, model, cfg.reference.recheck_rows)
     optimizer = optim.make_optimizer(model.parameters, cfg.optim)
-    return Run(inputs, job, model, policy, reference, optimizer)
+    return Run(inputs, job, model, reference, optimizer)
 
 
 def make_job(cfg: TrainConfig, inputs: Inputs, ranks: RankInfo) -> Job:
@@ -93,9 +89,9 @@ def backend(cfg: ParallelConfig) -> str:
 
 def launch_options(cfg: ParallelConfig) -> dict[str, Any]:
     """The keyword arguments of `launch`; by default one process per GPU, or one on a CPU."""
-    usual = torch.cuda.device_count() if backend(cfg) == "nccl" else 1
-    processes = cfg.processes or usual
-    return {"processes": processes, "backend": backend(cfg), "timeout_s": cfg.timeout_s}
+    kind = backend(cfg)
+    processes = cfg.processes or (torch.cuda.device_count() if kind == "nccl" else 1)
+    return {"processes": processes, "backend": kind, "timeout_s": cfg.timeout_s}
 
 
 def refuse(error: Exception) -> int:

@@ -73,12 +73,10 @@ def load_state(
         set_rng_state(generators)
 
 
-def _check_parameters(
-    folder: Path, saved: dict[str, Any], parameters: dict[str, nn.Parameter]
-) -> None:
+def _check_parameters(folder: Path, saved: dict[str, Any], expected: dict[str, Any]) -> None:
     prefix = _PARAMETERS + "/"
     shapes = {k[len(prefix) :]: tuple(v.size) for k, v in saved.items() if k.startswith(prefix)}
-    present = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    present = {name: tuple(parameter.shape) for name, parameter in expected.items()}
     if shapes != present:
         differing = sorted(set(shapes.items()) ^ set(present.items()))
         raise ValueError(

@@ -37,11 +37,9 @@ _PACKAGES = ("torch", "transformers", "safetensors", "numpy", "hydra-core", "tri
 
 @contextmanager
 def open_run(run_dir: Path, *, config_text: str, environment: dict[str, Any]) -> Iterator[None]:
-    """Make or reopen the run folder and hold its lock while the context lasts.
+    """Make or reopen the run folder and hold its lock; in the main process (`Placement.is_main`).
 
-    Call it once all that needs no weights is validated, in the main process only
-    (`Placement.is_main`). Reopening clears the previous attempt's COMPLETE, FAILED and errors/.
-    Secrets are redacted from both files.
+    Reopening clears the previous attempt's COMPLETE, FAILED and errors/. Secrets are redacted.
     Raises ValueError if a live run holds the folder, or if it holds files but no run.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -65,7 +63,7 @@ def read_complete(run_dir: Path) -> dict[str, Any] | None:
 
 
 def mark_complete(run_dir: Path, description: dict[str, Any]) -> None:
-    """Record that the run reached its last step. Called by rank 0 once everything is on disk.
+    """Record that the run reached its last step, once everything is on disk.
 
     description: "step", and the fingerprint that `check_resume` compares; secrets are redacted.
     """
@@ -73,11 +71,8 @@ def mark_complete(run_dir: Path, description: dict[str, Any]) -> None:
 
 
 def describe_environment(repository: Path) -> dict[str, Any]:
-    """One entry of environment.json: argv, git commit and diff, versions, host, cores, GPUs.
-
-    repository: folder of the source; without git, or outside a repository, the commit is null.
-    The result is not redacted: `open_run` does that.
-    """
+    """One entry of environment.json, not redacted yet. repository: folder of the source; without
+    git, or outside a repository, the commit is null."""
     installed = {d.metadata["Name"].lower() for d in metadata.distributions()}
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return {
