@@ -67,8 +67,6 @@ def answer(
 
 def _verdicts(rows: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
     rows = [row for row in rows if row.get("kind") in constraints.KINDS]  # the others need a judge
-    checks = [constraints.from_dict(row) for row in rows]
-    follows = constraints.follows(checks, text)
-    return [
-        {"text": row["text"], "follows": bool(ok)} for row, ok in zip(rows, follows, strict=True)
-    ]
+    follows = constraints.follows([constraints.from_dict(row) for row in rows], text)
+    pairs = zip(rows, follows, strict=True)
+    return [{"text": row["text"], "follows": bool(ok)} for row, ok in pairs]

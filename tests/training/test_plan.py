@@ -180,7 +180,7 @@ def test_full_fine_tuning_is_divided_by_the_ranks():
     assert (run.sharded, run.shard, run.replicas) == (True, 8, 1)
     assert sum(states(run, sizes).values()) == 16 * sizes.total / 8
     # no row is as large as the whole fp32 gradient, which each micro-batch divides
-    assert max(gpu_memory(run, sizes, NOTHING).values()) < 4 * sizes.total
+    assert max(gpu_memory(run, sizes, NOTHING, False).values()) < 4 * sizes.total
     gathers, scatter = communication(run, sizes, 3)
     assert gathers.bytes == 3 * 7 / 8 * 2 * (2 * 28 * sizes.block + sizes.root)
     assert scatter.bytes == 3 * 7 / 8 * 4 * sizes.total
@@ -200,7 +200,7 @@ def test_hybrid_sharding_sends_only_gradients_between_machines():
 def test_adapters_are_replicated_and_send_little():
     run, sizes = seven_b()
     assert sizes.trained == 20_185_088 and not run.sharded
-    rows = gpu_memory(run, sizes, NOTHING)
+    rows = gpu_memory(run, sizes, NOTHING, False)
     assert sum(rows.values()) == 2 * sizes.frozen + (16 + 4) * sizes.trained
     (reduce,) = communication(run, sizes, 3)
     assert reduce.bytes == 2 * 7 / 8 * 4 * sizes.trained

@@ -85,9 +85,8 @@ def _check_parameters(folder: Path, saved: dict[str, Any], expected: dict[str, A
         )
 
 
-def _empty(entry: Any, parameter: nn.Parameter | None = None) -> Tensor:
+def _empty(entry: TensorStorageMetadata, parameter: nn.Parameter | None = None) -> Tensor:
     """Memory to read a tensor into: laid out as its parameter, if it has one of its shape."""
-    assert isinstance(entry, TensorStorageMetadata)
     if parameter is not None and tuple(entry.size) == tuple(parameter.shape):
         return torch.zeros_like(parameter, dtype=entry.properties.dtype)
     return torch.zeros(entry.size, dtype=entry.properties.dtype)

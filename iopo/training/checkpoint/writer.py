@@ -1,7 +1,7 @@
 """Save a run's state so that a kill at any moment costs at most the steps since a save.
 
-A checkpoint is written into a `.partial` folder, every rank its own shard; when all ranks are done
-it is renamed and its COMPLETE file written last. See folders.py for the layout.
+Every rank writes its own shard into a `.partial` folder, which is then renamed; its COMPLETE file
+comes last. See folders.py for the layout.
 """
 
 import json

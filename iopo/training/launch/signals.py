@@ -39,7 +39,6 @@ class Control:
 
     timeout_s: seconds without `heartbeat` or `should_stop` after which this rank counts as hung:
         its stacks are written to `stacks_path` and the process exits with code 1.
-    exit_code: 0, or after a stop 75 (saved, may be requeued) or 130 (interrupted by hand).
     """
 
     def __init__(self, stacks_path: Path, timeout_s: float) -> None:
@@ -81,8 +80,8 @@ class Control:
         faulthandler.unregister(signal.SIGUSR2)
         faulthandler.disable()
         # Too late to stop: SIGTERM must not turn a finished rank into a killed one.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         self._stacks.close()
         if self._stacks_path.stat().st_size == 0:

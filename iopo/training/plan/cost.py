@@ -68,9 +68,7 @@ def _count(module: torch.nn.Module) -> tuple[int, int]:
     return sum(n for n, _ in numbers), sum(n for n, trained in numbers if trained)
 
 
-def gpu_memory(
-    run: PlannedRun, sizes: Sizes, trace: Trace, *, split: bool = False
-) -> dict[str, float]:
+def gpu_memory(run: PlannedRun, sizes: Sizes, trace: Trace, split: bool) -> dict[str, float]:
     """Bytes on one GPU at the worst moment of a step, by purpose; their sum is the peak.
 
     trace: of the largest forward. split: there are quads that are split.

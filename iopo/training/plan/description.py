@@ -41,15 +41,12 @@ class PlannedRun:
 
     @property
     def splits_once(self) -> bool:
-        """Whether a split quad goes through the model once: training/split.py."""
+        """Whether a split quad goes through the model once (split.py)."""
         return self.splitting.direction is not None
 
 
 def describe(cfg: TrainConfig) -> PlannedRun:
-    """The run of `cfg` on plan_for.gpus ranks.
-
-    Raises ValueError for ranks that do not divide the batch or into shards, and for offload on one.
-    """
+    """The run of `cfg` on plan_for.gpus ranks; raises ValueError if it cannot run on so many."""
     ranks, parallel = cfg.plan_for.gpus, cfg.parallel
     check_sharding(parallel, ranks)
     sharded = shards(cfg.model.lora, parallel, ranks)

@@ -58,20 +58,14 @@ def missing_for_lengths(data: DataConfig, model: ModelConfig) -> str | None:
     """What keeps the lengths of the data from being known on this machine; None if nothing."""
     if data.train is None or not Path(data.train).is_file():
         return f"{data.train} is not here"
-    if model.tiny is not None:
-        return None
     demo = model.path == "demo" and (cache_root() / "smollm2-135m-instruct").is_dir()
-    if demo or Path(str(model.path)).expanduser().is_dir():
-        return None
-    return f"the tokenizer of {model.path} is not here"
+    known = demo or model.tiny is not None or Path(str(model.path)).expanduser().is_dir()
+    return None if known else f"the tokenizer of {model.path} is not here"
 
 
 def assumed_work(run: PlannedRun, missing: str) -> Work:
-    """The work of a step whose examples all have the lengths of plan_for.
-
-    The heaviest micro-batch may be one of the longest examples that the limits allow.
-    missing: why the lengths of the data are not known.
-    """
+    """The work of a step whose examples all have the lengths of plan_for; its heaviest micro-batch
+    may be one of the longest examples allowed. missing: why the data's lengths are not known."""
     prompt, response = run.cfg.plan_for.prompt_tokens, run.cfg.plan_for.response_tokens
     usual = example_of(run.rows, prompt, response)
     longest = example_of(run.rows, run.cfg.data.max_prompt_tokens, run.cfg.data.max_response_tokens)

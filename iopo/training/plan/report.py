@@ -87,7 +87,7 @@ def plan_report(cfg: TrainConfig, examples: Sequence[Example] | None = None) -> 
         policy = meta_policy(cfg.model, parallel, run.dtype)
         sizes = cost.sizes_of(policy, run.dtype)
         traced = trace(policy, work.heaviest, run.device_type)
-        memory = cost.gpu_memory(run, sizes, traced, split=work.split > 0)
+        memory = cost.gpu_memory(run, sizes, traced, work.split > 0)
         peak = sum(memory.values())
         if peak <= HEADROOM * cfg.plan_for.gpu_gb * GB or kind is kinds[-1]:
             break

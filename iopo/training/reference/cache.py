@@ -77,8 +77,7 @@ class Cache:
     def filling(self) -> Iterator[None]:
         """Be the one run that computes missing rows; every rank enters together, rank 0 locks.
 
-        While another run fills, all ranks wait: it may take hours, and is no hang. A killed run's
-        lock goes with it.
+        While another run fills, all ranks wait, for hours if need be; a killed run holds no lock.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "filling", "w") as handle:

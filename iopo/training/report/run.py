@@ -106,10 +106,7 @@ PAGE = page("""<p>{{ steps }} optimizer steps, {{ "%.0f" | format(seconds) }} s.
 
 
 def write_report(run: Path) -> Path:
-    """RUN/report.html from metrics.jsonl, config.yaml, environment.json, data.json, samples.jsonl.
-
-    Files that the run did not write are left out of the page.
-    """
+    """RUN/report.html, from the files that the run wrote."""
     train, heldout = read_metrics(run, "train"), read_metrics(run, "heldout")
     samples = run / "samples.jsonl"
     text = PAGE.render(

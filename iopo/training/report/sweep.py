@@ -20,11 +20,8 @@ OVERLAID = (("train", "loss"), ("train", "margin"), ("train", "accuracy"),
 
 
 def collect(sweep: Path) -> list[dict[str, Any]]:
-    """One row per run folder: name, state, the config keys that differ, and held-out measures.
-
-    Keys "run", "state" (complete | failed | unfinished), then dotted config keys, then MEASURES and
-    "seconds", which are missing for runs that did not end.
-    """
+    """One row per run folder: "run", "state" (complete | failed | unfinished), the config keys that
+    differ, then MEASURES and "seconds", which are missing for runs that did not end."""
     # at any depth: a job's folder is named after its overrides, and paths among them nest it
     folders = sorted(path.parent for path in sweep.rglob("config.yaml"))
     configs = [flatten(yaml.safe_load(text_of(f / "config.yaml"))) for f in folders]
