@@ -73,9 +73,8 @@ class Logger:
         if now - self.printed >= LINE_EVERY_S or step == self.last:
             self.printed = now
             shown = [f"{label} {values[k]:.4g}" for k, label in SHOWN.items() if k in values]
-            text = "  ".join(shown)
             left = (now - self.started) / (step - self.first + 1) * (self.last - step)
-            log.info(f"step {step}/{self.last}  {text}  {left:.0f} s left")
+            log.info(f"step {step}/{self.last}  {'  '.join(shown)}  {left:.0f} s left")
 
     def heldout(self, step: int, values: dict[str, float]) -> None:
         """Record and show an evaluation on held-out quads; nothing for an empty one."""
