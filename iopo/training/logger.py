@@ -109,7 +109,7 @@ def _start_wandb(run: Path, cfg: TrackerConfig, config: dict[str, Any]):
         name=run.name,
         id=id_file.read_text(),
         resume="allow" if cfg.wandb is Wandb.online else None,
-        mode=cfg.wandb.value,
+        mode="online" if cfg.wandb is Wandb.online else "offline",
         dir=str(run),
         tags=[redact(tag) for tag in cfg.tags],
         config=json.loads(redact(json.dumps(config))),

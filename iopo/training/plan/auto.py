@@ -33,12 +33,12 @@ def resolve_checkpointing(
     if ranks.world_size > 1:
         dist.all_reduce(least, dist.ReduceOp.MIN)
     free = least.item() / GB
-    size = {"gpus": ranks.world_size, "gpus_per_machine": ranks.local_world_size, "gpu_gb": free}
+    size = {"gpus": ranks.world_size, "gpus_per_machine": ranks.local_world_size}
 
     def choose() -> Checkpointing:
         here = replace(
             cfg,
-            plan_for=replace(cfg.plan_for, **size),
+            plan_for=replace(cfg.plan_for, **size, gpu_gb=free),
             parallel=replace(cfg.parallel, device=Device(ranks.device.type)),
         )
         plan = plan_report(here, inputs.train)
