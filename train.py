@@ -146,16 +146,16 @@ def train(cfg: TrainConfig, folder: Path, ranks: RankInfo, control: Control) -> 
     run = setup.build_run(cfg, ranks)
     job, model, reference = run.job, run.model, run.reference
     fingerprint = resume.fingerprint(cfg, run.inputs, ranks.world_size)
-    done = resume.restore(folder, model, run.optimizer, ranks)
+    done = resume.restore(folder, model, run.optimizer, main=ranks.is_main)
     c, steps = cfg.checkpoint, range(done + 1, job.steps + 1)
     logger = Logger(folder, cfg.tracker, plain(cfg), main=ranks.is_main, steps=steps)
     with logger, Checkpoints(folder, c) as checkpoints:
         if done == 0:
             if reference is not None:
-                loop.check_start(job, run.policy, reference)
+                loop.check_start(job, model.model, reference)
             if ranks.is_main:
                 samples.before(folder, cfg.evaluation, run.inputs, model)
-            logger.heldout(0, loop.evaluate(job, run.policy, reference))
+            logger.heldout(0, loop.evaluate(job, model.model, reference))
             # What came before drew as many numbers as the caches were cold: training must not care.
             seed_process(cfg.seed, "training", ranks.rank)
         trim_malloc()
@@ -163,7 +163,7 @@ def train(cfg: TrainConfig, folder: Path, ranks: RankInfo, control: Control) -> 
             done, last, measured = result.step, result.step == job.steps, {}
             logger.step(done, result.reduce)
             if last or every(cfg.evaluation.every_steps, done):
-                measured = loop.evaluate(job, run.policy, reference)
+                measured = loop.evaluate(job, model.model, reference)
                 logger.heldout(done, measured)
             stop = control.should_stop()
             if every(c.save_every_steps, done) or stop or (last and c.save_every_steps is not None):

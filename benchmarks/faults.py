@@ -21,9 +21,10 @@ from itertools import product
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
 
 from iopo.training.checkpoint.folders import latest, step_of
-from iopo.training.checkpoint.tensors import read_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 CLOCK_COLUMNS = {"step_s", "tokens_per_s"}
@@ -165,6 +166,15 @@ def find_difference(plain: Path, killed: Path, steps: int) -> str | None:
         return f"other tensors: {sorted(expected.keys() ^ found.keys())}"
     differing = [key for key in expected if not torch.equal(expected[key], found[key])]
     return f"tensors differ: {differing}" if differing else None
+
+
+def read_whole(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint of this machine's own, unsharded, in this process alone."""
+    reader = dcp.FileSystemReader(folder)
+    saved = reader.read_metadata().state_dict_metadata
+    state = {k: torch.zeros(v.size, dtype=v.properties.dtype) for k, v in saved.items()}
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
 
 
 def main() -> int:

@@ -39,11 +39,11 @@ def train(cfg, rows) -> None:
     how = block_options(cfg.parallel)
     train_model = prepare(policy, device=cpu, dtype=torch.float32, mesh=None, block_options=how)
     optimizer = optim.make_optimizer(train_model.parameters, cfg.optim)
-    split = splitting(cfg.objective, cfg.optim, cfg.model.lora, cfg.parallel, 1)
+    split = splitting(cfg, 1)
     few = [example_of(QUAD, 4, 4)]  # for optimizer state, then a gradient; then comes the peak
     for micro_batches in ([few], [few, rows]):
         for examples in micro_batches:
-            if split is None:
+            if not cfg.parallel.split_quads:
                 train_model.model(build_shared(examples)).sum().backward()
                 continue
             batches = [build_shared(part) for part in by_prompt(examples)]

@@ -1,10 +1,8 @@
 """Write the trained model for everyone else: Hugging Face safetensors, or a PEFT adapter.
 
 A model folder appears whole or not at all, and only after stock transformers has read it back and
-agreed with the model in training about a fixed text.
-
-`python train.py run=DIR export_step=N` exports a checkpoint of a run: export_step writes
-DIR/exported/step-0000000N/export (and export-merged, where the run's config asks for it).
+agreed with the model in training about a fixed text. `python train.py run=DIR export_step=N` writes
+a checkpoint of a run to DIR/exported/step-0000000N.
 """
 
 import json
@@ -26,7 +24,7 @@ from iopo.logprobs import LogProbs
 from iopo.model import lora
 from iopo.model.parallel import TrainModel, language_model
 from iopo.training.checkpoint.folders import complete_folders, step_of
-from iopo.training.checkpoint.tensors import load_state
+from iopo.training.checkpoint.resume import load_checkpoint
 from iopo.training.launch.placement import RankInfo
 from iopo.training.launch.signals import Control, heartbeat
 from iopo.training.logger import set_up_logging
@@ -46,14 +44,15 @@ class ExportError(RuntimeError):
 
 def export(run: Run, folder: Path, model: ModelConfig, cfg: ExportConfig, ranks: RankInfo) -> None:
     """Write what `cfg` asks for into `folder`. Every rank calls it; rank 0 writes."""
+    if not (cfg.model or cfg.merged):
+        return
     # The adapter's base is model.path, unless the run changed or drew it: then it is written too.
     path, base = run.inputs.model_path, None
     if path is not None and model.adapter is None:
         # Others find a model by its id on the hub, or in its folder, wherever they look from.
         hub = model.path != "demo" and not Path(str(model.path)).expanduser().is_dir()
         base = str(model.path) if hub else str(path.resolve())
-    if cfg.model or cfg.merged:
-        write_exports(run.model, folder, cfg, run.inputs.chat.tokenizer, base, ranks)
+    write_exports(run.model, folder, cfg, run.inputs.chat.tokenizer, base, ranks)
 
 
 def export_step(cfg: TrainConfig, scratch: Path, ranks: RankInfo, control: Control) -> None:
@@ -72,9 +71,7 @@ def export_step(cfg: TrainConfig, scratch: Path, ranks: RankInfo, control: Contr
     cfg.parallel.checkpointing = Checkpointing.none  # there is no backward
     cfg.export.model = True
     run = build_run(cfg, ranks, with_reference=False)
-    parameters = run.model.parameters
-    load_state(folders[step], parameters, run.optimizer, rank=ranks.rank, same_world=False)
-    run.model.refresh()
+    load_checkpoint(folders[step], run.model, run.optimizer)
     heartbeat()
     place = folder / "exported" / folders[step].name
     if ranks.is_main:
@@ -97,51 +94,46 @@ def write_exports(
     Weights are saved in the dtype that the model computes in, so the export computes the same.
     Raises ExportError if a written model does not read back as the one in training.
     """
-    probe = build_plain([_probe(tokenizer)]).to(ranks.device)
-    scored = int(probe.scored_M.sum())
-    expected = _score(train_model.model, probe) / scored
+    ids = np.asarray(tokenizer.encode(PROBE, add_special_tokens=False), dtype=np.int32)
+    half = len(ids) // 2
+    example = Example(id="probe", prompts=(ids[:half],), responses=((ids[half:],),))
+    probe = build_plain([example]).to(ranks.device)
+    expected = _score(train_model.model, probe)
     tensors = gather(train_model, keep=ranks.is_main)
     if not ranks.is_main:
         return
 
-    def write(folder: Path, weights: dict[str, Tensor], logp: float | None) -> None:
+    def write(folder: Path, weights: dict[str, Tensor], *, trained: bool = True) -> None:
         with replacing(folder) as partial:
-            _save(train_model, partial, weights, tokenizer)
-            reloaded = _read_back(partial, weights)
-            if logp is not None:
-                found = _score(LogProbs(reloaded), probe.to("cpu")) / scored
-                tolerance = TOLERANCE[train_model.dtype]
-                if not abs(found - logp) <= tolerance:
-                    raise ExportError(
-                        f"{folder}: read back, a token of the probe has a log-probability of "
-                        f"{found:.6f} on average, and {logp:.6f} in training; expected within "
-                        f"{tolerance:g} nats"
-                    )
+            tokenizer.save_pretrained(partial)
+            found = _score(LogProbs(_save(train_model, partial, weights)), probe.to("cpu"))
+            tolerance = TOLERANCE[train_model.dtype]
+            if trained and not abs(found - expected) <= tolerance:
+                raise ExportError(
+                    f"{folder}: read back, a token of the probe has a log-probability of "
+                    f"{found:.6f} on average, and {expected:.6f} in training; expected within "
+                    f"{tolerance:g} nats"
+                )
 
     layers = lora.adapters(language_model(train_model.model))
     if not layers:
-        write(run / FOLDER, tensors, expected)
+        write(run / FOLDER, tensors)
         return
     plain_weights = {n: t for n, t in tensors.items() if ".lora_" not in n}
     if cfg.model:
         if base is None:
-            write(run / BASE, plain_weights, None)
+            write(run / BASE, plain_weights, trained=False)
+            base = str((run / BASE).resolve())
         with replacing(run / FOLDER) as partial:
             named = {n: t for n, t in tensors.items() if ".lora_" in n}
-            config = lora.adapter_config(
-                language_model(train_model.model), base or str((run / BASE).resolve())
-            )
+            config = lora.adapter_config(language_model(train_model.model), base)
             lora.write_adapter(partial, config, named)
             tokenizer.save_pretrained(partial)
     if cfg.merged:
         for name, layer in layers.items():
-            plain_weights[f"{name}.weight"] = lora.merge(
-                tensors[f"{name}.weight"],
-                tensors[f"{name}.lora_A"],
-                tensors[f"{name}.lora_B"],
-                layer.scaling,
-            )
-        write(run / MERGED, plain_weights, expected)
+            weight, a, b = (tensors[f"{name}.{part}"] for part in ("weight", "lora_A", "lora_B"))
+            plain_weights[f"{name}.weight"] = lora.merge(weight, a, b, layer.scaling)
+        write(run / MERGED, plain_weights)
 
 
 @torch.no_grad()
@@ -163,25 +155,19 @@ def gather(train_model: TrainModel, *, keep: bool) -> dict[str, Tensor]:
     return tensors
 
 
-def _save(
-    train_model: TrainModel,
-    folder: Path,
-    tensors: dict[str, Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
+def _save(train_model: TrainModel, folder: Path, tensors: dict[str, Tensor]) -> PreTrainedModel:
+    """Write a model folder; returns it as stock transformers reads it.
+
+    Raises ExportError unless that holds `tensors`.
+    """
     disable_progress_bar()
     # a copy of the dict: save_pretrained empties it as it goes
     language_model(train_model.model).save_pretrained(folder, state_dict=dict(tensors))
-    tokenizer.save_pretrained(folder)
     # transformers notes the live model's settings; a user wants those of the saved one
     file = folder / "config.json"
-    config = json.loads(file.read_text())
-    config |= {"dtype": str(train_model.dtype).removeprefix("torch."), "use_cache": True}
+    settings = {"dtype": str(train_model.dtype).removeprefix("torch."), "use_cache": True}
+    config = json.loads(file.read_text()) | settings
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _read_back(folder: Path, tensors: dict[str, Tensor]) -> PreTrainedModel:
-    """The folder as stock transformers reads it; raises ExportError unless it holds `tensors`."""
     model = AutoModelForCausalLM.from_pretrained(
         str(folder), dtype="auto", use_safetensors=True, attn_implementation="sdpa"
     )
@@ -195,16 +181,11 @@ def _read_back(folder: Path, tensors: dict[str, Tensor]) -> PreTrainedModel:
     return model
 
 
-def _probe(tokenizer: PreTrainedTokenizerBase) -> Example:
-    ids = np.asarray(tokenizer.encode(PROBE, add_special_tokens=False), dtype=np.int32)
-    half = len(ids) // 2
-    return Example(id="probe", prompts=(ids[:half],), responses=((ids[half:],),))
-
-
 @torch.no_grad()
 def _score(model: nn.Module, probe: Batch) -> float:
+    """The mean log-prob of a response token."""
     training = model.training
     model.eval()
     logp = model(probe).sum().item()
     model.train(training)
-    return logp
+    return logp / int(probe.scored_M.sum())

@@ -5,23 +5,17 @@ again by every rank, which then finds the tokens in the cache.
 """
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from iopo import objectives
 from iopo.config import Layout, OptimConfig, TrainConfig
 from iopo.data.batching import Batching
-from iopo.data.rows import Quad, Row, read_rows, rows_for, spread
-from iopo.data.tokenize import (
-    Chat,
-    Encoder,
-    Example,
-    Limits,
-    Report,
-    tokenize_rows,
-    tokenizer_hash,
-)
+from iopo.data.chat import Chat
+from iopo.data.example import Example
+from iopo.data.rows import Quad, read_rows, rows_for, spread
+from iopo.data.tokenize import Encoder, Limits, Report, tokenize_rows, tokenizer_hash
 from iopo.files import cache_root, sha256_file
 from iopo.model.load import byte_tokenizer, load_tokenizer, resolve_model
 
@@ -52,9 +46,7 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
     """
     data = cfg.data
     if data.train is None:
-        raise ValueError(
-            "data.train: not set; give a .jsonl or .json file (formats: data/README.md)"
-        )
+        raise ValueError("data.train: not set; give a .jsonl or .json file (data/README.md)")
     of = objectives.OBJECTIVES[cfg.objective.name].rows
     read = read_rows(Path(data.train))[: data.limit_rows]
     train_rows = rows_for(of.kind, read, data.quad_rows)
@@ -62,8 +54,14 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
     if data.heldout is not None:
         rows = read_rows(Path(data.heldout), kind="quad")
         heldout_quads = spread([r for r in rows if isinstance(r, Quad)], cfg.evaluation.quads)
-    if cfg.objective.margin_per_constraint > 0:
-        _check_constraints(train_rows, cfg.objective.margin_per_constraint, data.train)
+    margin = cfg.objective.margin_per_constraint
+    bare = [row.id for row in train_rows if not (isinstance(row, Quad) and row.c1 and row.c2)]
+    if margin > 0 and bare:
+        raise ValueError(
+            f"objective.margin_per_constraint={margin} counts the constraints that differ, but "
+            f"{len(bare)} rows of {data.train} have no c1 and c2 (first: {bare[:5]}); add them, or "
+            "remove the option"
+        )
 
     model_path = None if cfg.model.tiny is not None else resolve_model(str(cfg.model.path))
     tokenizer = byte_tokenizer() if model_path is None else load_tokenizer(model_path)
@@ -72,46 +70,19 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
     # One process per core where there is work for them: starting one costs seconds.
     many = len(train_rows) > 20_000
     workers = data.workers or (len(os.sched_getaffinity(0)) if many else 1)
-    cache = Path(data.cache_dir) if data.cache_dir else cache_root() / "tokens"
-    train, report = tokenize_rows(
-        train_rows,
-        Encoder(chat, limits, of.columns),
-        workers=workers,
-        cache_dir=cache,
-        source=data.train,
-    )
-    reports = {"train": report}
-    heldout: list[Example] = []
+    cache = Path(data.cache_dir or cache_root() / "tokens")
+    tokenize = partial(tokenize_rows, workers=workers, cache_dir=cache)
+    train, report = tokenize(train_rows, Encoder(chat, limits, of.columns), source=data.train)
+    reports, heldout = {"train": report}, list[Example]()
     if heldout_quads:
-        heldout, reports["heldout"] = tokenize_rows(
-            heldout_quads,
-            Encoder(chat, limits),
-            workers=workers,
-            cache_dir=cache,
-            source=str(data.heldout),
-        )
+        encoder, source = Encoder(chat, limits), str(data.heldout)
+        heldout, reports["heldout"] = tokenize(heldout_quads, encoder, source=source)
         kept = {example.id for example in heldout}
         heldout_quads = [quad for quad in heldout_quads if quad.id in kept]
+    data_hash = " ".join(sha256_file(file) for file in (data.train, data.heldout) if file)
     return Inputs(
-        model_path=model_path,
-        chat=chat,
-        train=train,
-        heldout=heldout,
-        heldout_quads=heldout_quads,
-        reports=reports,
-        data_hash=" ".join(sha256_file(file) for file in (data.train, data.heldout) if file),
-        tokenizer_hash=tokenizer_hash(chat),
+        model_path, chat, train, heldout, heldout_quads, reports, data_hash, tokenizer_hash(chat)
     )
-
-
-def _check_constraints(rows: Sequence[Row], margin: float, file: str) -> None:
-    bare = [row.id for row in rows if not (isinstance(row, Quad) and row.c1 and row.c2)]
-    if bare:
-        raise ValueError(
-            f"objective.margin_per_constraint={margin} counts the constraints that differ, but "
-            f"{len(bare)} rows of {file} have no c1 and c2 (first: {bare[:5]}); add them, or "
-            "remove the option"
-        )
 
 
 def batching(cfg: OptimConfig, layout: Layout, seed: int, world_size: int) -> Batching:

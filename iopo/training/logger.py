@@ -1,4 +1,4 @@
-"""What a run says and records: lines on stdout, metrics.jsonl, Weights & Biases, a progress bar.
+"""What a run says and records: lines on stdout, metrics.jsonl, Weights & Biases.
 
 Every file of the package writes its lines with `log = logging.getLogger(__name__)`; they appear
 once `set_up_logging` was called in the process.
@@ -17,35 +17,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-from iopo.config import TrackerConfig, Wandb
+from iopo.config import HELDOUT_MEASURES, TrackerConfig, Wandb
+from iopo.files import read_records
 from iopo.redact import redact
 
 SHOWN = {"loss": "loss", "margin": "margin", "accuracy": "acc", "tokens_per_s": "tok/s"}
-HELDOUT_SHOWN = ("loss", "group_accuracy", "x_preference", "y_preference")
 LINE_EVERY_S = 10.0
 
 log = logging.getLogger(__name__)
 
 
-class _Stdout(logging.Handler):
-    """Plain lines on the stdout of the moment: rich replaces it while a bar is shown."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), flush=True)
-
-
 def set_up_logging(*, main: bool) -> None:
     """Show the package's messages on stdout; of a process that is not `main`, only warnings."""
     package = logging.getLogger("iopo")
-    package.handlers = [_Stdout()]
+    package.handlers = [logging.StreamHandler(sys.stdout)]
     package.propagate = False  # Hydra's handler would print every line again
     package.setLevel(logging.INFO if main else logging.WARNING)
 
 
 class Logger:
-    """Metrics and progress of the steps done + 1 .. last; use it as a context.
+    """Metrics and progress of `steps`; use it as a context.
 
     config: of the run, for Weights & Biases. main: rank 0; on other ranks nothing is written.
     """
@@ -56,14 +47,7 @@ class Logger:
         self.every, self.first, self.last = cfg.log_every_steps, steps.start, steps.stop - 1
         self.file = open(run / "metrics.jsonl", "a", encoding="utf-8") if main else None
         self.wandb = _start_wandb(run, cfg, config) if main and cfg.wandb is not Wandb.off else None
-        self.bar: Progress | None = None
         self.started, self.printed = time.monotonic(), float("-inf")
-        if main and sys.stdout.isatty():
-            text = TextColumn("{task.description}")
-            count = TextColumn("{task.completed}/{task.total}")
-            self.bar = Progress(count, BarColumn(20), text, TimeRemainingColumn())
-            self.task = self.bar.add_task("", total=self.last, completed=self.first - 1)
-            self.bar.start()
 
     def __enter__(self) -> Self:
         return self
@@ -73,8 +57,6 @@ class Logger:
             self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
-        if self.bar is not None:
-            self.bar.stop()
 
     def step(self, step: int, reduce: Callable[[], dict[str, float]]) -> None:
         """Record and show a training step, if it is one to log. Every rank calls it.
@@ -87,22 +69,18 @@ class Logger:
         if self.file is None:
             return
         self._record(step, "train", values)
-        text = "  ".join(f"{label} {values[k]:.4g}" for k, label in SHOWN.items() if k in values)
-        if self.bar is not None:
-            self.bar.update(self.task, completed=step, description=text)
-            return
         now = time.monotonic()
         if now - self.printed >= LINE_EVERY_S or step == self.last:
             self.printed = now
-            steps = step - self.first + 1
-            left = (now - self.started) / steps * (self.last - step)
-            log.info(f"step {step}/{self.last}  {text}  {left:.0f} s left")
+            shown = [f"{label} {values[k]:.4g}" for k, label in SHOWN.items() if k in values]
+            left = (now - self.started) / (step - self.first + 1) * (self.last - step)
+            log.info(f"step {step}/{self.last}  {'  '.join(shown)}  {left:.0f} s left")
 
     def heldout(self, step: int, values: dict[str, float]) -> None:
         """Record and show an evaluation on held-out quads; nothing for an empty one."""
         if self.file is not None and values:
             self._record(step, "heldout", values)
-            shown = "  ".join(f"{k} {values[k]:.4g}" for k in HELDOUT_SHOWN)
+            shown = "  ".join(f"{k} {values[k]:.4g}" for k in HELDOUT_MEASURES)
             log.info(f"held out, step {step}: {shown}")
 
     def flush(self) -> None:
@@ -142,6 +120,5 @@ def _start_wandb(run: Path, cfg: TrackerConfig, config: dict[str, Any]):
 
 def read_metrics(run: Path, split: str | None = None) -> list[dict[str, Any]]:
     """All rows of a run's metrics.jsonl, in file order, of one split if given."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [row for row in rows if split is None or row["split"] == split]
+    rows = read_records(run / "metrics.jsonl", torn_tail=True)
+    return [row for row in rows if split in (None, row["split"])]

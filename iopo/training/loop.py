@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from iopo import objectives
 from iopo.data.batching import (
@@ -25,7 +25,6 @@ from iopo.data.batching import (
 )
 from iopo.data.layout import Batch, build_plain, build_shared
 from iopo.data.tokenize import Example
-from iopo.logprobs import LogProbs
 from iopo.model.parallel import TrainModel
 from iopo.training import metrics
 from iopo.training.launch.signals import heartbeat
@@ -44,8 +43,8 @@ class Reference:
 
     call: (examples, their batch) -> float32 [E, M] without gradient. where: for messages.
     tolerance: largest difference of the loss at step 0 from its value at policy == reference.
-    rounding: largest log-ratio, in nats, that may still be no more than rounding. collective: call
-    gathers weights, so that a rank without examples has to call it too.
+    rounding: largest log-ratio, in nats, that rounding may cause. collective: call gathers weights,
+    so that a rank without examples has to call it too.
     """
 
     call: Callable[[Sequence[Example], Batch], Tensor]
@@ -82,25 +81,13 @@ class Job:
     clip_norm: float
     rank: int
     device: torch.device
-    splitting: Splitting | None = None  # of quads above the token budget
+    splitting: Splitting = Splitting()  # of quads above the token budget
 
     def build(self, rows: Sequence[Example]) -> Batch:
         """Tensors of one micro-batch, in the run's layout, on its device."""
         if self.batching.layout == "plain":
             return build_plain(rows).to(self.device)
         return build_shared(rows, multiple=LENGTH_STEP).to(self.device)
-
-    def split(self, train_model: TrainModel, rows: Sequence[Example]) -> PromptByPrompt:
-        """The same micro-batch, one prompt at a time."""
-        assert self.splitting is not None
-        batches = [self.build(part) for part in by_prompt(rows)]
-        return PromptByPrompt(train_model, batches, self.splitting.direction)
-
-    def split_microbatches(self, step: int) -> set[int]:
-        """Numbers of this rank's micro-batches of `step` (from 0) that are split."""
-        if self.splitting is None:
-            return set()
-        return self.splitting.split_microbatches(self.tokens_N, self.batching, step, self.rank)
 
 
 @dataclass
@@ -121,12 +108,8 @@ class StepResult:
         counts = self.sums.new_tensor([self.tokens, self.examples])
         *sums, tokens, examples = metrics.sum_over_ranks(torch.cat([self.sums, counts]))
         means = {name: value / examples for name, value in zip(self.names, sums, strict=True)}
-        return means | {
-            "grad_norm": self.grad_norm,
-            "lr": self.lr,
-            "step_s": self.seconds,
-            "tokens_per_s": tokens / self.seconds,
-        }
+        speed = {"step_s": self.seconds, "tokens_per_s": tokens / self.seconds}
+        return means | {"grad_norm": self.grad_norm, "lr": self.lr} | speed
 
 
 class NonFiniteError(RuntimeError):
@@ -160,7 +143,12 @@ def train_steps(
         grad_norm = train_model.reduce_and_clip(job.clip_norm).item()
         # A NaN in one rank's quads has reached every rank's gradient by now: all stop together.
         if not math.isfinite(grad_norm):
-            raise NonFiniteError(_non_finite(step, grad_norm, sums, rows))
+            loss = "finite" if torch.isfinite(sums[0]) else "not finite"
+            raise NonFiniteError(
+                f"step {step}: gradient norm {grad_norm}, loss {loss} on this rank; the update was "
+                f"not applied. Its examples on this rank: {', '.join(row.id for row in rows)}. Add "
+                f"replay_step={step} to the command to print every member"
+            )
         optimizer.step()
         train_model.zero_grad()
         yield StepResult(
@@ -178,13 +166,10 @@ def train_steps(
 def gradients(
     job: Job, train_model: TrainModel, reference: Reference | None, step: int
 ) -> Iterator[tuple[list[Example], Tensor]]:
-    """Add the gradients of this rank's micro-batches of `step`, one by one.
-
-    Yields the examples of each and the metrics' values [E, columns]; nothing for a micro-batch that
-    only other ranks have, but this one takes part in its communication.
-    """
+    """Add the gradients of this rank's micro-batches of `step`; yields examples and metrics' values
+    [E, columns] of each. In one that only other ranks have, it only takes part in communication."""
     batches = micro_batches(job.tokens_N, job.batching, step - 1)[job.rank]
-    split = job.split_microbatches(step - 1)
+    split = job.splitting.split_microbatches(job.tokens_N, job.batching, step - 1, job.rank)
     total = len(quads_of_step(len(job.tokens_N), job.batching, step - 1))
     for i, indices in enumerate(batches):
         last = i == len(batches) - 1
@@ -193,19 +178,21 @@ def gradients(
         rows = [job.examples[j] for j in indices or (0,)]
         batch = job.build(rows)
         reference_EM = reference_log_probs(reference, rows, batch, idle=idle)
-        parts = job.split(train_model, rows) if i in split else None
-        if idle:
-            if parts is not None:
-                parts.idle(last=last)
-            else:
-                train_model.empty_backward(batch)
+        parts = None
+        if i in split:
+            of_prompts = [job.build(part) for part in by_prompt(rows)]
+            parts = PromptByPrompt(train_model, of_prompts, job.splitting.direction)
+        if idle and parts is None:
+            train_model.empty_backward(batch)
             continue
         policy_EM = train_model.model(batch) if parts is None else parts.log_probs()
-        loss_E, values_EK = score(job, batch, rows, policy_EM, reference_EM)
-        (loss_E.sum() / total).backward()
-        if parts is not None:  # that reached the log-probs, not yet the model
+        if not idle:
+            loss_E, values_EK = score(job, batch, rows, policy_EM, reference_EM)
+            (loss_E.sum() / total).backward()
+        if parts is not None:  # the loss reached the log-probs, not yet the model
             parts.backward(last=last)
-        yield rows, values_EK
+        if not idle:
+            yield rows, values_EK
 
 
 def score(
@@ -237,25 +224,16 @@ def score(
     return loss_E, metrics.per_example(rows_of, loss_E, policy_EM, reference_EM, tokens_EM)
 
 
-def _non_finite(step: int, grad_norm: float, sums: Tensor, rows: Sequence[Example]) -> str:
-    loss = "not finite on this rank" if not torch.isfinite(sums[0]) else "finite on this rank"
-    return (
-        f"step {step}: gradient norm {grad_norm}, loss {loss}; the update was not applied. Its "
-        f"examples on this rank: {', '.join(row.id for row in rows)}. Add replay_step={step} to "
-        "the command to print every member"
-    )
-
-
 @torch.no_grad()
-def check_start(job: Job, policy: LogProbs, reference: Reference) -> None:
+def check_start(job: Job, policy: nn.Module, reference: Reference) -> None:
     """At step 0 the policy is the reference: the loss must be the objective's value at margin 0.
 
-    For the sigmoid link without an added margin that is ln 2. Logs the loss and the largest
-    |log-ratio| over the first step's examples on this rank; raises ValueError if the loss is off by
-    more than the reference's tolerance, and not because a steep objective magnifies rounding.
+    For the sigmoid link without an added margin that is ln 2. Looks at the first micro-batch of
+    this rank. Raises ValueError if the loss is off by more than the reference's tolerance, and not
+    because a steep objective magnifies rounding.
     """
-    indices = micro_batches(job.tokens_N, job.batching, 0)[job.rank][0] or (0,)
-    rows = [job.examples[j] for j in indices]
+    indices = micro_batches(job.tokens_N, job.batching, 0)[job.rank][0]
+    rows = [job.examples[j] for j in indices or (0,)]
     batch = job.build(rows)
     policy_EM = policy(batch)
     reference_EM = reference_log_probs(reference, rows, batch)
@@ -279,12 +257,11 @@ def check_start(job: Job, policy: LogProbs, reference: Reference) -> None:
 
 
 @torch.no_grad()
-def evaluate(job: Job, policy: LogProbs, reference: Reference | None) -> dict[str, float]:
-    """Loss and preferences, means over all held-out quads on all ranks. Every rank calls it.
+def evaluate(job: Job, policy: nn.Module, reference: Reference | None) -> dict[str, float]:
+    """Means of `metrics.columns` and `metrics.preferences` over all held-out quads on all ranks.
 
-    Every objective is scored on quads: a pair or sft objective on the rows that a quad holds.
-    Returns the columns of `metrics.columns` and the shares of `metrics.preferences`; {} without
-    held-out quads.
+    Every rank calls it; {} without held-out quads. A pair or sft objective is scored on the rows
+    that a quad holds.
     """
     if not job.heldout:
         return {}

@@ -4,25 +4,13 @@ from pathlib import Path
 
 import torch
 
-from iopo.config import (
-    Checkpointing,
-    Layout,
-    LoraConfig,
-    ModelConfig,
-    ParallelConfig,
-    TrainConfig,
-)
+from iopo.config import Checkpointing, Layout, LoraConfig, ModelConfig, ParallelConfig, TrainConfig
 from iopo.logprobs import LogProbs
 from iopo.model import load, lora
 from iopo.model.attention import SHARED
 from iopo.model.parallel import BlockOptions, TrainModel, make_mesh, prepare
 from iopo.training.launch.placement import RankInfo
 from iopo.training.seeds import stream_seed
-
-
-def compute_dtype(cfg: ModelConfig, device_type: str) -> torch.dtype:
-    """The dtype of forward and backward; parameters that train are kept in fp32 at least."""
-    return load.compute_dtype(cfg.dtype, device_type)
 
 
 def make_policy(
@@ -32,15 +20,15 @@ def make_policy(
 
     frozen: the starting weights alone, without adapters and gradients.
     """
-    dtype = compute_dtype(cfg.model, ranks.device.type)
-    accum_dtype = dtype if torch.finfo(dtype).bits >= 32 else torch.float32
-    whole = cfg.model.lora.rank == 0 and not frozen
-    policy = load_model(cfg.model, model_path, cfg.data.layout, accum_dtype if whole else dtype)
+    dtype, p = load.compute_dtype(cfg.model.dtype, ranks.device.type), cfg.parallel
+    loaded = dtype
+    if cfg.model.lora.rank == 0 and not frozen:  # what trains is kept in fp32 at least
+        loaded = torch.promote_types(dtype, torch.float32)
+    policy = load_model(cfg.model, model_path, cfg.data.layout, loaded)
     if frozen:
         policy.requires_grad_(False).eval()
     else:
         adapt(policy, cfg.model.lora, cfg.seed)
-    p = cfg.parallel
     sharded = shards(cfg.model.lora, p, ranks.world_size)
     return prepare(
         policy,

@@ -12,8 +12,8 @@ from iopo.config import Checkpointing, TrainConfig
 from iopo.data.batching import quads_of_step
 from iopo.model.parallel import TrainModel
 from iopo.training import loop
-from iopo.training.checkpoint.folders import complete_folders, read_state
-from iopo.training.checkpoint.tensors import load_state
+from iopo.training.checkpoint.folders import complete_folders, step_of
+from iopo.training.checkpoint.resume import load_checkpoint
 from iopo.training.launch.placement import RankInfo
 from iopo.training.launch.signals import Control, heartbeat
 from iopo.training.logger import set_up_logging
@@ -36,23 +36,14 @@ def replay(cfg: TrainConfig, scratch: Path, ranks: RankInfo, control: Control) -
     if step is None or not 1 <= step <= job.steps:
         raise ValueError(f"replay_step: found {step}, expected 1 to {job.steps}")
     done = 0
-    folders = [f for f in complete_folders(Path(cfg.run))[0] if read_state(f)["step"] < step]
+    folders = [f for f in complete_folders(Path(cfg.run))[0] if step_of(f) < step]
     if folders:
-        saved = read_state(folders[-1])
-        same_world = saved["world_size"] == ranks.world_size
-        load_state(
-            folders[-1], model.parameters, run.optimizer, rank=ranks.rank, same_world=same_world
-        )
-        model.refresh()
-        done = saved["step"]
+        done = load_checkpoint(folders[-1], model, run.optimizer)
     log.info(f"weights: {folders[-1] if folders else 'the start'}, then {step - 1 - done} steps")
-    if done < step - 1:
-        for result in loop.train_steps(
-            job, model, run.optimizer, run.reference, first_step=done + 1
-        ):
-            heartbeat()
-            if result.step == step - 1:
-                break
+    steps = loop.train_steps(job, model, run.optimizer, run.reference, first_step=done + 1)
+    for _ in range(done + 1, step):
+        next(steps)
+        heartbeat()
     for index in quads_of_step(len(job.tokens_N), job.batching, step - 1):
         heartbeat()
         log.info(describe_example(job, model, run.reference, int(index), ranks.world_size))

@@ -26,16 +26,13 @@ def before(run: Path, cfg: EvaluationConfig, inputs: Inputs, train_model: TrainM
     if cfg.samples and quads and not train_model.sharded:
         few = quads[:: max(1, len(quads) // cfg.samples)][: cfg.samples]
         answers = answer(cfg, inputs.chat, few, train_model)
-        write_records(
-            run / FILE, [{"id": a["id"], "prompt": a["prompt"], "before": a} for a in answers]
-        )
+        rows = [{"id": a["id"], "prompt": a["prompt"], "before": a} for a in answers]
+        write_records(run / FILE, rows)
 
 
 def after(run: Path, cfg: EvaluationConfig, inputs: Inputs, train_model: TrainModel) -> None:
-    """Add the answers of the trained weights to the rows that `before` wrote.
-
-    The file says which prompts those are: a run may be resumed with other settings.
-    """
+    """Add the answers of the trained weights to the rows that `before` wrote: the file says which
+    prompts those are, for a run may be resumed with other settings."""
     if not cfg.samples or train_model.sharded or not (run / FILE).exists():
         return
     rows = read_records(run / FILE)
@@ -50,8 +47,7 @@ def answer(
 ) -> list[dict[str, Any]]:
     """Greedy answers to x1 of every quad, with what code says of the constraints it can check.
 
-    Rows {"id", "prompt", "text", "constraints": [{"text", "follows"}]}. The model computes with
-    stock attention meanwhile. Not for sharded models.
+    Rows {"id", "prompt", "text", "constraints": [{"text", "follows"}]}. Not for sharded models.
     """
     model = language_model(train_model.model)
     attention = model.config._attn_implementation
@@ -62,21 +58,15 @@ def answer(
         generations = generate(model, chat, conversations, decoding)
     finally:
         model.set_attn_implementation(attention)
+    texts = [generation.text.strip() for generation in generations]
     return [
-        {
-            "id": quad.id,
-            "prompt": quad.x1,
-            "text": generation.text.strip(),
-            "constraints": _verdicts(quad.c1 or [], generation.text.strip()),
-        }
-        for quad, generation in zip(quads, generations, strict=True)
+        {"id": q.id, "prompt": q.x1, "text": text, "constraints": _verdicts(q.c1 or [], text)}
+        for q, text in zip(quads, texts, strict=True)
     ]
 
 
 def _verdicts(rows: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
     rows = [row for row in rows if row.get("kind") in constraints.KINDS]  # the others need a judge
-    checks = [constraints.from_dict(row) for row in rows]
-    follows = constraints.follows(checks, text)
-    return [
-        {"text": row["text"], "follows": bool(ok)} for row, ok in zip(rows, follows, strict=True)
-    ]
+    follows = constraints.follows([constraints.from_dict(row) for row in rows], text)
+    pairs = zip(rows, follows, strict=True)
+    return [{"text": row["text"], "follows": bool(ok)} for row, ok in pairs]

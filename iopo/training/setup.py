@@ -13,7 +13,6 @@ import torch
 from iopo import objectives
 from iopo.config import Device, ParallelConfig, ReferenceSource, TrainConfig
 from iopo.data.batching import plan_steps, token_counts
-from iopo.logprobs import LogProbs
 from iopo.model.parallel import TrainModel
 from iopo.redact import redact
 from iopo.training import optim
@@ -30,32 +29,26 @@ REFUSED = 2  # exit code: config or data refused
 
 @dataclass
 class Run:
-    """What the optimizer steps of a run need, on one rank. policy: the module in `model`."""
+    """What the optimizer steps of a run need, on one rank."""
 
     inputs: Inputs
     job: Job
     model: TrainModel
-    policy: LogProbs
     reference: Reference | None
     optimizer: torch.optim.Optimizer
 
 
 def build_run(cfg: TrainConfig, ranks: RankInfo, *, with_reference: bool = True) -> Run:
-    """A run before its first step. Every rank calls it together.
-
-    It comes before any checkpoint is loaded: the reference is the starting weights, never trained
-    ones. with_reference: False where no step will be taken.
-    """
+    """A run before its first step and before any checkpoint is loaded: the reference is the
+    starting weights. Every rank calls it. with_reference: False where no step will be taken."""
     inputs = load_inputs(cfg)
     job = make_job(cfg, inputs, ranks)
     cfg = resolve_checkpointing(cfg, inputs, ranks, Path(cfg.run))
     model = make_policy(cfg, inputs.model_path, ranks)
-    policy = model.model
-    assert isinstance(policy, LogProbs)  # FSDP2 makes it a subclass of itself
     reference = None
     if with_reference and objectives.OBJECTIVES[cfg.objective.name].reference:
         if cfg.reference.source is ReferenceSource.adapter_off:
-            reference = adapter_off(policy, collective=model.sharded)
+            reference = adapter_off(model)
         elif cfg.reference.source is ReferenceSource.live:
             reference = live(make_policy(cfg, inputs.model_path, ranks, frozen=True))
         else:
@@ -63,7 +56,7 @@ def build_run(cfg: TrainConfig, ranks: RankInfo, *, with_reference: bool = True)
             cache = Cache(cache_folder(cfg.reference), names)
             reference = cached(cache, job, model, cfg.reference.recheck_rows)
     optimizer = optim.make_optimizer(model.parameters, cfg.optim)
-    return Run(inputs, job, model, policy, reference, optimizer)
+    return Run(inputs, job, model, reference, optimizer)
 
 
 def make_job(cfg: TrainConfig, inputs: Inputs, ranks: RankInfo) -> Job:
@@ -82,9 +75,7 @@ def make_job(cfg: TrainConfig, inputs: Inputs, ranks: RankInfo) -> Job:
         clip_norm=cfg.optim.clip_norm,
         rank=ranks.rank,
         device=ranks.device,
-        splitting=splitting(
-            cfg.objective, cfg.optim, cfg.model.lora, cfg.parallel, ranks.world_size
-        ),
+        splitting=splitting(cfg, ranks.world_size),
     )
 
 
@@ -96,16 +87,11 @@ def backend(cfg: ParallelConfig) -> str:
     return "nccl" if cuda else "gloo"
 
 
-def processes(cfg: ParallelConfig) -> int:
-    """Ranks on this machine: as configured, else one per GPU, or one on the CPU."""
-    if cfg.processes is not None:
-        return cfg.processes
-    return torch.cuda.device_count() if backend(cfg) == "nccl" else 1
-
-
 def launch_options(cfg: ParallelConfig) -> dict[str, Any]:
-    """The keyword arguments of `launch`."""
-    return {"processes": processes(cfg), "backend": backend(cfg), "timeout_s": cfg.timeout_s}
+    """The keyword arguments of `launch`; by default one process per GPU, or one on a CPU."""
+    kind = backend(cfg)
+    processes = cfg.processes or (torch.cuda.device_count() if kind == "nccl" else 1)
+    return {"processes": processes, "backend": kind, "timeout_s": cfg.timeout_s}
 
 
 def refuse(error: Exception) -> int:

@@ -15,6 +15,7 @@ twice  A forward without gradient gives the log-probs, the loss gives the factor
 Letters: E examples, M members per example, N examples of the data set.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -23,8 +24,8 @@ import torch
 from torch import Tensor
 
 from iopo import objectives
-from iopo.config import LoraConfig, ObjectiveConfig, OptimConfig, ParallelConfig
-from iopo.data.batching import Batching, MicroBatch, micro_batches
+from iopo.config import TrainConfig
+from iopo.data.batching import Batching, micro_batches
 from iopo.data.example import Example
 from iopo.data.layout import Batch
 from iopo.model.parallel import TrainModel
@@ -35,44 +36,40 @@ from iopo.training.policy import shards
 class Splitting:
     """Which quads are split, and how.
 
-    budget: tokens; a quad above it runs alone (batching.py) and is split.
+    budget: tokens; a quad above it runs alone (batching.py) and is split. inf: none is.
     collective: sharded models communicate in every forward, so that all ranks split their
         micro-batch when one does.
     direction: of dloss/dlogp_M, to go through each prompt once; None to go twice.
     """
 
-    budget: int
-    collective: bool
-    direction: tuple[int, ...] | None
+    budget: float = math.inf
+    collective: bool = False
+    direction: tuple[int, ...] | None = None
 
     def split_microbatches(
         self, tokens_N: np.ndarray, batching: Batching, step: int, rank: int
     ) -> set[int]:
-        """Numbers of the micro-batches of `step` that `rank` splits."""
+        """Numbers (from 0) of the micro-batches of `step` (from 0) that `rank` splits."""
+        if self.budget == math.inf:
+            return set()
         per_rank = micro_batches(tokens_N, batching, step)
         seen = per_rank if self.collective else [per_rank[rank]]
+        return {
+            i
+            for i, batches in enumerate(zip(*seen, strict=True))
+            if any(tokens_N[quad] > self.budget for batch in batches for quad in batch or ())
+        }
 
-        def any_above(batches: Sequence[MicroBatch]) -> bool:
-            return any(tokens_N[quad] > self.budget for batch in batches for quad in batch or ())
 
-        return {i for i, batches in enumerate(zip(*seen, strict=True)) if any_above(batches)}
-
-
-def splitting(
-    objective: ObjectiveConfig,
-    optim: OptimConfig,
-    lora: LoraConfig,
-    parallel: ParallelConfig,
-    world_size: int,
-) -> Splitting | None:
-    """How quads above the token budget are split; None if they run whole."""
-    if not parallel.split_quads:
-        return None
-    assert optim.tokens_per_microbatch is not None  # checked in the config
-    sharded = shards(lora, parallel, world_size)
-    once = lora.rank > 0 and not sharded and objective.sft_weight == 0
-    direction = objectives.OBJECTIVES[objective.name].direction if once else None
-    return Splitting(optim.tokens_per_microbatch, sharded, direction)
+def splitting(cfg: TrainConfig, world_size: int) -> Splitting:
+    """How quads above the token budget are split."""
+    if not cfg.parallel.split_quads:
+        return Splitting()
+    assert cfg.optim.tokens_per_microbatch is not None  # checked in the config
+    sharded = shards(cfg.model.lora, cfg.parallel, world_size)
+    once = cfg.model.lora.rank > 0 and not sharded and cfg.objective.sft_weight == 0
+    direction = objectives.OBJECTIVES[cfg.objective.name].direction if once else None
+    return Splitting(cfg.optim.tokens_per_microbatch, sharded, direction)
 
 
 def by_prompt(rows: Sequence[Example]) -> list[list[Example]]:
@@ -100,13 +97,14 @@ class PromptByPrompt:
 
     def log_probs(self) -> Tensor:
         """[E, M]; a leaf: the loss is back-propagated to it, and then `backward` takes its grad."""
-        parts = []
         if self.direction is None:
             with torch.no_grad():
                 parts = [self.train_model.model(batch) for batch in self.batches]
         else:
+            parts = []
             self.before = [p.grad for p in self.train_model.parameters.values()]
-            self._set_gradients([None] * len(self.before))
+            for parameter in self.train_model.parameters.values():
+                parameter.grad = None
             whole = torch.tensor([self.direction], device=self.batches[0].input_ids.device)
             for batch, signs_EM in zip(self.batches, self._by_prompt(whole), strict=True):
                 logp_EM = self.train_model.model(batch)
@@ -118,7 +116,7 @@ class PromptByPrompt:
     def backward(self, *, last: bool) -> None:
         """Add sum_m f_m dlogp_m/dtheta to the gradients. last: of the step's micro-batches."""
         factor_EM = self.logp_EM.grad
-        if factor_EM is None:  # no loss
+        if factor_EM is None:  # no loss: a micro-batch that only other ranks have
             factor_EM = torch.zeros_like(self.logp_EM)
         if self.direction is None:
             factors = self._by_prompt(factor_EM)
@@ -127,27 +125,14 @@ class PromptByPrompt:
                 (self.train_model.model(batch) * part_EM).sum().backward()
             return
         scalar = factor_EM[0, 0] / self.direction[0]
-        own = [p.grad for p in self.train_model.parameters.values()]
-        pairs = zip(own, self.before, strict=True)
-        self._set_gradients([_scaled_sum(scalar, a, b) for a, b in pairs])
-
-    def idle(self, *, last: bool) -> None:
-        """Take part in a micro-batch that only other ranks have; adds zero to the gradients."""
-        self.log_probs()
-        self.backward(last=last)
+        parameters = self.train_model.parameters.values()
+        for parameter, before in zip(parameters, self.before, strict=True):
+            if parameter.grad is None:
+                parameter.grad = before
+                continue
+            parameter.grad *= scalar
+            if before is not None:
+                parameter.grad = before.add_(parameter.grad)
 
     def _by_prompt(self, value_EM: Tensor) -> tuple[Tensor, ...]:
         return value_EM.split([batch.members for batch in self.batches], dim=1)
-
-    def _set_gradients(self, gradients: Sequence[Tensor | None]) -> None:
-        parameters = self.train_model.parameters.values()
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-
-
-def _scaled_sum(scalar: Tensor, own: Tensor | None, before: Tensor | None) -> Tensor | None:
-    """scalar * own + before, in place where there is one."""
-    if own is None:
-        return before
-    own *= scalar
-    return own if before is None else before.add_(own)

@@ -18,10 +18,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from benchmarks.faults import read_whole
 from iopo.config import CheckpointConfig
 from iopo.training.checkpoint import folders as files
 from iopo.training.checkpoint.folders import latest, latest_intact
-from iopo.training.checkpoint.tensors import gather_state, load_state, read_whole
+from iopo.training.checkpoint.tensors import gather_state, load_state
 from iopo.training.checkpoint.writer import CheckpointError, Checkpoints
 from iopo.training.launch.launcher import launch
 from iopo.training.seeds import rng_state, seed_process, set_rng_state
@@ -67,7 +68,7 @@ def train(run_dir: Path, kind: str, steps: int, rank: int, *, asynchronous: bool
     folder, _ = latest_intact(run_dir)
     first = 1
     if folder is not None:
-        load_state(folder, toy.parameters, toy.optimizer, rank=rank, same_world=True)
+        load_state(folder, toy.parameters, toy.optimizer)
         first = files.step_of(folder) + 1
     with Checkpoints(run_dir, CheckpointConfig(asynchronous=asynchronous)) as checkpoints:
         for step in range(first, steps + 1):
@@ -131,7 +132,7 @@ def test_what_is_saved_asynchronously_is_the_state_at_the_call(alone):
     with Checkpoints(alone, CheckpointConfig(asynchronous=True)) as checkpoints:
         checkpoints.save(1, toy.state(), META)
         toy.step(2)
-    load_state(files.folder_of(alone, 1), toy.parameters, toy.optimizer, rank=0, same_world=True)
+    load_state(files.folder_of(alone, 1), toy.parameters, toy.optimizer)
     after = whole(toy.state())
     assert all(torch.equal(before[key], after[key]) for key in before)
 
@@ -212,9 +213,7 @@ def test_another_model_is_refused(alone):
     save_steps(alone, 1)
     toy = Toy("full")
     with pytest.raises(ValueError, match="holds 2 parameters, the model trains 4"):
-        load_state(
-            files.folder_of(alone, 1), toy.parameters, toy.optimizer, rank=0, same_world=True
-        )
+        load_state(files.folder_of(alone, 1), toy.parameters, toy.optimizer)
 
 
 class Attack:
@@ -228,7 +227,7 @@ def test_an_index_that_would_run_code_is_refused(alone):
     (folder / ".metadata").write_bytes(pickle.dumps(Attack()))
     toy = Toy("lora")
     with pytest.raises(ValueError, match="refers to posix.system"):
-        load_state(folder, toy.parameters, toy.optimizer, rank=0, same_world=True)
+        load_state(folder, toy.parameters, toy.optimizer)
     assert not Path("/tmp/iopo-attacked").exists()
 
 
@@ -353,7 +352,7 @@ def reshard(cfg, run_dir, ranks, control):
         with Checkpoints(run_dir, CheckpointConfig(asynchronous=False)) as checkpoints:
             checkpoints.save(1, toy.state(), META)
     else:
-        load_state(folder, toy.parameters, toy.optimizer, rank=ranks.rank, same_world=False)
+        load_state(folder, toy.parameters, toy.optimizer)
     state = whole(toy.state())
     if ranks.is_main:
         torch.save({k: v for k, v in state.items() if "rng" not in k}, run_dir / cfg)

@@ -17,9 +17,8 @@ from helpers_fork import finish, kill, run_train, start_ranks
 from safetensors.torch import load_file
 
 from benchmarks import faults
-from benchmarks.faults import Setting
+from benchmarks.faults import Setting, read_whole
 from iopo.training.checkpoint.folders import latest, step_of
-from iopo.training.checkpoint.tensors import read_whole
 
 pytestmark = pytest.mark.timeout(1800)
 # For losses compared across numbers of processes, whose sums are rounded in another order: at the

@@ -165,11 +165,6 @@ def test_a_hang_ends_and_shows_the_stack_of_every_rank(tmp_path):
         assert "hanging_rank" in "".join(written)
 
 
-def test_a_missing_run_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="does not exist"):
-        launch(sum_ranks, None, tmp_path / "no", processes=1, backend="gloo", timeout_s=1)
-
-
 # ---- signals through the whole program -------------------------------------------------------
 
 
@@ -297,7 +292,6 @@ def test_an_allocation_without_srun_is_not_adopted():
     [
         (3, _SRUN, "8 tasks on 2 nodes"),
         (1, {"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK"),
-        (0, {}, "at least 1"),
     ],
 )
 def test_contradicting_launchers_are_refused(processes, environ, message):

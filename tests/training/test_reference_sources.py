@@ -73,7 +73,7 @@ def test_the_three_sources_agree_and_do_not_follow_the_policy(tmp_path, override
         batch = run.job.build(run.job.examples)
         scores.append(run.reference.call(run.job.examples, batch))
         with torch.no_grad():
-            assert (run.policy(batch) - scores[-1]).abs().max() > 0.1
+            assert (run.model.model(batch) - scores[-1]).abs().max() > 0.1
     for other in scores[1:]:
         torch.testing.assert_close(other, scores[0], rtol=1e-5, atol=1e-5)
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from iopo.files import sha256_file, write_text
+from iopo.training.launch.placement import from_rank_0
 
 COMPLETE_FILE = "COMPLETE"
 STATE_FILE = "state.json"
@@ -74,10 +75,6 @@ def find_damage(folder: Path, *, sizes_only: bool, part: int = 0, parts: int = 1
     return None
 
 
-def describe_file(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-
-
 def latest(run_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest complete checkpoint, by its files' sizes, and remarks on those left out."""
     complete, remarks = complete_folders(run_dir)
@@ -89,9 +86,7 @@ def latest_intact(run_dir: Path) -> tuple[Path | None, list[str]]:
 
     The one to resume from: a damaged newest checkpoint costs the steps since the one before it.
     """
-    shared: list[Any] = [complete_folders(run_dir)]
-    dist.broadcast_object_list(shared, src=0)
-    complete, remarks = shared[0]
+    complete, remarks = from_rank_0(lambda: complete_folders(run_dir))
     rank, world = dist.get_rank(), dist.get_world_size()
     for folder in reversed(complete):
         damage = first_of_ranks(find_damage(folder, sizes_only=False, part=rank, parts=world))
@@ -106,16 +101,6 @@ def first_of_ranks(problem: str | None, group: dist.ProcessGroup | None = None) 
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem, group=group)
     return next((p for p in problems if p is not None), None)
-
-
-def start_partial(run_dir: Path, step: int) -> Path:
-    """Make an empty folder to write into. Raises OSError if the run folder is gone or read-only."""
-    partial = partial_of(run_dir, step)
-    partial.parent.mkdir(exist_ok=True)  # no parents: a run folder that vanished is an error
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir()
-    return partial
 
 
 def publish(run_dir: Path, step: int, files: dict[str, dict[str, Any]]) -> None:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,18 @@ from iopo.config import Resume, TrainConfig, plain
 from iopo.model.parallel import TrainModel
 from iopo.redact import redact
 from iopo.training import setup
-from iopo.training.checkpoint.folders import COMPLETE_FILE, latest, latest_intact, read_state
+from iopo.training.checkpoint.folders import (
+    COMPLETE_FILE,
+    latest,
+    latest_intact,
+    read_state,
+    step_of,
+)
 from iopo.training.checkpoint.tensors import load_state
 from iopo.training.inputs import Inputs
-from iopo.training.launch.placement import RankInfo
 from iopo.training.launch.run_folder import read_complete
-from iopo.training.reference import sources as references
+from iopo.training.reference.cache import manifest_hash
+from iopo.training.reference.sources import manifest
 
 log = logging.getLogger(__name__)
 
@@ -30,15 +37,12 @@ HARMLESS = (
     *("data.cache_dir", "data.workers", "reference.cache_dir", "reference.recheck_rows"),
 )
 # Harmless to what is learned, but not without a trace.
-_SCHEDULE = "the learning-rate schedule now ends elsewhere"
-_ROUNDING = "other sums of the same numbers: equal up to rounding only"
-CONSEQUENCES = {
-    "optim.epochs": _SCHEDULE,
-    "optim.max_steps": _SCHEDULE,
-    "optim.micro_batch_quads": _ROUNDING,
-    "optim.tokens_per_microbatch": _ROUNDING,
-    "parallel.split_quads": _ROUNDING,
-}
+CONSEQUENCES = dict.fromkeys(
+    ("optim.epochs", "optim.max_steps"), "the learning-rate schedule now ends elsewhere"
+) | dict.fromkeys(
+    ("optim.micro_batch_quads", "optim.tokens_per_microbatch", "parallel.split_quads"),
+    "other sums of the same numbers: equal up to rounding only",
+)
 
 
 def fingerprint(cfg: TrainConfig, inputs: Inputs, world_size: int) -> dict[str, Any]:
@@ -48,7 +52,7 @@ def fingerprint(cfg: TrainConfig, inputs: Inputs, world_size: int) -> dict[str, 
     secrets.
     """
     device = "cuda" if setup.backend(cfg.parallel) == "nccl" else "cpu"
-    reference = references.manifest(cfg.model, cfg.data, inputs, device).hash()
+    reference = manifest_hash(manifest(cfg.model, cfg.data, inputs, device))
     identity = {
         "data": inputs.data_hash,
         "tokenizer": inputs.tokenizer_hash,
@@ -67,8 +71,8 @@ def check_resume(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[s
     """
     notes: list[str] = []
     refused: list[str] = []
-    for what in sorted(saved["identity"].keys() | current["identity"].keys()):
-        before, now = saved["identity"].get(what), current["identity"].get(what)
+    for what, now in current["identity"].items():
+        before = saved["identity"].get(what)
         if before != now:
             refused.append(f"the {what} is not the one the run began with: {before} -> {now}")
     old, new = flatten(saved["config"]), flatten(current["config"])
@@ -84,10 +88,10 @@ def check_resume(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[s
         else:
             refused.append(change)
     if refused:
+        changes = "\n  ".join(refused)
         raise ValueError(
             "this run cannot be resumed with another objective, data, reference or model:\n  "
-            + "\n  ".join(refused)
-            + "\nSet these back, or start a new run folder"
+            f"{changes}\nSet these back, or start a new run folder"
         )
     if saved["world_size"] != current["world_size"]:
         notes.append(
@@ -109,10 +113,10 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def refuse_or_note(run: Path, now: dict, *, resume: Resume) -> list[str]:
-    """Before anything is written: may this run folder be resumed by this config?
+    """Before anything is written: may this config resume this run folder? Sentences to show.
 
-    Returns sentences for the person. Raises ValueError, naming keys, if it may not, if there is a
-    checkpoint and checkpoint.resume is never, and if there is none and it is must.
+    Raises ValueError, naming keys, if it may not, if there is a checkpoint and checkpoint.resume is
+    never, and if there is none and it is must.
     """
     folder, remarks = latest(run)
     if folder is None:
@@ -154,65 +158,48 @@ def is_finished(run: Path, now: dict, steps: int) -> bool:
 def _refuse_if_all_damaged(run: Path, remarks: list[str]) -> None:
     """A run that was saved is never begun again in silence: someone must decide that."""
     if any((run / "checkpoints").glob(f"step-*/{COMPLETE_FILE}")):
+        found = "\n  ".join(remarks)
         raise ValueError(
-            f"{run} has checkpoints, but none of them is intact:\n  "
-            + "\n  ".join(remarks)
-            + f"\nPut one back from a copy, or delete {run / 'checkpoints'} to begin at step 1"
+            f"{run} has checkpoints, but none of them is intact:\n  {found}\nPut one back from a "
+            f"copy, or delete {run / 'checkpoints'} to begin at step 1"
         )
 
 
-def restore(
-    run: Path, train_model: TrainModel, optimizer: torch.optim.Optimizer, ranks: RankInfo
-) -> int:
+def restore(run: Path, model: TrainModel, optimizer: torch.optim.Optimizer, *, main: bool) -> int:
     """Load the newest intact checkpoint, if any, and return the number of steps done.
 
     metrics.jsonl is cut to that step, so that no step stands in it twice. Every rank calls it.
     Raises ValueError if there are checkpoints, and all of them are damaged.
     """
     folder, remarks = latest_intact(run)
-    if folder is None:
-        _refuse_if_all_damaged(run, remarks)
     for remark in remarks:
         log.info(remark)
-    # Without a checkpoint nothing counts: the run begins again, and so does its record.
-    step = 0 if folder is None else load_checkpoint(folder, train_model, optimizer, ranks)
-    if folder is not None:
-        log.info(f"resuming from {folder}: step {step} is done, the starting weights are ignored")
-    if ranks.is_main:
-        cut = truncate_metrics(run / "metrics.jsonl", -1 if folder is None else step)
-        if cut and folder is None:
-            log.info(f"{run} holds no complete checkpoint: beginning again at step 1")
-        elif cut:
-            again = "rows of metrics.jsonl are of later steps, which are now made again"
-            log.info(f"{cut} {again}: cut")
-    return step
+    if folder is None:
+        _refuse_if_all_damaged(run, remarks)
+        done, kept = 0, -1  # nothing counts: the run begins again, and so does its record
+    else:
+        done = kept = load_checkpoint(folder, model, optimizer)
+        log.info(f"resuming from {folder}: step {done} is done, the starting weights are ignored")
+    if main and (cut := truncate_metrics(run / "metrics.jsonl", kept)):
+        log.info(f"{cut} rows of metrics.jsonl are of steps that are now made again: cut")
+    return done
 
 
-def load_checkpoint(
-    folder: Path, train_model: TrainModel, optimizer: torch.optim.Optimizer, ranks: RankInfo
-) -> int:
-    """Fill model, optimizer and, on the same number of ranks, the generators; the steps done."""
-    saved = read_state(folder)
-    same_world = saved["world_size"] == ranks.world_size
-    load_state(folder, train_model.parameters, optimizer, rank=ranks.rank, same_world=same_world)
-    train_model.refresh()
-    return saved["step"]
+def load_checkpoint(folder: Path, model: TrainModel, optimizer: torch.optim.Optimizer) -> int:
+    """Fill model, optimizer and generators as load_state does; returns the number of steps done."""
+    load_state(folder, model.parameters, optimizer)
+    model.refresh()
+    return step_of(folder)
 
 
 def truncate_metrics(path: Path, step: int) -> int:
-    """Cut a jsonl file of rows with a "step" after the last row of `step` or before.
+    """Cut the rows after `step`, and a half-written last line, off the end of a metrics.jsonl.
 
-    What a killed run wrote after its last checkpoint goes, also a half-written last line; the
-    steps will be made again. Returns the number of lines cut; 0 for a file that does not exist.
+    Returns the number of lines cut; 0 for a file that does not exist.
     """
-    if not path.exists():
-        return 0
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept = 0
-    for line in lines:
-        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-            break
-        kept += 1
-    if kept < len(lines):
-        os.truncate(path, sum(map(len, lines[:kept])))
-    return len(lines) - kept
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    wanted = lambda line: line.endswith(b"\n") and json.loads(line)["step"] <= step  # noqa: E731
+    kept = list(takewhile(wanted, lines))
+    if len(kept) < len(lines):
+        os.truncate(path, sum(map(len, kept)))
+    return len(lines) - len(kept)

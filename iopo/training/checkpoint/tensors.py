@@ -1,21 +1,22 @@
 """The tensors of a checkpoint, and reading them without running code from the file.
 
-`torch.distributed.checkpoint` writes one shard per rank and an index, and can read them back into
-another number of ranks. Its index is a pickle, so it is read here with a list of allowed classes;
-everything this project saves is a tensor, so nothing else is unpickled.
+`torch.distributed.checkpoint` writes one shard per rank and an index, and reads them back into any
+number of ranks. The index is a pickle, so it is read here with a list of allowed classes; all that
+is saved is tensors, so nothing else is unpickled.
 """
 
 import io
 import pickle
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from iopo.training.checkpoint.folders import read_state
 from iopo.training.seeds import rng_state, set_rng_state
 
 # Keys are kind/.../name; a parameter's name comes last because it may hold any character.
@@ -25,11 +26,8 @@ _PARAMETERS, _OPTIMIZER, _RNG = "parameters", "optimizer", "rng"
 def gather_state(
     parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, rank: int
 ) -> dict[str, Tensor]:
-    """Everything a step changes, as a flat dict of tensors (DTensors stay sharded).
-
-    Hyper-parameters of the optimizer are not in it: the config says them, and the learning rate is
-    a function of the step.
-    """
+    """Everything a step changes, as a flat dict of tensors (DTensors stay sharded): parameters,
+    moments, generators. Hyper-parameters are in the config."""
     state: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         state[f"{_PARAMETERS}/{name}"] = parameter.detach()
@@ -42,17 +40,13 @@ def gather_state(
 
 
 def load_state(
-    folder: Path,
-    parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    *,
-    rank: int,
-    same_world: bool,
+    folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Fill parameters, optimizer and, if `same_world`, this rank's generators from a checkpoint.
+    """Fill parameters, optimizer and, on the same number of ranks, the generators.
 
     Every rank calls it. Raises ValueError if the parameters are not those that were saved.
     """
+    rank, same_world = dist.get_rank(), read_state(folder)["world_size"] == dist.get_world_size()
     reader = _Reader(folder)
     saved = reader.read_metadata().state_dict_metadata
     _check_parameters(folder, saved, parameters)
@@ -74,29 +68,15 @@ def load_state(
     names = {id(parameter): name for name, parameter in parameters.items()}
     ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     filled = {index: moments[name] for index, name in enumerate(ordered) if moments[name]}
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": filled, "param_groups": groups})
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": filled})
     if same_world:
         set_rng_state(generators)
 
 
-def read_whole(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, unsharded, in this process alone: for tools and comparisons."""
-    reader = _Reader(folder)
-    saved = reader.read_metadata().state_dict_metadata
-    state = {key: _empty(entry) for key, entry in saved.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it runs without a process group: as asked
-        dcp.load(state, storage_reader=reader, no_dist=True)
-    return state
-
-
-def _check_parameters(
-    folder: Path, saved: dict[str, Any], parameters: dict[str, nn.Parameter]
-) -> None:
+def _check_parameters(folder: Path, saved: dict[str, Any], expected: dict[str, Any]) -> None:
     prefix = _PARAMETERS + "/"
     shapes = {k[len(prefix) :]: tuple(v.size) for k, v in saved.items() if k.startswith(prefix)}
-    present = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    present = {name: tuple(parameter.shape) for name, parameter in expected.items()}
     if shapes != present:
         differing = sorted(set(shapes.items()) ^ set(present.items()))
         raise ValueError(
@@ -105,9 +85,8 @@ def _check_parameters(
         )
 
 
-def _empty(entry: Any, parameter: nn.Parameter | None = None) -> Tensor:
+def _empty(entry: TensorStorageMetadata, parameter: nn.Parameter | None = None) -> Tensor:
     """Memory to read a tensor into: laid out as its parameter, if it has one of its shape."""
-    assert isinstance(entry, TensorStorageMetadata)
     if parameter is not None and tuple(entry.size) == tuple(parameter.shape):
         return torch.zeros_like(parameter, dtype=entry.properties.dtype)
     return torch.zeros(entry.size, dtype=entry.properties.dtype)

@@ -1,11 +1,12 @@
 """Save a run's state so that a kill at any moment costs at most the steps since a save.
 
-A checkpoint is written into a `.partial` folder, every rank its own shard; when all ranks are done
-it is renamed and its COMPLETE file written last. See folders.py for the layout.
+Every rank writes its own shard into a `.partial` folder, which is then renamed; its COMPLETE file
+comes last. See folders.py for the layout.
 """
 
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from iopo.config import CheckpointConfig
-from iopo.files import write_text
+from iopo.files import sha256_file, write_text
 from iopo.redact import redact
 from iopo.training.checkpoint import folders
 
@@ -33,8 +34,6 @@ class CheckpointError(OSError):
 class Checkpoints:
     """Writes the checkpoints of one run. Every rank has one and calls its methods together.
 
-    cfg.keep: newest complete checkpoints to keep. cfg.best_metric: keep the best by this name in
-        the metrics of `save` as well (loss: the lowest, others: the highest).
     cfg.asynchronous: `save` returns once the state is copied to host memory; a thread writes it
         while training goes on, over a process group of its own. At most one write is under way: the
         next `save`, `wait` and the end of the context wait for it and raise its error.
@@ -45,24 +44,22 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo")
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._pending: Future[None] | None = None
-        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_lower_priority)
+        # The lowest priority: it writes in the time that training leaves.
+        self._thread = ThreadPoolExecutor(
+            1, initializer=lambda: os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        )
         # Half a write's processor time, for nothing: folders.publish keeps SHA-256 of every file
         torch.serialization.set_crc32_options(False)
         cuda = torch.cuda.is_available()
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=cuda,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=cuda,
-            )
-        )
+        fast = {"use_pinned_memory": cuda, "use_non_blocking_copy": cuda}
+        options = StagingOptions(use_shared_memory=False, use_async_staging=False, **fast)
+        self._stager = DefaultStager(options)
 
     def save(self, step: int, state: dict[str, Tensor], description: dict[str, Any]) -> None:
         """Write the checkpoint of `step` (steps done so far).
 
-        state: tensors by name, from `gather_state`. description: fingerprint and metrics, what
-            `check_resume` and `best_metric` look at; written to state.json, secrets redacted.
+        state: from `gather_state`. description: fingerprint and metrics, for `check_resume` and
+            `best_metric`; written to state.json, secrets redacted.
         Raises CheckpointError on every rank if any rank could not write.
         """
         self.wait()
@@ -89,16 +86,22 @@ class Checkpoints:
         self._stager.close()
 
     def _start(self, step: int, description: dict[str, Any]) -> None:
-        if self._rank == 0:
-            partial = folders.start_partial(self.run_dir, step)
-            state = description | {
-                "step": step,
-                "world_size": self._world,
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-                "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            }
-            write_text(partial / folders.STATE_FILE, redact(json.dumps(state, indent=1)) + "\n")
+        """Make an empty partial folder with its state.json."""
+        if self._rank != 0:
+            return
+        partial = folders.partial_of(self.run_dir, step)
+        partial.parent.mkdir(exist_ok=True)  # no parents: a run folder that vanished is an error
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir()
+        state = description | {
+            "step": step,
+            "world_size": self._world,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        write_text(partial / folders.STATE_FILE, redact(json.dumps(state, indent=1)) + "\n")
 
     def _write(self, step: int, state: Any) -> None:
         partial = folders.partial_of(self.run_dir, step)
@@ -109,7 +112,8 @@ class Checkpoints:
             own = list(partial.glob(f"__{self._rank}_*"))
             if self._rank == 0:
                 own += [partial / ".metadata", partial / folders.STATE_FILE]
-            written.update({path.name: folders.describe_file(path) for path in own})
+            for path in own:
+                written[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
         def complete() -> None:
             if self._rank == 0:
@@ -139,8 +143,3 @@ class Checkpoints:
                 f"the checkpoint of step {step} could not be written to {self.run_dir}: {first}; "
                 f"{last}. Make room or make the folder writable, then start the run again"
             )
-
-
-def _lower_priority() -> None:
-    """Give the calling thread the lowest priority: it writes in the time that training leaves."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

@@ -10,6 +10,8 @@ from iopo.files import write_text
 from iopo.redact import redact
 from iopo.training.launch.run_folder import FAILED_FILE
 
+TIME = "%Y-%m-%d %H:%M:%S"
+
 
 def error_path(run_dir: Path, rank: int) -> Path:
     return run_dir / "errors" / f"rank-{rank}.txt"
@@ -22,9 +24,9 @@ def stacks_path(run_dir: Path, rank: int) -> Path:
 def record_error(run_dir: Path, rank: int, error: BaseException) -> bool:
     """Write the traceback to errors/rank-N.txt and, if this is the first failure, the FAILED file.
 
-    Returns True for the rank that came first: its error is the cause, those of the others mostly
-    its consequence (a connection closed by a rank that is gone). Secrets are redacted. A folder
-    that cannot be written (disk full, vanished) gets the traceback on stderr instead.
+    Returns True for the first rank: its error is the cause, those of the others mostly its
+    consequence (a connection closed by a rank that is gone). Secrets are redacted. If the folder
+    cannot be written (disk full, vanished), the traceback goes to stderr.
     """
     path = error_path(run_dir, rank)
     details = redact("".join(traceback.format_exception(error)))
@@ -35,7 +37,8 @@ def record_error(run_dir: Path, rank: int, error: BaseException) -> bool:
         path.parent.mkdir(exist_ok=True)
         path.write_text(details)
         with open(run_dir / FAILED_FILE, "x") as file:
-            file.write(_stamp() + redact(summary).rstrip() + f"\ntraceback: {path}\n")
+            now = time.strftime(TIME)
+            file.write(f"{now} {redact(summary).rstrip()}\ntraceback: {path}\n")
     except FileExistsError:
         return False
     except OSError as unwritable:
@@ -44,10 +47,8 @@ def record_error(run_dir: Path, rank: int, error: BaseException) -> bool:
 
 
 def record_death(run_dir: Path, rank: int, exit_code: int) -> None:
-    """Write the FAILED file for a rank that ended without a word of its own.
-
-    Replaces what other ranks wrote: they failed because this one was gone.
-    """
+    """Write the FAILED file for a rank that ended silently, over what other ranks wrote: they
+    failed because this one was gone."""
     how = f"exited with code {exit_code}"
     if exit_code < 0:
         how = f"was ended by {signal.Signals(-exit_code).name}"
@@ -58,7 +59,7 @@ def record_death(run_dir: Path, rank: int, exit_code: int) -> None:
         how += f"; stacks of its threads: {stacks}"
         if "Timeout (" in stacks.read_text():
             how = f"made no progress within the time limit (parallel.timeout_s) and {how}"
-    text = f"{_stamp()}rank {rank} {how}\n"
+    text = f"{time.strftime(TIME)} rank {rank} {how}\n"
     try:
         write_text(run_dir / FAILED_FILE, text)
     except OSError as unwritable:
@@ -73,7 +74,3 @@ def print_failure(run_dir: Path) -> None:
 
 def _print(text: str) -> None:
     print(text, file=sys.stderr, end="", flush=True)
-
-
-def _stamp() -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S ")

@@ -4,8 +4,7 @@ One rank is one process, also when there is only one: every run, and every job o
 fresh process group, CUDA context and signal state. (For a debugger, let the ranks be adopted:
 `torchrun --nproc-per-node 1 train.py ...` runs the worker in the process it starts.)
 
-Exit codes: 0 done; 1 failed, see FAILED and errors/ in the run folder; 75 saved after SIGTERM or
-SIGUSR1, may be requeued; 130 interrupted by hand.
+Exit codes are those of signals.py; after a failure see FAILED and errors/ in the run folder.
 """
 
 import ctypes
@@ -14,7 +13,6 @@ import multiprocessing.connection
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -29,7 +27,7 @@ import torch.distributed as dist
 
 from iopo.model.host_memory import tune_malloc
 from iopo.training.launch import failures
-from iopo.training.launch.placement import Placement, RankInfo, find_placement
+from iopo.training.launch.placement import Placement, RankInfo, find_placement, from_rank_0
 from iopo.training.launch.signals import (
     FAILED,
     INTERRUPTED,
@@ -43,7 +41,6 @@ from iopo.training.launch.signals import (
 Worker = Callable[[Any, Path, RankInfo, Control], None]
 
 _GRACE_S = 10.0  # for the other ranks to notice a failure and to write down what they saw
-_PR_SET_PDEATHSIG = 1
 _ENDED_WELL = (OK, SAVED_REQUEUE, INTERRUPTED)
 
 
@@ -70,13 +67,10 @@ def launch(
         per rank; small CPU messages still go through gloo).
     timeout_s: longest silence of a rank, in a collective call or between two heartbeats, before it
         counts as hung. A failing rank ends the others within min(timeout_s, 10) s.
-    Raises ValueError for a launcher's environment that contradicts itself and off the main thread.
+    Call it from the main thread: it handles signals. Raises ValueError for a launcher's environment
+    that contradicts itself.
     """
-    if threading.current_thread() is not threading.main_thread():
-        raise ValueError("launch() handles signals, so it must be called from the main thread")
     placement = find_placement(processes)
-    if placement.is_main and not run_dir.is_dir():
-        raise ValueError(f"run folder {run_dir} does not exist; make it with open_run()")
     if backend == "gloo":  # kernels of past shapes; 1024 by default (docs/performance.md)
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     task = _Task(worker, cfg, run_dir, backend, timeout_s)
@@ -93,19 +87,26 @@ def _spawn(task: _Task, placement: Placement) -> int:
         _await_folder(task)
     children: list[SpawnProcess] = []
     with _forward_signals(children) as received:
-        for local_rank in range(placement.local_world_size):
-            ranks = placement.ranks(local_rank, task.backend)
-            children.append(_start(task, ranks, placement.address, port))
+        # Blocked until a rank has its handlers: a signal during its imports must not be lost.
+        previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            for local_rank in range(placement.local_world_size):
+                ranks = placement.ranks(local_rank, task.backend)
+                child = multiprocessing.get_context("spawn").Process(
+                    target=_run_spawned, args=(task, ranks, placement.address, port)
+                )
+                child.start()
+                children.append(child)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
         codes = _supervise(children, min(task.timeout_s, _GRACE_S))
     if received.count(signal.SIGINT) > 1:
         return INTERRUPTED
     code = _conclude(task.run_dir, placement, codes)
-    if code == SAVED_REQUEUE:
-        # Whoever listened before: submitit's handler requeues the job, and exits.
-        for number in dict.fromkeys(received):
-            handler = signal.getsignal(number)
-            if callable(handler):
-                handler(number, None)
+    # Whoever listened before: submitit's handler requeues the job, and exits.
+    for number in dict.fromkeys(received) if code == SAVED_REQUEUE else ():
+        if callable(handler := signal.getsignal(number)):
+            handler(number, None)
     return code
 
 
@@ -119,19 +120,6 @@ def _await_folder(task: _Task) -> None:
                 "machine makes it: it must be on a file system that all machines see"
             )
         time.sleep(0.1)
-
-
-def _start(task: _Task, ranks: RankInfo, address: str, port: int) -> SpawnProcess:
-    process = multiprocessing.get_context("spawn").Process(
-        target=_run_spawned, args=(task, ranks, address, port), name=f"rank-{ranks.rank}"
-    )
-    # Blocked until the rank has its handlers: a signal during its imports must not be lost.
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-    return process
 
 
 @contextmanager
@@ -211,11 +199,11 @@ def _run_spawned(task: _Task, ranks: RankInfo, address: str, port: int) -> None:
     """Main function of a spawned rank."""
     os.setsid()  # Ctrl-C goes to the parent alone, which passes it on
     # Die with the parent, even if it is killed: no orphan may go on writing into the run folder.
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     parent = multiprocessing.parent_process()
     if parent is None or os.getppid() != parent.pid:
         os._exit(FAILED)
-
     try:
         store = dist.TCPStore(address, port, timeout=timedelta(seconds=task.timeout_s))
         _init_group(task, ranks, dist.PrefixStore("ranks", store))
@@ -227,14 +215,11 @@ def _run_spawned(task: _Task, ranks: RankInfo, address: str, port: int) -> None:
 
 def _run_adopted(task: _Task, placement: Placement) -> int:
     """Be the rank that a launcher made of this process; the run folder is rank 0's."""
-    if "MASTER_ADDR" not in os.environ:  # SLURM's tasks: torchrun sets it
-        os.environ["MASTER_ADDR"] = placement.address
-        os.environ["MASTER_PORT"] = str(placement.port)
+    os.environ.setdefault("MASTER_ADDR", placement.address)  # SLURM's tasks: torchrun sets them
+    os.environ.setdefault("MASTER_PORT", str(placement.port))
     ranks = placement.ranks(placement.local_rank, task.backend)
     _init_group(task, ranks, None)
-    shared = [str(task.run_dir)]
-    dist.broadcast_object_list(shared, src=0)
-    task = replace(task, run_dir=Path(shared[0]))
+    task = replace(task, run_dir=from_rank_0(lambda: task.run_dir))
     _await_folder(task)
     return _run_rank(task, ranks, announce=True)
 
@@ -263,7 +248,9 @@ def _run_rank(task: _Task, ranks: RankInfo, *, announce: bool) -> int:
     stacks = failures.stacks_path(task.run_dir, ranks.rank)
     stacks.parent.mkdir(exist_ok=True)
     control = Control(stacks, task.timeout_s)
-    torch.set_num_threads(_threads(ranks.local_world_size))
+    # OMP_NUM_THREADS, else an equal share of the cores that this process may use.
+    share = max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", share)))
     if ranks.device.type == "cpu":
         tune_malloc()
     try:
@@ -277,13 +264,6 @@ def _run_rank(task: _Task, ranks: RankInfo, *, announce: bool) -> int:
         _leave(FAILED)
     control.close()
     return control.exit_code
-
-
-def _threads(local_world_size: int) -> int:
-    """OMP_NUM_THREADS where it is set, else an equal share of the cores this process may use."""
-    if "OMP_NUM_THREADS" in os.environ:
-        return int(os.environ["OMP_NUM_THREADS"])
-    return max(1, len(os.sched_getaffinity(0)) // local_world_size)
 
 
 def _leave(code: int) -> NoReturn:

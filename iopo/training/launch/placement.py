@@ -10,10 +10,14 @@ Three ways to start the same program:
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,15 @@ class RankInfo:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+
+def from_rank_0(ask: Callable[[], T]) -> T:
+    """What `ask` returns on rank 0, on every rank, which call this together."""
+    if not dist.is_initialized():
+        return ask()
+    told: list[Any] = [ask() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +78,12 @@ def find_placement(processes: int, environ: Mapping[str, str] = os.environ) -> P
     processes: workers per machine, >= 1; a launcher that made one process per rank overrides it.
     Raises ValueError when the launcher's variables are incomplete or contradict `processes`.
     """
-    if processes < 1:
-        raise ValueError(f"parallel.processes is {processes}; expected at least 1")
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return _torchrun(environ)
     # Inside `srun`, not merely inside an allocation: only steps have both of these.
-    if "SLURM_PROCID" in environ and environ.get("SLURM_STEP_ID", "").isdigit():
-        if int(environ.get("SLURM_NTASKS", "1")) > 1:
-            return _slurm(processes, environ)
+    step = "SLURM_PROCID" in environ and environ.get("SLURM_STEP_ID", "").isdigit()
+    if step and int(environ.get("SLURM_NTASKS", "1")) > 1:
+        return _slurm(processes, environ)
     return Placement(False, 0, 0, processes, processes, "127.0.0.1", 0)
 
 
@@ -113,4 +124,4 @@ def first_host(node_list: str) -> str:
     match = re.match(r"([^,\[\]]+)(?:\[([^,\-\]]+)[^\]]*\]([^,\[\]]*))?", node_list)
     if match is None:
         raise ValueError(f"SLURM node list {node_list!r} has no host name; set MASTER_ADDR")
-    return match[1] + (match[2] or "") + (match[3] or "")
+    return "".join(part or "" for part in match.groups())

@@ -1,4 +1,4 @@
-"""The run folder: made whole or not at all, used by one live run at a time.
+"""The run folder, used by one live run at a time.
 
 config.yaml        the resolved config of the latest attempt (config.1.yaml, ...: earlier ones)
 environment.json   one entry per attempt: code, versions, machine, argv
@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -36,21 +37,22 @@ _PACKAGES = ("torch", "transformers", "safetensors", "numpy", "hydra-core", "tri
 
 @contextmanager
 def open_run(run_dir: Path, *, config_text: str, environment: dict[str, Any]) -> Iterator[None]:
-    """Make or reopen the run folder and hold its lock while the context lasts.
+    """Make or reopen the run folder and hold its lock; in the main process (`Placement.is_main`).
 
-    Call it once all that needs no weights is validated, in the main process only
-    (`Placement.is_main`). A new folder appears with its files in one rename. Reopening clears the
-    previous attempt's COMPLETE, FAILED and errors/. Secrets are redacted from both files.
+    Reopening clears the previous attempt's COMPLETE, FAILED and errors/. Secrets are redacted.
     Raises ValueError if a live run holds the folder, or if it holds files but no run.
     """
-    run_dir = run_dir.absolute()
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
-    lock = None if run_dir.exists() else _create(run_dir, config_text, environment)
-    if lock is None:
-        _check_is_run(run_dir)
-        lock = _lock(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    found = [p.name for p in run_dir.iterdir()]
+    # Hydra makes its output folder before the program starts, with its own files in it.
+    foreign = [n for n in found if n not in (".hydra", "lock") and not n.endswith(".log")]
+    if foreign and "config.yaml" not in found:
+        raise ValueError(
+            f"{run_dir} is not a run folder: it holds {', '.join(sorted(foreign)[:5])} but no "
+            "config.yaml; choose another run= or empty this one"
+        )
+    with _lock(run_dir):  # closing the file releases the lock; so does any death of this process
         _record_attempt(run_dir, config_text, environment)
-    with lock:  # closing the file releases the lock; so does any death of this process
         yield
 
 
@@ -61,7 +63,7 @@ def read_complete(run_dir: Path) -> dict[str, Any] | None:
 
 
 def mark_complete(run_dir: Path, description: dict[str, Any]) -> None:
-    """Record that the run reached its last step. Called by rank 0 once everything is on disk.
+    """Record that the run reached its last step, once everything is on disk.
 
     description: "step", and the fingerprint that `check_resume` compares; secrets are redacted.
     """
@@ -69,12 +71,10 @@ def mark_complete(run_dir: Path, description: dict[str, Any]) -> None:
 
 
 def describe_environment(repository: Path) -> dict[str, Any]:
-    """One entry of environment.json: argv, git commit and diff, versions, host, cores, GPUs.
-
-    repository: folder of the source; without git, or outside a repository, the commit is null.
-    The result is not redacted: `open_run` does that.
-    """
+    """One entry of environment.json, not redacted yet. repository: folder of the source; without
+    git, or outside a repository, the commit is null."""
     installed = {d.metadata["Name"].lower() for d in metadata.distributions()}
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "argv": sys.argv,
@@ -83,20 +83,11 @@ def describe_environment(repository: Path) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in _PACKAGES if name in installed},
         "host": platform.node(),
-        "cpu": _cpu(),
+        "cpu": cpu[1] if cpu else platform.processor(),
         "cpu_cores": len(os.sched_getaffinity(0)),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
     }
-
-
-def _cpu() -> str:
-    """The processor's name, on Linux."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "")
 
 
 def _git(repository: Path, *arguments: str) -> str | None:
@@ -106,34 +97,6 @@ def _git(repository: Path, *arguments: str) -> str | None:
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _create(run_dir: Path, config_text: str, environment: dict[str, Any]) -> TextIO | None:
-    """Make the folder beside its place and rename it; None if someone else was faster."""
-    temporary = run_dir.with_name(f".{run_dir.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
-    lock = _lock(temporary)
-    _record_attempt(temporary, config_text, environment)
-    try:
-        temporary.rename(run_dir)
-    except OSError:
-        lock.close()
-        shutil.rmtree(temporary)
-        if not run_dir.exists():
-            raise
-        return None
-    return lock
-
-
-def _check_is_run(run_dir: Path) -> None:
-    found = [p.name for p in run_dir.iterdir()]
-    # Hydra makes its output folder before the program starts, with its own files in it.
-    foreign = [n for n in found if n not in (".hydra", "lock") and not n.endswith(".log")]
-    if foreign and "config.yaml" not in found:
-        raise ValueError(
-            f"{run_dir} is not a run folder: it holds {', '.join(sorted(foreign)[:5])} but no "
-            "config.yaml; choose another run_dir or empty this one"
-        )
 
 
 def _lock(run_dir: Path) -> TextIO:
@@ -146,7 +109,7 @@ def _lock(run_dir: Path) -> TextIO:
         file.close()
         raise ValueError(
             f"{run_dir} is in use by a live run ({holder or 'just starting'}); wait for it, stop "
-            "it, or choose another run_dir"
+            "it, or choose another run="
         ) from None
     file.truncate(0)
     started = time.strftime("%Y-%m-%d %H:%M:%S")

@@ -27,11 +27,8 @@ _clock: tuple[float, TextIO] | None = None  # time limit and stacks file, while 
 
 
 def heartbeat() -> None:
-    """Say that this process makes progress: its hang clock starts anew.
-
-    Work that takes long for good reason (an evaluation, an export) calls it in between. Without a
-    `Control` in this process it does nothing.
-    """
+    """Restart this process's hang clock, if it has a `Control`: called in between by work that
+    takes long for good reason (an evaluation, an export)."""
     if _clock is not None:
         timeout_s, stacks = _clock
         faulthandler.dump_traceback_later(timeout_s, exit=True, file=stacks)
@@ -42,7 +39,6 @@ class Control:
 
     timeout_s: seconds without `heartbeat` or `should_stop` after which this rank counts as hung:
         its stacks are written to `stacks_path` and the process exits with code 1.
-    exit_code: 0, or after a stop 75 (saved, may be requeued) or 130 (interrupted by hand).
     """
 
     def __init__(self, stacks_path: Path, timeout_s: float) -> None:
@@ -61,21 +57,17 @@ class Control:
         heartbeat()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT:
-            self._interrupts += 1
-            if self._interrupts == 2:
-                os._exit(INTERRUPTED)
-        code = INTERRUPTED if number == signal.SIGINT else SAVED_REQUEUE
-        self.exit_code = max(self.exit_code, code)
+        interrupt = number == signal.SIGINT
+        self._interrupts += interrupt
+        if self._interrupts == 2:
+            os._exit(INTERRUPTED)
+        self.exit_code = max(self.exit_code, INTERRUPTED if interrupt else SAVED_REQUEUE)
 
     def should_stop(self) -> bool:
-        """True on every rank at the same step, once any rank was asked to stop.
-
-        A collective call on a few bytes of CPU memory (gloo): all ranks call it, once a step.
-        """
+        """True on every rank at the same step, once any was asked to stop. All ranks call it."""
         heartbeat()
         if dist.is_initialized() and dist.get_world_size() > 1:
-            code = torch.tensor([self.exit_code], dtype=torch.int32)
+            code = torch.tensor(self.exit_code)  # on the CPU: through gloo
             dist.all_reduce(code, op=dist.ReduceOp.MAX)
             self.exit_code = int(code)
         return self.exit_code != OK
@@ -88,8 +80,8 @@ class Control:
         faulthandler.unregister(signal.SIGUSR2)
         faulthandler.disable()
         # Too late to stop: SIGTERM must not turn a finished rank into a killed one.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         self._stacks.close()
         if self._stacks_path.stat().st_size == 0:

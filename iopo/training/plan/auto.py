@@ -1,15 +1,13 @@
 """parallel.checkpointing=auto: the least recomputation whose planned memory is free.
 
-Decided once, before the weights load, by rank 0 for all ranks; logged, and written to
-RUN/memory.json. A run that goes on keeps what it began with: recomputing changes no bit of a
-result, but its time and its memory are then those of the same run.
+Decided at every start, before the weights load, by rank 0 for all ranks; logged, and written to
+RUN/memory.json. A resumed run may choose otherwise: recomputing changes no bit of a result.
 """
 
 import json
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,8 +16,8 @@ from iopo.config import Checkpointing, Device, TrainConfig
 from iopo.files import write_text
 from iopo.model.host_memory import available_ram
 from iopo.training.inputs import Inputs
-from iopo.training.launch.placement import RankInfo
-from iopo.training.plan.report import GB, HEADROOM, Plan, plan_report
+from iopo.training.launch.placement import RankInfo, from_rank_0
+from iopo.training.plan.report import GB, HEADROOM, plan_report
 
 FILE = "memory.json"
 log = logging.getLogger(__name__)
@@ -28,59 +26,38 @@ log = logging.getLogger(__name__)
 def resolve_checkpointing(
     cfg: TrainConfig, inputs: Inputs, ranks: RankInfo, run: Path
 ) -> TrainConfig:
-    """`cfg` with `auto` replaced by the choice; as it is if it does not say auto.
-
-    Every rank calls it, before the policy is made; all get the same answer.
-    """
+    """`cfg` with `auto` replaced by the choice. Every rank calls it and gets the same answer."""
     if cfg.parallel.checkpointing is not Checkpointing.auto:
         return cfg
-    free = torch.tensor(free_bytes(ranks), dtype=torch.int64, device=ranks.device)
+    least = torch.tensor(free_bytes(ranks), dtype=torch.int64, device=ranks.device)
     if ranks.world_size > 1:
-        dist.all_reduce(free, dist.ReduceOp.MIN)
-    answer: list[str | None] = [None]
-    if ranks.is_main:
-        path = run / FILE
-        choice = json.loads(path.read_text()) if path.exists() else {}
-        micro_batch = [cfg.optim.micro_batch_quads, cfg.optim.tokens_per_microbatch]
-        made_for = {"ranks": ranks.world_size, "micro_batch": micro_batch}
-        if any(choice.get(key) != value for key, value in made_for.items()):
-            free_gb = free.item() / GB
-            size = {"gpus": ranks.world_size, "gpus_per_machine": ranks.local_world_size}
-            here = replace(
-                cfg,
-                plan_for=replace(cfg.plan_for, **size, gpu_gb=free_gb),
-                parallel=replace(cfg.parallel, device=Device(ranks.device.type)),
-            )
-            plan = plan_report(here, inputs.train, advise=False)
-            choice = _choice(plan) | {"free_gb": free_gb} | made_for
-            write_text(path, json.dumps(choice, indent=1) + "\n")
-        log.info(_sentence(choice))
-        answer = [choice["checkpointing"]]
-    if ranks.world_size > 1:
-        dist.broadcast_object_list(answer, device=ranks.device)
-    kind = Checkpointing(str(answer[0]))
-    return replace(cfg, parallel=replace(cfg.parallel, checkpointing=kind))
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+    free = least.item() / GB
+    size = {"gpus": ranks.world_size, "gpus_per_machine": ranks.local_world_size}
 
+    def choose() -> Checkpointing:
+        here = replace(
+            cfg,
+            plan_for=replace(cfg.plan_for, **size, gpu_gb=free),
+            parallel=replace(cfg.parallel, device=Device(ranks.device.type)),
+        )
+        plan = plan_report(here, inputs.train)
+        kind, planned = plan.cfg.parallel.checkpointing, plan.peak / GB
+        too_large = {larger.value: peak / GB for larger, peak in plan.refused.items()}
+        # GB are 10^9 bytes of one rank, tokens those of a micro-batch.
+        choice = {"checkpointing": kind.value, "planned_gb": planned, "too_large_gb": too_large}
+        choice |= {"tokens": plan.trace.tokens, "free_gb": free}
+        write_text(run / FILE, json.dumps(choice, indent=1) + "\n")
+        others = "".join(f"; {name} {gb:.2f} GB" for name, gb in too_large.items())
+        more = f", MORE THAN {HEADROOM:.0%} of it: plan=true says what to change"
+        log.info(
+            f"parallel.checkpointing=auto: {kind}, {planned:.2f} GB planned for "
+            f"{plan.trace.tokens} tokens{others}; {free:.2f} GB are free on a rank"
+            f"{more if planned > HEADROOM * free else ''}"
+        )
+        return kind
 
-def _choice(plan: Plan) -> dict[str, Any]:
-    """What a plan took, for memory.json. GB are 10^9 bytes of one rank, tokens of a micro-batch."""
-    return {
-        "checkpointing": plan.cfg.parallel.checkpointing.value,
-        "planned_gb": plan.peak / GB,
-        "too_large_gb": {kind.value: peak / GB for kind, peak in plan.refused.items()},
-        "tokens": plan.trace.tokens,
-    }
-
-
-def _sentence(choice: dict[str, Any]) -> str:
-    too_large = "".join(f"; {kind} {gb:.2f} GB" for kind, gb in choice["too_large_gb"].items())
-    planned, free = choice["planned_gb"], choice["free_gb"]
-    fits = planned <= HEADROOM * free
-    return (
-        f"parallel.checkpointing=auto: {choice['checkpointing']}, {planned:.2f} GB planned "
-        f"for {choice['tokens']} tokens{too_large}; {free:.2f} GB are free on a rank"
-        + ("" if fits else f", MORE THAN {HEADROOM:.0%} of it: plan=true says what to change")
-    )
+    return replace(cfg, parallel=replace(cfg.parallel, checkpointing=from_rank_0(choose)))
 
 
 def free_bytes(ranks: RankInfo) -> int:

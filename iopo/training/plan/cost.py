@@ -68,15 +68,13 @@ def _count(module: torch.nn.Module) -> tuple[int, int]:
     return sum(n for n, _ in numbers), sum(n for n, trained in numbers if trained)
 
 
-def gpu_memory(
-    run: PlannedRun, sizes: Sizes, trace: Trace, *, split: bool = False
-) -> dict[str, float]:
+def gpu_memory(run: PlannedRun, sizes: Sizes, trace: Trace, split: bool) -> dict[str, float]:
     """Bytes on one GPU at the worst moment of a step, by purpose; their sum is the peak.
 
     trace: of the largest forward. split: there are quads that are split.
     """
     w, c, t = sizes.accum_bytes, sizes.compute_bytes, sizes.trained
-    rows: dict[str, float] = {} if run.offload else states(run, sizes)
+    rows: dict[str, float] = {} if run.cfg.parallel.offload else states(run, sizes)
     at_end = sum(rows.values())
     rows["activations"] = trace.saved_bytes
     rows["working memory"] = trace.peak_bytes - trace.saved_bytes
@@ -96,7 +94,7 @@ def gpu_memory(
 def states(run: PlannedRun, sizes: Sizes) -> dict[str, float]:
     """Bytes per rank that last through the run; in host memory with parallel.offload."""
     w, c, t, f = sizes.accum_bytes, sizes.compute_bytes, sizes.trained, sizes.frozen
-    whole = run.lora.rank == 0
+    whole = run.cfg.model.lora.rank == 0
     rows: dict[str, float] = {"weights": (w * t + c * f) / run.shard}
     if not run.sharded and whole and c < w:
         rows["weights to compute with"] = c * t
@@ -142,7 +140,7 @@ def communication(run: PlannedRun, sizes: Sizes, micro_batches: int) -> list[Tra
     In a ring over machines each byte that a rank passes on crosses a machine's border once per
     machine, so the network of a machine bounds the volume per rank.
     """
-    machine, gradients = run.machine, sizes.accum_bytes * sizes.trained
+    machine, gradients = run.cfg.plan_for, sizes.accum_bytes * sizes.trained
 
     def transfer(what: str, volume: float, ranks: int) -> Transfer:
         """volume: of one rank without the factor (N-1)/N of a ring of `ranks`."""
@@ -157,7 +155,7 @@ def communication(run: PlannedRun, sizes: Sizes, micro_batches: int) -> list[Tra
     if not run.sharded:
         return [transfer("all-reduce of gradients", 2 * gradients, run.ranks)]
     passes = 2 * sizes.total - sizes.root  # the root stays gathered from forward to backward
-    if run.reference is ReferenceSource.live and run.lora.rank == 0:
+    if run.reference is ReferenceSource.live and run.cfg.model.lora.rank == 0:
         passes += sizes.total
     gathered = micro_batches * sizes.compute_bytes * passes
     transfers = [

@@ -3,46 +3,31 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
 
 from iopo import objectives
-from iopo.config import (
-    DataConfig,
-    Device,
-    LoraConfig,
-    ModelConfig,
-    OptimConfig,
-    PlanConfig,
-    ReferenceSource,
-    TrainConfig,
-)
+from iopo.config import Device, ReferenceSource, TrainConfig
 from iopo.data.batching import Batching
 from iopo.model import load
 from iopo.training.inputs import batching
-from iopo.training.policy import compute_dtype, shards
+from iopo.training.policy import check_sharding, shards
 from iopo.training.split import Splitting, splitting
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run as its costs see it, on the machines of `machine`.
+    """A run as its costs see it, on the machines of cfg.plan_for.
 
     shard: ranks that divide one copy of the model, 1 if every rank holds a whole one.
-    reference: where the reference log-probs of a step come from; None without a reference.
-    offload: the lasting states are in host memory.
+    reference: where the reference log-probs come from (auto: the cache); None without a reference.
     """
 
-    machine: PlanConfig
-    data: DataConfig
-    optim: OptimConfig
-    lora: LoraConfig
+    cfg: TrainConfig
     rows: objectives.Rows
     reference: ReferenceSource | None
     batching: Batching
-    splitting: Splitting | None
+    splitting: Splitting
     sharded: bool
     shard: int
-    offload: bool
     device_type: str
     dtype: torch.dtype
 
@@ -56,52 +41,25 @@ class PlannedRun:
 
     @property
     def splits_once(self) -> bool:
-        """Whether a split quad goes through the model once: training/split.py."""
-        return self.splitting is not None and self.splitting.direction is not None
+        """Whether a split quad goes through the model once (split.py)."""
+        return self.splitting.direction is not None
 
 
 def describe(cfg: TrainConfig) -> PlannedRun:
-    """The run of `cfg` on plan_for.gpus ranks.
-
-    Raises ValueError for ranks that do not divide the batch or into shards, and for offload on one.
-    """
-    ranks, parallel, lora = cfg.plan_for.gpus, cfg.parallel, cfg.model.lora
-    batches = batching(cfg.optim, cfg.data.layout, cfg.seed, ranks)
-    sharded = shards(lora, parallel, ranks)
-    shard = (parallel.shard_processes or ranks) if sharded else 1
-    if ranks % shard:
-        raise ValueError(
-            f"parallel.shard_processes is {shard}, which does not divide plan_for.gpus={ranks}"
-        )
-    if parallel.offload and not sharded:
-        raise ValueError(
-            "parallel.offload needs a sharded model: plan_for.gpus is 1, expected more"
-        )
+    """The run of `cfg` on plan_for.gpus ranks; raises ValueError if it cannot run on so many."""
+    ranks, parallel = cfg.plan_for.gpus, cfg.parallel
+    check_sharding(parallel, ranks)
+    sharded = shards(cfg.model.lora, parallel, ranks)
     kind = objectives.OBJECTIVES[cfg.objective.name]
-    reference = cfg.reference.source
-    if reference is ReferenceSource.auto:
-        reference = ReferenceSource.cache
     device_type = "cpu" if parallel.device is Device.cpu else "cuda"
     return PlannedRun(
-        machine=cfg.plan_for,
-        data=cfg.data,
-        optim=cfg.optim,
-        lora=lora,
+        cfg=cfg,
         rows=kind.rows,
-        reference=reference if kind.reference else None,
-        batching=batches,
-        splitting=splitting(cfg.objective, cfg.optim, lora, parallel, ranks),
+        reference=cfg.reference.source if kind.reference else None,
+        batching=batching(cfg.optim, cfg.data.layout, cfg.seed, ranks),
+        splitting=splitting(cfg, ranks),
         sharded=sharded,
-        shard=shard,
-        offload=parallel.offload,
+        shard=(parallel.shard_processes or ranks) if sharded else 1,
         device_type=device_type,
-        dtype=compute_dtype(cfg.model, device_type),
+        dtype=load.compute_dtype(cfg.model.dtype, device_type),
     )
-
-
-def architecture(cfg: ModelConfig) -> PretrainedConfig:
-    """The config of model.path or model.tiny."""
-    if cfg.tiny is None:
-        return load.architecture(str(cfg.path))
-    keys = dict(cfg.tiny)
-    return AutoConfig.for_model(keys.pop("model_type"), **keys)

@@ -58,51 +58,43 @@ def missing_for_lengths(data: DataConfig, model: ModelConfig) -> str | None:
     """What keeps the lengths of the data from being known on this machine; None if nothing."""
     if data.train is None or not Path(data.train).is_file():
         return f"{data.train} is not here"
-    if model.tiny is not None:
-        return None
     demo = model.path == "demo" and (cache_root() / "smollm2-135m-instruct").is_dir()
-    if demo or Path(str(model.path)).expanduser().is_dir():
-        return None
-    return f"the tokenizer of {model.path} is not here"
+    known = demo or model.tiny is not None or Path(str(model.path)).expanduser().is_dir()
+    return None if known else f"the tokenizer of {model.path} is not here"
 
 
 def assumed_work(run: PlannedRun, missing: str) -> Work:
-    """The work of a step whose examples all have the lengths of plan_for.
-
-    The heaviest micro-batch may be one of the longest examples that the limits allow.
-    missing: why the lengths of the data are not known.
-    """
-    prompt, response = run.machine.prompt_tokens, run.machine.response_tokens
+    """The work of a step whose examples all have the lengths of plan_for; its heaviest micro-batch
+    may be one of the longest examples allowed. missing: why the data's lengths are not known."""
+    prompt, response = run.cfg.plan_for.prompt_tokens, run.cfg.plan_for.response_tokens
     usual = example_of(run.rows, prompt, response)
-    longest = example_of(run.rows, run.data.max_prompt_tokens, run.data.max_response_tokens)
+    longest = example_of(run.rows, run.cfg.data.max_prompt_tokens, run.cfg.data.max_response_tokens)
     share = -(-run.batching.global_batch_quads // run.ranks)
-    per_batch = [_per_batch(run, example, share) for example in (usual, longest)]
-    choices = [[usual] * per_batch[0], [longest] * per_batch[1]]
-    parts = [_forward(rows, run.splitting) for rows in choices]
+
+    def fullest(example: Example) -> list[Example]:
+        """The fullest micro-batch of a rank whose examples are all like this one."""
+        limit, budget = run.batching.micro_batch_quads, run.batching.tokens_per_microbatch
+        if limit is None:
+            assert budget is not None  # checked in the config
+            limit = max(1, budget // _total([example]))
+        return [example] * min(share, limit)
+
+    batch, largest = fullest(usual), fullest(longest)
     return Work(
         source=f"assumed: prompts of {prompt} tokens, responses of {response} ({missing})",
-        heaviest=max(parts, key=_total),
+        heaviest=max((_forward(rows, run.splitting) for rows in (batch, largest)), key=_total),
         longest=_total([longest]),
         longest_part=_total(_longest_part([longest])),
-        micro_batches=-(-share // per_batch[0]),
-        split=float(parts[0] is not choices[0]),
+        micro_batches=-(-share // len(batch)),
+        split=float(_total([usual]) > run.splitting.budget),
         **_means([usual]),
         steps=None,
     )
 
 
-def _per_batch(run: PlannedRun, example: Example, share: int) -> int:
-    """Equal examples in the fullest micro-batch of a rank that has `share` of them."""
-    limit, budget = run.batching.micro_batch_quads, run.batching.tokens_per_microbatch
-    if limit is None:
-        assert budget is not None  # checked in Batching
-        limit = max(1, budget // _total([example]))
-    return min(share, limit)
-
-
-def _forward(rows: list[Example], splitting: Splitting | None) -> list[Example]:
+def _forward(rows: list[Example], splitting: Splitting) -> list[Example]:
     """What is processed at once of a micro-batch: all of it, or its longest part if it is split."""
-    above = splitting is not None and max(token_counts(rows, "shared")) > splitting.budget
+    above = max(token_counts(rows, "shared")) > splitting.budget
     return _longest_part(rows) if above else rows
 
 
@@ -118,23 +110,21 @@ def data_work(run: PlannedRun, examples: Sequence[Example]) -> Work:
     """The work of a step by the lengths of the data; micro-batches as in the first steps."""
     splitting, batching = run.splitting, run.batching
     tokens_N = token_counts(examples, batching.layout)
-    steps = plan_steps(len(examples), batching, run.optim.epochs, run.optim.max_steps)
+    steps = plan_steps(len(examples), batching, run.cfg.optim.epochs, run.cfg.optim.max_steps)
     heaviest = _forward([examples[int(tokens_N.argmax())]], splitting)
     count = seen = apart = 0
     for step in range(min(steps, STEPS_LOOKED_AT)):
         of_ranks = micro_batches(tokens_N, batching, step)[:RANKS_LOOKED_AT]
         for rank, batches in enumerate(of_ranks):
             count = max(count, len(batches))
-            split: set[int] = set()
-            if splitting is not None:
-                split = splitting.split_microbatches(tokens_N, batching, step, rank)
+            split = splitting.split_microbatches(tokens_N, batching, step, rank)
             for i, batch in enumerate(batches):
                 rows = [examples[j] for j in batch or ()]
                 seen += _total(rows)
                 apart += _total(rows) if i in split else 0
                 heaviest = max(heaviest, _forward(rows, splitting) if rows else [], key=_total)
     return Work(
-        source=f"{run.data.train}: {len(examples)} examples",
+        source=f"{run.cfg.data.train}: {len(examples)} examples",
         heaviest=heaviest,
         longest=int(tokens_N.max()),
         longest_part=max(_total(_longest_part([example])) for example in examples),

@@ -8,15 +8,14 @@ arithmetic (cost.py). docs/scaling.md reads the tables.
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from enum import Enum
 from typing import Any
 
-from iopo.config import Checkpointing, TrainConfig
+from iopo.config import Checkpointing, Layout, TrainConfig
 from iopo.data.example import Example
 from iopo.training.inputs import load_inputs
 from iopo.training.plan import cost, lengths
 from iopo.training.plan.cost import Sizes, Transfer
-from iopo.training.plan.description import PlannedRun, architecture, describe
+from iopo.training.plan.description import PlannedRun, describe
 from iopo.training.plan.lengths import Work
 from iopo.training.plan.trace import Trace, meta_policy, trace
 
@@ -30,11 +29,10 @@ SMALLEST_BUDGET = 2048  # tokens of a micro-batch below which a GPU has too litt
 
 @dataclass(frozen=True)
 class Plan:
-    """What plan_report found. memory: bytes on one GPU by purpose. host: bytes per machine.
+    """What plan_report found. memory: bytes on one GPU by purpose. flops: of one step on all GPUs.
 
-    flops: of one step on all GPUs. advice: changes that make it fit, best first; empty if it does.
-    refused: peak bytes of the kinds of checkpointing that `auto` found too large; cfg has the one
-        that it took.
+    refused: peak bytes of the kinds of checkpointing that `auto` found too large, and did not take.
+    examples: the training data, if it is on this machine.
     """
 
     cfg: TrainConfig
@@ -43,11 +41,10 @@ class Plan:
     work: Work
     trace: Trace
     memory: dict[str, float]
-    host: float
     flops: dict[str, float]
     transfers: list[Transfer]
     refused: dict[Checkpointing, float]
-    advice: Sequence[str] = ()
+    examples: Sequence[Example] | None
 
     @property
     def peak(self) -> float:
@@ -55,28 +52,28 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.peak <= self.run.machine.gpu_gb * GB
+        return self.peak <= self.cfg.plan_for.gpu_gb * GB
+
+    @property
+    def seconds(self) -> float:
+        """Of a step's arithmetic."""
+        return sum(self.flops.values()) / self.run.ranks / (self.cfg.plan_for.gpu_tflops * 1e12)
 
     def __str__(self) -> str:
         parts = (_head(self), _memory(self), _flops(self), _transfers(self))
         return "\n\n".join("\n".join(part) for part in parts)
 
 
-def plan_report(
-    cfg: TrainConfig, examples: Sequence[Example] | None = None, *, advise: bool = True
-) -> Plan:
+def plan_report(cfg: TrainConfig, examples: Sequence[Example] | None = None) -> Plan:
     """Plan a run of `cfg` on the GPUs that cfg.plan_for describes (CPUs with device=cpu).
 
     examples: the training data; without it, it is read if it is on this machine.
-    advise: look for changes that would make a run fit that does not.
     Raises ValueError for the plain layout, whose attention is not modelled, for ranks that do not
     divide the batch, and for a model whose config is not known.
     """
-    if cfg.data.layout.value == "plain":
-        raise ValueError(
-            "plan: found data.layout=plain, expected shared; only that one is modelled"
-        )
-    config, run = architecture(cfg.model), describe(cfg)
+    if cfg.data.layout is Layout.plain:
+        raise ValueError("plan: found data.layout=plain, expected shared, the one that is modelled")
+    run = describe(cfg)
     if examples is None and (missing := lengths.missing_for_lengths(cfg.data, cfg.model)):
         work = lengths.assumed_work(run, missing)
     else:
@@ -87,31 +84,29 @@ def plan_report(
     refused: dict[Checkpointing, float] = {}
     for kind in kinds:
         parallel = replace(cfg.parallel, checkpointing=kind)
-        policy = meta_policy(config, cfg.model.lora, parallel, run.dtype)
+        policy = meta_policy(cfg.model, parallel, run.dtype)
         sizes = cost.sizes_of(policy, run.dtype)
         traced = trace(policy, work.heaviest, run.device_type)
-        memory = cost.gpu_memory(run, sizes, traced, split=work.split > 0)
+        memory = cost.gpu_memory(run, sizes, traced, work.split > 0)
         peak = sum(memory.values())
-        if peak <= HEADROOM * run.machine.gpu_gb * GB or kind is kinds[-1]:
+        if peak <= HEADROOM * cfg.plan_for.gpu_gb * GB or kind is kinds[-1]:
             break
         refused[kind] = peak
-    on_machine = min(run.ranks, run.machine.gpus_per_machine)
-    plan = Plan(
+    return Plan(
         cfg=replace(cfg, parallel=parallel),
         run=run,
         sizes=sizes,
         work=work,
         trace=traced,
         memory=memory,
-        host=on_machine * sum(cost.states(run, sizes).values()) if run.offload else 0.0,
         flops=cost.step_flops(run, work, traced),
         transfers=cost.communication(run, sizes, work.micro_batches),
         refused=refused,
+        examples=examples,
     )
-    return replace(plan, advice=_advice(plan, examples)) if advise and not plan.fits else plan
 
 
-def _advice(plan: Plan, examples: Sequence[Example] | None) -> list[str]:
+def advice(plan: Plan) -> list[str]:
     """Two changes, tried one after the other by planning them, that would make the run fit."""
     found: list[str] = []
     for changes in _changes(plan):
@@ -119,21 +114,16 @@ def _advice(plan: Plan, examples: Sequence[Example] | None) -> list[str]:
         for key, value in changes.items():
             section, name = key.split(".")
             setattr(getattr(cfg, section), name, value)
-        tried = plan_report(cfg, examples, advise=False)
+        tried = plan_report(cfg, plan.examples)
         if tried.fits:
-            words = " ".join(_words(*change) for change in changes.items())
-            found.append(f"{words}: {tried.peak / GB:.1f} GB")
+            words = [f"{key}={str(value).lower()}" for key, value in changes.items()]
+            if "plan_for.gpus" in changes:  # the last one
+                words[-1] = f"on {changes['plan_for.gpus']} GPUs"
+            found.append(f"{' '.join(words)}: {tried.peak / GB:.1f} GB")
         if len(found) == 2:
             break
     nothing = "nothing tried here fits: train adapters (model.lora.rank=8), or a smaller model"
     return found or [nothing]
-
-
-def _words(key: str, value: Any) -> str:
-    if key == "plan_for.gpus":
-        return f"on {value} GPUs"
-    shown = value.value if isinstance(value, Enum) else str(value).lower()
-    return f"{key}={shown}"
 
 
 def _changes(plan: Plan) -> Iterator[dict[str, Any]]:
@@ -152,9 +142,8 @@ def _changes(plan: Plan) -> Iterator[dict[str, Any]]:
         yield from (change | {budget: value} for value in smaller)
     full = {checkpointing: Checkpointing.full}
     part = max(work.longest_part, SMALLEST_BUDGET)
-    two_prompts = len(plan.run.rows.responses) == 2
-    may_split = two_prompts and plan.run.lora.dropout == 0 and not parallel.split_quads
-    if may_split and tokens and part < work.longest:
+    may_split = len(plan.run.rows.responses) == 2 and plan.cfg.model.lora.dropout == 0
+    if may_split and not parallel.split_quads and tokens and part < work.longest:
         yield full | {"parallel.split_quads": True, budget: part}
     if ranks > 1 and not plan.run.sharded:
         yield full | {"parallel.shard_processes": ranks}
@@ -167,11 +156,11 @@ def _changes(plan: Plan) -> Iterator[dict[str, Any]]:
 
 def _head(plan: Plan) -> Iterator[str]:
     cfg, sizes, run, work = plan.cfg, plan.sizes, plan.run, plan.work
-    how = f"LoRA rank {run.lora.rank}" if run.lora.rank else "full fine-tuning"
+    how = f"LoRA rank {cfg.model.lora.rank}" if cfg.model.lora.rank else "full fine-tuning"
     name = cfg.model.path or "model.tiny"
     counts = f"{sizes.total / 1e9:.3f} B parameters, {sizes.trained / 1e6:.1f} M trained"
     yield f"{name}: {counts} ({how})"
-    machines = -(-run.ranks // run.machine.gpus_per_machine)
+    machines = -(-run.ranks // cfg.plan_for.gpus_per_machine)
     shares = "every rank holds the model"
     if run.sharded:
         copies = f", {run.replicas} copies" if run.replicas > 1 else ""
@@ -201,28 +190,25 @@ def _table(title: str, units: str, rows: Iterable[tuple[str, str]]) -> Iterator[
 
 def _memory(plan: Plan) -> Iterator[str]:
     rows = plan.memory | {"at most": plan.peak}
-    if plan.host:
-        rows["host memory of a machine (offload)"] = plan.host
+    if plan.cfg.parallel.offload:
+        on_machine = min(plan.run.ranks, plan.cfg.plan_for.gpus_per_machine)
+        held = on_machine * sum(cost.states(plan.run, plan.sizes).values())
+        rows["host memory of a machine (offload)"] = held
     numbers = ((name, f"{value / GB:>9.2f}") for name, value in rows.items())
     yield from _table("memory of a GPU", f"{'GB':>9}", numbers)
-    limit, peak = plan.run.machine.gpu_gb, plan.peak / GB
+    limit, peak = plan.cfg.plan_for.gpu_gb, plan.peak / GB
     if plan.fits:
         yield f"  fits: {limit - peak:.1f} GB of {limit:g} GB stay free"
         return
     yield f"  does NOT fit: {peak - limit:.1f} GB more than {limit:g} GB. What would help:"
-    yield from (f"    {line}" for line in plan.advice)
-
-
-def _seconds(plan: Plan) -> float:
-    """Of a step's arithmetic."""
-    return sum(plan.flops.values()) / plan.run.ranks / (plan.run.machine.gpu_tflops * 1e12)
+    yield from (f"    {line}" for line in advice(plan))
 
 
 def _flops(plan: Plan) -> Iterator[str]:
     rows = plan.flops | {"total": sum(plan.flops.values())}
     numbers = ((name, f"{value / 1e12:>9,.1f}") for name, value in rows.items())
     yield from _table("FLOPs of a step, all GPUs", f"{'10^12':>9}", numbers)
-    yield f"  {_seconds(plan):.2f} s a step at {plan.run.machine.gpu_tflops:g} TFLOP/s per GPU"
+    yield f"  {plan.seconds:.2f} s a step at {plan.cfg.plan_for.gpu_tflops:g} TFLOP/s per GPU"
 
 
 def _transfers(plan: Plan) -> Iterator[str]:
@@ -233,7 +219,7 @@ def _transfers(plan: Plan) -> Iterator[str]:
     if not plan.transfers:
         yield "  none"
         return
-    times = sum(t.seconds for t in plan.transfers) / _seconds(plan)
+    times = sum(t.seconds for t in plan.transfers) / plan.seconds
     if times > 1:
         yield f"  communication takes {times:.1f} times the arithmetic and bounds the step"
     else:

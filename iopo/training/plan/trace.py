@@ -13,7 +13,7 @@ Letters: T packed tokens, R response rows, D width, V vocabulary, H heads, E hea
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from transformers import PretrainedConfig
+from transformers import AutoConfig
 
-from iopo.config import LoraConfig, ParallelConfig
+from iopo.config import ModelConfig, ParallelConfig
 from iopo.data.example import Example
 from iopo.data.layout import SharedSegments, build_shared
 from iopo.kernels import tiled
@@ -59,14 +59,13 @@ class Trace:
     pairs: int
 
 
-def meta_policy(
-    config: PretrainedConfig, lora: LoraConfig, parallel: ParallelConfig, dtype: torch.dtype
-) -> TrainModel:
+def meta_policy(cfg: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TrainModel:
     """The policy as policy.make_policy makes it on one rank, without values and not sharded."""
-    accum_dtype = dtype if torch.finfo(dtype).bits >= 32 else torch.float32
-    loaded = dtype if lora.rank > 0 else accum_dtype
+    tiny = cfg.tiny
+    config = AutoConfig.for_model(**tiny) if tiny else load.architecture(str(cfg.path))
+    loaded = dtype if cfg.lora.rank > 0 else torch.promote_types(dtype, torch.float32)
     policy = LogProbs(load.meta_causal_lm(config, loaded, SHARED))
-    adapt(policy, lora, seed=0)
+    adapt(policy, cfg.lora, seed=0)
     options = replace(block_options(parallel), compile=False)
     return prepare(policy, device=META, dtype=dtype, mesh=None, block_options=options)
 
@@ -82,11 +81,15 @@ def trace(policy: TrainModel, examples: Sequence[Example], device_type: str) -> 
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
             own.append(parameter.grad)
+    # The head computes the logits, in its backward again, and there the gradients of the rows and
+    # of a weight that trains; with a frozen weight that of the rows comes with the forward.
     formulas = {
-        OPS.segment_attention: lambda q, *_, **__: 4 * pairs * q.shape[1] * q.shape[2],
-        OPS.segment_attention_backward: lambda g, *_, **__: 10 * pairs * g.shape[1] * g.shape[2],
-        OPS.linear_logprob: _head_flops,
-        OPS.linear_logprob_backward: _head_backward_flops,
+        OPS.segment_attention: lambda q, *_: 4 * pairs * q.shape[1] * q.shape[2],
+        OPS.segment_attention_backward: lambda g, *_: 10 * pairs * g.shape[1] * g.shape[2],
+        OPS.linear_logprob: lambda h, w, *rest: (4 if rest[-1] else 2) * h.shape[0] * w.numel(),
+        OPS.linear_logprob_backward: lambda _, h, w, *rest: (
+            (6 if rest[-2] else 4) * h.shape[0] * w.numel()
+        ),
     }
     watch = Watch(own, formulas, device_type)
     with watch:
@@ -113,9 +116,7 @@ class Watch(TorchDispatchMode):
     flops: by operator.
     """
 
-    def __init__(
-        self, own: Sequence[Tensor], formulas: dict[Any, Callable[..., float]], device_type: str
-    ) -> None:
+    def __init__(self, own: Sequence[Tensor], formulas: dict[Any, Any], device_type: str) -> None:
         super().__init__()
         self.known = {tensor.untyped_storage()._cdata for tensor in own}
         self.formulas, self.device_type = formulas, device_type
@@ -124,27 +125,23 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._see(leaf.untyped_storage())
+        storages = [x.untyped_storage() for x in tree_leaves(out) if isinstance(x, Tensor)]
+        for storage in storages:
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self.known:
+                self.known.add(key)
+                self.live += size
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._forget, key, size)
         op = func.overloadpacket
         if op in self.formulas:
-            self.flops[op] += self.formulas[op](*args, **(kwargs or {}))
+            self.flops[op] += self.formulas[op](*args)
         elif op in flop_registry:
             self.flops[op] += flop_registry[op](*args, **(kwargs or {}), out_val=out)
         if op is OPS.linear_logprob_backward or (op is OPS.linear_logprob and args[-1]):
             workspace = head_workspace(op, args, self.device_type)
             self.peak = max(self.peak, self.live + workspace)
         return out
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.known:
-            return
-        self.known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, key, size)
 
     def _forget(self, key: int, size: int) -> None:
         self.known.discard(key)
@@ -166,18 +163,6 @@ def head_workspace(op: Any, args: tuple[Any, ...], device_type: str) -> int:
     tiles = tiled.VOCAB * (tiled.ROWS + 2 * width)
     need_weight = op is OPS.linear_logprob_backward and args[9]
     return accum_bytes * (rows * width * (copies + int(need_weight)) + tiles)
-
-
-def _head_flops(hidden_RD: Tensor, weight_VD: Tensor, *rest: Any) -> int:
-    """The logits and, with a frozen head, the gradient of the hidden rows."""
-    with_gradient = rest[-1]
-    return (2 if with_gradient else 1) * 2 * hidden_RD.shape[0] * weight_VD.numel()
-
-
-def _head_backward_flops(grad_R: Tensor, hidden_RD: Tensor, weight_VD: Tensor, *rest: Any) -> int:
-    """The logits again, the gradient of the hidden rows and, if it is wanted, of the weight."""
-    need_weight = rest[-2]
-    return (3 if need_weight else 2) * 2 * hidden_RD.shape[0] * weight_VD.numel()
 
 
 def _parts(flops: Counter[Any]) -> dict[str, float]:

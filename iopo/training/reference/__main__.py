@@ -1,8 +1,7 @@
 """`python -m iopo.training.reference [key=value ...]`: fill the reference cache of a run alone.
 
-Takes the same overrides as train.py, on the same number of processes or under the same launcher;
-the run then finds every row. What is in the cache stays, and a killed fill goes on where it was.
-Exit codes are train.py's.
+Takes the same overrides as train.py, on any number of processes; the run then finds every row. What
+is in the cache stays, and a killed fill goes on where it was. Exit codes are train.py's.
 """
 
 import logging
@@ -39,10 +38,9 @@ def main(composed: DictConfig) -> None:
     try:
         cfg = OmegaConf.to_object(composed)
         assert isinstance(cfg, TrainConfig)
-        if not objectives.OBJECTIVES[cfg.objective.name].reference:
-            raise ValueError(
-                f"objective.name={cfg.objective.name} has no reference: there is nothing to fill"
-            )
+        name = cfg.objective.name
+        if not objectives.OBJECTIVES[name].reference:
+            raise ValueError(f"objective.name={name} has no reference: there is nothing to fill")
         ranks = setup.launch_options(cfg.parallel)
         placement = find_placement(ranks["processes"])
         set_up_logging(main=placement.is_main)

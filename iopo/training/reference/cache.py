@@ -1,14 +1,12 @@
 """Reference log-probs: named by a manifest, computed once, kept on disk, never from live weights.
 
-A reference is the policy's starting point. Its log-probs never change, so they are computed once
-per (weights, data) and shared by every run that starts there: four float32 numbers a quad. The
-manifest says which weights, tokenizer, truncation, dtype and code made them; its hash names the
-folder, so that anything that could change a number is another cache.
+Computed once per (weights, data) and shared by every run that starts there: four float32 numbers a
+quad. The manifest (sources.py) says which weights, tokenizer, truncation, dtype and code made them;
+its hash names the folder, so that anything that could change a number is another cache.
 
 Letters: E examples, M members per example.
 """
 
-import dataclasses
 import fcntl
 import hashlib
 import json
@@ -18,19 +16,17 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import transformers
 from torch import Tensor
 
-import iopo
 from iopo.data.batching import Batching, pass_micro_batches, token_counts
 from iopo.data.example import Example, content_key
 from iopo.files import replacing, sha256_text
+from iopo.training.launch.placement import from_rank_0
 from iopo.training.launch.signals import heartbeat
 
 STORE_EVERY_ROUNDS = 64  # of fill: what a kill loses
@@ -39,36 +35,19 @@ FILL_POLL_S = 1.0  # while another run fills
 log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """Everything that determines a reference log-prob of a given example. All fields are hashed."""
-
-    weights: str  # sha256 of the safetensors, adapter included
-    tokenizer: str  # sha256 of tokenizer and chat template
-    data: str  # sha256 of the training and held-out files
-    truncation: str  # "prompt=1024,response=1024,overlong=drop"
-    dtype: str
-    layout: str  # shared | plain
-    attention: str
-    kernel: str  # which linear_logprob path
-    torch: str = torch.__version__
-    transformers: str = transformers.__version__
-    iopo: str = iopo.__version__
-
-    def hash(self) -> str:
-        """First 32 hex digits of the sha256 of the canonical JSON."""
-        return sha256_text(json.dumps(dataclasses.asdict(self), sort_keys=True))[:32]
+def manifest_hash(manifest: dict[str, str]) -> str:
+    """First 32 hex digits of the sha256 of the canonical JSON."""
+    return sha256_text(json.dumps(manifest, sort_keys=True))[:32]
 
 
 class Cache:
     """Log-probs by example content, in one folder: manifest.json, logps-{members}.npz.
 
-    Safe for several runs at once: one at a time fills it (`filling`) and replaces the file in one
-    step, so a reader sees an old whole file or a new whole file.
+    Safe for several runs at once: one at a time fills it and replaces the file in one step.
     """
 
-    def __init__(self, root: Path, manifest: Manifest):
-        self.folder = Path(root) / manifest.hash()
+    def __init__(self, root: Path, manifest: dict[str, str]):
+        self.folder = root / manifest_hash(manifest)
         self.manifest = manifest
 
     def path(self, members: int) -> Path:
@@ -85,27 +64,36 @@ class Cache:
         try:
             with np.load(path, allow_pickle=False) as file:
                 keys, logps, checksum = file["keys"], file["logps"], file["checksum"]
-            intact = checksum.tobytes() == _checksum(keys, logps) and len(keys) == len(logps)
+            if checksum.tobytes() != _checksum(keys, logps):
+                raise ValueError("its checksum does not match")
+            return {bytes(key).hex(): row for key, row in zip(keys, logps, strict=True)}
         except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
-            raise _damaged(path, f"{type(error).__name__}: {error}") from error
-        if not intact:
-            raise _damaged(path, "its checksum does not match")
-        return {bytes(key).hex(): row for key, row in zip(keys, logps, strict=True)}
+            raise ValueError(
+                f"{path}: this reference cache is damaged ({type(error).__name__}: {error}); "
+                "delete it to recompute"
+            ) from error
 
     @contextmanager
     def filling(self) -> Iterator[None]:
         """Be the one run that computes missing rows; every rank enters together, rank 0 locks.
 
-        While another run fills, all ranks wait: it may take hours, and is no hang. A killed run's
-        lock goes with it.
+        While another run fills, all ranks wait, for hours if need be; a killed run holds no lock.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "filling", "w") as handle:
-            waited = False
-            while not _told_by_rank_0(lambda: _try_lock(handle)):
-                if not waited:
+
+            def lock() -> bool:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return False
+                return True
+
+            waiting = False
+            while not from_rank_0(lock):
+                if not waiting:
                     log.info("reference: another run is filling this cache; waiting for it")
-                waited = True
+                waiting = True
                 heartbeat()
                 time.sleep(FILL_POLL_S)
             yield
@@ -121,53 +109,24 @@ class Cache:
         if not np.isfinite(logps).all():
             raise ValueError("reference log-probs: non-finite values; nothing was written")
         checksum = np.frombuffer(_checksum(keys, logps), dtype=np.uint8)
-        names = json.dumps(dataclasses.asdict(self.manifest), indent=2)
-        (self.folder / "manifest.json").write_text(names)
+        (self.folder / "manifest.json").write_text(json.dumps(self.manifest, indent=2))
         with replacing(self.path(members)) as new:
             np.savez(new, keys=keys, logps=logps, checksum=checksum)
-
-
-def _try_lock(handle: IO[str]) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _told_by_rank_0(ask: Callable[[], bool]) -> bool:
-    """What `ask` returns on rank 0, on every rank."""
-    if not dist.is_initialized():
-        return ask()
-    told = [ask() if dist.get_rank() == 0 else False]
-    dist.broadcast_object_list(told, src=0)
-    return told[0]
 
 
 def _checksum(keys: np.ndarray, logps: np.ndarray) -> bytes:
     return hashlib.sha256(keys.tobytes() + logps.tobytes()).digest()
 
 
-def _damaged(path: Path, why: str) -> ValueError:
-    return ValueError(f"{path}: this reference cache is damaged ({why}); delete it to recompute")
-
-
-class CachedReference:
-    """Looks log-probs up by content."""
-
-    def __init__(self, rows: dict[str, np.ndarray], where: str):
-        self.rows, self.where = rows, where
-
-    def __call__(self, examples: Sequence[Example]) -> Tensor:
-        """float32 [E, M] on CPU. Raises ValueError listing ids that are not in the cache."""
-        found = [self.rows.get(content_key(example)) for example in examples]
-        missing = [e.id for e, row in zip(examples, found, strict=True) if row is None]
-        if missing:
-            raise ValueError(
-                f"{self.where}: no reference log-probs for {len(missing)} examples, first "
-                f"{missing[:5]}; the data changed after the cache was filled"
-            )
-        return torch.from_numpy(np.stack([row for row in found if row is not None]))
+def look_up(rows: dict[str, np.ndarray], examples: Sequence[Example]) -> Tensor:
+    """float32 [E, M] on CPU. Raises ValueError listing ids that are not in the cache."""
+    missing = [example.id for example in missing_examples(rows, examples)]
+    if missing:
+        raise ValueError(
+            f"no reference log-probs for {len(missing)} examples, first {missing[:5]}; the data "
+            "changed after the cache was filled"
+        )
+    return torch.from_numpy(np.stack([rows[content_key(example)] for example in examples]))
 
 
 def missing_examples(rows: dict[str, np.ndarray], examples: Sequence[Example]) -> list[Example]:
@@ -183,16 +142,15 @@ def fill(
     score: Callable[[Sequence[Example]], Tensor],
     batching: Batching,
 ) -> dict[str, np.ndarray]:
-    """Make sure every example has a row and return all rows. Called by every rank together.
+    """Compute and store the rows that are missing; returns all rows. Every rank calls it together.
 
     score: examples -> float32 [E, M] with the reference weights, no gradient. batching: of one
-    rank; says which examples fit in memory together. Another run that wants the same rows
-    meanwhile waits and then finds them. Rows are stored every STORE_EVERY_ROUNDS batches of a
-    rank, so that a killed fill goes on from there.
+    rank; says which examples fit in memory together. Rows are stored every STORE_EVERY_ROUNDS
+    batches of a rank: a killed fill goes on from there.
     """
     if not examples:
         return {}
-    if _told_by_rank_0(lambda: not missing_examples(cache.read(members), examples)):
+    if from_rank_0(lambda: not missing_examples(cache.read(members), examples)):
         return cache.read(members)
     with cache.filling():
         rows = cache.read(members)
@@ -225,37 +183,26 @@ def _compute(
         if done == rounds or done % max(1, rounds // 10) == 0:
             log.info(f"reference: {done} of {rounds} batches")
         if done == rounds or done % STORE_EVERY_ROUNDS == 0:
-            fresh, mine = _gather(mine), {}
-            rows |= fresh
+            shares: list[dict[str, np.ndarray]] = [mine] * world
+            if dist.is_initialized():
+                dist.all_gather_object(shares, mine)
+            fresh = {key: row for share in shares for key, row in share.items()}
+            rows, mine = rows | fresh, {}
             if rank == 0:
                 cache.add(members, fresh)
     return rows
 
 
-def _gather(mine: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The rows of all ranks, on every rank."""
-    if not dist.is_initialized():
-        return mine
-    shares: list = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, mine)
-    return {key: row for share in shares for key, row in share.items()}
+def recheck(cached_EM: Tensor, again_EM: Tensor, tolerance: float, where: Path) -> float:
+    """The largest difference of cached log-probs from those scored again, in nats.
 
-
-def recheck(
-    reference: CachedReference,
-    examples: Sequence[Example],
-    score: Callable[[Sequence[Example]], Tensor],
-    tolerance: float,
-) -> float:
-    """Score a few examples again and compare with the cache; the largest difference in nats.
-
-    Raises ValueError above `tolerance` (nats per response): the cache is of other weights, or the
-    numbers are not reproducible on this machine.
+    Raises ValueError above `tolerance`: the cache is of other weights, or the numbers are not
+    reproducible on this machine.
     """
-    difference = (score(examples).float().cpu() - reference(examples)).abs().max().item()
+    difference = (again_EM.float().cpu() - cached_EM).abs().max().item()
     if not difference <= tolerance:
         raise ValueError(
-            f"{reference.where}: cached log-probs differ from recomputed ones by {difference:.3g} "
-            f"nats (tolerance {tolerance:.3g}); delete the cache, or use reference.source=live"
+            f"{where}: cached log-probs differ from recomputed ones by {difference:.3g} nats "
+            f"(tolerance {tolerance:.3g}); delete the cache, or use reference.source=live"
         )
     return difference

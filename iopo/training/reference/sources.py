@@ -11,22 +11,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 
+import iopo
 from iopo import objectives
 from iopo.config import DataConfig, Layout, ModelConfig, ReferenceConfig
 from iopo.data.layout import Batch
 from iopo.data.tokenize import Example
 from iopo.files import cache_root
-from iopo.logprobs import LogProbs
 from iopo.model import load, lora
 from iopo.model.attention import SHARED
 from iopo.model.parallel import TrainModel
 from iopo.objectives import MEMBERS
 from iopo.training.inputs import Inputs
 from iopo.training.loop import Job, Reference
-from iopo.training.policy import compute_dtype
-from iopo.training.reference.cache import Cache, CachedReference, Manifest, fill, recheck
+from iopo.training.reference.cache import Cache, fill, look_up, recheck
 
 FORWARD_TOKENS = 2  # times the tokens of a training micro-batch, where nothing is kept for backward
 EXACT = 1e-6  # of the loss at step 0, where policy and reference are computed alike
@@ -34,24 +34,29 @@ EXACT = 1e-6  # of the loss at step 0, where policy and reference are computed a
 log = logging.getLogger(__name__)
 
 
-def manifest(model: ModelConfig, data: DataConfig, inputs: Inputs, device_type: str) -> Manifest:
-    """What names the reference log-probs of a run; see cache.py."""
+def manifest(
+    model: ModelConfig, data: DataConfig, inputs: Inputs, device_type: str
+) -> dict[str, str]:
+    """Everything that determines a reference log-prob of a given example, by name."""
     if inputs.model_path is None:
         weights = "tiny " + repr(sorted((model.tiny or {}).items()))
     else:
         weights = load.weights_hash(inputs.model_path)
     if model.adapter is not None:
         weights += " adapter " + load.weights_hash(model.adapter)
-    return Manifest(
-        weights=weights,
-        tokenizer=inputs.tokenizer_hash,
-        data=inputs.data_hash,
-        truncation=f"{data.max_prompt_tokens} {data.max_response_tokens} {data.on_overlong.value}",
-        dtype=str(compute_dtype(model, device_type)),
-        layout=data.layout.value,
-        attention=SHARED if data.layout is Layout.shared else "sdpa",
-        kernel=f"linear_logprob {device_type}",
-    )
+    return {
+        "weights": weights,
+        "tokenizer": inputs.tokenizer_hash,
+        "data": inputs.data_hash,
+        "truncation": f"{data.max_prompt_tokens} {data.max_response_tokens} {data.on_overlong}",
+        "dtype": str(load.compute_dtype(model.dtype, device_type)),
+        "layout": data.layout.value,
+        "attention": SHARED if data.layout is Layout.shared else "sdpa",
+        "kernel": f"linear_logprob {device_type}",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "iopo": iopo.__version__,
+    }
 
 
 def cache_folder(cfg: ReferenceConfig) -> Path:
@@ -59,22 +64,23 @@ def cache_folder(cfg: ReferenceConfig) -> Path:
     return Path(cfg.cache_dir or cache_root() / "reference")
 
 
-def adapter_off(policy: LogProbs, *, collective: bool) -> Reference:
+def adapter_off(policy: TrainModel) -> Reference:
     """The policy with its adapters off, computed in every epoch."""
 
+    @torch.no_grad()
     def call(rows: Sequence[Example], batch: Batch) -> Tensor:
-        with torch.no_grad(), lora.adapter_off(policy):
-            return policy(batch)
+        with lora.adapter_off(policy.model):
+            return policy.model(batch)
 
-    return Reference(call, "the base under the adapters", EXACT, collective=collective)
+    return Reference(call, "the base under the adapters", EXACT, collective=policy.sharded)
 
 
 def live(frozen: TrainModel) -> Reference:
     """A second model with the starting weights."""
 
+    @torch.no_grad()
     def call(rows: Sequence[Example], batch: Batch) -> Tensor:
-        with torch.no_grad():
-            return frozen.model(batch)
+        return frozen.model(batch)
 
     where = "a frozen copy of the starting weights"
     return Reference(call, where, EXACT, collective=frozen.sharded)
@@ -85,10 +91,9 @@ def cached(cache: Cache, job: Job, model: TrainModel, recheck_rows: int) -> Refe
 
     recheck_rows: examples scored again and compared with the cache.
     """
-    batching = dataclasses.replace(job.batching, ranks=1)
-    if batching.tokens_per_microbatch is not None:  # a forward alone needs little memory
-        more = FORWARD_TOKENS * batching.tokens_per_microbatch
-        batching = dataclasses.replace(batching, tokens_per_microbatch=more)
+    budget = job.batching.tokens_per_microbatch
+    more = None if budget is None else FORWARD_TOKENS * budget  # a forward needs little memory
+    batching = dataclasses.replace(job.batching, ranks=1, tokens_per_microbatch=more)
 
     @torch.no_grad()
     def score(rows: Sequence[Example]) -> Tensor:
@@ -97,15 +102,14 @@ def cached(cache: Cache, job: Job, model: TrainModel, recheck_rows: int) -> Refe
     members = objectives.OBJECTIVES[job.objective].members
     rows = fill(cache, job.examples, members, score, batching)
     rows = rows | fill(cache, job.heldout, len(MEMBERS), score, batching)
-    reference = CachedReference(rows, str(cache.folder))
     rounds = model.dtype is torch.bfloat16
-    few = job.examples[:recheck_rows]
-    if few:
-        difference = recheck(reference, few, score, _rounding(few) if rounds else 1e-2)
+    if few := job.examples[:recheck_rows]:
+        tolerance = _rounding(few) if rounds else 1e-2
+        difference = recheck(look_up(rows, few), score(few), tolerance, cache.folder)
         log.info(f"reference: {len(few)} cached rows scored again, differ by {difference:.2g} nats")
     return Reference(
-        lambda rows, batch: reference(rows),
-        reference.where,
+        lambda examples, batch: look_up(rows, examples),
+        str(cache.folder),
         0.1 if rounds else EXACT,
         _rounding(job.examples) if rounds else 1e-4,
     )

@@ -1,8 +1,4 @@
-"""Curves and one page per run, from files in the run folder alone (no network, no weights).
-
-`python -m iopo.training.report RUN` writes RUN/curves.png and RUN/report.html again; for a sweep's
-folder it writes sweep.html, sweep.png and sweep.csv (sweep.py).
-"""
+"""Curves and one page per run, from files in the run folder alone (no network, no weights)."""
 
 import json
 from collections.abc import Sequence
@@ -28,13 +24,12 @@ PANELS = [
 
 @dataclass
 class Panel:
-    """Curves over one x axis: ((x, y) points, format and further options of `Axes.plot`) each.
+    """Curves over steps: ((step, value) points, format and further options of `Axes.plot`) each.
 
     chance: what a coin would reach, as a grey line.
     """
 
     title: str
-    x_name: str
     curves: list[tuple[list[tuple[float, float]], str, dict[str, Any]]]
     chance: float | None = None
 
@@ -53,7 +48,7 @@ def plot_panels(path: Path, panels: Sequence[Panel], *, across: int, width: floa
             if points:
                 axis.plot(*zip(*points, strict=True), style, **options)
         axis.set_title(panel.title, fontsize=10)
-        axis.set_xlabel(panel.x_name, fontsize=8)
+        axis.set_xlabel("optimizer step", fontsize=8)
         axis.tick_params(labelsize=8)
         if panel.chance is not None:
             axis.axhline(panel.chance, color="0.7", linewidth=0.8, zorder=0)
@@ -85,11 +80,11 @@ def plot_curves(run: Path) -> Path:
             curves.append((train, "-", look | label))
             curves.append((heldout, "o--", look if train else look | label))  # one entry for both
         if any(points for points, *_ in curves):
-            panels.append(Panel(title, "optimizer step", curves, chance))
+            panels.append(Panel(title, curves, chance))
     return plot_panels(run / "curves.png", panels, across=3, width=13)
 
 
-PAGE = page("""<p>{{ headline }}</p>
+PAGE = page("""<p>{{ steps }} optimizer steps, {{ "%.0f" | format(seconds) }} s.</p>
 {% if summary %}<table><tr><th>measure</th><th>first</th><th>last</th></tr>
 {% for name, cells in summary %}<tr><td>{{ name }}</td>
 {% for cell in cells %}<td class="n">{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>{% endif %}
@@ -102,27 +97,26 @@ PAGE = page("""<p>{{ headline }}</p>
 {% for c in (s[side] or {}).constraints %}<div class="{{ 'ok' if c.follows else 'no' }}">
 {{ '✓' if c.follows else '✗' }} {{ c.text }}</div>{% endfor %}</td>{% endfor %}</tr>{% endfor %}
 </table>{% endif %}
-<h2>Data</h2><table>{% for name, value in data %}<tr><td>{{ name }}</td><td>{{ value }}</td></tr>
-{% endfor %}</table>
+<h2>Data</h2><table>{% for file, report in data.items() %}{% for name, value in report.items() %}
+<tr><td>{{ file }}: {{ name }}</td><td>{{ value | string | truncate(2000) }}</td></tr>
+{% endfor %}{% endfor %}</table>
 <h2>Configuration</h2><pre>{{ config }}</pre>
 <h2>Environment</h2><pre>{{ environment }}</pre>
 """)
 
 
 def write_report(run: Path) -> Path:
-    """RUN/report.html from metrics.jsonl, config.yaml, environment.json, data.json, samples.jsonl.
-
-    Files that the run did not write are left out of the page.
-    """
-    rows = read_metrics(run)
+    """RUN/report.html, from the files that the run wrote."""
+    train, heldout = read_metrics(run, "train"), read_metrics(run, "heldout")
     samples = run / "samples.jsonl"
     text = PAGE.render(
         title=run.name,
-        headline=_headline(rows),
-        summary=_first_and_last(rows),
+        steps=train[-1]["step"] if train else 0,
+        seconds=_seconds(train),
+        summary=_first_and_last("heldout", heldout) + _first_and_last("train", train),
         curves=embedded(plot_curves(run)),
         samples=read_records(samples) if samples.exists() else [],
-        data=_data_rows(json.loads(text_of(run / "data.json") or "{}")),
+        data=json.loads(text_of(run / "data.json") or "{}"),
         config=text_of(run / "config.yaml"),
         environment=text_of(run / "environment.json"),
     )
@@ -131,13 +125,12 @@ def write_report(run: Path) -> Path:
     return path
 
 
-def write_summary(run: Path) -> Path:
+def write_summary(run: Path) -> None:
     """RUN/summary.json: steps, metric, seconds in them, the last training row, held-out ones.
 
     metric is the last held-out group accuracy, which sweeps compare; null without held-out quads.
     """
-    rows = read_metrics(run)
-    train, heldout = ([r for r in rows if r["split"] == split] for split in ("train", "heldout"))
+    train, heldout = read_metrics(run, "train"), read_metrics(run, "heldout")
     summary = {
         "steps": train[-1]["step"] if train else 0,
         "metric": heldout[-1]["group_accuracy"] if heldout else None,
@@ -145,21 +138,12 @@ def write_summary(run: Path) -> Path:
         "train": train[-1] if train else None,
         "heldout": [heldout[0], heldout[-1]] if heldout else None,
     }
-    path = run / "summary.json"
-    path.write_text(json.dumps(summary, indent=1) + "\n")
-    return path
+    (run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
 def text_of(path: Path) -> str:
     """The text of a file; empty if there is none."""
     return path.read_text(encoding="utf-8") if path.exists() else ""
-
-
-def _headline(rows: list[dict[str, Any]]) -> str:
-    train = [row for row in rows if row["split"] == "train"]
-    if not train:
-        return "No optimizer step was taken."
-    return f"{train[-1]['step']} optimizer steps, {_seconds(train):.0f} s."
 
 
 def _seconds(train: list[dict[str, Any]]) -> float:
@@ -168,23 +152,8 @@ def _seconds(train: list[dict[str, Any]]) -> float:
     return sum(logged) / len(logged) * train[-1]["step"] if logged else 0.0
 
 
-def _first_and_last(rows: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
-    """First and last value of every number, training and held out."""
-    out = []
-    for split in ("heldout", "train"):
-        mine = [row for row in rows if row["split"] == split]
-        for name in mine[-1] if mine else []:
-            if name not in ("step", "split"):
-                first, last = mine[0].get(name), mine[-1][name]
-                cells = ["" if first is None else f"{first:.4g}", f"{last:.4g}"]
-                out.append((f"{split}: {name}", cells))
-    return out
-
-
-def _data_rows(data: dict[str, Any]) -> list[tuple[str, str]]:
-    out = []
-    for name, report in data.items():
-        for key, value in report.items():
-            shown = json.dumps(value, ensure_ascii=False)
-            out.append((f"{name}: {key}", shown if len(shown) < 2000 else shown[:2000] + " ..."))
-    return out
+def _first_and_last(split: str, rows: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """First and last value of every number of a split."""
+    names = [name for name in (rows[-1] if rows else {}) if name not in ("step", "split")]
+    ends = (rows[0], rows[-1]) if rows else ()
+    return [(f"{split}: {n}", [f"{row[n]:.4g}" if n in row else "" for row in ends]) for n in names]

@@ -20,11 +20,8 @@ OVERLAID = (("train", "loss"), ("train", "margin"), ("train", "accuracy"),
 
 
 def collect(sweep: Path) -> list[dict[str, Any]]:
-    """One row per run folder: name, state, the config keys that differ, and held-out measures.
-
-    Keys "run", "state" (complete | failed | unfinished), then dotted config keys, then MEASURES and
-    "seconds", which are missing for runs that did not end.
-    """
+    """One row per run folder: "run", "state" (complete | failed | unfinished), the config keys that
+    differ, then MEASURES and "seconds", which are missing for runs that did not end."""
     # at any depth: a job's folder is named after its overrides, and paths among them nest it
     folders = sorted(path.parent for path in sweep.rglob("config.yaml"))
     configs = [flatten(yaml.safe_load(text_of(f / "config.yaml"))) for f in folders]
@@ -72,9 +69,7 @@ def _cell(value: Any) -> str:
 
 
 def plot(sweep: Path, rows: list[dict[str, Any]]) -> Path:
-    """SWEEP/sweep.png: curves of all runs overlaid, then the metric against each numeric key."""
-    keys = [k for k in columns(rows) if "." in k or k == "seed"]
-    numeric = [k for k in keys if all(isinstance(r.get(k), int | float) for r in rows)][:4]
+    """SWEEP/sweep.png: curves of all runs overlaid, the best one highlighted."""
     top = best(rows)
     panels = []
     for split, name in OVERLAID:
@@ -84,10 +79,7 @@ def plot(sweep: Path, rows: list[dict[str, Any]]) -> Path:
                 points = points_of(read_metrics(sweep / row["run"]), split, name)
                 bold = {"color": "C1", "linewidth": 2, "zorder": 3}
                 curves.append((points, "-", bold if row is top else {"color": "C0", "alpha": 0.5}))
-        panels.append(Panel(f"{split}: {name}", "optimizer step", curves))
-    for key in numeric:
-        points = [(r[key], r["group_accuracy"]) for r in rows if "group_accuracy" in r]
-        panels.append(Panel("held-out group accuracy", key, [(points, "o", {})]))
+        panels.append(Panel(f"{split}: {name}", curves))
     return plot_panels(sweep / "sweep.png", panels, across=4, width=15)
 
 
@@ -95,7 +87,7 @@ PAGE = page("""<p>{{ rows | length }} runs; the highlighted one has the highest 
 accuracy.</p><table><tr>{% for k in keys %}<th>{{ k }}</th>{% endfor %}</tr>
 {% for row in rows %}<tr{% if row is sameas top %} class="best"{% endif %}>
 {% for k in keys %}<td>{{ cell(row.get(k)) }}</td>{% endfor %}</tr>{% endfor %}</table>
-<img alt="curves of all runs and metric by parameter" src="{{ image }}">
+<img alt="curves of all runs" src="{{ image }}">
 """)
 
 
