@@ -48,24 +48,26 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=lambda member: member.value))
 
 
-def _scale(metric: str) -> tuple[float, int]:
+def scale_of(metric: str) -> tuple[float, int]:
     """Factor and digits: percent; CSL, which counts levels, as it is."""
     return (1, 2) if metric.startswith("CSL") else (100, 1)
 
 
-def number(metric: str, entry: dict[str, Any]) -> str:
-    """A score as text, in percent (CSL: in levels): 12.3 [10.1, 14.9]."""
+def number(metric: str, entry: dict[str, Any], sign: str = "") -> str:
+    """A score as text, in percent (CSL: in levels): 12.3 [10.1, 14.9]. sign: "+" shows it."""
     if entry["value"] is None:
         return "not read"
-    scale, digits = _scale(metric)
-    value, low, high = (f"{scale * entry[key]:.{digits}f}" for key in ("value", "low", "high"))
+    scale, digits = scale_of(metric)
+    value, low, high = (
+        f"{scale * entry[key]:{sign}.{digits}f}" for key in ("value", "low", "high")
+    )
     return f"{value} [{low}, {high}]"
 
 
 def _bounds(metric: str, entry: dict[str, Any]) -> str:
     if "bounds" not in entry:
         return ""
-    scale, digits = _scale(metric)
+    scale, digits = scale_of(metric)
     low, high = (f"{scale * bound:.{digits}f}" for bound in entry["bounds"])
     return f"  (unparsed judgements: between {low} and {high})"
 

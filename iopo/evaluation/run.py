@@ -167,7 +167,8 @@ def _filled(
     out = []
     for item, verdict in zip(items, verdicts, strict=True):
         if verdict["scores"] is None:
-            count = len(benchmark.questions(item, "")[0].criteria)
-            verdict = {**verdict, "scores": [score] * count}
+            question = benchmark.question(item, "")
+            assert question is not None, "code always gives scores"
+            verdict = {**verdict, "scores": [score] * len(question.criteria)}
         out.append(verdict)
     return out

@@ -53,7 +53,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     chosen = spread([item for item in items if item.id in answers.text], config.limit)
     cases = [case for item in chosen for case in variants(item, answers.text[item.id])]
     texts = {case.id: case.row["response"] for case in cases}
-    benchmark = replace(ifeval.BENCHMARK, questions=questions)
+    benchmark = replace(ifeval.BENCHMARK, question=question)
     if config.plan:
         return plan(config, benchmark, cases * REPEATS, texts)
     require_judge(config.judge, "judge_check")
@@ -113,18 +113,10 @@ def variants(item: Item, answer: str) -> list[Item]:
     ]
 
 
-def questions(case: Item, response: str) -> list[Question]:
-    """One question with the constraints in words, met or not."""
-    return [
-        Question(
-            id=case.id,
-            task=case.messages[0]["content"],
-            criteria=tuple(case.row["criteria"]),
-            response=response,
-            maximum=1,
-            format="yes_no",
-        )
-    ]
+def question(case: Item, response: str) -> Question:
+    """The constraints in words, met or not."""
+    task, criteria = case.messages[0]["content"], tuple(case.row["criteria"])
+    return Question(case.id, task, criteria, response, 1, "yes_no")
 
 
 def measures(cases: list[Item], passes: list[list[Any]]) -> Measures:

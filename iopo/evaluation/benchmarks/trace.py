@@ -6,19 +6,10 @@ the instructions with one constraint, IF-M over those with more.
 
 from pathlib import Path
 
-from iopo.evaluation.items import (
-    Benchmark,
-    Item,
-    Measures,
-    Question,
-    Source,
-    Verdict,
-    add,
-    read_rows,
-    require_unique,
-)
+from iopo.evaluation import items
+from iopo.evaluation.items import Item, Measures, Question, Verdict, add
 
-SOURCE = Source(
+SOURCE = items.Source(
     benchmark="trace",
     file="202409_trace_evaluation.jsonl",
     origin="https://github.com/Tongyi-CCAI/Complex-IF (TRACE/TRACE)",
@@ -67,49 +58,46 @@ def load(path: Path) -> list[Item]:
         "id": str, "messages": list, "description": str, "constraints": str, "input": str,
         "constraints_splits": list, "levels2": list,
     }  # fmt: skip
-    rows = read_rows(path, fields)
-    for row in rows:
-        if not row["constraints_splits"] or len(row["constraints_splits"]) != len(row["levels2"]):
-            raise ValueError(
-                f"{path}: item {row['id']}: {len(row['constraints_splits'])} constraints and "
-                f"{len(row['levels2'])} tags; expected as many tags as constraints, at least one"
-            )
-    items = [Item(row["id"], tuple(row["messages"]), row) for row in rows]
-    return require_unique(path, items)
+    return items.make_items(
+        path,
+        items.read_rows(path, fields),
+        lambda row: Item(row["id"], tuple(row["messages"]), row),
+        _require_tags,
+    )
 
 
-def questions(item: Item, response: str) -> list[Question]:
-    """One question with all constraints; description and input are both the task."""
+def _require_tags(item: Item) -> None:
+    constraints, tags = len(item.row["constraints_splits"]), len(item.row["levels2"])
+    if not constraints or constraints != tags:
+        raise ValueError(
+            f"{constraints} constraints and {tags} tags; expected as many tags as constraints, at "
+            "least one"
+        )
+
+
+def question(item: Item, response: str) -> Question:
+    """All constraints; description and input are both the task."""
     row = item.row
     given = "" if row["input"].strip() == "NULL" else f"\n{row['input']}"
-    return [
-        Question(
-            id=item.id,
-            task=row["description"] + given,
-            criteria=tuple(row["constraints_splits"]),
-            response=response,
-            maximum=MAXIMUM,
-            format="trace",
-        )
-    ]
+    criteria = tuple(row["constraints_splits"])
+    return Question(item.id, row["description"] + given, criteria, response, MAXIMUM, "trace")
 
 
-def measures(items: list[Item], verdicts: list[Verdict]) -> Measures:
+def measures(all_items: list[Item], verdicts: list[Verdict]) -> Measures:
     """Shares of followed instructions and constraints; verdicts without scores are left out."""
     table: Measures = {}
-    for item, verdict in zip(items, verdicts, strict=True):
-        scores = verdict["scores"]
-        if scores is None:
-            continue
+    for item, verdict, scores in items.scored(all_items, verdicts):
         count = len(scores)
         met = [score == MAXIMUM for score in scores]
         mean = sum(scores) / count
+        text = item.row["description"] + item.row["constraints"]
+        language = "zh" if any("一" <= character <= "鿿" for character in text) else "other"
         for name in (
             "IF",
             "IF-S" if count == 1 else "IF-M",
             f"constraints/{count if count < 10 else '10+'}",
             f"category/{item.row.get('category', 'none')}",
-            "language/zh" if _chinese(item) else "language/other",
+            f"language/{language}",
         ):
             add(table, name, item.id, float(all(met)))
         add(table, "mean_score", item.id, mean / MAXIMUM)
@@ -125,9 +113,4 @@ def measures(items: list[Item], verdicts: list[Verdict]) -> Measures:
     return table
 
 
-def _chinese(item: Item) -> bool:
-    text = item.row["description"] + item.row["constraints"]
-    return any("一" <= character <= "鿿" for character in text)
-
-
-BENCHMARK = Benchmark(SOURCE, HEADLINE, load, measures, questions, maximum=MAXIMUM)
+BENCHMARK = items.Benchmark(SOURCE, HEADLINE, load, measures, question, maximum=MAXIMUM)

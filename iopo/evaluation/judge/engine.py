@@ -206,8 +206,8 @@ def judge_items(
     texts: answers by item id. Items without a question are scored by the benchmark's own code.
     Raises EndpointError when the judge cannot be used; its replies so far are in the cache.
     """
-    asked = {i.id: benchmark.questions(i, texts.get(i.id, "")) for i in items}
-    questions = [question for group in asked.values() for question in group]
+    asked = {i.id: benchmark.question(i, texts.get(i.id, "")) for i in items}
+    questions = [question for question in asked.values() if question is not None]
     cache = ReplyCache(section.cache or out / "judge.jsonl")
     log.info("judging %d answers; %d replies are there already", len(questions), len(cache))
 
@@ -227,7 +227,7 @@ def judge_items(
     by_id = {judgement.id: judgement for judgement in judgements}
     verdicts = [
         {"by": "judge", **dataclasses.asdict(by_id[item.id])}
-        if asked[item.id]
+        if item.id in by_id
         else benchmark.by_code(item, texts.get(item.id, ""))
         for item in items
     ]
@@ -295,11 +295,11 @@ def _judge_plan(
     section: JudgeSection, benchmark: Benchmark, items: list[Item], texts: dict[str, str] | None
 ) -> dict[str, Any]:
     answers = [(i, ASSUMED_RESPONSE if texts is None else texts.get(i.id, "")) for i in items]
+    questions = [benchmark.question(item, text) for item, text in answers]
     parts = [
         part
-        for item, text in answers
-        for question in benchmark.questions(item, text)
-        if question.response.strip()
+        for question in questions
+        if question is not None and question.response.strip()
         for part in split(prepare(question, section)[0], section)
     ]
     sent = sum(tokens(prompt(part, section.style)) for part in parts)
