@@ -20,7 +20,7 @@ from iopo.data.rows import spread
 from iopo.evaluation import benchmarks, report, responses, scoring
 from iopo.evaluation.config import BenchmarkSection, EvaluateConfig, JudgeSection
 from iopo.evaluation.items import Benchmark, Item, Verdict, locate
-from iopo.evaluation.judge.engine import judge_items, plan, require_judge
+from iopo.evaluation.judge import judge_items, plan, require_judge
 from iopo.files import sha256_file, write_records, write_text
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from iopo.evaluation import report, responses, scoring
 from iopo.evaluation.benchmarks import ifeval
 from iopo.evaluation.config import EvaluateConfig
 from iopo.evaluation.items import Item, Measures, Question, add, locate
-from iopo.evaluation.judge.engine import judge_items, plan, require_judge
+from iopo.evaluation.judge import judge_items, plan, require_judge
 from iopo.files import sha256_file, write_records, write_text
 
 REPEATS = 2  # times that each answer is judged, to see whether the judge agrees with itself

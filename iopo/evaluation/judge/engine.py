@@ -35,6 +35,10 @@ from iopo.evaluation.judge.parse import Parsed, Unreadable
 REPAIR_TEMPERATURE = 0.3  # a judge at temperature 0 would repeat its unreadable reply
 QUOTED_CHARS = 4000  # of an unreadable reply, when it is shown back to the judge
 CUT_MARK = "\n[... the rest of the answer was cut ...]"
+REPAIR = (
+    "Your reply could not be used: {problem}. Judge again and keep to the format asked for, "
+    "without anything else."
+)
 
 # The published formats: what is asked, and how the reply is read.
 _PAPER: dict[str, tuple[Callable[[Question], str], Callable[..., Parsed]]] = {
@@ -105,7 +109,7 @@ def next_request(request: Request, reply: Reply, problem: str) -> Request:
         messages=(
             request.messages[0],
             {"role": "assistant", "content": reply.text[:QUOTED_CHARS]},
-            {"role": "user", "content": judge_prompts.repair(problem)},
+            {"role": "user", "content": REPAIR.format(problem=problem)},
         ),
         temperature=max(request.temperature, REPAIR_TEMPERATURE),
         seed=(request.seed or 0) + 1,

@@ -65,7 +65,9 @@ def parse_indexed(text: str, *, count: int, maximum: int, token: str) -> Parsed:
     for entry in entries:
         if not isinstance(entry, dict) or "id" not in entry or "score" not in entry:
             raise Unreadable('an entry of "constraints" lacks "id" or "score"')
-        number = _index(entry["id"])
+        if isinstance(entry["id"], bool) or not re.fullmatch(r"\s*[0-9]{1,4}\s*", str(entry["id"])):
+            raise Unreadable(f"{entry['id']!r} is not a constraint number")
+        number = int(entry["id"])
         if number in scores:
             raise Unreadable(f"constraint {number} is scored more than once")
         scores[number] = _score(entry["score"], maximum)
@@ -122,8 +124,7 @@ def parse_yes_no(text: str, *, count: int) -> Parsed:
     Read from an "Answer:" label if there is one (the last), else from the first word; a reply that
     holds both words and no label is refused. Raises Unreadable.
     """
-    if count != 1:
-        raise ValueError(f"this format answers one question, not {count}; ask them one by one")
+    assert count == 1, "questions are asked one by one in this format"
     text = text[-MAX_CHARS:]
     labelled = re.findall(r"(?:answer|答案)[\s*]*[:：][\s*]*(yes|no|是|否)", text, re.IGNORECASE)
     if labelled:
@@ -192,12 +193,6 @@ def _overall(text: str) -> float | None:
             raise Unreadable(f"the overall score is out of {found['of']}; expected 0 to 10")
         value = _score(found["number"], 10)
     return value
-
-
-def _index(value: Any) -> int:
-    if isinstance(value, bool) or not re.fullmatch(r"\s*[0-9]{1,4}\s*", str(value)):
-        raise Unreadable(f"{value!r} is not a constraint number")
-    return int(value)
 
 
 def _score(value: Any, maximum: int) -> float:

@@ -156,11 +156,3 @@ def paper_yes_no(question: Question) -> str:
             "Explain in short, then end with the line:\nAnswer: YES or NO",
         ]
     )
-
-
-def repair(problem: str) -> str:
-    """What the judge is told after a reply that could not be read."""
-    return (
-        f"Your reply could not be used: {problem}. Judge again and keep to the format asked for, "
-        "without anything else."
-    )
