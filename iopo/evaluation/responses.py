@@ -13,7 +13,7 @@ from typing import Any
 from iopo.evaluation.config import EvaluateConfig, GenerateSection, ModelSection
 from iopo.evaluation.endpoint import Endpoint, Request, RequestFailed, run_together
 from iopo.evaluation.items import Item
-from iopo.files import Journal, read_records, sha256_text
+from iopo.files import Journal, read_records, sha256_text, write_text
 
 NAMED = 5  # ids shown in a message; the rest are counted
 
@@ -46,30 +46,20 @@ class Responses:
         """What the user must know about the answers before reading the scores."""
         empty = self.counts()["empty"]
         name, reason = next(iter(self.failed.items()), ("", ""))
-        notes = [
-            (
-                self.missing,
-                f"no answer to {len(self.missing)} items ({some(self.missing)}): scored as "
-                "following nothing",
+        nothing = "scored as following nothing"
+        notes = {
+            f"no answer to {len(self.missing)} items ({some(self.missing)}): {nothing}": (
+                self.missing
             ),
-            (
-                self.failed,
-                f"the server failed on {len(self.failed)} items (first {name}: {reason}): scored "
-                "as following nothing; run the same command again to ask for them again",
-            ),
-            (
-                self.unknown,
-                f"answers to {len(self.unknown)} ids that the data lacks ({some(self.unknown)}): "
-                "ignored",
-            ),
-            (
-                self.repeated,
-                f"{self.repeated} answers are there twice, word for word: counted once",
-            ),
-            (empty, f"{empty} empty answers: scored as following nothing"),
-            (self.cut, f"{self.cut} answers ended at the token limit"),
-        ]
-        return [note for found, note in notes if found]
+            f"the server failed on {len(self.failed)} items (first {name}: {reason}): {nothing}; "
+            "run the same command again to ask for them again": self.failed,
+            f"answers to {len(self.unknown)} ids that the data lacks ({some(self.unknown)}): "
+            "ignored": self.unknown,
+            f"{self.repeated} answers are there twice, word for word: counted once": self.repeated,
+            f"{empty} empty answers: {nothing}": empty,
+            f"{self.cut} answers ended at the token limit": self.cut,
+        }
+        return [note for note, found in notes.items() if found]
 
 
 def row_key(item: Item) -> dict[str, Any]:
@@ -158,25 +148,17 @@ def make_responses(config: EvaluateConfig, items: list[Item], data: str, out: Pa
 
 def manifest(config: EvaluateConfig, data: str) -> dict[str, Any]:
     """All that the answers depend on; batch size and concurrency are not meant to matter."""
-    section = config.generate
-    settings = {
-        "temperature": section.temperature,
-        "max_new_tokens": section.max_new_tokens,
-        "system_prompt": section.system_prompt,
-        "seed": section.seed,
-    }
+    section, adapter = config.generate, config.model.adapter
+    names = ("temperature", "max_new_tokens", "system_prompt", "seed")
+    settings = {"data": data} | {name: getattr(section, name) for name in names}
     if section.base_url is not None:
-        return {"data": data, **settings, "model": section.model, "extra": section.extra}
+        return settings | {"model": section.model, "extra": section.extra}
     from iopo.model.load import resolve_model, weights_hash
 
-    folder = resolve_model(config.model.path or "")
-    adapter = config.model.adapter
-    return {
-        "data": data,
-        **settings,
-        "weights": weights_hash(folder),
+    return settings | {
+        "weights": weights_hash(resolve_model(config.model.path or "")),
         "adapter": None if adapter is None else weights_hash(adapter),
-        "dtype": config.model.dtype.value,
+        "dtype": config.model.dtype,
     }
 
 
@@ -184,8 +166,7 @@ def check_manifest(path: Path, wanted: dict[str, Any]) -> None:
     """Write the manifest, or raise ValueError where a different one is there."""
     text = json.dumps(wanted, indent=1, sort_keys=True, ensure_ascii=False)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
         return
     found = json.loads(path.read_text(encoding="utf-8"))
     keys = sorted(key for key in {**found, **wanted} if found.get(key) != wanted.get(key))
@@ -253,7 +234,7 @@ def _in_process(
             section.max_new_tokens,
             section.temperature,
             batch_size=section.batch_size,
-            seed=batch_seed(section.seed, batch),
+            seed=int(sha256_text(f"{section.seed}/{batch[0].id}")[:8], 16),
         )
         answers = generate(model, chat, [conversation(item, section) for item in batch], decoding)
         rows = [
@@ -264,11 +245,6 @@ def _in_process(
         journal.append(*rows)
         made += len(rows)
         log.info("%d of %d answers", made, len(items))
-
-
-def batch_seed(seed: int, batch: list[Item]) -> int:
-    """A seed of the batch's own, from its first item."""
-    return int(sha256_text(f"{seed}/{batch[0].id}")[:8], 16)
 
 
 def default_out(config: EvaluateConfig) -> Path:
