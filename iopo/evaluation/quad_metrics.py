@@ -37,7 +37,6 @@ from iopo.model.load import default_dtype, load_causal_lm
 from iopo.model.lora import load_adapter, merge_lora
 from iopo.objectives import MEMBERS, iopo_margin
 from iopo.stats import Estimate
-from iopo.training.metrics import preferences
 
 # A smaller margin is rounding, not a preference: in bf16 the margins of 150 quads whose two
 # instructions were the same text had a standard deviation of 0.43 nats and reached 1.14.
@@ -82,14 +81,6 @@ class Scorer:
         """The same model with stock attention; `score` does not work after this call."""
         self.logprobs.causal_lm.set_attn_implementation("sdpa")
         return self.logprobs.causal_lm
-
-
-def preference_shares(policy_Q4: Tensor) -> dict[str, Estimate]:
-    """group_accuracy, x_preference and y_preference with 95% Wilson intervals."""
-    return {
-        name: stats.wilson(int(right.sum()), len(right))
-        for name, right in preferences(policy_Q4).items()
-    }
 
 
 def margins(policy_Q4: Tensor, reference_Q4: Tensor) -> dict[str, Estimate]:

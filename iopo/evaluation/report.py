@@ -1,6 +1,5 @@
 """Scores for people: lines on the terminal and one page that needs no other file."""
 
-import json
 import logging
 from typing import Any
 
@@ -43,11 +42,6 @@ All: verdicts.jsonl.</p>
 """)
 
 
-def plain(value: Any) -> Any:
-    """Enums as their values, so that it can be JSON."""
-    return json.loads(json.dumps(value, default=lambda member: member.value))
-
-
 def scale_of(metric: str) -> tuple[float, int]:
     """Factor and digits: percent; CSL, which counts levels, as it is."""
     return (1, 2) if metric.startswith("CSL") else (100, 1)
@@ -87,17 +81,14 @@ def page(scores: dict[str, Any], samples: list[dict[str, Any]]) -> str:
     config = scores["config"]
     who = config["responses"]["path"] or config["generate"]["model"] or config["model"]["path"]
     judge = {k: v for k, v in scores["judge"].items() if k != "unparsed"}
+    parts = {"data": scores["data"], "judge": judge, "responses": scores["responses"]}
     return _BODY.render(
         title=f"{scores['benchmark']}: {who}",
         who=who,
         scores=scores,
         groups=_groups(scores),
         samples=samples,
-        made={
-            "data": _flat(scores["data"]),
-            "judge": _flat(judge),
-            "responses": _flat(scores["responses"]),
-        },
+        made={name: _flat(part) for name, part in parts.items()},
         number=number,
         bounds=_bounds,
         x=lambda share: f"{200 * max(0.0, min(1.0, share)):.1f}",
@@ -106,18 +97,18 @@ def page(scores: dict[str, Any], samples: list[dict[str, Any]]) -> str:
 
 def _groups(scores: dict[str, Any]) -> dict[str, list[str]]:
     """Metrics that are not headlines, by the part of their name before the first slash."""
+
+    def natural(metric: str) -> tuple[str, int, str]:  # "constraints/9" before "constraints/10+"
+        head, _, rest = metric.partition("/")
+        digits = rest.rstrip("+")
+        return head, int(digits) if digits.isdigit() else 0, rest
+
     groups: dict[str, list[str]] = {}
     for metric in scores["scores"]:
         if metric not in scores["headline"]:
             head, slash, _ = metric.partition("/")
             groups.setdefault(head if slash else "other scores", []).append(metric)
-    return {name: sorted(names, key=_natural) for name, names in groups.items()}
-
-
-def _natural(metric: str) -> tuple[str, int, str]:
-    head, _, rest = metric.partition("/")
-    digits = rest.rstrip("+")
-    return head, int(digits) if digits.isdigit() else 0, rest
+    return {name: sorted(names, key=natural) for name, names in groups.items()}
 
 
 def samples(

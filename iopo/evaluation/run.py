@@ -54,25 +54,31 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if benchmark.judged:
         require_judge(config.judge, name)
     out = Path(config.out or responses.default_out(config))
-    if answers is not None:
-        _refuse_to_overwrite(config, out)
     out.mkdir(parents=True, exist_ok=True)
     data = sha256_file(path)
     if answers is None:
         answers = responses.make_responses(config, items, data, out)
+    elif (out / "responses.manifest.json").exists():
+        raise ValueError(f"{out}: holds answers that were made there; choose another out=")
+    elif (out / "responses.jsonl").resolve() == Path(config.responses.path or "").resolve():
+        raise ValueError(f"{out}: responses.path would be overwritten; choose another out=")
     known_file = benchmark.source.sha256 in (None, data)
     notes = answers.notes()
     if not known_file:
         notes.append(f"{path} is not the file we know (sha256 {data}); scores may not compare")
     for line in notes:
         log.info("note: %s", line)
-    verdicts, judged = _verdicts(config, benchmark, items, answers.text, out)
+    judged: dict[str, Any] = {}  # what the judge was asked and used
+    if benchmark.judged:
+        verdicts, judged = judge_items(config.judge, benchmark, items, answers.text, out)
+    else:
+        verdicts = [benchmark.by_code(item, answers.text.get(item.id, "")) for item in items]
     scores = total(config, benchmark, items, verdicts) | {
         "responses": answers.counts(),
         "notes": notes,
         "judge": judged,
         "data": {"path": str(path), "sha256": data, "known": known_file},
-        "config": report.plain(asdict(config)),
+        "config": asdict(config),
         "versions": {"iopo": iopo.__version__, "python_openai": version("openai")},
         "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -80,19 +86,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     report.log_scores(scores)
     log.info("written: %s/scores.json, verdicts.jsonl, measures.jsonl, report.html", out)
     return scores
-
-
-def _verdicts(
-    config: EvaluateConfig,
-    benchmark: Benchmark,
-    items: list[Item],
-    texts: dict[str, str],
-    out: Path,
-) -> tuple[list[Verdict], dict[str, Any]]:
-    """(verdicts in the items' order, what the judge was asked and used)."""
-    if benchmark.judged:
-        return judge_items(config.judge, benchmark, items, texts, out)
-    return [benchmark.by_code(item, texts.get(item.id, "")) for item in items], {}
 
 
 def _write(
@@ -129,13 +122,6 @@ def find(name: str) -> ModuleType:
             "(choose it with +benchmark=NAME)"
         )
     return importlib.import_module(f"{benchmarks.__name__}.{name}")
-
-
-def _refuse_to_overwrite(config: EvaluateConfig, out: Path) -> None:
-    if (out / "responses.manifest.json").exists():
-        raise ValueError(f"{out}: holds answers that were made there; choose another out=")
-    if (out / "responses.jsonl").resolve() == Path(config.responses.path or "").resolve():
-        raise ValueError(f"{out}: responses.path would be overwritten; choose another out=")
 
 
 def total(

@@ -75,7 +75,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         | scoring.summarise(table, resamples=config.bootstrap, seed=config.seed),
         "judge": infos,
         "data": {"path": str(path), "sha256": sha256_file(path)},
-        "config": report.plain(asdict(config)),
+        "config": asdict(config),
     }
     write_text(out / "scores.json", json.dumps(scores, ensure_ascii=False, indent=1))
     rows = [
