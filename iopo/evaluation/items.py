@@ -94,19 +94,13 @@ def locate(source: Source, path: str | None) -> Path:
 
     Raises ValueError that says where the file comes from.
     """
-    folder = os.environ.get("IOPO_DATA_DIR")
-    if path is not None:
-        found, tried = Path(path), f"data.path={path}"
-    elif folder:
-        found = Path(folder) / source.benchmark / source.file
-        tried = f"$IOPO_DATA_DIR/{source.benchmark}/{source.file} ({found})"
-    else:
-        found, tried = None, "data.path and IOPO_DATA_DIR, which are not set"
-    if found is None or not found.is_file():
+    folder = os.environ.get("IOPO_DATA_DIR", "")
+    found = Path(path) if path is not None else Path(folder, source.benchmark, source.file)
+    if not found.is_file():
         raise ValueError(
-            f"{source.benchmark}: no data file at {tried}. It is not part of this repository: get "
-            f"{source.file} from {source.origin} (licence: {source.licence}; sha256: "
-            f"{source.sha256 or 'not known'}) and set data.path=FILE"
+            f"{source.benchmark}: no data file {found} (data.path={path}, IOPO_DATA_DIR={folder}). "
+            f"It is not part of this repository: get {source.file} from {source.origin} (licence: "
+            f"{source.licence}; sha256: {source.sha256 or 'not known'}) and set data.path=FILE"
         )
     return found
 

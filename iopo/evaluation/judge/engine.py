@@ -244,15 +244,12 @@ def _summary(
     status = Counter(row["status"] for row in verdicts)
     for kind in ("unparsed", "failed"):
         if status[kind]:
-            log.info(
-                "note: %d judgements %s; see scores.json and verdicts.jsonl", status[kind], kind
-            )
-    cost = cost_usd(section, usage["prompt_tokens"], usage["completion_tokens"])
-    log.info(
-        "judge: %d requests, %d from the cache, %d + %d tokens%s",
-        usage["requests"], usage["cached"], usage["prompt_tokens"], usage["completion_tokens"],
-        "" if cost is None else f", {cost:.2f} USD",
-    )  # fmt: skip
+            log.info("note: %d judgements %s; see verdicts.jsonl", status[kind], kind)
+    sent, received = usage["prompt_tokens"], usage["completion_tokens"]
+    cost = cost_usd(section, sent, received)
+    shown = "" if cost is None else f", {cost:.2f} USD"
+    made = f"{usage['requests']} requests, {usage['cached']} from the cache"
+    log.info("judge: %s, %d + %d tokens%s", made, sent, received, shown)
     return {
         "model": section.model,
         "style": section.style.value,

@@ -52,11 +52,8 @@ def parse_indexed(text: str, *, count: int, maximum: int, token: str) -> Parsed:
     verdicts = [row for row in json_objects(text[-MAX_CHARS:]) if "constraints" in row]
     ours = [row for row in verdicts if row.get("check") == token]
     if not ours:
-        raise Unreadable(
-            f'no JSON object with "check": "{token}" and "constraints"'
-            if verdicts
-            else 'no JSON object with the key "constraints"'
-        )
+        check = f'"check": "{token}" and ' if verdicts else ""
+        raise Unreadable(f'no JSON object with {check}"constraints"')
     row = ours[-1]
     entries = row["constraints"]
     if not isinstance(entries, list):
@@ -88,8 +85,11 @@ def parse_trace(text: str, *, count: int) -> Parsed:
     a missing one is None, since the metric does not use it. Raises Unreadable.
     """
     text = text[-MAX_CHARS:]
-    values = [_json_after(text, label.end()) for label in _FINE.finditer(text)]
-    values = [value for value in values if value is not None]
+    values = [
+        value
+        for label in _FINE.finditer(text)
+        if (value := _json_after(text, label.end())) is not None
+    ]
     if not values:
         raise Unreadable('no JSON list after "Fine Grained Score"')
     scores = _fine_scores(values[-1], count)
@@ -199,18 +199,17 @@ def _score(value: Any, maximum: int) -> float:
     """A number in 0 .. maximum; a value outside is refused, never clamped or rescaled."""
     if maximum == 1 and isinstance(value, bool | str):
         return _yes_no(str(value))
+    number = value
     if isinstance(value, str):
         found = re.fullmatch(r"\s*(-?[0-9]+(?:\.[0-9]+)?)\s*(?:[/／]\s*([0-9]+))?\s*", value)
-        if not found or found.group(2) not in (None, str(maximum)):
-            raise Unreadable(f"{value!r} is not a score from 0 to {maximum}")
-        value = float(found.group(1))
-    if isinstance(value, bool) or not isinstance(value, int | float):
+        number = float(found[1]) if found and found[2] in (None, str(maximum)) else None
+    if isinstance(number, bool) or not isinstance(number, int | float):
         raise Unreadable(f"{value!r} is not a score from 0 to {maximum}")
-    if not 0 <= value <= maximum:
-        raise Unreadable(f"the score {value:g} is outside 0 to {maximum}")
-    if maximum == 1 and value not in (0, 1):
-        raise Unreadable(f"the score {value:g} is neither 0 nor 1")
-    return float(value)
+    if not 0 <= number <= maximum:
+        raise Unreadable(f"the score {number:g} is outside 0 to {maximum}")
+    if maximum == 1 and number not in (0, 1):
+        raise Unreadable(f"the score {number:g} is neither 0 nor 1")
+    return float(number)
 
 
 def _yes_no(word: str) -> float:
