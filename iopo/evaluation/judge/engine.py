@@ -13,11 +13,11 @@ from typing import Any
 from iopo.evaluation.config import EvaluateConfig, JudgeSection, Style
 from iopo.evaluation.endpoint import (
     Endpoint,
-    EndpointError,
     Reply,
     ReplyCache,
     Request,
     RequestFailed,
+    Usage,
     run_together,
 )
 from iopo.evaluation.items import Benchmark, Item, Question, Verdict
@@ -178,12 +178,13 @@ def merge(name: str, found: list[Judgement]) -> Judgement:
 
 
 async def judge_all(
-    endpoint: Endpoint, questions: list[Question], section: JudgeSection
-) -> list[Judgement]:
-    """Judge all, in the order given.
+    questions: list[Question], section: JudgeSection, cache: ReplyCache | None
+) -> tuple[list[Judgement], Usage]:
+    """(judgements in the order of the questions, what was sent and received).
 
     Raises EndpointError when the server cannot be used; replies so far stay in the cache.
     """
+    endpoint = Endpoint(section, cache)
     results: dict[str, Judgement] = {}
     started = last = time.monotonic()
 
@@ -198,8 +199,11 @@ async def judge_all(
             rate = done / (now - started)
             log.info("%d of %d judged, %.1f/s", done, len(questions), rate)
 
-    await run_together([one(question) for question in questions])
-    return [results[question.id] for question in questions]
+    try:
+        await run_together([one(question) for question in questions])
+    finally:
+        await endpoint.close()
+    return [results[question.id] for question in questions], endpoint.usage
 
 
 def judge_items(
@@ -215,17 +219,8 @@ def judge_items(
     cache = ReplyCache(section.cache or out / "judge.jsonl")
     log.info("judging %d answers; %d replies are there already", len(questions), len(cache))
 
-    async def ask() -> tuple[list[Judgement], dict[str, int]]:
-        endpoint = Endpoint(section, cache)
-        try:
-            return await judge_all(endpoint, questions, section), dataclasses.asdict(endpoint.usage)
-        except EndpointError as error:
-            raise EndpointError(f"{error} ({len(cache)} replies are kept in the cache)") from error
-        finally:
-            await endpoint.close()
-
     try:
-        judgements, usage = asyncio.run(ask())
+        judgements, usage = asyncio.run(judge_all(questions, section, cache))
     finally:
         cache.close()
     by_id = {judgement.id: judgement for judgement in judgements}
@@ -238,17 +233,15 @@ def judge_items(
     return verdicts, _summary(section, verdicts, usage)
 
 
-def _summary(
-    section: JudgeSection, verdicts: list[Verdict], usage: dict[str, int]
-) -> dict[str, Any]:
+def _summary(section: JudgeSection, verdicts: list[Verdict], usage: Usage) -> dict[str, Any]:
     status = Counter(row["status"] for row in verdicts)
     for kind in ("unparsed", "failed"):
         if status[kind]:
             log.info("note: %d judgements %s; see verdicts.jsonl", status[kind], kind)
-    sent, received = usage["prompt_tokens"], usage["completion_tokens"]
+    sent, received = usage.prompt_tokens, usage.completion_tokens
     cost = cost_usd(section, sent, received)
     shown = "" if cost is None else f", {cost:.2f} USD"
-    made = f"{usage['requests']} requests, {usage['cached']} from the cache"
+    made = f"{usage.requests} requests, {usage.cached} from the cache"
     log.info("judge: %s, %d + %d tokens%s", made, sent, received, shown)
     return {
         "model": section.model,
@@ -257,7 +250,7 @@ def _summary(
         "status": dict(status),
         "answers_cut": sum(row.get("cut", False) for row in verdicts),
         "unparsed": {r["id"]: r["reason"] for r in verdicts if r["scores"] is None},
-        "usage": usage,
+        "usage": dataclasses.asdict(usage),
     }
 
 
