@@ -33,7 +33,7 @@ from iopo.files import sha256_text
 from iopo.logprobs import LogProbs
 from iopo.model.attention import SHARED
 from iopo.model.generate import Decoding, generate
-from iopo.model.load import default_dtype, load_causal_lm
+from iopo.model.load import load_causal_lm
 from iopo.model.lora import load_adapter, merge_lora
 from iopo.objectives import MEMBERS, iopo_margin
 from iopo.stats import Estimate
@@ -49,38 +49,26 @@ BLOCK_CHARACTERS = 8 * BLOCK_TOKENS  # more than 512 tokens of English are ever 
 log = logging.getLogger(__name__)
 
 
-class Scorer:
-    """A model folder loaded for scoring quads by log-prob, and the same weights to generate."""
+def load_for_scoring(path: Path, adapter: str | None, device: str, dtype: torch.dtype) -> LogProbs:
+    """A model folder, with the adapter merged if one is named, for `score`."""
+    model = load_causal_lm(path, dtype, attention=SHARED)
+    if adapter is not None:
+        load_adapter(model, adapter)
+        merge_lora(model)
+    torch.nn.Module.to(model, device)
+    return LogProbs(model.eval())
 
-    def __init__(
-        self,
-        path: Path,
-        adapter: str | None = None,
-        device: str = "cpu",
-        dtype: torch.dtype | None = None,  # None: what is fast on a CPU
-    ):
-        model = load_causal_lm(path, dtype or default_dtype("cpu"), attention=SHARED)
-        if adapter is not None:
-            load_adapter(model, adapter)
-            merge_lora(model)
-        torch.nn.Module.to(model, device)
-        self.logprobs, self.device = LogProbs(model.eval()), torch.device(device)
 
-    @torch.inference_mode()
-    def score(self, examples: Sequence[Example]) -> Tensor:
-        """Log-probs of every member, float32 [Q, 4], in the order of `examples`."""
-        policy_Q4 = torch.empty(len(examples), len(MEMBERS))
-        alone = Batching(1, ranks=1, seed=0, tokens_per_microbatch=TOKENS_PER_BATCH)
-        for indices in pass_micro_batches(token_counts(examples, "shared"), alone, rank=0):
-            assert indices is not None, "one rank always has something"
-            batch = build_shared([examples[i] for i in indices]).to(self.device)
-            policy_Q4[list(indices)] = self.logprobs(batch).cpu()
-        return policy_Q4
-
-    def for_generation(self) -> PreTrainedModel:
-        """The same model with stock attention; `score` does not work after this call."""
-        self.logprobs.causal_lm.set_attn_implementation("sdpa")
-        return self.logprobs.causal_lm
+@torch.inference_mode()
+def score(logprobs: LogProbs, examples: Sequence[Example]) -> Tensor:
+    """Log-probs of every member, float32 [Q, 4], in the order of `examples`."""
+    policy_Q4 = torch.empty(len(examples), len(MEMBERS))
+    alone = Batching(1, ranks=1, seed=0, tokens_per_microbatch=TOKENS_PER_BATCH)
+    for indices in pass_micro_batches(token_counts(examples, "shared"), alone, rank=0):
+        assert indices is not None, "one rank always has something"
+        batch = build_shared([examples[i] for i in indices]).to(logprobs.causal_lm.device)
+        policy_Q4[list(indices)] = logprobs(batch).cpu()
+    return policy_Q4
 
 
 def margins(policy_Q4: Tensor, reference_Q4: Tensor) -> dict[str, Estimate]:

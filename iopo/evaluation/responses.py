@@ -127,7 +127,7 @@ def make_responses(config: EvaluateConfig, items: list[Item], data: str, out: Pa
     """
     check_manifest(out / "responses.manifest.json", manifest(config, data))
     with Journal(out / "responses.jsonl") as journal:
-        done = {str(row.get("id", row.get("key"))): row for row in journal.rows}
+        done = _by_id(journal.rows)
         pending = [item for item in items if item.id not in done]
         log.info("%d of %d answers are there already", len(items) - len(pending), len(items))
         failed: dict[str, str] = {}
@@ -135,8 +135,7 @@ def make_responses(config: EvaluateConfig, items: list[Item], data: str, out: Pa
             failed = asyncio.run(_ask_server(config.generate, pending, journal))
         elif pending:
             _in_process(config, items, set(done), journal)
-    made = read_records(out / "responses.jsonl")
-    rows = {str(row.get("id", row.get("key"))): row for row in made}
+    rows = _by_id(read_records(out / "responses.jsonl"))
     found = {item.id: rows[item.id] for item in items if item.id in rows}
     return Responses(
         text={name: row["response"] for name, row in found.items()},
@@ -144,6 +143,10 @@ def make_responses(config: EvaluateConfig, items: list[Item], data: str, out: Pa
         failed=failed,
         cut=sum(row["finish_reason"] == "length" for row in found.values()),
     )
+
+
+def _by_id(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {str(row.get("id", row.get("key"))): row for row in rows}
 
 
 def manifest(config: EvaluateConfig, data: str) -> dict[str, Any]:

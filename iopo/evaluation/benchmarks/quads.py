@@ -18,6 +18,7 @@ from iopo.evaluation.config import BOOTSTRAP, EvaluateConfig, JudgeSection
 from iopo.evaluation.quad_metrics import Answer
 from iopo.evaluation.responses import default_out, placing
 from iopo.files import iter_records, write_records, write_text
+from iopo.logprobs import LogProbs
 from iopo.model.load import load_tokenizer, resolve_model
 from iopo.training.metrics import preferences
 
@@ -94,15 +95,15 @@ def score_model(
     device, dtype = placing(config.model)
     chat = Chat(load_tokenizer(path), config.generate.system_prompt)
     limits = Limits(max_prompt_tokens=4096, max_response_tokens=4096, on_overlong="raise")
-    scorer = heldout.Scorer(path, config.model.adapter, device, dtype)
+    policy = heldout.load_for_scoring(path, config.model.adapter, device, dtype)
 
-    def logps(scorer: heldout.Scorer, of: Sequence[Quad]) -> torch.Tensor:
-        return scorer.score(tokenize_rows(of, Encoder(chat, limits))[0])
+    def logps(model: LogProbs, of: Sequence[Quad]) -> torch.Tensor:
+        return heldout.score(model, tokenize_rows(of, Encoder(chat, limits))[0])
 
     few = spread(quads, config.benchmark.scored)
     out: dict[str, Any] = {}
     if few:
-        policy_Q4 = logps(scorer, few)
+        policy_Q4 = logps(policy, few)
         for name, right_Q in preferences(policy_Q4).items():
             out[name] = stats.wilson(int(right_Q.sum()), len(right_Q))
     if few and details is not None:
@@ -110,13 +111,15 @@ def score_model(
         write_records(details / "logps.jsonl", [{"id": q.id, "logps": row} for q, row in logps_Q])
     if config.benchmark.controls:
         out["controls"] = {
-            "constraints_blanked": heldout.group_share(logps(scorer, heldout.blanked(few))),
-            "instructions_shuffled": heldout.group_share(logps(scorer, heldout.shuffled(few))),
+            "constraints_blanked": heldout.group_share(logps(policy, heldout.blanked(few))),
+            "instructions_shuffled": heldout.group_share(logps(policy, heldout.shuffled(few))),
         }
     if config.benchmark.reference is not None:
-        reference = heldout.Scorer(resolve_model(config.benchmark.reference), None, device, dtype)
+        folder = resolve_model(config.benchmark.reference)
+        reference = heldout.load_for_scoring(folder, None, device, dtype)
         out |= heldout.margins(policy_Q4, logps(reference, few))
-    model = scorer.for_generation()
+    model = policy.causal_lm
+    model.set_attn_implementation("sdpa")  # to generate; `logps` does not work after this
     if few and details is not None:
         out["plain_text"] = heldout.plain_text_score(model, chat.tokenizer)
     if not all(heldout.checkable(quad) for quad in quads):
