@@ -126,14 +126,14 @@ def read_runs(arguments: list[str]) -> Runs:
 
 def draw_bars(named: Runs, path: Path) -> None:
     """Grouped bars with intervals: one group a headline score, one bar a run."""
-    # CSL counts levels, not a share: it has no place on this axis. A dict keeps the order.
-    columns = list({
-        (benchmark, metric): None
+    pairs = (
+        (benchmark, metric)
         for runs in named.values()
         for benchmark, scores in runs.items()
         for metric in scores["headline"]
-        if not metric.startswith("CSL")
-    })  # fmt: skip
+        if not metric.startswith("CSL")  # counts levels, not a share: it has no place on this axis
+    )
+    columns = list(dict.fromkeys(pairs))
     width = 0.8 / len(named)
     figure = Figure(figsize=(max(6.0, 0.55 * len(columns) * max(2, len(named) * 0.7)), 4.2))
     axes = figure.subplots()

@@ -52,9 +52,8 @@ def number(metric: str, entry: dict[str, Any], sign: str = "") -> str:
     if entry["value"] is None:
         return "not read"
     scale, digits = scale_of(metric)
-    value, low, high = (
-        f"{scale * entry[key]:{sign}.{digits}f}" for key in ("value", "low", "high")
-    )
+    numbers = (scale * entry[key] for key in ("value", "low", "high"))
+    value, low, high = (f"{number:{sign}.{digits}f}" for number in numbers)
     return f"{value} [{low}, {high}]"
 
 
@@ -88,9 +87,9 @@ def page(scores: dict[str, Any], samples: list[dict[str, Any]]) -> str:
         scores=scores,
         groups=_groups(scores),
         samples=samples,
-        made={name: _flat(part) for name, part in parts.items()},
         number=number,
         bounds=_bounds,
+        made={name: _flat(part) for name, part in parts.items()},
         x=lambda share: f"{200 * max(0.0, min(1.0, share)):.1f}",
     )
 
@@ -118,10 +117,16 @@ def samples(
 
     texts: answers by item id. best: the highest score of one constraint.
     """
-    pairs = sorted(zip(items, verdicts, strict=True), key=lambda pair: _held(pair[1], best))
+
+    def held_of(verdict: Verdict) -> float:
+        """Share of the best possible score; -1 where nothing was read."""
+        marks = verdict.get("strict", verdict.get("scores"))
+        return sum(marks) / (best * len(marks)) if marks else -1.0
+
+    pairs = sorted(zip(items, verdicts, strict=True), key=lambda pair: held_of(pair[1]))
     out = []
     for item, verdict in pairs[: SAMPLES // 2] + pairs[SAMPLES // 2 :][-SAMPLES // 2 :]:
-        held = _held(verdict, best)
+        held = held_of(verdict)
         prompt = "\n\n".join(f"[{m['role']}] {m['content']}" for m in item.messages)
         marks = _flat({k: v for k, v in verdict.items() if k != "replies"})
         out.append(
@@ -133,14 +138,6 @@ def samples(
             }
         )
     return out
-
-
-def _held(verdict: Verdict, best: float) -> float:
-    """Share of the best possible score, for sorting; -1 where nothing was read."""
-    marks = verdict.get("strict", verdict.get("scores"))
-    if not marks:
-        return -1.0
-    return sum(marks) / (best * len(marks))
 
 
 def _cut(text: str) -> str:
