@@ -206,12 +206,9 @@ def _ratios(a: Scores, seeds_RS: Array, units_RN: Array) -> Array:
 
 
 def word(found: Estimate, better: int) -> str:
-    """What the interval allows one to say. better: 1 where more is better, -1 worse, 0 neither.
+    """gain, loss, higher, lower or not shown: what the interval allows one to say.
 
-    >>> word({"value": 0.1, "low": 0.01, "high": 0.2, "n": 9}, 1)
-    'gain'
-    >>> word({"value": 0.1, "low": -0.01, "high": 0.2, "n": 9}, 1)
-    'not shown'
+    better: 1 where more is better, -1 where less is, 0 neither.
     """
     if found["low"] <= 0 <= found["high"]:
         return "not shown"

@@ -4,6 +4,7 @@ An instruction is followed only if every constraint gets 10 of 10 (Eq. 3). IF-S 
 the instructions with one constraint, IF-M over those with more.
 """
 
+import json
 from pathlib import Path
 
 from iopo.evaluation import items
@@ -20,36 +21,11 @@ MAXIMUM = 10
 LOWER_BAR = 8  # "exactly 10" depends much on the judge; shown beside it
 HEADLINE = ("IF-S", "IF-M", "IF", "mean_score")
 
-# Paper, table 6. A tag that is not here is counted as "Other", never dropped.
-# Type -> dimension -> its name in English.
-TYPES: dict[str, dict[str, str]] = {
-    "Content": {
-        "主题约束": "Theme", "排除约束": "Exclusion", "包含约束": "Inclusion",
-        "价值观约束": "Value", "隐私约束": "Privacy", "数值约束": "Numerical",
-    },
-    "Situation": {
-        "角色扮演约束": "Role-playing", "受众目标约束": "Target audience",
-        "先验条件约束": "Prior condition",
-        "自然语言流程背景信息约束": "Prose process background",
-        "markdown流程背景信息约束": "Markdown process background",
-        "表格背景信息约束": "Table background", "文本背景信息约束": "Text background",
-    },
-    "Style": {
-        "语气风格约束": "Tone and style", "情感情绪约束": "Emotion",
-        "语言特征约束": "Linguistic characteristics", "多语言约束": "Multilingual",
-    },
-    "Format": {
-        "输出格式约束": "Output format", "文本样式约束": "Text pattern",
-        "语法结构约束": "Grammar structure", "引用和参考约束": "Citation",
-        "编号和列表约束": "Numbering and list", "层次化结构约束": "Hierarchical structure",
-        "模版约束": "Template",
-    },
-    "Example": {
-        "正例约束": "Positive example", "负例约束": "Negative example",
-    },
-}  # fmt: skip
-TYPE_OF = {dimension: kind for kind, names in TYPES.items() for dimension in names}
-ENGLISH = {dimension: name for names in TYPES.values() for dimension, name in names.items()}
+# Paper, table 6, a row a dimension. A tag that is not here is counted as "Other", never dropped.
+TAXONOMY = Path(__file__).with_name("trace_taxonomy.json")
+_DIMENSIONS = json.loads(TAXONOMY.read_text(encoding="utf-8"))
+TYPE_OF = {row["tag"]: row["type"] for row in _DIMENSIONS}
+ENGLISH = {row["tag"]: row["dimension"] for row in _DIMENSIONS}
 
 
 def load(path: Path) -> list[Item]:
