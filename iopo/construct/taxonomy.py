@@ -1,8 +1,8 @@
 """TRACE's taxonomy of constraints, 5 types and 26 dimensions, as data that a user may edit.
 
-`trace_taxonomy.json` (beside the benchmark) holds one row a dimension: the type, the English name, the tag in the authors'
-evaluation file, a definition in each language (our wording of table 6), and how often the tag
-occurs in that file. The number of constraints of an instruction follows the paper's training set.
+TAXONOMY, a file that stands beside the benchmark, holds one row a dimension: the type, the English
+name, the tag in the authors' evaluation file, a definition in each language (our wording of table
+6), and how often the tag occurs in that file. The number of constraints of an instruction follows the paper's training set.
 """
 
 import json
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from iopo.evaluation.benchmarks.trace import TAXONOMY
-
 
 # arXiv 2411.06208v3, table 5: instructions of the training set with 1, 2, ... 15 constraints
 TRAINING_COUNTS = (
