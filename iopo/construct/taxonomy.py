@@ -2,7 +2,8 @@
 
 TAXONOMY, a file that stands beside the benchmark, holds one row a dimension: the type, the English
 name, the tag in the authors' evaluation file, a definition in each language (our wording of table
-6), and how often the tag occurs in that file. The number of constraints of an instruction follows the paper's training set.
+6), and how often the tag occurs in that file. The number of constraints of an instruction follows
+the paper's training set.
 """
 
 import json
