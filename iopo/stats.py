@@ -205,6 +205,13 @@ def _ratios(a: Scores, seeds_RS: Array, units_RN: Array) -> Array:
     return top_R / (units_RN @ a.denominator_SN.T * seeds_RS).sum(1)
 
 
+def shown(found: Estimate, factor: float = 100, digits: int = 1, sign: str = "") -> str:
+    """`81.3 [76.0, 85.6]`: the value and its interval, times factor. sign: "+" shows it."""
+    numbers = (factor * number for number in (found["value"], found["low"], found["high"]))
+    value, low, high = (f"{number:{sign}.{digits}f}" for number in numbers)
+    return f"{value} [{low}, {high}]"
+
+
 def word(found: Estimate, better: int) -> str:
     """gain, loss, higher, lower or not shown: what the interval allows one to say.
 

@@ -23,7 +23,7 @@ from iopo.evaluation import scoring
 from iopo.evaluation.report import number, scale_of
 from iopo.evaluation.scoring import Difference
 from iopo.files import read_records, write_text
-from iopo.stats import RESAMPLES
+from iopo.stats import RESAMPLES, Estimate, shown
 
 # Distinct in hue and in lightness, so that they survive printing in grey.
 COLOURS = ("#2b5c8a", "#d9822b", "#5fa55a", "#9c3d54", "#8a7cc2", "#7f8c8d", "#c9b037", "#3aa6a6")
@@ -77,13 +77,13 @@ def _judge(scores: dict[str, Any]) -> str:
 def _difference_cells(name: str, row: Difference) -> list[str]:
     scale, digits = scale_of(row.metric)
     a, b = (f"{scale * value:.{digits}f}" for value in (row.a, row.b))
-    gain = {"value": row.difference, "low": row.low, "high": row.high}
+    gain: Estimate = {"value": row.difference, "low": row.low, "high": row.high, "n": row.units}
     test = "" if row.p is None else f"{row.only_a} / {row.only_b}, p = {row.p:.3g}"
     if row.low > 0:
         verdict = "B is better"
     else:
         verdict = "A is better" if row.high < 0 else "no difference shown"
-    cells = [name, row.metric, str(row.units), a, b, number(row.metric, gain, sign="+")]
+    cells = [name, row.metric, str(row.units), a, b, shown(gain, scale, digits, "+")]
     return [*cells, test, verdict]
 
 

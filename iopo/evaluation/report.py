@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+from iopo import stats
 from iopo.evaluation.items import Item, Verdict
 from iopo.page import page as html_page
 
@@ -47,14 +48,9 @@ def scale_of(metric: str) -> tuple[float, int]:
     return (1, 2) if metric.startswith("CSL") else (100, 1)
 
 
-def number(metric: str, entry: dict[str, Any], sign: str = "") -> str:
-    """A score as text, in percent (CSL: in levels): 12.3 [10.1, 14.9]. sign: "+" shows it."""
-    if entry["value"] is None:
-        return "not read"
-    scale, digits = scale_of(metric)
-    numbers = (scale * entry[key] for key in ("value", "low", "high"))
-    value, low, high = (f"{number:{sign}.{digits}f}" for number in numbers)
-    return f"{value} [{low}, {high}]"
+def number(metric: str, entry: Any) -> str:
+    """A score as text, in percent (CSL: in levels): 12.3 [10.1, 14.9]."""
+    return "not read" if entry["value"] is None else stats.shown(entry, *scale_of(metric))
 
 
 def _bounds(metric: str, entry: dict[str, Any]) -> str:

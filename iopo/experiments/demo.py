@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from iopo.page import page
+from iopo.stats import shown
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = REPOSITORY / "data" / "verified"
@@ -123,12 +124,12 @@ def score(run: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
 def table_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     """(measure, one cell a stage, number of quads or answers)."""
     rows = [
-        (label, *(percent(summary[stage][key]) for stage in STAGES), str(summary["base"][key]["n"]))
+        (label, *(shown(summary[stage][key]) for stage in STAGES), str(summary["base"][key]["n"]))
         for key, label in MEASURES.items()
     ]
     for name, cell in summary[STAGES[-1]]["controls"].items():
         label = f"control: group accuracy, {name.replace('_', ' ')}"
-        rows.append((label, "", "", percent(cell), str(cell["n"])))
+        rows.append((label, "", "", shown(cell), str(cell["n"])))
     return rows
 
 
@@ -143,14 +144,8 @@ def print_table(summary: dict[str, Any]) -> None:
     gains = summary["gain"]
     for label, key in (("SFT over base", "sft"), ("IOPO over base", "trained"),
                        ("IOPO over SFT", "iopo_over_sft")):  # fmt: skip
-        print(f"following, {label}: {percent(gains[key], sign='+')} points (paired, by quad)")
+        print(f"following, {label}: {shown(gains[key], sign='+')} points (paired, by quad)")
     print(f"this call: {summary['seconds']:.0f} s, largest process {summary['peak_rss_gb']:.1f} GB")
-
-
-def percent(cell: dict[str, Any], sign: str = "") -> str:
-    """`81.3 [76.0, 85.6]` from {"value": 0.813, ...}."""
-    value, low, high = (100 * cell[key] for key in ("value", "low", "high"))
-    return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
 PAGE = page("""

@@ -166,10 +166,7 @@ def _name(name: str) -> str:
 
 def _number(found: Estimate, metric: str, sign: str = "") -> str:
     factor = METRICS[metric][1]
-    numbers = (found["value"], found["low"], found["high"])
-    digits = 1 if factor == 100 else 2
-    value, low, high = (f"{factor * number:{sign}.{digits}f}" for number in numbers)
-    return f"{value} [{low}, {high}]"
+    return stats.shown(found, factor, 1 if factor == 100 else 2, sign)
 
 
 def _difference(found: Estimate, metric: str) -> str:
