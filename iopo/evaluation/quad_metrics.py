@@ -5,11 +5,9 @@ code as the judge. Letters: Q quads, columns x1y1, x1y2, x2y2, x2y1.
 """
 
 import dataclasses
-import logging
 import math
 import random
 import re
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data import topics
@@ -29,6 +27,7 @@ from iopo.data.layout import build_shared
 from iopo.data.rows import Quad
 from iopo.data.tokenize import Example
 from iopo.evaluation.config import GenerateSection
+from iopo.evaluation.report import progress
 from iopo.files import sha256_text
 from iopo.logprobs import LogProbs
 from iopo.model.attention import SHARED
@@ -45,8 +44,6 @@ TIE_NATS = 1.5
 TOKENS_PER_BATCH = 4096  # of quads that are scored together
 BLOCKS, BLOCK_TOKENS = 16, 512  # of plain text
 BLOCK_CHARACTERS = 8 * BLOCK_TOKENS  # more than 512 tokens of English are ever made of
-
-log = logging.getLogger(__name__)
 
 
 def load_for_scoring(path: Path, adapter: str | None, device: str, dtype: torch.dtype) -> LogProbs:
@@ -151,16 +148,9 @@ def answer_prompts(
     ]
     chat = Chat(tokenizer, section.system_prompt)
     conversations = [chat.messages(prompt, system) for _, prompt, _, system, _ in sides]
-    last = time.monotonic()
-
-    def progress(done: int, total: int) -> None:
-        nonlocal last
-        if done == total or time.monotonic() - last > 10:
-            last = time.monotonic()
-            log.info("%d of %d answers", done, total)
-
+    show = progress(len(sides), "answers")
     decoding = Decoding(section.max_new_tokens, batch_size=section.batch_size)
-    generations = generate(model, chat, conversations, decoding, progress)
+    generations = generate(model, chat, conversations, decoding, lambda done, _: show(done))
     answers = []
     for (name, prompt, rows, _, split), generation in zip(sides, generations, strict=True):
         checks, text = [constraints.from_dict(row) for row in rows], generation.text.strip()

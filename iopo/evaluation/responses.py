@@ -4,6 +4,7 @@ What is made is appended to responses.jsonl as it arrives; a killed run goes on 
 """
 
 import asyncio
+import itertools
 import json
 import logging
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any
 from iopo.evaluation.config import EvaluateConfig, GenerateSection, ModelSection
 from iopo.evaluation.endpoint import Endpoint, Request, RequestFailed, run_together
 from iopo.evaluation.items import Item
+from iopo.evaluation.report import progress
 from iopo.files import Journal, read_records, sha256_text, write_text
 
 NAMED = 5  # ids shown in a message; the rest are counted
@@ -187,10 +189,10 @@ async def _ask_server(
     """Ask for all, journal each answer as it arrives; returns the failures by item id."""
     endpoint = Endpoint(section)
     failures: dict[str, str] = {}
-    done = 0
+    done = itertools.count(1)
+    show = progress(len(items), "answers")
 
     async def one(item: Item) -> None:
-        nonlocal done
         request = Request(
             model=endpoint.model,
             messages=tuple(conversation(item, section)),
@@ -206,9 +208,7 @@ async def _ask_server(
             return
         row = {**row_key(item), "response": reply.text, "finish_reason": reply.finish_reason}
         journal.append({**row, "tokens": reply.completion_tokens})
-        done += 1
-        if done % 20 == 0 or done == len(items):
-            log.info("%d of %d answers", done, len(items))
+        show(next(done))
 
     try:
         await run_together([one(item) for item in items])
@@ -228,7 +228,7 @@ def _in_process(
     model, tokenizer = load_model(config.model)
     chat, section = Chat(tokenizer), config.generate
     order = sorted(items, key=lambda item: -sum(len(m["content"]) for m in item.messages))
-    made = len(done)
+    made, show = len(done), progress(len(items), "answers")
     for start in range(0, len(order), section.batch_size):
         batch = order[start : start + section.batch_size]
         if all(item.id in done for item in batch):
@@ -247,7 +247,7 @@ def _in_process(
         ]
         journal.append(*rows)
         made += len(rows)
-        log.info("%d of %d answers", made, len(items))
+        show(made)
 
 
 def default_out(config: EvaluateConfig) -> Path:

@@ -3,7 +3,6 @@
 import asyncio
 import dataclasses
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from iopo.evaluation.judge.cost import (
     tokens,
 )
 from iopo.evaluation.judge.parse import Parsed, Unreadable
+from iopo.evaluation.report import progress
 
 REPAIR_TEMPERATURE = 0.3  # a judge at temperature 0 would repeat its unreadable reply
 QUOTED_CHARS = 4000  # of an unreadable reply, when it is shown back to the judge
@@ -186,18 +186,13 @@ async def judge_all(
     """
     endpoint = Endpoint(section, cache)
     results: dict[str, Judgement] = {}
-    started = last = time.monotonic()
+    show = progress(len(questions), "judged")
 
     async def one(question: Question) -> None:
-        nonlocal last
         parts = split(question, section)
         found = [await judge_one(endpoint, part, section) for part in parts]
         results[question.id] = merge(question.id, found)
-        done, now = len(results), time.monotonic()
-        if done == len(questions) or now - last > 5:
-            last = now
-            rate = done / (now - started)
-            log.info("%d of %d judged, %.1f/s", done, len(questions), rate)
+        show(len(results))
 
     try:
         await run_together([one(question) for question in questions])
