@@ -178,8 +178,8 @@ def check_manifest(path: Path, wanted: dict[str, Any]) -> None:
     if keys:
         shown = "; ".join(f"{k}: there {found.get(k)!r}, now {wanted.get(k)!r}" for k in keys)
         raise ValueError(
-            f"{path.parent}: holds answers made with other settings ({shown}); choose another "
-            "out=, or remove that folder"
+            f"{path.parent}: made with other settings ({shown}); choose another folder, or remove "
+            "that one"
         )
 
 

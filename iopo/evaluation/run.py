@@ -73,7 +73,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         verdicts, judged = judge_items(config.judge, benchmark, items, answers.text, out)
     else:
         verdicts = [benchmark.by_code(item, answers.text.get(item.id, "")) for item in items]
-    scores = total(config, benchmark, items, verdicts) | {
+    scores = {
+        "benchmark": name,
+        "headline": list(benchmark.headline),
+        "items": len(items),
+        "unparsed": sum(row.get("scores", ()) is None for row in verdicts),
+        "scores": _total(config, benchmark, items, verdicts),
         "responses": answers.counts(),
         "notes": notes,
         "judge": judged,
@@ -124,37 +129,26 @@ def find(name: str) -> ModuleType:
     return importlib.import_module(f"{benchmarks.__name__}.{name}")
 
 
-def total(
+def _total(
     config: EvaluateConfig, benchmark: Benchmark, items: list[Item], verdicts: list[Verdict]
-) -> dict[str, Any]:
+) -> dict[str, dict[str, Any]]:
     """Scores with intervals; with bounds where verdicts could not be read."""
     table = benchmark.measures(items, verdicts)
     scores = scoring.summarise(table, resamples=config.bootstrap, seed=config.seed)
-    unparsed = sum(row.get("scores", ()) is None for row in verdicts)
-    if unparsed:
-        lowest, highest = (
-            benchmark.measures(items, _filled(benchmark, items, verdicts, score))
-            for score in (0.0, float(benchmark.maximum))
-        )
-        scores = scoring.with_bounds(scores, lowest, highest)
-    return {
-        "benchmark": config.benchmark.name,
-        "headline": list(benchmark.headline),
-        "items": len(items),
-        "unparsed": unparsed,
-        "scores": scores,
-    }
+    unparsed = {i for i, verdict in enumerate(verdicts) if verdict.get("scores", ()) is None}
+    if not unparsed:
+        return scores
 
-
-def _filled(
-    benchmark: Benchmark, items: list[Item], verdicts: list[Verdict], score: float
-) -> list[Verdict]:
-    """The verdicts, with this score for every constraint in place of each unparsed one."""
-    out = []
-    for item, verdict in zip(items, verdicts, strict=True):
-        if verdict["scores"] is None:
-            question = benchmark.question(item, "")
+    def filled(score: float) -> list[Verdict]:
+        """The verdicts, with this score for every constraint in place of each unparsed one."""
+        out = list(verdicts)
+        for i in unparsed:
+            question = benchmark.question(items[i], "")
             assert question is not None, "code always gives scores"
-            verdict = {**verdict, "scores": [score] * len(question.criteria)}
-        out.append(verdict)
-    return out
+            out[i] = {**verdicts[i], "scores": [score] * len(question.criteria)}
+        return out
+
+    lowest, highest = (
+        benchmark.measures(items, filled(score)) for score in (0.0, float(benchmark.maximum))
+    )
+    return scoring.with_bounds(scores, lowest, highest)

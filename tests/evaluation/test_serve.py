@@ -116,7 +116,7 @@ def post(address: tuple[str, int], body: bytes, path: str = "/v1/chat/completion
         ({"temperature": "hot"}, "temperature\n  Input should be a valid number"),
         ({"top_p": 0}, "top_p\n  Input should be greater than 0"),
         ({"n": 2}, "n\n  Input should be 1"),
-        ({"stop": ["x"]}, "stop\n  Input should be None"),
+        ({"stop": ["x"]}, "stop\n  Input should be null"),
         ({"stream": "yes"}, "stream\n  Input should be a valid boolean"),
         ({"messages": [{"role": "user", "content": "word " * 600}]}, "fills all 512 positions"),
         ({"messages": [{"role": "user", "content": "word " * 600}], "stream": True}, "fills all"),

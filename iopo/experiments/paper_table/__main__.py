@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from iopo.evaluation.responses import check_manifest
 from iopo.experiments.paper_table import data
 from iopo.experiments.paper_table.jobs import REPOSITORY, Job, Runner, print_now
 
@@ -204,16 +205,8 @@ def keep_arguments(args: argparse.Namespace) -> None:
     IFEval may be added to a run that began without it.
     """
     free = ("run", "sweeps", "methods", "jobs", "data_only", "without_ifeval", "ifeval")
-    text = json.dumps({k: v for k, v in vars(args).items() if k not in free}, default=str, indent=1)
-    path = args.run / "arguments.json"
-    now = json.loads(text)
-    before = json.loads(path.read_text()) if path.exists() else now
-    changed = [key for key in now if before.get(key) != now[key]]
-    if changed:
-        raise ValueError(
-            f"{path}: this run began with other {', '.join(changed)}; give those, or another --run"
-        )
-    path.write_text(text + "\n")
+    kept = {key: value for key, value in vars(args).items() if key not in free}
+    check_manifest(args.run / "arguments.json", json.loads(json.dumps(kept, default=str)))
 
 
 def compare(comparison: Comparison) -> None:
