@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from benchmarks.throughput_variants import Variant
+from benchmarks.throughput_variants import Variant, unshared
 from iopo.data.batching import tokens
 from iopo.data.example import Example
 from iopo.model.lora import LoRALinear, adapters
@@ -157,7 +157,8 @@ def _count(rows: Sequence[Example], variant: Variant) -> tuple[int, int, float]:
     if variant.layout == "plain":
         longest = max(p + r for p, r in paths)
         return len(paths) * longest, scored, len(paths) * longest**2 / 2
-    processed = sum(tokens(e, variant.layout) for e in rows)
+    counted = [unshared(e) for e in rows] if variant.layout == "packed" else rows
+    processed = sum(tokens(e, "shared") for e in counted)
     pairs = sum((p + r) ** 2 / 2 for p, r in paths)
     if variant.layout == "shared":  # a prompt attends to itself once
         pairs -= sum((len(ys) - 1) * len(x) ** 2 / 2 for x, ys in forest)

@@ -257,7 +257,7 @@ def test_compiled_blocks_are_whole_graphs_and_new_layouts_need_no_new_ones():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="found 'sdpa'; load it with one of these"):
+    with pytest.raises(ValueError, match="found 'sdpa'; load it with this"):
         LogProbs(tiny("llama", "sdpa"))(build_shared(QUADS))
     model = tiny("llama")
     model.lm_head = torch.nn.Identity()

@@ -94,7 +94,7 @@ def assert_same(got, expected, tolerance):
         assert error <= tolerance, f"{name}: relative error {error:.2e}"
 
 
-def spread(kind, how, dtype=torch.float32, **options):
+def spread(kind, how, dtype=torch.float32, *, offload=False, **options):
     root = make(kind)
     mesh = {
         "shard": lambda: parallel.make_mesh("cpu"),
@@ -102,7 +102,12 @@ def spread(kind, how, dtype=torch.float32, **options):
         "replicate": lambda: None,
     }[how]()
     train_model = parallel.prepare(
-        root, device=CPU, dtype=dtype, mesh=mesh, block_options=BlockOptions(**options)
+        root,
+        device=CPU,
+        dtype=dtype,
+        mesh=mesh,
+        offload=offload,
+        block_options=BlockOptions(**options),
     )
     return root, train_model
 
