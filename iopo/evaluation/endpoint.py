@@ -70,13 +70,13 @@ class Reply:
     at: str  # UTC, ISO 8601
 
 
-class ReplyCache:
+class ReplyCache(Journal):
     """All replies ever received, in one append-only file."""
 
     def __init__(self, path: str | Path):
-        self._journal = Journal(path)
-        self._replies = {row["reply"]["key"]: Reply(**row["reply"]) for row in self._journal.rows}
-        self._journal.rows.clear()
+        super().__init__(path)
+        self._replies = {row["reply"]["key"]: Reply(**row["reply"]) for row in self.rows}
+        self.rows.clear()
 
     def __len__(self) -> int:
         return len(self._replies)
@@ -85,11 +85,8 @@ class ReplyCache:
         return self._replies.get(key)
 
     def put(self, request: Request, reply: Reply) -> None:
-        self._journal.append({"reply": asdict(reply), "request": request.content()})
+        self.append({"reply": asdict(reply), "request": request.content()})
         self._replies[reply.key] = reply
-
-    def close(self) -> None:
-        self._journal.close()
 
 
 @dataclass

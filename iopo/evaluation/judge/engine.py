@@ -211,13 +211,9 @@ def judge_items(
     """
     asked = {i.id: benchmark.question(i, texts.get(i.id, "")) for i in items}
     questions = [question for question in asked.values() if question is not None]
-    cache = ReplyCache(section.cache or out / "judge.jsonl")
-    log.info("judging %d answers; %d replies are there already", len(questions), len(cache))
-
-    try:
+    with ReplyCache(section.cache or out / "judge.jsonl") as cache:
+        log.info("judging %d answers; %d replies are cached", len(questions), len(cache))
         judgements, usage = asyncio.run(judge_all(questions, section, cache))
-    finally:
-        cache.close()
     by_id = {judgement.id: judgement for judgement in judgements}
     verdicts = [
         {"by": "judge", **dataclasses.asdict(by_id[item.id])}
