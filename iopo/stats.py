@@ -33,15 +33,6 @@ class Estimate(TypedDict):
     n: int
 
 
-class McNemar(TypedDict):
-    """Discordant pairs and the two-sided exact p-value that both sides are equally likely."""
-
-    first_only: int
-    second_only: int
-    p: float
-    n: int
-
-
 def scipy_stats() -> ModuleType:
     """scipy.stats. Raises ValueError without scipy: call it before work that would be lost."""
     try:
@@ -56,36 +47,24 @@ def scipy_stats() -> ModuleType:
 def wilson(successes: int, n: int) -> Estimate:
     """A proportion with Wilson's score interval (1927), without continuity correction.
 
-    Raises ValueError unless 0 <= successes <= n and n >= 1, and without scipy.
+    Raises ValueError without scipy.
     """
-    if n < 1 or not 0 <= successes <= n:
-        raise ValueError(
-            f"wilson: {successes} successes of {n}; expected 0 <= successes <= n and n >= 1"
-        )
+    assert n >= 1 and 0 <= successes <= n, f"{successes} successes of {n}"
     found = scipy_stats().binomtest(successes, n).proportion_ci(LEVEL, method="wilson")
     return {"value": successes / n, "low": float(found.low), "high": float(found.high), "n": n}
 
 
-def mcnemar_exact(first_N: ArrayLike, second_N: ArrayLike) -> McNemar:
-    """McNemar's exact test on two sets of right/wrong answers to the same items.
+def mcnemar_exact(first_N: Array, second_N: Array) -> tuple[int, int, float]:
+    """McNemar's exact test on two sets of answers (1 right, 0 wrong) to the same items.
 
-    With b pairs right only in the first and c right only in the second, b is binomial(b + c, 1/2)
-    if neither is better; p is the two-sided probability, 1 where there are no such pairs.
-    Raises ValueError on unequal lengths, on values other than 0 and 1, and without scipy.
+    Returns b pairs right only in the first, c right only in the second, and p: b is
+    binomial(b + c, 1/2) if neither is better; p is the two-sided probability, 1 where there are no
+    such pairs. Raises ValueError without scipy.
     """
-    before_N, after_N = _values("mcnemar_exact", first_N), _values("mcnemar_exact", second_N)
-    if before_N.shape != after_N.shape:
-        raise ValueError(
-            f"mcnemar_exact: {len(before_N)} values against {len(after_N)}; expected the same "
-            "items, in the same order"
-        )
-    if not np.isin(before_N, (0, 1)).all() or not np.isin(after_N, (0, 1)).all():
-        raise ValueError("mcnemar_exact: expected values 0 and 1 (or booleans) only")
-    first_only = int((before_N > after_N).sum())
-    second_only = int((before_N < after_N).sum())
+    first_only, second_only = int((first_N > second_N).sum()), int((first_N < second_N).sum())
     discordant = first_only + second_only
     p = scipy_stats().binomtest(first_only, discordant).pvalue if discordant else 1.0
-    return {"first_only": first_only, "second_only": second_only, "p": float(p), "n": len(after_N)}
+    return first_only, second_only, float(p)
 
 
 # --- bootstrap over units ------------------------------------------------------------------------
@@ -100,21 +79,17 @@ def bootstrap(
 ) -> Estimate:
     """The mean of values with a percentile bootstrap interval.
 
-    values_N: finite numbers [N], N >= 1. clusters_N: labels [N] (integers or strings) of values
-    that share an item (the instructions of a prompt, the two sides of a quad); clusters are drawn
-    whole, for they are independent and their values are not; n is their number. None: all values
-    are independent. Raises ValueError on anything else.
+    values_N: numbers [N], N >= 1. clusters_N: labels [N] (integers or strings) of values that share
+    an item (the instructions of a prompt, the two sides of a quad); clusters are drawn whole, for
+    they are independent and their values are not; n is their number. None: all values are
+    independent. Raises ValueError on values that are not finite.
     """
-    array_N = _values("bootstrap", values_N)
+    array_N = np.asarray(values_N, dtype=np.float64)
+    if not np.isfinite(array_N).all():
+        raise ValueError(f"bootstrap: expected finite numbers; found {array_N}")
     sums, sizes = array_N, np.ones_like(array_N)
     if clusters_N is not None:
-        labels_N = np.asarray(clusters_N)
-        if labels_N.shape != array_N.shape:
-            raise ValueError(
-                f"bootstrap: {array_N.shape} values but {labels_N.shape} cluster labels; "
-                "expected one label for each value"
-            )
-        _, cluster_N = np.unique(labels_N, return_inverse=True)
+        _, cluster_N = np.unique(np.asarray(clusters_N), return_inverse=True)
         sums = np.bincount(cluster_N, weights=array_N).astype(np.float64)
         sizes = np.bincount(cluster_N).astype(np.float64)
     means_R = resample(
@@ -144,16 +119,6 @@ def interval(value: float, values_R: Array, n: int) -> Estimate:
     """The value with the percentiles of its resamples, undefined ones (nan) left out."""
     low, high = np.nanquantile(values_R, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     return {"value": value, "low": float(low), "high": float(high), "n": n}
-
-
-def _values(where: str, values: ArrayLike) -> Array:
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1 or array.size == 0 or not np.isfinite(array).all():
-        raise ValueError(
-            f"{where}: expected a list of one or more finite numbers; found shape {array.shape}"
-            + ("" if np.isfinite(array).all() else " with values that are not finite")
-        )
-    return array
 
 
 # --- methods run with several seeds and scored on the same units ---------------------------------
@@ -240,13 +205,17 @@ def _ratios(a: Scores, seeds_RS: Array, units_RN: Array) -> Array:
     return top_R / (units_RN @ a.denominator_SN.T * seeds_RS).sum(1)
 
 
-def word(found: Estimate, better: int) -> str:
-    """What the interval allows one to say. better: 1 where more is better, -1 worse, 0 neither.
+def shown(found: Estimate, factor: float = 100, digits: int = 1, sign: str = "") -> str:
+    """`81.3 [76.0, 85.6]`: the value and its interval, times factor. sign: "+" shows it."""
+    numbers = (factor * number for number in (found["value"], found["low"], found["high"]))
+    value, low, high = (f"{number:{sign}.{digits}f}" for number in numbers)
+    return f"{value} [{low}, {high}]"
 
-    >>> word({"value": 0.1, "low": 0.01, "high": 0.2, "n": 9}, 1)
-    'gain'
-    >>> word({"value": 0.1, "low": -0.01, "high": 0.2, "n": 9}, 1)
-    'not shown'
+
+def word(found: Estimate, better: int) -> str:
+    """gain, loss, higher, lower or not shown: what the interval allows one to say.
+
+    better: 1 where more is better, -1 where less is, 0 neither.
     """
     if found["low"] <= 0 <= found["high"]:
         return "not shown"

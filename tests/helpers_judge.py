@@ -1,4 +1,4 @@
-"""A scripted OpenAI-compatible server on a real socket, and a judge that it can play."""
+"""A scripted OpenAI-compatible server on a real socket, a judge that it can play, IFEval rows."""
 
 import hashlib
 import json
@@ -10,6 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+PLAIN = "this is a long and plain english sentence that should be easy to recognise"
+
+
+def ifeval_rows(*keys: int) -> list[dict[str, Any]]:
+    """Rows of IFEval's data file; PLAIN follows both instructions."""
+    ids = ["punctuation:no_comma", "change_case:english_lowercase"]
+    row = {"instruction_id_list": ids, "kwargs": [{}, {}]}
+    return [
+        {"key": key, "prompt": f"Write {key} words. Do not use any commas.", **row} for key in keys
+    ]
 
 
 @dataclass

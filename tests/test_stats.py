@@ -36,12 +36,6 @@ def test_wilson_solves_its_equation(n, data):
     assert 0 <= result["low"] <= result["value"] <= result["high"] <= 1
 
 
-@pytest.mark.parametrize("k, n", [(1, 0), (-1, 3), (4, 3)])
-def test_wilson_refuses_impossible_counts(k, n):
-    with pytest.raises(ValueError, match="successes"):
-        wilson(k, n)
-
-
 def test_bootstrap_of_a_constant_has_no_width():
     result = bootstrap([0.3] * 7)
     assert [result["value"], result["low"], result["high"]] == pytest.approx([0.3] * 3)
@@ -90,41 +84,29 @@ def test_copies_in_a_cluster_do_not_narrow_the_interval():
 def test_cluster_bootstrap_weighs_values_not_clusters():
     result = bootstrap([1, 1, 1, 0], ["a", "a", "a", "b"])
     assert result["value"] == 0.75 and (result["low"], result["high"]) == (0.0, 1.0)
-    with pytest.raises(ValueError, match="one label"):
-        bootstrap([1, 2], ["a"])
 
 
 def test_mcnemar_by_hand():
     # 1 against 5 discordant pairs: p = 2 (C(6,0) + C(6,1)) / 64 = 14/64
-    first = [1] + [0] * 5 + [1, 0]
-    second = [0] + [1] * 5 + [1, 0]
-    result = mcnemar_exact(first, second)
-    assert result["p"] == pytest.approx(14 / 64)
-    assert (result["first_only"], result["second_only"], result["n"]) == (1, 5, 8)
-    assert mcnemar_exact([1, 0], [1, 0])["p"] == 1.0
+    first, second = np.array([1] + [0] * 5 + [1, 0]), np.array([0] + [1] * 5 + [1, 0])
+    assert mcnemar_exact(first, second) == (1, 5, pytest.approx(14 / 64))
+    assert mcnemar_exact(first, first) == (0, 0, 1.0)
 
 
 @settings(deadline=None)
 @given(st.integers(0, 300), st.integers(0, 300))
 def test_mcnemar_sums_the_binomial_tail(b, c):
-    found = mcnemar_exact([True] * b + [False] * c + [True], [False] * b + [True] * c + [True])
+    first, second = [True] * b + [False] * c + [True], [False] * b + [True] * c + [True]
+    _, _, p = mcnemar_exact(np.array(first), np.array(second))
     tail = sum(math.comb(b + c, k) for k in range(min(b, c) + 1)) / 2 ** (b + c)
-    assert found["p"] == pytest.approx(min(1.0, 2 * tail), rel=1e-9)
+    assert p == pytest.approx(min(1.0, 2 * tail), rel=1e-9)
 
 
-@pytest.mark.parametrize("bad", [[], [[1.0]], [float("nan")]])
-def test_bad_values_are_refused(bad):
+def test_bad_values_and_options_are_refused():
     with pytest.raises(ValueError, match="finite numbers"):
-        bootstrap(bad)
-
-
-def test_bad_options_are_refused():
+        bootstrap([1.0, float("nan")])
     with pytest.raises(ValueError, match="resamples"):
         bootstrap([1.0], resamples=0)
-    with pytest.raises(ValueError, match="0 and 1"):
-        mcnemar_exact([2], [1])
-    with pytest.raises(ValueError, match="same items"):
-        mcnemar_exact([1, 0], [1])
 
 
 def test_without_scipy_the_message_names_the_extra(monkeypatch):

@@ -1,8 +1,9 @@
 """TRACE's taxonomy of constraints, 5 types and 26 dimensions, as data that a user may edit.
 
-`taxonomy.json` holds one row a dimension: the type, the English name, the tag in the authors'
-evaluation file, a definition in each language (our wording of table 6), and how often the tag
-occurs in that file. The number of constraints of an instruction follows the paper's training set.
+TAXONOMY, a file that stands beside the benchmark, holds one row a dimension: the type, the English
+name, the tag in the authors' evaluation file, a definition in each language (our wording of table
+6), and how often the tag occurs in that file. The number of constraints of an instruction follows
+the paper's training set.
 """
 
 import json
@@ -10,7 +11,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-FILE = Path(__file__).with_name("taxonomy.json")
+from iopo.evaluation.benchmarks.trace import TAXONOMY
 
 # arXiv 2411.06208v3, table 5: instructions of the training set with 1, 2, ... 15 constraints
 TRAINING_COUNTS = (
@@ -36,7 +37,7 @@ class Dimension:
         return f"- {name}: {self.en if language == 'en' else self.zh}"
 
 
-def read(path: Path = FILE) -> tuple[Dimension, ...]:
+def read(path: Path = TAXONOMY) -> tuple[Dimension, ...]:
     """The dimensions in file order. Raises ValueError on a bad row or a repeated name."""
     found: list[Dimension] = []
     for number, row in enumerate(json.loads(path.read_text(encoding="utf-8")), 1):

@@ -3,11 +3,20 @@
 Plain dataclasses: evaluate.py gives them to Hydra, everything below gets them as typed objects.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum, auto
 from typing import Any
 
 BOOTSTRAP = 2000  # resamples
+
+
+def _require(section: Any, names: str, ok: Callable[[float], bool], expected: str) -> None:
+    """Raise ValueError for the first of the named values that is set and not ok."""
+    for name in names.split():
+        value = getattr(section, name)
+        if value is not None and not ok(value):
+            raise ValueError(f"{name} is {value}; expected {expected}")
 
 
 class Style(StrEnum):
@@ -25,8 +34,7 @@ class BenchmarkSection:
     controls: bool = True  # quads only: score blanked and shuffled instructions too
 
     def __post_init__(self) -> None:
-        if self.scored is not None and self.scored < 0:
-            raise ValueError(f"benchmark.scored is {self.scored}; expected 0 or more, or null")
+        _require(self, "scored", lambda n: n >= 0, "0 or more, or null for all")
         if self.scored == 0 and (self.controls or self.reference is not None):
             raise ValueError(
                 "benchmark.scored=0 leaves no log-probs for benchmark.controls and "
@@ -70,15 +78,10 @@ class EndpointSection:
     extra: dict[str, Any] = field(default_factory=dict)  # added to each request as it is
 
     def __post_init__(self) -> None:
-        for name in ("concurrency", "timeout_s", "backoff_s"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a number above 0")
-        if self.max_retries < 0:
-            raise ValueError(f"max_retries is {self.max_retries}; expected 0 or more")
-        for name in ("requests_per_minute", "max_requests"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; expected 1 or more, or null for no limit")
+        _require(self, "concurrency timeout_s backoff_s", lambda n: n > 0, "a number above 0")
+        _require(self, "max_retries", lambda n: n >= 0, "0 or more")
+        limits = "requests_per_minute max_requests"
+        _require(self, limits, lambda n: n >= 1, "1 or more, or null for no limit")
 
 
 @dataclass
@@ -93,11 +96,8 @@ class GenerateSection(EndpointSection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.temperature < 0:
-            raise ValueError(f"generate.temperature is {self.temperature}; expected 0 or more")
-        for name in ("max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"generate.{name} is {getattr(self, name)}; expected 1 or more")
+        _require(self, "temperature", lambda n: n >= 0, "0 or more")
+        _require(self, "max_new_tokens batch_size", lambda n: n >= 1, "1 or more")
 
 
 @dataclass
@@ -117,8 +117,7 @@ class JudgeSection(EndpointSection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.parse_retries < 0:
-            raise ValueError(f"judge.parse_retries is {self.parse_retries}; expected 0 or more")
+        _require(self, "parse_retries", lambda n: n >= 0, "0 or more")
 
 
 @dataclass
@@ -141,10 +140,7 @@ class EvaluateConfig:
     seed: int = 0  # of the bootstrap
 
     def __post_init__(self) -> None:
-        if self.bootstrap < 1:
-            raise ValueError(f"bootstrap is {self.bootstrap}; expected 1 resample or more")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit is {self.limit}; expected 1 or more, or null for all items")
+        _require(self, "bootstrap limit", lambda n: n >= 1, "1 or more")
         sources = {
             "model.path": self.model.path,
             "generate.base_url": self.generate.base_url,

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import time
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,15 +49,12 @@ class Request:
 
     def content(self) -> dict[str, Any]:
         """What the reply depends on, as JSON."""
-        row = asdict(self)
-        del row["response_format"]
-        return row
+        return {k: v for k, v in asdict(self).items() if k != "response_format"}
 
     @property
     def key(self) -> str:
         """sha256 of the canonical JSON of the content; the same on every server."""
-        text = json.dumps(self.content(), sort_keys=True, separators=(",", ":"))
-        return sha256_text(text)
+        return sha256_text(json.dumps(self.content(), sort_keys=True, separators=(",", ":")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +70,13 @@ class Reply:
     at: str  # UTC, ISO 8601
 
 
-class ReplyCache:
+class ReplyCache(Journal):
     """All replies ever received, in one append-only file."""
 
     def __init__(self, path: str | Path):
-        self._journal = Journal(path)
-        self._replies = {row["reply"]["key"]: Reply(**row["reply"]) for row in self._journal.rows}
-        self._journal.rows.clear()
+        super().__init__(path)
+        self._replies = {row["reply"]["key"]: Reply(**row["reply"]) for row in self.rows}
+        self.rows.clear()
 
     def __len__(self) -> int:
         return len(self._replies)
@@ -87,11 +85,8 @@ class ReplyCache:
         return self._replies.get(key)
 
     def put(self, request: Request, reply: Reply) -> None:
-        self._journal.append({"reply": asdict(reply), "request": request.content()})
+        self.append({"reply": asdict(reply), "request": request.content()})
         self._replies[reply.key] = reply
-
-    def close(self) -> None:
-        self._journal.close()
 
 
 @dataclass
@@ -131,43 +126,32 @@ class Endpoint:
             timeout=section.timeout_s,
         )
         self._places = asyncio.Semaphore(section.concurrency)
-        self._under_way: dict[str, asyncio.Future[Reply]] = {}
+        self._asking: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._not_before = 0.0  # no request leaves before: a server's Retry-After is for all
         self._next_slot = 0.0  # requests_per_minute
         self._failed_in_a_row = 0
-        self._random = random.Random()
 
     async def close(self) -> None:
         await self._client.close()
 
     async def ask(self, request: Request) -> Reply:
-        """The reply to a request: cached, or under way already, or sent now.
+        """The reply to a request, from the cache or from the server.
 
         Raises RequestFailed when all attempts failed, EndpointError when going on is pointless.
         """
+        if self._cache is None:
+            async with self._places:
+                return await self._attempts(request)
         key = request.key
-        if self._cache is not None:
+        async with self._asking[key]:  # an equal request waits, then finds the reply in the cache
             cached = self._cache.get(key)
             if cached is not None:
                 self.usage.cached += 1
                 return cached
-        if key in self._under_way:
-            return await asyncio.shield(self._under_way[key])
-        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        self._under_way[key] = future
-        try:
             async with self._places:
                 reply = await self._attempts(request)
-            if self._cache is not None:
-                self._cache.put(request, reply)
-            future.set_result(reply)
+            self._cache.put(request, reply)
             return reply
-        except BaseException as error:
-            future.set_exception(error)
-            future.exception()  # retrieved: no warning when nobody else waits
-            raise
-        finally:
-            del self._under_way[key]
 
     async def _attempts(self, request: Request) -> Reply:
         last: Exception | None = None
@@ -187,13 +171,17 @@ class Endpoint:
                 continue
             self._failed_in_a_row = 0
             return reply
+        raise self._failed(f"no usable reply in {self.section.max_retries + 1} attempts: {last}")
+
+    def _failed(self, message: str) -> Exception:
+        """RequestFailed, or EndpointError when so many failed in a row."""
         self._failed_in_a_row += 1
-        if self._failed_in_a_row >= GIVE_UP_AFTER:
-            raise EndpointError(
-                f"{self.section.base_url}: {GIVE_UP_AFTER} requests in a row failed "
-                f"{self.section.max_retries + 1} times each, at last with: {last}"
-            )
-        raise RequestFailed(f"no usable reply in {self.section.max_retries + 1} attempts: {last}")
+        if self._failed_in_a_row < GIVE_UP_AFTER:
+            return RequestFailed(message)
+        return EndpointError(
+            f"{self.section.base_url}: {GIVE_UP_AFTER} requests in a row failed, the last with: "
+            f"{message}"
+        )
 
     async def _wait_for_slot(self) -> None:
         limit = self.section.max_requests
@@ -220,7 +208,7 @@ class Endpoint:
                 )
             self._not_before = max(self._not_before, time.monotonic() + error.retry_after_s)
         wait_s = min(MAX_WAIT_S, self.section.backoff_s * 2**attempt)
-        await asyncio.sleep(self._random.uniform(0, wait_s))
+        await asyncio.sleep(random.uniform(0, wait_s))
 
     async def _send(self, request: Request) -> Reply:
         optional = {
@@ -254,14 +242,9 @@ class Endpoint:
             refused = type(cause).__name__ == "ConnectError"
             hint = "; is the server up?" if refused else ""
             raise _Transient(f"connection failed: {cause}{hint}", hopeless=refused) from error
-        completion = _completion(raw.text)
+        latency_s, at = time.monotonic() - start, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        reply = Reply(request.key, *_completion(raw.text), round(latency_s, 3), at)
         self.usage.replies += 1
-        reply = Reply(
-            key=request.key,
-            **completion,
-            latency_s=round(time.monotonic() - start, 3),
-            at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        )
         self.usage.prompt_tokens += reply.prompt_tokens
         self.usage.completion_tokens += reply.completion_tokens
         return reply
@@ -282,13 +265,9 @@ class Endpoint:
             403: f"the key in {self.section.api_key_env} may not use this",
             404: f"check base_url ({self.section.base_url}) and model ({request.model})",
         }
-        hint = hints.get(status, "check the settings of this endpoint")
         if status in hints:
-            raise EndpointError(f"HTTP {status}: {said}; {hint}") from error
-        self._failed_in_a_row += 1
-        if self._failed_in_a_row >= GIVE_UP_AFTER:
-            raise EndpointError(f"HTTP {status}: {said}; {hint}") from error
-        raise RequestFailed(f"HTTP {status}: {said}") from error
+            raise EndpointError(f"HTTP {status}: {said}; {hints[status]}") from error
+        raise self._failed(f"HTTP {status}: {said}") from error
 
 
 class _Transient(Exception):
@@ -300,8 +279,8 @@ class _Transient(Exception):
         self.hopeless = hopeless  # where no request has ever succeeded
 
 
-def _completion(body: str) -> dict[str, Any]:
-    """Text, finish reason and tokens of a chat completion's body, as fields of a Reply."""
+def _completion(body: str) -> tuple[str, str, int, int]:
+    """(text, finish reason, prompt tokens, completion tokens) of a chat completion's body."""
     try:
         row = json.loads(body)
         choice = row["choices"][0]
@@ -309,12 +288,10 @@ def _completion(body: str) -> dict[str, Any]:
         if not isinstance(content, str | None):
             raise TypeError(f"content is {type(content).__name__}")
         usage = row.get("usage") or {}
-        return {
-            "text": content or "",
-            "finish_reason": str(choice.get("finish_reason") or ""),
-            "prompt_tokens": int(usage.get("prompt_tokens") or 0),
-            "completion_tokens": int(usage.get("completion_tokens") or 0),
-        }
+        prompt, completion = (
+            int(usage.get(f"{name}_tokens") or 0) for name in ("prompt", "completion")
+        )
+        return content or "", str(choice.get("finish_reason") or ""), prompt, completion
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise _Transient(
             f"not a chat completion ({type(error).__name__}: {error}); does the server speak "

@@ -1,7 +1,7 @@
 """What every benchmark has: a file, items with a conversation each, measures of the verdicts."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,12 @@ class Question:
     reference: str = ""  # an answer known to be good, where the benchmark has one
 
 
-def no_questions(item: Item, response: str) -> list[Question]:
+def _no_question(item: Item, response: str) -> Question | None:
     """For benchmarks that code scores."""
-    return []
+    return None
 
 
-def no_code(item: Item, response: str) -> Verdict:
+def _no_code(item: Item, response: str) -> Verdict:
     """For benchmarks that ask the judge about every item."""
     raise NotImplementedError(f"item {item.id} has no question, and no code scores it")
 
@@ -68,8 +68,8 @@ class Benchmark:
 
     load: items of the data file; raises ValueError on another file, and, before any answer is made,
     where something is missing that scoring needs.
-    questions: what the judge is asked about an answer to an item: one question, or none where code
-    scores the item. by_code: the verdict of an item without a question.
+    question: what the judge is asked about an answer to an item; None where code scores the item.
+    by_code: the verdict of an item without a question.
     A verdict holds "scores", one for each constraint from 0 to `maximum`, or None if the judge's
     reply could not be read; verdicts of IFEval and IFBench hold "strict" and "loose" instead.
     measures: numerators and denominators from the verdicts, in the items' order.
@@ -79,14 +79,14 @@ class Benchmark:
     headline: tuple[str, ...]  # the metrics that are printed
     load: Callable[[Path], list[Item]]
     measures: Callable[[list[Item], list[Verdict]], Measures]
-    questions: Callable[[Item, str], list[Question]] = no_questions
-    by_code: Callable[[Item, str], Verdict] = no_code
+    question: Callable[[Item, str], Question | None] = _no_question
+    by_code: Callable[[Item, str], Verdict] = _no_code
     maximum: int = 1
 
     @property
     def judged(self) -> bool:
         """Whether a language model scores some answers."""
-        return self.questions is not no_questions
+        return self.question is not _no_question
 
 
 def locate(source: Source, path: str | None) -> Path:
@@ -94,19 +94,13 @@ def locate(source: Source, path: str | None) -> Path:
 
     Raises ValueError that says where the file comes from.
     """
-    folder = os.environ.get("IOPO_DATA_DIR")
-    if path is not None:
-        found, tried = Path(path), f"data.path={path}"
-    elif folder:
-        found = Path(folder) / source.benchmark / source.file
-        tried = f"$IOPO_DATA_DIR/{source.benchmark}/{source.file} ({found})"
-    else:
-        found, tried = None, "data.path and IOPO_DATA_DIR, which are not set"
-    if found is None or not found.is_file():
+    folder = os.environ.get("IOPO_DATA_DIR", "")
+    found = Path(path) if path is not None else Path(folder, source.benchmark, source.file)
+    if not found.is_file():
         raise ValueError(
-            f"{source.benchmark}: no data file at {tried}. It is not part of this repository: get "
-            f"{source.file} from {source.origin} (licence: {source.licence}; sha256: "
-            f"{source.sha256 or 'not known'}) and set data.path=FILE"
+            f"{source.benchmark}: no data file {found} (data.path={path}, IOPO_DATA_DIR={folder}). "
+            f"It is not part of this repository: get {source.file} from {source.origin} (licence: "
+            f"{source.licence}; sha256: {source.sha256 or 'not known'}) and set data.path=FILE"
         )
     return found
 
@@ -117,27 +111,45 @@ def read_rows(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
     Raises ValueError naming the first rows that lack a field or hold another type there.
     """
     rows = read_records(path)
-    if not rows:
-        raise ValueError(f"{path}: no rows")
     errors = []
     for number, row in enumerate(rows, 1):
         for name, kind in fields.items():
             if not isinstance(row.get(name), kind):
                 found = type(row[name]).__name__ if name in row else "nothing"
                 errors.append(f"{path}: row {number}: {name}: found {found}, expected {kind}")
-    if errors:
-        raise ValueError("\n".join(errors[:10] + ["is this the right file?"]))
+    if errors or not rows:
+        raise ValueError("\n".join([*errors[:10], f"{path}: {len(rows)} rows; the right file?"]))
     return rows
 
 
-def require_unique(path: Path, items: list[Item]) -> list[Item]:
-    """The items; raises ValueError if two share an id."""
+def make_items(
+    path: Path,
+    rows: list[dict[str, Any]],
+    make: Callable[[dict[str, Any]], Item],
+    check: Callable[[Item], object] = lambda item: None,
+) -> list[Item]:
+    """An item for each row. Raises ValueError naming the item that `check` refuses, or two of one
+    id."""
+    items = [make(row) for row in rows]
     seen: set[str] = set()
     for item in items:
+        try:
+            check(item)
+        except ValueError as error:
+            raise ValueError(f"{path}: item {item.id}: {error}") from error
         if item.id in seen:
             raise ValueError(f"{path}: the id {item.id} is there more than once")
         seen.add(item.id)
     return items
+
+
+def scored(
+    items: list[Item], verdicts: list[Verdict]
+) -> Iterator[tuple[Item, Verdict, list[float]]]:
+    """Item, verdict and its scores, without the unparsed ones."""
+    for item, verdict in zip(items, verdicts, strict=True):
+        if verdict["scores"] is not None:
+            yield item, verdict, verdict["scores"]
 
 
 def user_turn(text: str) -> tuple[dict[str, str], ...]:

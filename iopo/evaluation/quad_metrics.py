@@ -5,11 +5,9 @@ code as the judge. Letters: Q quads, columns x1y1, x1y2, x2y2, x2y1.
 """
 
 import dataclasses
-import logging
 import math
 import random
 import re
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data import topics
@@ -29,66 +27,45 @@ from iopo.data.layout import build_shared
 from iopo.data.rows import Quad
 from iopo.data.tokenize import Example
 from iopo.evaluation.config import GenerateSection
+from iopo.evaluation.report import progress
 from iopo.files import sha256_text
 from iopo.logprobs import LogProbs
 from iopo.model.attention import SHARED
-from iopo.model.generate import Decoding, Generation, generate
-from iopo.model.load import default_dtype, load_causal_lm
+from iopo.model.generate import Decoding, generate
+from iopo.model.load import load_causal_lm
 from iopo.model.lora import load_adapter, merge_lora
 from iopo.objectives import MEMBERS, iopo_margin
 from iopo.stats import Estimate
-from iopo.training.metrics import preferences
 
 # A smaller margin is rounding, not a preference: in bf16 the margins of 150 quads whose two
 # instructions were the same text had a standard deviation of 0.43 nats and reached 1.14.
 TIE_NATS = 1.5
 
-BLOCKS, BLOCK_TOKENS = 16, 512
+TOKENS_PER_BATCH = 4096  # of quads that are scored together
+BLOCKS, BLOCK_TOKENS = 16, 512  # of plain text
 BLOCK_CHARACTERS = 8 * BLOCK_TOKENS  # more than 512 tokens of English are ever made of
 
-log = logging.getLogger(__name__)
+
+def load_for_scoring(path: Path, adapter: str | None, device: str, dtype: torch.dtype) -> LogProbs:
+    """A model folder, with the adapter merged if one is named, for `score`."""
+    model = load_causal_lm(path, dtype, attention=SHARED)
+    if adapter is not None:
+        load_adapter(model, adapter)
+        merge_lora(model)
+    torch.nn.Module.to(model, device)
+    return LogProbs(model.eval())
 
 
-class Scorer:
-    """A model folder loaded for scoring quads by log-prob, and the same weights to generate."""
-
-    def __init__(
-        self,
-        path: Path,
-        adapter: str | None = None,
-        device: str = "cpu",
-        dtype: torch.dtype | None = None,  # None: what is fast on a CPU
-    ):
-        model = load_causal_lm(path, dtype or default_dtype("cpu"), attention=SHARED)
-        if adapter is not None:
-            load_adapter(model, adapter)
-            merge_lora(model)
-        torch.nn.Module.to(model, device)
-        self.logprobs, self.device = LogProbs(model.eval()), torch.device(device)
-
-    @torch.inference_mode()
-    def score(self, examples: Sequence[Example], tokens_per_batch: int = 4096) -> Tensor:
-        """Log-probs of every member, float32 [Q, 4], in the order of `examples`."""
-        policy_Q4 = torch.empty(len(examples), len(MEMBERS))
-        alone = Batching(1, ranks=1, seed=0, tokens_per_microbatch=tokens_per_batch)
-        for indices in pass_micro_batches(token_counts(examples, "shared"), alone, rank=0):
-            assert indices is not None, "one rank always has something"
-            batch = build_shared([examples[i] for i in indices]).to(self.device)
-            policy_Q4[list(indices)] = self.logprobs(batch).cpu()
-        return policy_Q4
-
-    def for_generation(self) -> PreTrainedModel:
-        """The same model with stock attention; `score` does not work after this call."""
-        self.logprobs.causal_lm.set_attn_implementation("sdpa")
-        return self.logprobs.causal_lm
-
-
-def preference_shares(policy_Q4: Tensor) -> dict[str, Estimate]:
-    """group_accuracy, x_preference and y_preference with 95% Wilson intervals."""
-    return {
-        name: stats.wilson(int(right.sum()), len(right))
-        for name, right in preferences(policy_Q4).items()
-    }
+@torch.inference_mode()
+def score(logprobs: LogProbs, examples: Sequence[Example]) -> Tensor:
+    """Log-probs of every member, float32 [Q, 4], in the order of `examples`."""
+    policy_Q4 = torch.empty(len(examples), len(MEMBERS))
+    alone = Batching(1, ranks=1, seed=0, tokens_per_microbatch=TOKENS_PER_BATCH)
+    for indices in pass_micro_batches(token_counts(examples, "shared"), alone, rank=0):
+        assert indices is not None, "one rank always has something"
+        batch = build_shared([examples[i] for i in indices]).to(logprobs.causal_lm.device)
+        policy_Q4[list(indices)] = logprobs(batch).cpu()
+    return policy_Q4
 
 
 def margins(policy_Q4: Tensor, reference_Q4: Tensor) -> dict[str, Estimate]:
@@ -161,37 +138,27 @@ def answer_prompts(
 ) -> list[Answer]:
     """Greedy answers to x1 and x2 of every quad, judged by code. Two answers per quad, in order.
 
-    splits: what each quad is held out for (seen | unseen_params | unseen_kinds). section: its
-    max_new_tokens, batch_size, and system_prompt, for quads without their own. Raises ValueError
-    for a quad that is not `checkable`.
+    quads: all `checkable`. splits: what each is held out for (seen | unseen_params | unseen_kinds).
+    section: its max_new_tokens, batch_size, and system_prompt, for quads without their own.
     """
-    sides = [(q, s, n) for q, s in zip(quads, splits, strict=True) for n in (1, 2)]
-    lists = [(quad.c1 if side == 1 else quad.c2) or [] for quad, _, side in sides]
-    bare = [quad.id for quad in quads if not checkable(quad)]
-    if bare:
-        raise ValueError(f"code cannot check the constraints (c1, c2) of these quads: {bare[:5]}")
-    prompts = [quad.x1 if side == 1 else quad.x2 for quad, _, side in sides]
+    sides = [
+        (f"{quad.id}/{side}", prompt, rows or [], quad.system, split)
+        for quad, split in zip(quads, splits, strict=True)
+        for side, prompt, rows in ((1, quad.x1, quad.c1), (2, quad.x2, quad.c2))
+    ]
     chat = Chat(tokenizer, section.system_prompt)
-    conversations = [
-        chat.messages(prompt, quad.system)
-        for prompt, (quad, _, _) in zip(prompts, sides, strict=True)
-    ]
-    last = time.monotonic()
-
-    def progress(done: int, total: int) -> None:
-        nonlocal last
-        if done == total or time.monotonic() - last > 10:
-            last = time.monotonic()
-            log.info("%d of %d answers", done, total)
-
+    conversations = [chat.messages(prompt, system) for _, prompt, _, system, _ in sides]
+    show = progress(len(sides), "answers")
     decoding = Decoding(section.max_new_tokens, batch_size=section.batch_size)
-    generations = generate(model, chat, conversations, decoding, progress)
-    return [
-        _judge(f"{quad.id}/{side}", prompt, split, rows, generation)
-        for (quad, split, side), prompt, rows, generation in zip(
-            sides, prompts, lists, generations, strict=True
-        )
-    ]
+    generations = generate(model, chat, conversations, decoding, lambda done, _: show(done))
+    answers = []
+    for (name, prompt, rows, _, split), generation in zip(sides, generations, strict=True):
+        checks, text = [constraints.from_dict(row) for row in rows], generation.text.strip()
+        follows = tuple(constraints.follows(checks, text))
+        kinds, texts = (tuple(row[key] for row in rows) for key in ("kind", "text"))
+        reason = generation.finish_reason
+        answers.append(Answer(name, prompt, text, reason, split, kinds, follows, texts))
+    return answers
 
 
 def checkable(quad: Quad) -> bool:
@@ -207,33 +174,15 @@ def checkable(quad: Quad) -> bool:
     return True
 
 
-def _judge(
-    name: str, prompt: str, split: str, rows: list[dict[str, Any]], generation: Generation
-) -> Answer:
-    checks = [constraints.from_dict(row) for row in rows]
-    text = generation.text.strip()
-    return Answer(
-        id=name,
-        prompt=prompt,
-        text=text,
-        finish_reason=generation.finish_reason,
-        split=split,
-        kinds=tuple(check.kind for check in checks),
-        follows=tuple(constraints.follows(checks, text)),
-        texts=tuple(row["text"] for row in rows),
-    )
-
-
 def following(answers: Sequence[Answer]) -> dict[str, Estimate]:
     """Share of answers that follow all their constraints (strict), in all and by split."""
-    out = {"all": _share(answers)}
+    groups = {"all": list(answers)}
     for split in sorted({answer.split for answer in answers}):
-        out[split] = _share([answer for answer in answers if answer.split == split])
-    return out
-
-
-def _share(answers: Sequence[Answer]) -> Estimate:
-    return stats.wilson(sum(answer.all_followed for answer in answers), len(answers))
+        groups[split] = [answer for answer in answers if answer.split == split]
+    return {
+        name: stats.wilson(sum(answer.all_followed for answer in group), len(group))
+        for name, group in groups.items()
+    }
 
 
 def following_gain(before: Sequence[Answer], after: Sequence[Answer]) -> Estimate:

@@ -1,9 +1,11 @@
 """Scores for people: lines on the terminal and one page that needs no other file."""
 
-import json
 import logging
+import time
+from collections.abc import Callable
 from typing import Any
 
+from iopo import stats
 from iopo.evaluation.items import Item, Verdict
 from iopo.page import page as html_page
 
@@ -43,29 +45,33 @@ All: verdicts.jsonl.</p>
 """)
 
 
-def plain(value: Any) -> Any:
-    """Enums as their values, so that it can be JSON."""
-    return json.loads(json.dumps(value, default=lambda member: member.value))
+def progress(total: int, what: str) -> Callable[[int], None]:
+    """A function of the number done that logs it: at the end, and every ten seconds before."""
+    last = time.monotonic()
+
+    def show(done: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last > 10:
+            last = time.monotonic()
+            log.info("%d of %d %s", done, total, what)
+
+    return show
 
 
-def _scale(metric: str) -> tuple[float, int]:
+def scale_of(metric: str) -> tuple[float, int]:
     """Factor and digits: percent; CSL, which counts levels, as it is."""
     return (1, 2) if metric.startswith("CSL") else (100, 1)
 
 
-def number(metric: str, entry: dict[str, Any]) -> str:
+def number(metric: str, entry: Any) -> str:
     """A score as text, in percent (CSL: in levels): 12.3 [10.1, 14.9]."""
-    if entry["value"] is None:
-        return "not read"
-    scale, digits = _scale(metric)
-    value, low, high = (f"{scale * entry[key]:.{digits}f}" for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
+    return "not read" if entry["value"] is None else stats.shown(entry, *scale_of(metric))
 
 
 def _bounds(metric: str, entry: dict[str, Any]) -> str:
     if "bounds" not in entry:
         return ""
-    scale, digits = _scale(metric)
+    scale, digits = scale_of(metric)
     low, high = (f"{scale * bound:.{digits}f}" for bound in entry["bounds"])
     return f"  (unparsed judgements: between {low} and {high})"
 
@@ -85,37 +91,34 @@ def page(scores: dict[str, Any], samples: list[dict[str, Any]]) -> str:
     config = scores["config"]
     who = config["responses"]["path"] or config["generate"]["model"] or config["model"]["path"]
     judge = {k: v for k, v in scores["judge"].items() if k != "unparsed"}
+    parts = {"data": scores["data"], "judge": judge, "responses": scores["responses"]}
     return _BODY.render(
         title=f"{scores['benchmark']}: {who}",
         who=who,
         scores=scores,
         groups=_groups(scores),
         samples=samples,
-        made={
-            "data": _flat(scores["data"]),
-            "judge": _flat(judge),
-            "responses": _flat(scores["responses"]),
-        },
         number=number,
         bounds=_bounds,
+        made={name: _flat(part) for name, part in parts.items()},
         x=lambda share: f"{200 * max(0.0, min(1.0, share)):.1f}",
     )
 
 
 def _groups(scores: dict[str, Any]) -> dict[str, list[str]]:
     """Metrics that are not headlines, by the part of their name before the first slash."""
+
+    def natural(metric: str) -> tuple[str, int, str]:  # "constraints/9" before "constraints/10+"
+        head, _, rest = metric.partition("/")
+        digits = rest.rstrip("+")
+        return head, int(digits) if digits.isdigit() else 0, rest
+
     groups: dict[str, list[str]] = {}
     for metric in scores["scores"]:
         if metric not in scores["headline"]:
             head, slash, _ = metric.partition("/")
             groups.setdefault(head if slash else "other scores", []).append(metric)
-    return {name: sorted(names, key=_natural) for name, names in groups.items()}
-
-
-def _natural(metric: str) -> tuple[str, int, str]:
-    head, _, rest = metric.partition("/")
-    digits = rest.rstrip("+")
-    return head, int(digits) if digits.isdigit() else 0, rest
+    return {name: sorted(names, key=natural) for name, names in groups.items()}
 
 
 def samples(
@@ -125,10 +128,16 @@ def samples(
 
     texts: answers by item id. best: the highest score of one constraint.
     """
-    pairs = sorted(zip(items, verdicts, strict=True), key=lambda pair: _held(pair[1], best))
+
+    def held_of(verdict: Verdict) -> float:
+        """Share of the best possible score; -1 where nothing was read."""
+        marks = verdict.get("strict", verdict.get("scores"))
+        return sum(marks) / (best * len(marks)) if marks else -1.0
+
+    pairs = sorted(zip(items, verdicts, strict=True), key=lambda pair: held_of(pair[1]))
     out = []
     for item, verdict in pairs[: SAMPLES // 2] + pairs[SAMPLES // 2 :][-SAMPLES // 2 :]:
-        held = _held(verdict, best)
+        held = held_of(verdict)
         prompt = "\n\n".join(f"[{m['role']}] {m['content']}" for m in item.messages)
         marks = _flat({k: v for k, v in verdict.items() if k != "replies"})
         out.append(
@@ -140,14 +149,6 @@ def samples(
             }
         )
     return out
-
-
-def _held(verdict: Verdict, best: float) -> float:
-    """Share of the best possible score, for sorting; -1 where nothing was read."""
-    marks = verdict.get("strict", verdict.get("scores"))
-    if not marks:
-        return -1.0
-    return sum(marks) / (best * len(marks))
 
 
 def _cut(text: str) -> str:

@@ -4,6 +4,7 @@ What is made is appended to responses.jsonl as it arrives; a killed run goes on 
 """
 
 import asyncio
+import itertools
 import json
 import logging
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ from typing import Any
 from iopo.evaluation.config import EvaluateConfig, GenerateSection, ModelSection
 from iopo.evaluation.endpoint import Endpoint, Request, RequestFailed, run_together
 from iopo.evaluation.items import Item
-from iopo.files import Journal, read_records, sha256_text
+from iopo.evaluation.report import progress
+from iopo.files import Journal, read_records, sha256_text, write_text
 
 NAMED = 5  # ids shown in a message; the rest are counted
 
@@ -46,30 +48,20 @@ class Responses:
         """What the user must know about the answers before reading the scores."""
         empty = self.counts()["empty"]
         name, reason = next(iter(self.failed.items()), ("", ""))
-        notes = [
-            (
-                self.missing,
-                f"no answer to {len(self.missing)} items ({some(self.missing)}): scored as "
-                "following nothing",
+        nothing = "scored as following nothing"
+        notes = {
+            f"no answer to {len(self.missing)} items ({some(self.missing)}): {nothing}": (
+                self.missing
             ),
-            (
-                self.failed,
-                f"the server failed on {len(self.failed)} items (first {name}: {reason}): scored "
-                "as following nothing; run the same command again to ask for them again",
-            ),
-            (
-                self.unknown,
-                f"answers to {len(self.unknown)} ids that the data lacks ({some(self.unknown)}): "
-                "ignored",
-            ),
-            (
-                self.repeated,
-                f"{self.repeated} answers are there twice, word for word: counted once",
-            ),
-            (empty, f"{empty} empty answers: scored as following nothing"),
-            (self.cut, f"{self.cut} answers ended at the token limit"),
-        ]
-        return [note for found, note in notes if found]
+            f"the server failed on {len(self.failed)} items (first {name}: {reason}): {nothing}; "
+            "run the same command again to ask for them again": self.failed,
+            f"answers to {len(self.unknown)} ids that the data lacks ({some(self.unknown)}): "
+            "ignored": self.unknown,
+            f"{self.repeated} answers are there twice, word for word: counted once": self.repeated,
+            f"{empty} empty answers: {nothing}": empty,
+            f"{self.cut} answers ended at the token limit": self.cut,
+        }
+        return [note for note, found in notes.items() if found]
 
 
 def row_key(item: Item) -> dict[str, Any]:
@@ -137,7 +129,7 @@ def make_responses(config: EvaluateConfig, items: list[Item], data: str, out: Pa
     """
     check_manifest(out / "responses.manifest.json", manifest(config, data))
     with Journal(out / "responses.jsonl") as journal:
-        done = {str(row.get("id", row.get("key"))): row for row in journal.rows}
+        done = _by_id(journal.rows)
         pending = [item for item in items if item.id not in done]
         log.info("%d of %d answers are there already", len(items) - len(pending), len(items))
         failed: dict[str, str] = {}
@@ -145,8 +137,7 @@ def make_responses(config: EvaluateConfig, items: list[Item], data: str, out: Pa
             failed = asyncio.run(_ask_server(config.generate, pending, journal))
         elif pending:
             _in_process(config, items, set(done), journal)
-    made = read_records(out / "responses.jsonl")
-    rows = {str(row.get("id", row.get("key"))): row for row in made}
+    rows = _by_id(read_records(out / "responses.jsonl"))
     found = {item.id: rows[item.id] for item in items if item.id in rows}
     return Responses(
         text={name: row["response"] for name, row in found.items()},
@@ -156,25 +147,21 @@ def make_responses(config: EvaluateConfig, items: list[Item], data: str, out: Pa
     )
 
 
+def _by_id(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {str(row.get("id", row.get("key"))): row for row in rows}
+
+
 def manifest(config: EvaluateConfig, data: str) -> dict[str, Any]:
     """All that the answers depend on; batch size and concurrency are not meant to matter."""
-    section = config.generate
-    settings = {
-        "temperature": section.temperature,
-        "max_new_tokens": section.max_new_tokens,
-        "system_prompt": section.system_prompt,
-        "seed": section.seed,
-    }
+    section, adapter = config.generate, config.model.adapter
+    names = ("temperature", "max_new_tokens", "system_prompt", "seed")
+    settings = {"data": data} | {name: getattr(section, name) for name in names}
     if section.base_url is not None:
-        return {"data": data, **settings, "model": section.model, "extra": section.extra}
+        return settings | {"model": section.model, "extra": section.extra}
     from iopo.model.load import resolve_model, weights_hash
 
-    folder = resolve_model(config.model.path or "")
-    adapter = config.model.adapter
-    return {
-        "data": data,
-        **settings,
-        "weights": weights_hash(folder),
+    return settings | {
+        "weights": weights_hash(resolve_model(config.model.path or "")),
         "adapter": None if adapter is None else weights_hash(adapter),
         "dtype": config.model.dtype,
     }
@@ -184,16 +171,15 @@ def check_manifest(path: Path, wanted: dict[str, Any]) -> None:
     """Write the manifest, or raise ValueError where a different one is there."""
     text = json.dumps(wanted, indent=1, sort_keys=True, ensure_ascii=False)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
         return
     found = json.loads(path.read_text(encoding="utf-8"))
     keys = sorted(key for key in {**found, **wanted} if found.get(key) != wanted.get(key))
     if keys:
         shown = "; ".join(f"{k}: there {found.get(k)!r}, now {wanted.get(k)!r}" for k in keys)
         raise ValueError(
-            f"{path.parent}: holds answers made with other settings ({shown}); choose another "
-            "out=, or remove that folder"
+            f"{path.parent}: made with other settings ({shown}); choose another folder, or remove "
+            "that one"
         )
 
 
@@ -203,10 +189,10 @@ async def _ask_server(
     """Ask for all, journal each answer as it arrives; returns the failures by item id."""
     endpoint = Endpoint(section)
     failures: dict[str, str] = {}
-    done = 0
+    done = itertools.count(1)
+    show = progress(len(items), "answers")
 
     async def one(item: Item) -> None:
-        nonlocal done
         request = Request(
             model=endpoint.model,
             messages=tuple(conversation(item, section)),
@@ -222,9 +208,7 @@ async def _ask_server(
             return
         row = {**row_key(item), "response": reply.text, "finish_reason": reply.finish_reason}
         journal.append({**row, "tokens": reply.completion_tokens})
-        done += 1
-        if done % 20 == 0 or done == len(items):
-            log.info("%d of %d answers", done, len(items))
+        show(next(done))
 
     try:
         await run_together([one(item) for item in items])
@@ -244,7 +228,7 @@ def _in_process(
     model, tokenizer = load_model(config.model)
     chat, section = Chat(tokenizer), config.generate
     order = sorted(items, key=lambda item: -sum(len(m["content"]) for m in item.messages))
-    made = len(done)
+    made, show = len(done), progress(len(items), "answers")
     for start in range(0, len(order), section.batch_size):
         batch = order[start : start + section.batch_size]
         if all(item.id in done for item in batch):
@@ -253,7 +237,7 @@ def _in_process(
             section.max_new_tokens,
             section.temperature,
             batch_size=section.batch_size,
-            seed=batch_seed(section.seed, batch),
+            seed=int(sha256_text(f"{section.seed}/{batch[0].id}")[:8], 16),
         )
         answers = generate(model, chat, [conversation(item, section) for item in batch], decoding)
         rows = [
@@ -263,12 +247,7 @@ def _in_process(
         ]
         journal.append(*rows)
         made += len(rows)
-        log.info("%d of %d answers", made, len(items))
-
-
-def batch_seed(seed: int, batch: list[Item]) -> int:
-    """A seed of the batch's own, from its first item."""
-    return int(sha256_text(f"{seed}/{batch[0].id}")[:8], 16)
+        show(made)
 
 
 def default_out(config: EvaluateConfig) -> Path:

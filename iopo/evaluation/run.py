@@ -20,7 +20,7 @@ from iopo.data.rows import spread
 from iopo.evaluation import benchmarks, report, responses, scoring
 from iopo.evaluation.config import BenchmarkSection, EvaluateConfig, JudgeSection
 from iopo.evaluation.items import Benchmark, Item, Verdict, locate
-from iopo.evaluation.judge.engine import judge_items, plan, require_judge
+from iopo.evaluation.judge import judge_items, plan, require_judge
 from iopo.files import sha256_file, write_records, write_text
 
 log = logging.getLogger(__name__)
@@ -54,25 +54,36 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if benchmark.judged:
         require_judge(config.judge, name)
     out = Path(config.out or responses.default_out(config))
-    if answers is not None:
-        _refuse_to_overwrite(config, out)
     out.mkdir(parents=True, exist_ok=True)
     data = sha256_file(path)
     if answers is None:
         answers = responses.make_responses(config, items, data, out)
+    elif (out / "responses.manifest.json").exists():
+        raise ValueError(f"{out}: holds answers that were made there; choose another out=")
+    elif (out / "responses.jsonl").resolve() == Path(config.responses.path or "").resolve():
+        raise ValueError(f"{out}: responses.path would be overwritten; choose another out=")
     known_file = benchmark.source.sha256 in (None, data)
     notes = answers.notes()
     if not known_file:
         notes.append(f"{path} is not the file we know (sha256 {data}); scores may not compare")
     for line in notes:
         log.info("note: %s", line)
-    verdicts, judged = _verdicts(config, benchmark, items, answers.text, out)
-    scores = total(config, benchmark, items, verdicts) | {
+    judged: dict[str, Any] = {}  # what the judge was asked and used
+    if benchmark.judged:
+        verdicts, judged = judge_items(config.judge, benchmark, items, answers.text, out)
+    else:
+        verdicts = [benchmark.by_code(item, answers.text.get(item.id, "")) for item in items]
+    scores = {
+        "benchmark": name,
+        "headline": list(benchmark.headline),
+        "items": len(items),
+        "unparsed": sum(row.get("scores", ()) is None for row in verdicts),
+        "scores": _total(config, benchmark, items, verdicts),
         "responses": answers.counts(),
         "notes": notes,
         "judge": judged,
         "data": {"path": str(path), "sha256": data, "known": known_file},
-        "config": report.plain(asdict(config)),
+        "config": asdict(config),
         "versions": {"iopo": iopo.__version__, "python_openai": version("openai")},
         "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -80,19 +91,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     report.log_scores(scores)
     log.info("written: %s/scores.json, verdicts.jsonl, measures.jsonl, report.html", out)
     return scores
-
-
-def _verdicts(
-    config: EvaluateConfig,
-    benchmark: Benchmark,
-    items: list[Item],
-    texts: dict[str, str],
-    out: Path,
-) -> tuple[list[Verdict], dict[str, Any]]:
-    """(verdicts in the items' order, what the judge was asked and used)."""
-    if benchmark.judged:
-        return judge_items(config.judge, benchmark, items, texts, out)
-    return [benchmark.by_code(item, texts.get(item.id, "")) for item in items], {}
 
 
 def _write(
@@ -131,43 +129,26 @@ def find(name: str) -> ModuleType:
     return importlib.import_module(f"{benchmarks.__name__}.{name}")
 
 
-def _refuse_to_overwrite(config: EvaluateConfig, out: Path) -> None:
-    if (out / "responses.manifest.json").exists():
-        raise ValueError(f"{out}: holds answers that were made there; choose another out=")
-    if (out / "responses.jsonl").resolve() == Path(config.responses.path or "").resolve():
-        raise ValueError(f"{out}: responses.path would be overwritten; choose another out=")
-
-
-def total(
+def _total(
     config: EvaluateConfig, benchmark: Benchmark, items: list[Item], verdicts: list[Verdict]
-) -> dict[str, Any]:
+) -> dict[str, dict[str, Any]]:
     """Scores with intervals; with bounds where verdicts could not be read."""
     table = benchmark.measures(items, verdicts)
     scores = scoring.summarise(table, resamples=config.bootstrap, seed=config.seed)
-    unparsed = sum(row.get("scores", ()) is None for row in verdicts)
-    if unparsed:
-        lowest, highest = (
-            benchmark.measures(items, _filled(benchmark, items, verdicts, score))
-            for score in (0.0, float(benchmark.maximum))
-        )
-        scores = scoring.with_bounds(scores, lowest, highest)
-    return {
-        "benchmark": config.benchmark.name,
-        "headline": list(benchmark.headline),
-        "items": len(items),
-        "unparsed": unparsed,
-        "scores": scores,
-    }
+    unparsed = {i for i, verdict in enumerate(verdicts) if verdict.get("scores", ()) is None}
+    if not unparsed:
+        return scores
 
+    def filled(score: float) -> list[Verdict]:
+        """The verdicts, with this score for every constraint in place of each unparsed one."""
+        out = list(verdicts)
+        for i in unparsed:
+            question = benchmark.question(items[i], "")
+            assert question is not None, "code always gives scores"
+            out[i] = {**verdicts[i], "scores": [score] * len(question.criteria)}
+        return out
 
-def _filled(
-    benchmark: Benchmark, items: list[Item], verdicts: list[Verdict], score: float
-) -> list[Verdict]:
-    """The verdicts, with this score for every constraint in place of each unparsed one."""
-    out = []
-    for item, verdict in zip(items, verdicts, strict=True):
-        if verdict["scores"] is None:
-            count = len(benchmark.questions(item, "")[0].criteria)
-            verdict = {**verdict, "scores": [score] * count}
-        out.append(verdict)
-    return out
+    lowest, highest = (
+        benchmark.measures(items, filled(score)) for score in (0.0, float(benchmark.maximum))
+    )
+    return scoring.with_bounds(scores, lowest, highest)

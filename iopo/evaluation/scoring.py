@@ -121,8 +121,8 @@ def compare(metric: str, a: Measures, b: Measures, *, resamples: int, seed: int)
     found = stats.interval(value_b - value_a, values_R, len(shared))
     only_a = only_b = p = None
     if _is_share(a_U2) and _is_share(b_U2):
-        test = stats.mcnemar_exact(a_U2[:, 0] / a_U2[:, 1], b_U2[:, 0] / b_U2[:, 1])
-        only_a, only_b, p = test["first_only"], test["second_only"], test["p"]
+        rights = (units_U2[:, 0] / units_U2[:, 1] for units_U2 in (a_U2, b_U2))
+        only_a, only_b, p = stats.mcnemar_exact(*rights)
     return Difference(
         metric, value_a, value_b, found["value"], found["low"], found["high"], len(shared),
         only_a, only_b, p,

@@ -14,8 +14,9 @@ import time
 import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iopo.data.chat import Chat
@@ -24,11 +25,36 @@ from iopo.evaluation.responses import load_model
 from iopo.model.generate import Decoding, Generation, generate
 
 MAX_BODY_BYTES = 8 * 2**20
-ROLES = ("system", "user", "assistant")
 
 
-class BadRequest(ValueError):
-    """The client's fault: answered with status 400 and this text."""
+class Message(BaseModel):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class ChatRequest(BaseModel):
+    """The body of POST /v1/chat/completions. Other keys are ignored; null is the default."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: str | None = None
+    messages: list[Message] = Field(min_length=1)
+    stream: bool | None = False
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = None
+    # not supported by this small server
+    n: Literal[1] | None = None
+    stop: None = None
+    tools: None = None
+
+    @property
+    def conversation(self) -> list[dict[str, str]]:
+        return [{"role": message.role, "content": message.content} for message in self.messages]
 
 
 class Served:
@@ -38,82 +64,30 @@ class Served:
         self.name = name
         self.started = int(time.time())
         self._model = model
-        self._tokenizer = tokenizer
         self._chat = Chat(tokenizer)
         self._lock = threading.Lock()  # one forward at a time: threads only wait
 
     def prompt_tokens(self, messages: list[dict[str, str]]) -> int:
         return len(self._chat.prompt_ids(messages))
 
-    def answer(self, request: "ChatRequest") -> Generation:
-        """The whole answer. Raises BadRequest if the prompt does not fit."""
-        with self._lock:
-            try:
-                decoding = Decoding(
-                    self._room(request),
-                    request.temperature,
-                    request.top_p,
-                    batch_size=1,
-                    seed=request.seed,
-                )
-                (found,) = generate(self._model, self._chat, [request.messages], decoding)
-            except ValueError as error:
-                raise BadRequest(str(error)) from error
-        return found
-
-    def _room(self, request: "ChatRequest") -> int:
-        """Tokens that may be generated: as asked, or as many as fit."""
+    def answer(self, request: ChatRequest) -> Generation:
+        """The whole answer. Raises ValueError if another model is asked or the prompt is too
+        long."""
+        if request.model not in (None, self.name):
+            raise ValueError(f"model {request.model!r} is not served here; expected {self.name!r}")
         positions = self._model.config.get_text_config().max_position_embeddings
-        room = positions - self.prompt_tokens(request.messages)
+        room = positions - self.prompt_tokens(request.conversation)
         if room < 1:
-            raise BadRequest(f"the conversation fills all {positions} positions of the model")
-        return min(request.max_tokens or room, room)
-
-
-class ChatRequest:
-    """A checked body of POST /v1/chat/completions. Raises BadRequest."""
-
-    def __init__(self, body: Any, served: Served):
-        if not isinstance(body, dict):
-            raise BadRequest("expected a JSON object")
-        model = body.get("model", served.name)
-        if model != served.name:
-            raise BadRequest(f"model {model!r} is not served here; expected {served.name!r}")
-        self.messages = _messages(body.get("messages"))
-        self.stream = _typed(body, "stream", bool, False)
-        limit = body.get("max_completion_tokens", body.get("max_tokens"))
-        if limit is not None and (not isinstance(limit, int) or limit < 1):
-            raise BadRequest(f"max_tokens is {limit!r}; expected a whole number above 0")
-        self.max_tokens: int | None = limit
-        self.temperature = float(_typed(body, "temperature", (int, float), 1.0))
-        self.top_p = float(_typed(body, "top_p", (int, float), 1.0))
-        self.seed = _typed(body, "seed", int, 0)
-        if not 0 <= self.temperature < float("inf") or not 0 < self.top_p <= 1:
-            raise BadRequest("expected temperature of 0 or more, and top_p above 0, at most 1")
-        if body.get("n", 1) != 1 or body.get("stop") or body.get("tools"):
-            raise BadRequest("n above 1, stop and tools are not supported by this small server")
-
-
-def _typed(body: dict[str, Any], name: str, kind: Any, default: Any) -> Any:
-    value = body.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise BadRequest(f"{name} is {value!r}; expected {kind}")
-    return value
-
-
-def _messages(found: Any) -> list[dict[str, str]]:
-    if not isinstance(found, list) or not found:
-        raise BadRequest("messages: expected a list of at least one message")
-    messages = []
-    for message in found:
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise BadRequest(f"messages: expected objects with a role among {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str):
-            raise BadRequest("messages: expected text as content")
-        messages.append({"role": message["role"], "content": message["content"]})
-    return messages
+            raise ValueError(f"the conversation fills all {positions} positions of the model")
+        decoding = Decoding(
+            min(request.max_completion_tokens or request.max_tokens or room, room),
+            1.0 if request.temperature is None else request.temperature,
+            request.top_p or 1.0,
+            batch_size=1,
+            seed=request.seed or 0,
+        )
+        with self._lock:
+            return generate(self._model, self._chat, [request.conversation], decoding)[0]
 
 
 def make_server(served: Served, host: str, port: int) -> ThreadingHTTPServer:
@@ -129,27 +103,22 @@ def make_server(served: Served, host: str, port: int) -> ThreadingHTTPServer:
             self._json(200, {"object": "list", "data": [entry | {"owned_by": "local"}]})
 
         def do_POST(self) -> None:
-            try:
-                length = int(self.headers.get("Content-Length", 0))
-            except ValueError:
-                length = -1
-            if not 0 <= length <= MAX_BODY_BYTES:
-                self.close_connection = True  # the body stays unparsed
+            length = self.headers.get("Content-Length", "0")
+            if not length.isdecimal() or int(length) > MAX_BODY_BYTES:
+                self.close_connection = True  # the body stays unread
                 return self._json(413, _error(f"expected a body of at most {MAX_BODY_BYTES} bytes"))
-            data = self.rfile.read(length)
+            data = self.rfile.read(int(length))
             if self.path.rstrip("/") != "/v1/chat/completions":
                 return self._json(404, _error(f"no such route: {self.path}"))
             try:
-                request = ChatRequest(json.loads(data), served)
+                request = ChatRequest.model_validate_json(data)
                 row = _completion(served, request)
                 if request.stream:
                     events = f"data: {json.dumps(row)}\n\ndata: [DONE]\n\n"
                     return self._send(200, events, "text/event-stream")
                 self._json(200, row)
-            except BadRequest as error:
+            except ValueError as error:  # from pydantic, too
                 self._json(400, _error(str(error)))
-            except ValueError as error:  # not JSON, or not UTF-8
-                self._json(400, _error(f"the body is not JSON: {error}"))
 
         def _json(self, status: int, row: dict[str, Any]) -> None:
             self._send(status, json.dumps(row), "application/json")
@@ -181,7 +150,7 @@ def _completion(served: Served, request: ChatRequest) -> dict[str, Any]:
     found = served.answer(request)
     message = {"role": "assistant", "content": found.text}
     field = "delta" if request.stream else "message"
-    prompt = served.prompt_tokens(request.messages)
+    prompt = served.prompt_tokens(request.conversation)
     return {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion.chunk" if request.stream else "chat.completion",

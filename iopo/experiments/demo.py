@@ -6,11 +6,9 @@ writes summary.json and report.html. A stage that is already complete is not run
 
 import argparse
 import json
-import os
-import re
+import resource
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from iopo.page import page
+from iopo.stats import shown
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = REPOSITORY / "data" / "verified"
@@ -49,14 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of the demo")
     args = parser.parse_args(arguments)
     started = time.time()
-    memory = PeakMemory()
     call("-c", "from iopo.model.load import resolve_model; resolve_model('demo')")
     train(args.run / "sft", "smollm2_135m_sft", *SFT)
     train(args.run / "iopo", "smollm2_135m_iopo", f"model.path={args.run}/sft/export", *IOPO)
     summary, answers = score(args.run)
     # of this call: a stage that was complete before it took no time in it
     summary["seconds"] = round(time.time() - started, 1)
-    summary["peak_rss_gb"] = round(memory.stop(), 2)
+    # of the largest process: this one, or one that it or train.py waited for
+    peaks = [
+        resource.getrusage(who).ru_maxrss
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    ]
+    summary["peak_rss_gb"] = round(max(peaks) * 1024 / 1e9, 2)
     (args.run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     write_page(args.run, summary, answers)
     print_table(summary)
@@ -121,12 +124,12 @@ def score(run: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
 def table_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     """(measure, one cell a stage, number of quads or answers)."""
     rows = [
-        (label, *(percent(summary[stage][key]) for stage in STAGES), str(summary["base"][key]["n"]))
+        (label, *(shown(summary[stage][key]) for stage in STAGES), str(summary["base"][key]["n"]))
         for key, label in MEASURES.items()
     ]
     for name, cell in summary[STAGES[-1]]["controls"].items():
         label = f"control: group accuracy, {name.replace('_', ' ')}"
-        rows.append((label, "", "", percent(cell), str(cell["n"])))
+        rows.append((label, "", "", shown(cell), str(cell["n"])))
     return rows
 
 
@@ -141,55 +144,12 @@ def print_table(summary: dict[str, Any]) -> None:
     gains = summary["gain"]
     for label, key in (("SFT over base", "sft"), ("IOPO over base", "trained"),
                        ("IOPO over SFT", "iopo_over_sft")):  # fmt: skip
-        print(f"following, {label}: {percent(gains[key], sign='+')} points (paired, by quad)")
-    print(f"this call: {summary['seconds']:.0f} s, peak memory {summary['peak_rss_gb']:.1f} GB")
-
-
-def percent(cell: dict[str, Any], sign: str = "") -> str:
-    """`81.3 [76.0, 85.6]` from {"value": 0.813, ...}."""
-    value, low, high = (100 * cell[key] for key in ("value", "low", "high"))
-    return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
-
-
-class PeakMemory:
-    """The most memory this process and its descendants held together, sampled every second.
-
-    Shared pages count once: the sum is over proportional set sizes.
-    """
-
-    def __init__(self) -> None:
-        self.peak = 0
-        self.running = True
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-
-    def _watch(self) -> None:
-        while self.running:
-            self.peak = max(self.peak, _held_bytes())
-            time.sleep(1.0)
-
-    def stop(self) -> float:
-        """Peak in GB (10^9 bytes)."""
-        self.running = False
-        self.thread.join()
-        return self.peak / 1e9
-
-
-def _held_bytes() -> int:
-    processes, total = [os.getpid()], 0
-    for pid in processes:
-        try:
-            for task in Path(f"/proc/{pid}/task").iterdir():
-                processes += [int(child) for child in (task / "children").read_text().split()]
-            size = re.search(r"Pss: *(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text())
-            total += 1024 * int(size[1]) if size else 0
-        except OSError:  # the process has ended in the meantime
-            continue
-    return total
+        print(f"following, {label}: {shown(gains[key], sign='+')} points (paired, by quad)")
+    print(f"this call: {summary['seconds']:.0f} s, largest process {summary['peak_rss_gb']:.1f} GB")
 
 
 PAGE = page("""
-<p>Held-out tasks; per cent with 95% intervals. {{ seconds }} s, peak memory {{ memory }} GB.
+<p>Held-out tasks; per cent with 95% intervals. {{ seconds }} s, largest process {{ memory }} GB.
 Curves: <a href="sft/report.html">SFT</a>, <a href="iopo/report.html">IOPO</a>.</p>
 <table><tr><th>measure</th>{% for s in stages %}<th>{{ s }}</th>{% endfor %}<th>n</th></tr>
 {% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}

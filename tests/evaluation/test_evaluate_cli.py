@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers_judge import Answer, StubServer
+from helpers_judge import PLAIN, Answer, StubServer, ifeval_rows
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException
@@ -25,16 +25,7 @@ from iopo.evaluation.run import evaluate, find, names
 from iopo.files import read_records, write_records
 
 ROOT = Path(__file__).resolve().parents[2]
-ROWS = [
-    {
-        "key": key,
-        "prompt": f"Write {key} words. Do not use any commas.",
-        "instruction_id_list": ["punctuation:no_comma", "change_case:english_lowercase"],
-        "kwargs": [{}, {}],
-    }
-    for key in (1000, 1001, 1005, 1012)
-]
-GOOD = "this is a long and plain english sentence that should be easy to recognise"
+ROWS = ifeval_rows(1000, 1001, 1005, 1012)
 
 
 @pytest.fixture
@@ -119,7 +110,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_the_command_scores_answers(data: Path, tmp_path: Path) -> None:
-    rows = [{"key": row["key"], "response": GOOD} for row in ROWS]
+    rows = [{"key": row["key"], "response": PLAIN} for row in ROWS]
     rows[1]["response"] = "Now, this has a comma and capitals"
     write_records(tmp_path / "answers.jsonl", rows[::-1])
     done = command(
@@ -149,8 +140,8 @@ def test_odd_answers_are_counted_not_fatal(data: Path, tmp_path: Path, caplog) -
     caplog.set_level("INFO")
     answers = tmp_path / "answers.jsonl"
     rows = [
-        {"key": 1000, "response": GOOD},
-        {"key": 1000, "response": GOOD},  # the same twice
+        {"key": 1000, "response": PLAIN},
+        {"key": 1000, "response": PLAIN},  # the same twice
         {"id": "1001", "response": "  \n"},
         {"key": 1005, "response": "word " * 200_000},  # 1 MB
         {"key": 9999, "response": "for another data file"},
@@ -238,7 +229,7 @@ def test_answers_from_a_server_are_kept_when_it_fails(data: Path, tmp_path: Path
     def script(body: dict, before: int) -> Answer:
         if broken and "1005" in body["messages"][-1]["content"]:
             return Answer(status=401, body="no key", wait_s=0.3)
-        return Answer(GOOD, finish_reason="length")
+        return Answer(PLAIN, finish_reason="length")
 
     with StubServer(script) as server:
         section = GenerateSection(base_url=server.base_url, model="m", concurrency=2)
@@ -270,7 +261,7 @@ def test_the_plan_touches_nothing(data: Path, tmp_path: Path) -> None:
 
 def test_scores_hold_what_is_needed_to_repeat_them(data: Path, tmp_path: Path) -> None:
     answers = tmp_path / "answers.jsonl"
-    write_records(answers, [{"key": 1000, "response": GOOD}])
+    write_records(answers, [{"key": 1000, "response": PLAIN}])
     evaluate(settings(data, answers, limit=2))
     scores = json.loads((data.parent / "out" / "scores.json").read_text())
     assert scores["items"] == 2 and len(scores["data"]["sha256"]) == 64

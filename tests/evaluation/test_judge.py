@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iopo.evaluation.config import JudgeSection, Style
-from iopo.evaluation.endpoint import Endpoint, Reply
+from iopo.evaluation.endpoint import Reply
 from iopo.evaluation.judge import engine as judge
 from iopo.evaluation.judge import prompts as judge_prompts
 from iopo.evaluation.judge.parse import (
@@ -228,16 +228,8 @@ def run(server: StubServer, asked_: Question, **changes) -> judge.Judgement:
     section = JudgeSection(
         base_url=server.base_url, model="j", backoff_s=0.01, timeout_s=20, **changes
     )
-
-    async def main() -> judge.Judgement:
-        endpoint = Endpoint(section)
-        try:
-            (found,) = await judge.judge_all(endpoint, [asked_], section)
-            return found
-        finally:
-            await endpoint.close()
-
-    return asyncio.run(main())
+    (found,), _ = asyncio.run(judge.judge_all([asked_], section, None))
+    return found
 
 
 def test_an_unreadable_reply_is_shown_to_the_judge_with_its_fault() -> None:

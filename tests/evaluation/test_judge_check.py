@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers_judge import Answer, Script, StubServer, asked, verdict
+from helpers_judge import PLAIN, Answer, Script, StubServer, asked, ifeval_rows, verdict
 
 from iopo.evaluation.config import (
     BenchmarkSection,
@@ -15,17 +15,6 @@ from iopo.evaluation.config import (
 )
 from iopo.evaluation.run import evaluate
 from iopo.files import read_records, write_records
-
-ROWS = [
-    {
-        "key": key,
-        "prompt": f"Write {key} words. Do not use any commas.",
-        "instruction_id_list": ["punctuation:no_comma", "change_case:english_lowercase"],
-        "kwargs": [{}, {}],
-    }
-    for key in range(6)
-]
-PLAIN = "this is a long and plain english sentence that should be easy to recognise"
 
 
 def answer_to(body: dict) -> str:
@@ -56,7 +45,7 @@ def mumbles(body: dict, before: int) -> Answer:
 
 @pytest.fixture
 def config(tmp_path: Path) -> EvaluateConfig:
-    write_records(tmp_path / "data.jsonl", ROWS)
+    write_records(tmp_path / "data.jsonl", ifeval_rows(*range(6)))
     texts = [PLAIN, f"{PLAIN}, mostly", f"Well, {PLAIN}", PLAIN.title(), PLAIN]  # none to the last
     write_records(
         tmp_path / "answers.jsonl", [{"key": k, "response": t} for k, t in enumerate(texts)]

@@ -106,17 +106,18 @@ def post(address: tuple[str, int], body: bytes, path: str = "/v1/chat/completion
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"messages": []}, "at least one message"),
-        ({"messages": [{"role": "judge", "content": "x"}]}, "role among"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "text as content"),
+        ({"messages": []}, "messages\n  List should have at least 1 item"),
+        ({"messages": [{"role": "judge", "content": "x"}]}, "messages.0.role\n  Input should be"),
+        ({"messages": [{"role": "user", "content": [{}]}]}, "messages.0.content\n  Input should"),
         ({"model": "other"}, "not served here"),
-        ({"max_tokens": 0}, "above 0"),
-        ({"max_tokens": "many"}, "above 0"),
-        ({"temperature": -1}, "temperature of 0 or more"),
-        ({"temperature": "hot"}, "temperature is 'hot'"),
-        ({"top_p": 0}, "top_p above 0"),
-        ({"n": 2}, "not supported"),
-        ({"stream": "yes"}, "stream is 'yes'"),
+        ({"max_tokens": 0}, "max_tokens\n  Input should be greater than or equal to 1"),
+        ({"max_tokens": "many"}, "max_tokens\n  Input should be a valid integer"),
+        ({"temperature": -1}, "temperature\n  Input should be greater than or equal to 0"),
+        ({"temperature": "hot"}, "temperature\n  Input should be a valid number"),
+        ({"top_p": 0}, "top_p\n  Input should be greater than 0"),
+        ({"n": 2}, "n\n  Input should be 1"),
+        ({"stop": ["x"]}, "stop\n  Input should be null"),
+        ({"stream": "yes"}, "stream\n  Input should be a valid boolean"),
         ({"messages": [{"role": "user", "content": "word " * 600}]}, "fills all 512 positions"),
         ({"messages": [{"role": "user", "content": "word " * 600}], "stream": True}, "fills all"),
     ],
@@ -210,7 +211,7 @@ def test_a_template_that_asks_for_the_date_gets_the_one_of_training() -> None:
     hook = MODEL.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
     )
-    request = ChatRequest({"messages": messages, "max_tokens": 1, "temperature": 0}, served)
-    served.answer(request)
+    body = {"messages": messages, "max_tokens": 1, "temperature": 0}
+    served.answer(ChatRequest.model_validate(body))
     hook.remove()
     assert seen == [dated(prompt)["input_ids"]]

@@ -121,7 +121,7 @@ def test_no_item_loses_its_description_or_input() -> None:
     assert len(items) == 1042
     assert sum(len(i.row["constraints_splits"]) for i in items) == 5087
     for i in items:
-        (question,) = trace.questions(i, "answer")
+        question = trace.question(i, "answer")
         assert question.task.startswith(i.row["description"])
         if i.row["input"] != "NULL":
             assert question.task.endswith(i.row["input"])

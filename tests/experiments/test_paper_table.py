@@ -106,7 +106,7 @@ def test_a_run_goes_on_only_with_the_arguments_that_it_began_with(tmp_path):
     given = ["--without-ifeval", f"--run={tmp_path}"]
     keep_arguments(parse([*given, "--grid-steps=2"]))
     keep_arguments(parse([*given, "--grid-steps=2", "--jobs=2", "--methods", "iopo"]))
-    with pytest.raises(ValueError, match="other grid_steps, overrides"):
+    with pytest.raises(ValueError, match=r"other settings \(grid_steps: there 2, now 3; overrides"):
         keep_arguments(parse([*given, "--grid-steps=3", "optim.lr=1"]))
 
 

@@ -7,20 +7,10 @@ each item to two decimals before averaging, and its fallback parser drops failed
 from fractions import Fraction
 from pathlib import Path
 
-from iopo.evaluation.items import (
-    Benchmark,
-    Item,
-    Measures,
-    Question,
-    Source,
-    Verdict,
-    add,
-    read_rows,
-    require_unique,
-    user_turn,
-)
+from iopo.evaluation import items
+from iopo.evaluation.items import Item, Measures, Question, Verdict, add
 
-SOURCE = Source(
+SOURCE = items.Source(
     benchmark="cfbench",
     file="cfbench_data.json",
     origin="https://github.com/PKU-Baichuan-MLSystemLab/CFBench (data)",
@@ -34,35 +24,31 @@ BAR = Fraction(4, 5)
 
 def load(path: Path) -> list[Item]:
     """Items; criteria keep their order and are not corrected. Raises ValueError."""
-    rows = read_rows(path, {"prompt": str, "criteria": list, "split": str})
-    items = []
-    for number, row in enumerate(rows):
-        for criterion in row["criteria"]:
-            ok = isinstance(criterion, list) and len(criterion) >= 2
-            if not ok or criterion[1] not in (PRIMARY, SECONDARY):
-                raise ValueError(
-                    f"{path}: row {number + 1}: criterion {criterion!r}; expected "
-                    f"[text, {PRIMARY} or {SECONDARY}, type, type]"
-                )
-        if not row["criteria"]:
-            raise ValueError(f"{path}: row {number + 1}: no criteria")
-        items.append(Item(str(row.get("idx", number)), user_turn(row["prompt"]), row))
-    return require_unique(path, items)
+    rows = items.read_rows(path, {"prompt": str, "criteria": list, "split": str})
+    return items.make_items(
+        path,
+        [{"idx": number, **row} for number, row in enumerate(rows)],
+        lambda row: Item(str(row["idx"]), items.user_turn(row["prompt"]), row),
+        _check_criteria,
+    )
 
 
-def questions(item: Item, response: str) -> list[Question]:
-    """One question with all criteria, scored 0 or 1."""
-    return [
-        Question(
-            id=item.id,
-            task=item.row["prompt"],
-            criteria=tuple(c[0].strip() for c in item.row["criteria"]),
-            response=response,
-            maximum=1,
-            format="lines",
-            reference=item.row.get("gold") or "",
-        )
-    ]
+def _check_criteria(item: Item) -> None:
+    if not item.row["criteria"]:
+        raise ValueError("no criteria")
+    for criterion in item.row["criteria"]:
+        ok = isinstance(criterion, list) and len(criterion) >= 2
+        if not ok or criterion[1] not in (PRIMARY, SECONDARY):
+            raise ValueError(
+                f"criterion {criterion!r}; expected [text, {PRIMARY} or {SECONDARY}, type, type]"
+            )
+
+
+def question(item: Item, response: str) -> Question:
+    """All criteria, scored 0 or 1."""
+    criteria = tuple(c[0].strip() for c in item.row["criteria"])
+    reference = item.row.get("gold") or ""
+    return Question(item.id, item.row["prompt"], criteria, response, 1, "lines", reference)
 
 
 def priority_satisfied(scores: list[float], levels: list[str]) -> bool:
@@ -80,13 +66,10 @@ def priority_satisfied(scores: list[float], levels: list[str]) -> bool:
     return (Fraction(1, 2) + mean / 2 if primary else mean) > BAR
 
 
-def measures(items: list[Item], verdicts: list[Verdict]) -> Measures:
+def measures(all_items: list[Item], verdicts: list[Verdict]) -> Measures:
     """CSR, ISR and PSR: all, by split, and the share of criteria met by primary type."""
     table: Measures = {}
-    for item, verdict in zip(items, verdicts, strict=True):
-        scores = verdict["scores"]
-        if scores is None:
-            continue
+    for item, _, scores in items.scored(all_items, verdicts):
         criteria = item.row["criteria"]
         values = {
             "CSR": sum(scores) / len(scores),
@@ -102,4 +85,4 @@ def measures(items: list[Item], verdicts: list[Verdict]) -> Measures:
     return table
 
 
-BENCHMARK = Benchmark(SOURCE, HEADLINE, load, measures, questions)
+BENCHMARK = items.Benchmark(SOURCE, HEADLINE, load, measures, question)

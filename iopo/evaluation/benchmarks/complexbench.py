@@ -9,20 +9,10 @@ passage of the answer that a model picks out.
 
 from pathlib import Path
 
-from iopo.evaluation.items import (
-    Benchmark,
-    Item,
-    Measures,
-    Question,
-    Source,
-    Verdict,
-    add,
-    read_rows,
-    require_unique,
-    user_turn,
-)
+from iopo.evaluation import items
+from iopo.evaluation.items import Item, Measures, Question, Verdict, add
 
-SOURCE = Source(
+SOURCE = items.Source(
     benchmark="complexbench",
     file="data_final.json",
     origin="https://github.com/thu-coai/ComplexBench (data)",
@@ -34,33 +24,29 @@ HEADLINE = ("DRFR", "DRFR_transitive", "DRFR_independent")
 
 def load(path: Path) -> list[Item]:
     """Items in Chinese, as the paper reports them. Raises ValueError."""
-    rows = read_rows(path, {"main_id": int, "instruction": str, "scoring_questions": list})
-    items = []
-    for row in rows:
-        where = f"{path}: item {row['main_id']}"
-        found = [q.get("point_id") for q in row["scoring_questions"]]
-        if not found or found != list(range(len(found))):
-            raise ValueError(f"{where}: point_id {found}; expected 0, 1, 2, ... in order")
-        for question in row["scoring_questions"]:
-            bad = [d for d in question["dep"] if d not in found or d == question["point_id"]]
-            if bad:
-                raise ValueError(f"{where}: question {question['point_id']} depends on {bad}")
-        items.append(Item(str(row["main_id"]), user_turn(row["instruction"]), row))
-    return require_unique(path, items)
+    fields = {"main_id": int, "instruction": str, "scoring_questions": list}
+    return items.make_items(
+        path,
+        items.read_rows(path, fields),
+        lambda row: Item(str(row["main_id"]), items.user_turn(row["instruction"]), row),
+        _check_dependencies,
+    )
 
 
-def questions(item: Item, response: str) -> list[Question]:
+def _check_dependencies(item: Item) -> None:
+    found = [q.get("point_id") for q in item.row["scoring_questions"]]
+    if not found or found != list(range(len(found))):
+        raise ValueError(f"point_id {found}; expected 0, 1, 2, ... in order")
+    for asked in item.row["scoring_questions"]:
+        bad = [d for d in asked["dep"] if d not in found or d == asked["point_id"]]
+        if bad:
+            raise ValueError(f"question {asked['point_id']} depends on {bad}")
+
+
+def question(item: Item, response: str) -> Question:
     """All scoring questions of an item."""
-    return [
-        Question(
-            id=item.id,
-            task=item.row["instruction"],
-            criteria=tuple(q["question"] for q in item.row["scoring_questions"]),
-            response=response,
-            maximum=1,
-            format="yes_no",
-        )
-    ]
+    criteria = tuple(q["question"] for q in item.row["scoring_questions"])
+    return Question(item.id, item.row["instruction"], criteria, response, 1, "yes_no")
 
 
 def after_dependencies(scores: list[float], deps: list[list[int]], *, deep: bool) -> list[bool]:
@@ -79,27 +65,24 @@ def after_dependencies(scores: list[float], deps: list[list[int]], *, deep: bool
     return held
 
 
-def measures(items: list[Item], verdicts: list[Verdict]) -> Measures:
+def measures(all_items: list[Item], verdicts: list[Verdict]) -> Measures:
     """DRFR in three readings, and by category, task type, constraint and composition."""
     table: Measures = {}
-    for item, verdict in zip(items, verdicts, strict=True):
-        scores = verdict["scores"]
-        if scores is None:
-            continue
+    for item, _, scores in items.scored(all_items, verdicts):
         asked = item.row["scoring_questions"]
         deps = [q["dep"] for q in asked]
         deep = after_dependencies(scores, deps, deep=True)
         add(table, "DRFR_transitive", item.id, sum(deep), len(deep))
         add(table, "DRFR_independent", item.id, sum(scores), len(scores))
         held = after_dependencies(scores, deps, deep=False)
-        for question, ok in zip(asked, held, strict=True):
+        for part, ok in zip(asked, held, strict=True):
             names = ["DRFR", f"category/{item.row.get('category', 'none')}"]
             names += [f"task/{item.row.get('task_types', 'none')}"]
-            names += [f"constraint/{c}" for c in question.get("constraint_dimensions", [])]
-            names += [f"composition/{c}" for c in question.get("composition_types", [])]
+            names += [f"constraint/{c}" for c in part.get("constraint_dimensions", [])]
+            names += [f"composition/{c}" for c in part.get("composition_types", [])]
             for name in names:
                 add(table, name, item.id, ok)
     return table
 
 
-BENCHMARK = Benchmark(SOURCE, HEADLINE, load, measures, questions)
+BENCHMARK = items.Benchmark(SOURCE, HEADLINE, load, measures, question)

@@ -16,20 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from iopo.evaluation.items import (
-    Benchmark,
-    Item,
-    Measures,
-    Question,
-    Source,
-    Verdict,
-    add,
-    read_rows,
-    require_unique,
-    user_turn,
-)
+from iopo.evaluation import items
+from iopo.evaluation.items import Item, Measures, Question, Verdict, add
 
-SOURCE = Source(
+SOURCE = items.Source(
     benchmark="followbench",
     file="followbench.jsonl",
     origin=(
@@ -64,48 +54,44 @@ def load(path: Path) -> list[Item]:
         "language": str, "constraint_type": str, "example_id": int, "source": str,
         "level": int, "instruction": str, "target": str,
     }  # fmt: skip
-    rows = read_rows(path, fields)
     groups: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
-    for row in rows:
+    for row in items.read_rows(path, fields):
         groups[group_id(row)][row["level"]] = row
-    items = []
+    rows = []
     for name, levels in groups.items():
         first = 1 if name.split("/")[1] == "example" else 0
         if sorted(levels) != list(range(first, LEVELS + 1)):
             raise ValueError(f"{path}: {name} has the levels {sorted(levels)}; expected all to 5")
         for level in range(1, LEVELS + 1):
             steps = [levels[k]["instruction"] for k in range(first, level + 1)]
-            row = {**levels[level], "steps": steps}
-            items.append(Item(f"{name}/{level}", user_turn(row["instruction"]), row))
-    return require_unique(path, items)
+            rows.append({**levels[level], "steps": steps})
+    return items.make_items(
+        path,
+        rows,
+        lambda row: Item(
+            f"{group_id(row)}/{row['level']}", items.user_turn(row["instruction"]), row
+        ),
+    )
 
 
 def group_id(row: dict[str, Any]) -> str:
     return f"{row['language']}/{row['constraint_type']}/{row['example_id']}"
 
 
-def questions(item: Item, response: str) -> list[Question]:
-    """One question on all added constraints; none where code can check the answer.
+def question(item: Item, response: str) -> Question | None:
+    """All added constraints; None where code can check the answer.
 
     Asked by the `robust` prompt only: the constraints have no text of their own.
     """
     row = item.row
-    if has_rule(row):
-        return []
+    if _rule(row) is not None:
+        return None
     task = "\n\n".join(f"Instruction {k}:\n{text}" for k, text in enumerate(row["steps"]))
-    return [
-        Question(
-            id=item.id,
-            task=task,
-            criteria=tuple(
-                f"The constraint that instruction {k} adds to instruction {k - 1}"
-                for k in range(1, row["level"] + 1)
-            ),
-            response=response,
-            maximum=1,
-            format="list",
-        )
-    ]
+    criteria = tuple(
+        f"The constraint that instruction {k} adds to instruction {k - 1}"
+        for k in range(1, row["level"] + 1)
+    )
+    return Question(item.id, task, criteria, response, 1, "list")
 
 
 def by_code(item: Item, response: str) -> Verdict:
@@ -115,18 +101,17 @@ def by_code(item: Item, response: str) -> Verdict:
     return {"by": "code", "id": item.id, "status": "judged", "scores": scores}
 
 
-def measures(items: list[Item], verdicts: list[Verdict]) -> Measures:
+def measures(all_items: list[Item], verdicts: list[Verdict]) -> Measures:
     """HSR and SSR by language, level and type, and CSL by language and type.
 
     The value of a language (and of a level in it) is the mean over the constraint types, as in the
     paper: an item weighs 1 over the number of items of its language, type and level.
     """
     table: Measures = {}
-    scored = [(i, v) for i, v in zip(items, verdicts, strict=True) if v["scores"] is not None]
-    sizes = Counter(_cell(item) for item, _ in scored)
+    scored = list(items.scored(all_items, verdicts))
+    sizes = Counter(_cell(item) for item, _, _ in scored)
     met: dict[str, dict[int, bool]] = defaultdict(dict)
-    for item, verdict in scored:
-        scores = verdict["scores"]
+    for item, _, scores in scored:
         language, kind, level = _cell(item)
         hard, soft = float(all(scores)), sum(scores) / len(scores)
         met[group_id(item.row)][level] = bool(hard)
@@ -160,27 +145,28 @@ def _add_consistency(table: Measures, met: dict[str, dict[int, bool]]) -> None:
 # --- items that code can check
 
 
-def has_rule(row: dict) -> bool:
-    """Whether code scores this item; the judge scores the others."""
-    kind = row["constraint_type"]
-    in_format = kind == "format" and row["example_id"] in FORMAT_GROUPS[row["language"]]
-    return kind == "example" or in_format or row["source"] in (*_GRADED_EN, *TARGETED)
-
-
-def follows(row: dict, response: str) -> bool:
-    """Whether the answer meets every constraint of the item."""
-    text = response.strip()
-    language, level = row["language"], row["level"]
+def _rule(row: dict[str, Any]) -> Check | None:
+    """Whether an answer meets every constraint of the item; None where only a judge can tell."""
+    language, level, source = row["language"], row["level"], row["source"]
     if row["constraint_type"] == "example":
-        return matches_template(row["target"], text)
+        return lambda text: matches_template(row["target"], text)
     if row["constraint_type"] == "format" and row["example_id"] in FORMAT_GROUPS[language]:
         if row["example_id"] == 30:
-            return all(check(text) for check in _FORMAT_30[:level])
-        return _format_22(text, level, language)
-    if row["source"] in _GRADED_EN:
+            return lambda text: all(check(text) for check in _FORMAT_30[:level])
+        return lambda text: _format_22(text, level, language)
+    if source in _GRADED_EN:
         table = _GRADED_EN if language == "en" else _GRADED_ZH
-        return all(check(text) for check in table[row["source"]][:level])
-    return _targeted(row["source"], row["target"], text, language)
+        return lambda text: all(check(text) for check in table[source][:level])
+    if source in TARGETED:
+        return lambda text: _targeted(source, row["target"], text, language)
+    return None
+
+
+def follows(row: dict[str, Any], response: str) -> bool:
+    """Whether the answer meets every constraint of an item that code can check."""
+    rule = _rule(row)
+    assert rule is not None, row["source"]
+    return rule(response.strip())
 
 
 def matches_template(template: str, text: str) -> bool:
@@ -206,16 +192,13 @@ def _targeted(source: str, target: str, text: str, language: str) -> bool:
     return bool(found) and found[-1] == target
 
 
-def _sentences(text: str, ends: str) -> list[str]:
-    return [s for s in re.split(f"[{ends}]", text) if s]
-
-
 def _en(text: str) -> list[str]:
-    return _sentences(text, ".!?")
+    """Sentences, by the published splitter."""
+    return [s for s in re.split("[.!?]", text) if s]
 
 
 def _zh(text: str) -> list[str]:
-    return _sentences(text, "。！？")
+    return [s for s in re.split("[。！？]", text) if s]
 
 
 def _word(text: str, word: str) -> bool:
@@ -345,4 +328,4 @@ _FORMAT_30: tuple[Check, ...] = (
 )
 
 
-BENCHMARK = Benchmark(SOURCE, HEADLINE, load, measures, questions, by_code)
+BENCHMARK = items.Benchmark(SOURCE, HEADLINE, load, measures, question, by_code)

@@ -10,18 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from iopo.constraints import loose_variants
-from iopo.evaluation.items import (
-    Benchmark,
-    Item,
-    Source,
-    Verdict,
-    read_rows,
-    require_unique,
-    strict_and_loose,
-    user_turn,
-)
+from iopo.evaluation import items
+from iopo.evaluation.items import Item, Verdict
 
-SOURCE = Source(
+SOURCE = items.Source(
     benchmark="ifbench",
     file="IFBench_test.jsonl",
     origin="https://github.com/allenai/IFBench (data)",
@@ -35,9 +27,12 @@ INSTALL = "pip install git+https://github.com/allenai/IFBench"
 def load(path: Path) -> list[Item]:
     """Items of one user turn. Raises ValueError, also without the verifiers: before any answer."""
     verifiers()
-    rows = read_rows(path, {"prompt": str, "instruction_id_list": list, "kwargs": list})
-    items = [Item(str(row["key"]), user_turn(row["prompt"]), row) for row in rows]
-    return require_unique(path, items)
+    fields = {"key": str, "prompt": str, "instruction_id_list": list, "kwargs": list}
+    return items.make_items(
+        path,
+        items.read_rows(path, fields),
+        lambda row: Item(row["key"], items.user_turn(row["prompt"]), row),
+    )
 
 
 def verifiers() -> dict[str, Callable[[str], Any]]:
@@ -77,4 +72,4 @@ def _passes(check: Any, text: str) -> bool:
     return bool(text.strip()) and bool(check.check_following(text))
 
 
-BENCHMARK = Benchmark(SOURCE, HEADLINE, load, strict_and_loose, by_code=by_code)
+BENCHMARK = items.Benchmark(SOURCE, HEADLINE, load, items.strict_and_loose, by_code=by_code)

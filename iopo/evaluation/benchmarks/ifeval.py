@@ -9,18 +9,10 @@ from pathlib import Path
 
 from iopo.constraints import Constraint, follows, follows_loosely, from_ifeval
 from iopo.constraints.text import missing_packages
-from iopo.evaluation.items import (
-    Benchmark,
-    Item,
-    Source,
-    Verdict,
-    read_rows,
-    require_unique,
-    strict_and_loose,
-    user_turn,
-)
+from iopo.evaluation import items
+from iopo.evaluation.items import Item, Verdict
 
-SOURCE = Source(
+SOURCE = items.Source(
     benchmark="ifeval",
     file="input_data.jsonl",
     origin="https://github.com/google-research/google-research (instruction_following_eval/data)",
@@ -40,14 +32,12 @@ def load(path: Path) -> list[Item]:
     if missing:
         raise ValueError(f"ifeval needs {', '.join(missing)}; pip install 'iopo[eval]'")
     fields = {"key": int, "prompt": str, "instruction_id_list": list, "kwargs": list}
-    rows = read_rows(path, fields)
-    items = [Item(str(row["key"]), user_turn(row["prompt"]), row) for row in rows]
-    for item in items:
-        try:
-            constraints(item)
-        except ValueError as error:
-            raise ValueError(f"{path}: item {item.id}: {error}") from error
-    return require_unique(path, items)
+    return items.make_items(
+        path,
+        items.read_rows(path, fields),
+        lambda row: Item(str(row["key"]), items.user_turn(row["prompt"]), row),
+        constraints,
+    )
 
 
 def constraints(item: Item) -> list[Constraint]:
@@ -71,4 +61,4 @@ def by_code(item: Item, response: str) -> Verdict:
     }
 
 
-BENCHMARK = Benchmark(SOURCE, HEADLINE, load, strict_and_loose, by_code=by_code)
+BENCHMARK = items.Benchmark(SOURCE, HEADLINE, load, items.strict_and_loose, by_code=by_code)

@@ -22,7 +22,7 @@ from iopo.evaluation import report, responses, scoring
 from iopo.evaluation.benchmarks import ifeval
 from iopo.evaluation.config import EvaluateConfig
 from iopo.evaluation.items import Item, Measures, Question, add, locate
-from iopo.evaluation.judge.engine import judge_items, plan, require_judge
+from iopo.evaluation.judge import judge_items, plan, require_judge
 from iopo.files import sha256_file, write_records, write_text
 
 REPEATS = 2  # times that each answer is judged, to see whether the judge agrees with itself
@@ -53,7 +53,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     chosen = spread([item for item in items if item.id in answers.text], config.limit)
     cases = [case for item in chosen for case in variants(item, answers.text[item.id])]
     texts = {case.id: case.row["response"] for case in cases}
-    benchmark = replace(ifeval.BENCHMARK, questions=questions)
+    benchmark = replace(ifeval.BENCHMARK, question=question)
     if config.plan:
         return plan(config, benchmark, cases * REPEATS, texts)
     require_judge(config.judge, "judge_check")
@@ -75,7 +75,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         | scoring.summarise(table, resamples=config.bootstrap, seed=config.seed),
         "judge": infos,
         "data": {"path": str(path), "sha256": sha256_file(path)},
-        "config": report.plain(asdict(config)),
+        "config": asdict(config),
     }
     write_text(out / "scores.json", json.dumps(scores, ensure_ascii=False, indent=1))
     rows = [
@@ -113,18 +113,10 @@ def variants(item: Item, answer: str) -> list[Item]:
     ]
 
 
-def questions(case: Item, response: str) -> list[Question]:
-    """One question with the constraints in words, met or not."""
-    return [
-        Question(
-            id=case.id,
-            task=case.messages[0]["content"],
-            criteria=tuple(case.row["criteria"]),
-            response=response,
-            maximum=1,
-            format="yes_no",
-        )
-    ]
+def question(case: Item, response: str) -> Question:
+    """The constraints in words, met or not."""
+    task, criteria = case.messages[0]["content"], tuple(case.row["criteria"])
+    return Question(case.id, task, criteria, response, 1, "yes_no")
 
 
 def measures(cases: list[Item], passes: list[list[Any]]) -> Measures:

@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 
+from iopo import stats
 from iopo.data.rows import Quad, read_rows, spread
 from iopo.data.tokenize import Chat, Encoder, Limits, tokenize_rows
 from iopo.evaluation import quad_metrics as heldout
-from iopo.evaluation import report
 from iopo.evaluation.config import BOOTSTRAP, EvaluateConfig, JudgeSection
 from iopo.evaluation.quad_metrics import Answer
 from iopo.evaluation.responses import default_out, placing
 from iopo.files import iter_records, write_records, write_text
+from iopo.logprobs import LogProbs
 from iopo.model.load import load_tokenizer, resolve_model
+from iopo.training.metrics import preferences
 
 Rows = Sequence[tuple[Quad, str]]  # a quad and what it is held out for ("heldout" if it says not)
 DEFAULT = Path(__file__).resolve().parents[3] / "data" / "verified" / "heldout.jsonl"
@@ -34,17 +36,26 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     own, since log-probs need the weights, for options that quads do not read, and for a folder that
     holds scores of another config.
     """
-    _refuse_idle_options(config)
+    values = {
+        "plan": config.plan,
+        "seed": config.seed,
+        "generate.seed": config.generate.seed,
+        "bootstrap": config.bootstrap != BOOTSTRAP,
+        "judge": config.judge != JudgeSection(),
+        "generate.temperature": config.generate.temperature,
+    }
+    idle = [name for name, value in values.items() if value]
+    if idle:
+        raise ValueError(f"+benchmark=quads does not read {', '.join(idle)}; remove")
     if config.model.path is None:
         raise ValueError("quads needs the weights: set model.path (an endpoint gives no log-probs)")
-    if config.generate.temperature != 0:
-        raise ValueError(
-            f"generate.temperature is {config.generate.temperature}; quads are answered greedily: 0"
-        )
     rows = read(Path(config.data.path or DEFAULT), config.limit)
     out = Path(config.out or default_out(config))
-    settings = report.plain(asdict(config)) | {"out": None}
-    _refuse_other_scores(out, settings)
+    settings = asdict(config) | {"out": None}
+    path = out / "scores.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if found.get("config", settings) != settings:
+        raise ValueError(f"{out}: holds scores made with other settings; choose another out=")
     out.mkdir(parents=True, exist_ok=True)
     scores, answers = score_model(config, rows, details=out)
     if not answers:
@@ -52,7 +63,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     scores["config"] = settings
     scores["made_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     write_records(out / "verdicts.jsonl", [asdict(answer) for answer in answers])
-    write_text(out / "scores.json", json.dumps(scores, indent=1) + "\n")
+    write_text(path, json.dumps(scores, indent=1) + "\n")
     for name, cell in scores.items():
         if isinstance(cell, dict) and "low" in cell:
             interval = f"[{cell['low']:.3f}, {cell['high']:.3f}]"
@@ -60,26 +71,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     logps = "" if config.benchmark.scored == 0 else ", logps.jsonl"
     log.info("written: %s/scores.json, verdicts.jsonl%s", out, logps)
     return scores
-
-
-def _refuse_idle_options(config: EvaluateConfig) -> None:
-    values = {
-        "plan": config.plan,
-        "seed": config.seed,
-        "generate.seed": config.generate.seed,
-        "bootstrap": config.bootstrap != BOOTSTRAP,
-        "judge": config.judge != JudgeSection(),
-    }
-    idle = [name for name, value in values.items() if value]
-    if idle:
-        raise ValueError(f"+benchmark=quads does not read {', '.join(idle)}; remove")
-
-
-def _refuse_other_scores(out: Path, settings: dict[str, Any]) -> None:
-    path = out / "scores.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if found.get("config", settings) != settings:
-        raise ValueError(f"{out}: holds scores made with other settings; choose another out=")
 
 
 def read(path: Path, limit: int | None = None) -> Rows:
@@ -104,28 +95,31 @@ def score_model(
     device, dtype = placing(config.model)
     chat = Chat(load_tokenizer(path), config.generate.system_prompt)
     limits = Limits(max_prompt_tokens=4096, max_response_tokens=4096, on_overlong="error")
-    scorer = heldout.Scorer(path, config.model.adapter, device, dtype)
+    policy = heldout.load_for_scoring(path, config.model.adapter, device, dtype)
 
-    def logps(scorer: heldout.Scorer, of: Sequence[Quad]) -> torch.Tensor:
-        return scorer.score(tokenize_rows(of, Encoder(chat, limits))[0])
+    def logps(model: LogProbs, of: Sequence[Quad]) -> torch.Tensor:
+        return heldout.score(model, tokenize_rows(of, Encoder(chat, limits))[0])
 
     few = spread(quads, config.benchmark.scored)
     out: dict[str, Any] = {}
     if few:
-        policy_Q4 = logps(scorer, few)
-        out |= heldout.preference_shares(policy_Q4)
+        policy_Q4 = logps(policy, few)
+        for name, right_Q in preferences(policy_Q4).items():
+            out[name] = stats.wilson(int(right_Q.sum()), len(right_Q))
     if few and details is not None:
         logps_Q = zip(few, policy_Q4.tolist(), strict=True)
         write_records(details / "logps.jsonl", [{"id": q.id, "logps": row} for q, row in logps_Q])
     if config.benchmark.controls:
         out["controls"] = {
-            "constraints_blanked": heldout.group_share(logps(scorer, heldout.blanked(few))),
-            "instructions_shuffled": heldout.group_share(logps(scorer, heldout.shuffled(few))),
+            "constraints_blanked": heldout.group_share(logps(policy, heldout.blanked(few))),
+            "instructions_shuffled": heldout.group_share(logps(policy, heldout.shuffled(few))),
         }
     if config.benchmark.reference is not None:
-        reference = heldout.Scorer(resolve_model(config.benchmark.reference), None, device, dtype)
+        folder = resolve_model(config.benchmark.reference)
+        reference = heldout.load_for_scoring(folder, None, device, dtype)
         out |= heldout.margins(policy_Q4, logps(reference, few))
-    model = scorer.for_generation()
+    model = policy.causal_lm
+    model.set_attn_implementation("sdpa")  # to generate; `logps` does not work after this
     if few and details is not None:
         out["plain_text"] = heldout.plain_text_score(model, chat.tokenizer)
     if not all(heldout.checkable(quad) for quad in quads):

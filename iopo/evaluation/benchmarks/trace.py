@@ -4,21 +4,13 @@ An instruction is followed only if every constraint gets 10 of 10 (Eq. 3). IF-S 
 the instructions with one constraint, IF-M over those with more.
 """
 
+import json
 from pathlib import Path
 
-from iopo.evaluation.items import (
-    Benchmark,
-    Item,
-    Measures,
-    Question,
-    Source,
-    Verdict,
-    add,
-    read_rows,
-    require_unique,
-)
+from iopo.evaluation import items
+from iopo.evaluation.items import Item, Measures, Question, Verdict, add
 
-SOURCE = Source(
+SOURCE = items.Source(
     benchmark="trace",
     file="202409_trace_evaluation.jsonl",
     origin="https://github.com/Tongyi-CCAI/Complex-IF (TRACE/TRACE)",
@@ -29,36 +21,11 @@ MAXIMUM = 10
 LOWER_BAR = 8  # "exactly 10" depends much on the judge; shown beside it
 HEADLINE = ("IF-S", "IF-M", "IF", "mean_score")
 
-# Paper, table 6. A tag that is not here is counted as "Other", never dropped.
-# Type -> dimension -> its name in English.
-TYPES: dict[str, dict[str, str]] = {
-    "Content": {
-        "主题约束": "Theme", "排除约束": "Exclusion", "包含约束": "Inclusion",
-        "价值观约束": "Value", "隐私约束": "Privacy", "数值约束": "Numerical",
-    },
-    "Situation": {
-        "角色扮演约束": "Role-playing", "受众目标约束": "Target audience",
-        "先验条件约束": "Prior condition",
-        "自然语言流程背景信息约束": "Prose process background",
-        "markdown流程背景信息约束": "Markdown process background",
-        "表格背景信息约束": "Table background", "文本背景信息约束": "Text background",
-    },
-    "Style": {
-        "语气风格约束": "Tone and style", "情感情绪约束": "Emotion",
-        "语言特征约束": "Linguistic characteristics", "多语言约束": "Multilingual",
-    },
-    "Format": {
-        "输出格式约束": "Output format", "文本样式约束": "Text pattern",
-        "语法结构约束": "Grammar structure", "引用和参考约束": "Citation",
-        "编号和列表约束": "Numbering and list", "层次化结构约束": "Hierarchical structure",
-        "模版约束": "Template",
-    },
-    "Example": {
-        "正例约束": "Positive example", "负例约束": "Negative example",
-    },
-}  # fmt: skip
-TYPE_OF = {dimension: kind for kind, names in TYPES.items() for dimension in names}
-ENGLISH = {dimension: name for names in TYPES.values() for dimension, name in names.items()}
+# Paper, table 6, a row a dimension. A tag that is not here is counted as "Other", never dropped.
+TAXONOMY = Path(__file__).with_name("trace_taxonomy.json")
+_DIMENSIONS = json.loads(TAXONOMY.read_text(encoding="utf-8"))
+TYPE_OF = {row["tag"]: row["type"] for row in _DIMENSIONS}
+ENGLISH = {row["tag"]: row["dimension"] for row in _DIMENSIONS}
 
 
 def load(path: Path) -> list[Item]:
@@ -67,49 +34,46 @@ def load(path: Path) -> list[Item]:
         "id": str, "messages": list, "description": str, "constraints": str, "input": str,
         "constraints_splits": list, "levels2": list,
     }  # fmt: skip
-    rows = read_rows(path, fields)
-    for row in rows:
-        if not row["constraints_splits"] or len(row["constraints_splits"]) != len(row["levels2"]):
-            raise ValueError(
-                f"{path}: item {row['id']}: {len(row['constraints_splits'])} constraints and "
-                f"{len(row['levels2'])} tags; expected as many tags as constraints, at least one"
-            )
-    items = [Item(row["id"], tuple(row["messages"]), row) for row in rows]
-    return require_unique(path, items)
+    return items.make_items(
+        path,
+        items.read_rows(path, fields),
+        lambda row: Item(row["id"], tuple(row["messages"]), row),
+        _require_tags,
+    )
 
 
-def questions(item: Item, response: str) -> list[Question]:
-    """One question with all constraints; description and input are both the task."""
+def _require_tags(item: Item) -> None:
+    constraints, tags = len(item.row["constraints_splits"]), len(item.row["levels2"])
+    if not constraints or constraints != tags:
+        raise ValueError(
+            f"{constraints} constraints and {tags} tags; expected as many tags as constraints, at "
+            "least one"
+        )
+
+
+def question(item: Item, response: str) -> Question:
+    """All constraints; description and input are both the task."""
     row = item.row
     given = "" if row["input"].strip() == "NULL" else f"\n{row['input']}"
-    return [
-        Question(
-            id=item.id,
-            task=row["description"] + given,
-            criteria=tuple(row["constraints_splits"]),
-            response=response,
-            maximum=MAXIMUM,
-            format="trace",
-        )
-    ]
+    criteria = tuple(row["constraints_splits"])
+    return Question(item.id, row["description"] + given, criteria, response, MAXIMUM, "trace")
 
 
-def measures(items: list[Item], verdicts: list[Verdict]) -> Measures:
+def measures(all_items: list[Item], verdicts: list[Verdict]) -> Measures:
     """Shares of followed instructions and constraints; verdicts without scores are left out."""
     table: Measures = {}
-    for item, verdict in zip(items, verdicts, strict=True):
-        scores = verdict["scores"]
-        if scores is None:
-            continue
+    for item, verdict, scores in items.scored(all_items, verdicts):
         count = len(scores)
         met = [score == MAXIMUM for score in scores]
         mean = sum(scores) / count
+        text = item.row["description"] + item.row["constraints"]
+        language = "zh" if any("一" <= character <= "鿿" for character in text) else "other"
         for name in (
             "IF",
             "IF-S" if count == 1 else "IF-M",
             f"constraints/{count if count < 10 else '10+'}",
             f"category/{item.row.get('category', 'none')}",
-            "language/zh" if _chinese(item) else "language/other",
+            f"language/{language}",
         ):
             add(table, name, item.id, float(all(met)))
         add(table, "mean_score", item.id, mean / MAXIMUM)
@@ -125,9 +89,4 @@ def measures(items: list[Item], verdicts: list[Verdict]) -> Measures:
     return table
 
 
-def _chinese(item: Item) -> bool:
-    text = item.row["description"] + item.row["constraints"]
-    return any("一" <= character <= "鿿" for character in text)
-
-
-BENCHMARK = Benchmark(SOURCE, HEADLINE, load, measures, questions, maximum=MAXIMUM)
+BENCHMARK = items.Benchmark(SOURCE, HEADLINE, load, measures, question, maximum=MAXIMUM)

@@ -3,7 +3,6 @@
 import asyncio
 import dataclasses
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,11 +12,11 @@ from typing import Any
 from iopo.evaluation.config import EvaluateConfig, JudgeSection, Style
 from iopo.evaluation.endpoint import (
     Endpoint,
-    EndpointError,
     Reply,
     ReplyCache,
     Request,
     RequestFailed,
+    Usage,
     run_together,
 )
 from iopo.evaluation.items import Benchmark, Item, Question, Verdict
@@ -31,10 +30,15 @@ from iopo.evaluation.judge.cost import (
     tokens,
 )
 from iopo.evaluation.judge.parse import Parsed, Unreadable
+from iopo.evaluation.report import progress
 
 REPAIR_TEMPERATURE = 0.3  # a judge at temperature 0 would repeat its unreadable reply
 QUOTED_CHARS = 4000  # of an unreadable reply, when it is shown back to the judge
 CUT_MARK = "\n[... the rest of the answer was cut ...]"
+REPAIR = (
+    "Your reply could not be used: {problem}. Judge again and keep to the format asked for, "
+    "without anything else."
+)
 
 # The published formats: what is asked, and how the reply is read.
 _PAPER: dict[str, tuple[Callable[[Question], str], Callable[..., Parsed]]] = {
@@ -105,7 +109,7 @@ def next_request(request: Request, reply: Reply, problem: str) -> Request:
         messages=(
             request.messages[0],
             {"role": "assistant", "content": reply.text[:QUOTED_CHARS]},
-            {"role": "user", "content": judge_prompts.repair(problem)},
+            {"role": "user", "content": REPAIR.format(problem=problem)},
         ),
         temperature=max(request.temperature, REPAIR_TEMPERATURE),
         seed=(request.seed or 0) + 1,
@@ -174,28 +178,27 @@ def merge(name: str, found: list[Judgement]) -> Judgement:
 
 
 async def judge_all(
-    endpoint: Endpoint, questions: list[Question], section: JudgeSection
-) -> list[Judgement]:
-    """Judge all, in the order given.
+    questions: list[Question], section: JudgeSection, cache: ReplyCache | None
+) -> tuple[list[Judgement], Usage]:
+    """(judgements in the order of the questions, what was sent and received).
 
     Raises EndpointError when the server cannot be used; replies so far stay in the cache.
     """
+    endpoint = Endpoint(section, cache)
     results: dict[str, Judgement] = {}
-    started = last = time.monotonic()
+    show = progress(len(questions), "judged")
 
     async def one(question: Question) -> None:
-        nonlocal last
         parts = split(question, section)
         found = [await judge_one(endpoint, part, section) for part in parts]
         results[question.id] = merge(question.id, found)
-        done, now = len(results), time.monotonic()
-        if done == len(questions) or now - last > 5:
-            last = now
-            rate = done / (now - started)
-            log.info("%d of %d judged, %.1f/s", done, len(questions), rate)
+        show(len(results))
 
-    await run_together([one(question) for question in questions])
-    return [results[question.id] for question in questions]
+    try:
+        await run_together([one(question) for question in questions])
+    finally:
+        await endpoint.close()
+    return [results[question.id] for question in questions], endpoint.usage
 
 
 def judge_items(
@@ -206,49 +209,31 @@ def judge_items(
     texts: answers by item id. Items without a question are scored by the benchmark's own code.
     Raises EndpointError when the judge cannot be used; its replies so far are in the cache.
     """
-    asked = {i.id: benchmark.questions(i, texts.get(i.id, "")) for i in items}
-    questions = [question for group in asked.values() for question in group]
-    cache = ReplyCache(section.cache or out / "judge.jsonl")
-    log.info("judging %d answers; %d replies are there already", len(questions), len(cache))
-
-    async def ask() -> tuple[list[Judgement], dict[str, int]]:
-        endpoint = Endpoint(section, cache)
-        try:
-            return await judge_all(endpoint, questions, section), dataclasses.asdict(endpoint.usage)
-        except EndpointError as error:
-            raise EndpointError(f"{error} ({len(cache)} replies are kept in the cache)") from error
-        finally:
-            await endpoint.close()
-
-    try:
-        judgements, usage = asyncio.run(ask())
-    finally:
-        cache.close()
+    asked = {i.id: benchmark.question(i, texts.get(i.id, "")) for i in items}
+    questions = [question for question in asked.values() if question is not None]
+    with ReplyCache(section.cache or out / "judge.jsonl") as cache:
+        log.info("judging %d answers; %d replies are cached", len(questions), len(cache))
+        judgements, usage = asyncio.run(judge_all(questions, section, cache))
     by_id = {judgement.id: judgement for judgement in judgements}
     verdicts = [
         {"by": "judge", **dataclasses.asdict(by_id[item.id])}
-        if asked[item.id]
+        if item.id in by_id
         else benchmark.by_code(item, texts.get(item.id, ""))
         for item in items
     ]
     return verdicts, _summary(section, verdicts, usage)
 
 
-def _summary(
-    section: JudgeSection, verdicts: list[Verdict], usage: dict[str, int]
-) -> dict[str, Any]:
+def _summary(section: JudgeSection, verdicts: list[Verdict], usage: Usage) -> dict[str, Any]:
     status = Counter(row["status"] for row in verdicts)
     for kind in ("unparsed", "failed"):
         if status[kind]:
-            log.info(
-                "note: %d judgements %s; see scores.json and verdicts.jsonl", status[kind], kind
-            )
-    cost = cost_usd(section, usage["prompt_tokens"], usage["completion_tokens"])
-    log.info(
-        "judge: %d requests, %d from the cache, %d + %d tokens%s",
-        usage["requests"], usage["cached"], usage["prompt_tokens"], usage["completion_tokens"],
-        "" if cost is None else f", {cost:.2f} USD",
-    )  # fmt: skip
+            log.info("note: %d judgements %s; see verdicts.jsonl", status[kind], kind)
+    sent, received = usage.prompt_tokens, usage.completion_tokens
+    cost = cost_usd(section, sent, received)
+    shown = "" if cost is None else f", {cost:.2f} USD"
+    made = f"{usage.requests} requests, {usage.cached} from the cache"
+    log.info("judge: %s, %d + %d tokens%s", made, sent, received, shown)
     return {
         "model": section.model,
         "style": section.style.value,
@@ -256,7 +241,7 @@ def _summary(
         "status": dict(status),
         "answers_cut": sum(row.get("cut", False) for row in verdicts),
         "unparsed": {r["id"]: r["reason"] for r in verdicts if r["scores"] is None},
-        "usage": usage,
+        "usage": dataclasses.asdict(usage),
     }
 
 
@@ -295,11 +280,11 @@ def _judge_plan(
     section: JudgeSection, benchmark: Benchmark, items: list[Item], texts: dict[str, str] | None
 ) -> dict[str, Any]:
     answers = [(i, ASSUMED_RESPONSE if texts is None else texts.get(i.id, "")) for i in items]
+    questions = [benchmark.question(item, text) for item, text in answers]
     parts = [
         part
-        for item, text in answers
-        for question in benchmark.questions(item, text)
-        if question.response.strip()
+        for question in questions
+        if question is not None and question.response.strip()
         for part in split(prepare(question, section)[0], section)
     ]
     sent = sum(tokens(prompt(part, section.style)) for part in parts)

@@ -52,11 +52,8 @@ def parse_indexed(text: str, *, count: int, maximum: int, token: str) -> Parsed:
     verdicts = [row for row in json_objects(text[-MAX_CHARS:]) if "constraints" in row]
     ours = [row for row in verdicts if row.get("check") == token]
     if not ours:
-        raise Unreadable(
-            f'no JSON object with "check": "{token}" and "constraints"'
-            if verdicts
-            else 'no JSON object with the key "constraints"'
-        )
+        check = f'"check": "{token}" and ' if verdicts else ""
+        raise Unreadable(f'no JSON object with {check}"constraints"')
     row = ours[-1]
     entries = row["constraints"]
     if not isinstance(entries, list):
@@ -65,7 +62,9 @@ def parse_indexed(text: str, *, count: int, maximum: int, token: str) -> Parsed:
     for entry in entries:
         if not isinstance(entry, dict) or "id" not in entry or "score" not in entry:
             raise Unreadable('an entry of "constraints" lacks "id" or "score"')
-        number = _index(entry["id"])
+        if isinstance(entry["id"], bool) or not re.fullmatch(r"\s*[0-9]{1,4}\s*", str(entry["id"])):
+            raise Unreadable(f"{entry['id']!r} is not a constraint number")
+        number = int(entry["id"])
         if number in scores:
             raise Unreadable(f"constraint {number} is scored more than once")
         scores[number] = _score(entry["score"], maximum)
@@ -86,8 +85,11 @@ def parse_trace(text: str, *, count: int) -> Parsed:
     a missing one is None, since the metric does not use it. Raises Unreadable.
     """
     text = text[-MAX_CHARS:]
-    values = [_json_after(text, label.end()) for label in _FINE.finditer(text)]
-    values = [value for value in values if value is not None]
+    values = [
+        value
+        for label in _FINE.finditer(text)
+        if (value := _json_after(text, label.end())) is not None
+    ]
     if not values:
         raise Unreadable('no JSON list after "Fine Grained Score"')
     scores = _fine_scores(values[-1], count)
@@ -122,8 +124,7 @@ def parse_yes_no(text: str, *, count: int) -> Parsed:
     Read from an "Answer:" label if there is one (the last), else from the first word; a reply that
     holds both words and no label is refused. Raises Unreadable.
     """
-    if count != 1:
-        raise ValueError(f"this format answers one question, not {count}; ask them one by one")
+    assert count == 1, "questions are asked one by one in this format"
     text = text[-MAX_CHARS:]
     labelled = re.findall(r"(?:answer|答案)[\s*]*[:：][\s*]*(yes|no|是|否)", text, re.IGNORECASE)
     if labelled:
@@ -194,28 +195,21 @@ def _overall(text: str) -> float | None:
     return value
 
 
-def _index(value: Any) -> int:
-    if isinstance(value, bool) or not re.fullmatch(r"\s*[0-9]{1,4}\s*", str(value)):
-        raise Unreadable(f"{value!r} is not a constraint number")
-    return int(value)
-
-
 def _score(value: Any, maximum: int) -> float:
     """A number in 0 .. maximum; a value outside is refused, never clamped or rescaled."""
     if maximum == 1 and isinstance(value, bool | str):
         return _yes_no(str(value))
+    number = value
     if isinstance(value, str):
         found = re.fullmatch(r"\s*(-?[0-9]+(?:\.[0-9]+)?)\s*(?:[/／]\s*([0-9]+))?\s*", value)
-        if not found or found.group(2) not in (None, str(maximum)):
-            raise Unreadable(f"{value!r} is not a score from 0 to {maximum}")
-        value = float(found.group(1))
-    if isinstance(value, bool) or not isinstance(value, int | float):
+        number = float(found[1]) if found and found[2] in (None, str(maximum)) else None
+    if isinstance(number, bool) or not isinstance(number, int | float):
         raise Unreadable(f"{value!r} is not a score from 0 to {maximum}")
-    if not 0 <= value <= maximum:
-        raise Unreadable(f"the score {value:g} is outside 0 to {maximum}")
-    if maximum == 1 and value not in (0, 1):
-        raise Unreadable(f"the score {value:g} is neither 0 nor 1")
-    return float(value)
+    if not 0 <= number <= maximum:
+        raise Unreadable(f"the score {number:g} is outside 0 to {maximum}")
+    if maximum == 1 and number not in (0, 1):
+        raise Unreadable(f"the score {number:g} is neither 0 nor 1")
+    return float(number)
 
 
 def _yes_no(word: str) -> float:

@@ -69,32 +69,28 @@ def robust_schema(question: Question) -> dict[str, Any]:
         if question.maximum == 10
         else {"type": "integer", "enum": [0, 1]}
     )
-    entry = {
-        "type": "object",
-        "properties": {
-            "id": {"type": "integer", "minimum": 1, "maximum": count},
-            "reason": {"type": "string"},
-            "score": score,
-        },
-        "required": ["id", "reason", "score"],
-        "additionalProperties": False,
-    }
-    verdicts = {"type": "array", "items": entry, "minItems": count, "maxItems": count}
-    properties = {
-        "check": {"type": "string", "enum": [token(question)]},
-        "constraints": verdicts,
-    }
-    if question.maximum == 10:
-        properties["overall"] = score
-    schema = {
+    entry = _object(
+        id={"type": "integer", "minimum": 1, "maximum": count},
+        reason={"type": "string"},
+        score=score,
+    )
+    overall = {"overall": score} if question.maximum == 10 else {}
+    schema = _object(
+        check={"type": "string", "enum": [token(question)]},
+        constraints={"type": "array", "items": entry, "minItems": count, "maxItems": count},
+        **overall,
+    )
+    verdict = {"name": "verdict", "strict": True, "schema": schema}
+    return {"type": "json_schema", "json_schema": verdict}
+
+
+def _object(**properties: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a JSON object that has these keys and no others."""
+    return {
         "type": "object",
         "properties": properties,
         "required": list(properties),
         "additionalProperties": False,
-    }
-    return {
-        "type": "json_schema",
-        "json_schema": {"name": "verdict", "strict": True, "schema": schema},
     }
 
 
@@ -155,12 +151,4 @@ def paper_yes_no(question: Question) -> str:
             fence("question", question.criteria[0], mark),
             "Explain in short, then end with the line:\nAnswer: YES or NO",
         ]
-    )
-
-
-def repair(problem: str) -> str:
-    """What the judge is told after a reply that could not be read."""
-    return (
-        f"Your reply could not be used: {problem}. Judge again and keep to the format asked for, "
-        "without anything else."
     )

@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from iopo.evaluation.responses import check_manifest
 from iopo.experiments.paper_table import data
 from iopo.experiments.paper_table.jobs import REPOSITORY, Job, Runner, print_now
 
@@ -56,11 +57,6 @@ class Comparison:
         ]  # fmt: skip
         name = f"{folder.relative_to(self.run)} train"
         return self.runner.job(Job(name, command, folder / "COMPLETE"))
-
-    def train_sft(self) -> bool:
-        """The checkpoint that every method starts from."""
-        rows = f"data.train={self.run}/data/train.jsonl"
-        return self.train(self.sft, *SFT, f"model.path={self.args.model}", rows)
 
     def from_sft(self, folder: Path, method: str, sweep: str, *overrides: str) -> bool:
         """One run of a sweep, from the SFT checkpoint, on the rows that the method's file names."""
@@ -146,6 +142,11 @@ class Comparison:
     def sweep(self, name: str, chosen: dict[str, list[str]]) -> None:
         """The jobs of a sweep with the chosen rates, each measured as soon as it is trained."""
         tasks = []
+
+        def train_and_measure(folder: Path, method: str, *overrides: str) -> None:
+            if self.from_sft(folder, method, name, *overrides):
+                self.measure(exported(folder), folder)
+
         for job in jobs_of(name):
             method, seed = job.pop("+method"), job.pop("seed")
             if method not in self.args.methods and name == "paper_table":
@@ -159,13 +160,8 @@ class Comparison:
             label = "-".join([method, *swept]).replace("=", "-")  # no sign that Hydra reads
             folder = self.run / name / label / f"seed{seed}"
             kept = [rate for rate in rates if rate.split("=")[0] not in job]
-            overrides = (f"seed={seed}", *kept, *swept)
-            tasks.append(partial(self.train_and_measure, folder, method, name, *overrides))
+            tasks.append(partial(train_and_measure, folder, method, f"seed={seed}", *kept, *swept))
         self.runner.all(tasks)
-
-    def train_and_measure(self, folder: Path, method: str, sweep: str, *overrides: str) -> None:
-        if self.from_sft(folder, method, sweep, *overrides):
-            self.measure(exported(folder), folder)
 
 
 def load_yaml(group: str, name: str) -> dict[str, Any]:
@@ -193,9 +189,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runner = Runner(args.run, args.jobs)
     signal.signal(signal.SIGTERM, runner.stop)
     signal.signal(signal.SIGINT, runner.stop)
-    comparison = Comparison(args, runner)
     try:
-        compare(comparison)
+        compare(Comparison(args, runner))
     except ValueError as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
@@ -210,16 +205,8 @@ def keep_arguments(args: argparse.Namespace) -> None:
     IFEval may be added to a run that began without it.
     """
     free = ("run", "sweeps", "methods", "jobs", "data_only", "without_ifeval", "ifeval")
-    text = json.dumps({k: v for k, v in vars(args).items() if k not in free}, default=str, indent=1)
-    path = args.run / "arguments.json"
-    now = json.loads(text)
-    before = json.loads(path.read_text()) if path.exists() else now
-    changed = [key for key in now if before.get(key) != now[key]]
-    if changed:
-        raise ValueError(
-            f"{path}: this run began with other {', '.join(changed)}; give those, or another --run"
-        )
-    path.write_text(text + "\n")
+    kept = {key: value for key, value in vars(args).items() if key not in free}
+    check_manifest(args.run / "arguments.json", json.loads(json.dumps(kept, default=str)))
 
 
 def compare(comparison: Comparison) -> None:
@@ -231,7 +218,8 @@ def compare(comparison: Comparison) -> None:
         data.make(args.train, args.heldout, run / "data", **sizes)
     if args.data_only:
         return
-    runner.all([comparison.train_sft])
+    start = (f"model.path={args.model}", f"data.train={run}/data/train.jsonl")
+    runner.all([partial(comparison.train, comparison.sft, *SFT, *start)])
     if runner.failed:
         raise ValueError(f"no SFT checkpoint; {run}/logs says why")
     runner.all([partial(comparison.try_point, *point) for point in comparison.grid_points()])

@@ -144,17 +144,15 @@ def _drop_line(text: str, rng: random.Random) -> str:
     return "\n".join(lines[1:] if rng.random() < 0.5 else lines[:-1]).strip()
 
 
-def _sentence_case(text: str, rng: random.Random) -> str:
-    return re.sub(r"(^|[.!?]\s+)([a-z])", lambda m: m[1] + m[2].upper(), text.lower())
-
-
 _GENERAL: dict[str, Callable[[str, random.Random], str]] = {
     "opening added": lambda text, rng: f"{rng.choice(OPENINGS)} {text}",
     "closing added": lambda text, rng: f"{text} {rng.choice(CLOSINGS)}",
     "sentence dropped": _drop_sentence,
     "line dropped": _drop_line,
     "lines joined": lambda text, rng: " ".join(text.split()),
-    "sentence case": _sentence_case,
+    "sentence case": lambda text, rng: re.sub(
+        r"(^|[.!?]\s+)([a-z])", lambda m: m[1] + m[2].upper(), text.lower()
+    ),
     "wrapping dropped": lambda text, rng: text.strip("\"'`*_()[]{}<> \n"),
     "exclamations": lambda text, rng: re.sub(r"\.(?=\s|$)", "!", text),
     "no commas": lambda text, rng: Commas("exactly", 0).edit(text, rng) or text,
@@ -177,7 +175,12 @@ def add_delete(row: Row) -> Row:
     if any(kept1) != any(kept2):
         delete = any(kept1)
     side, kept = (1, kept1) if delete else (2, kept2)
-    x, left = _without(row[f"x{side}"], row[f"c{side}"], kept)
+    asked = row[f"c{side}"]
+    left = [c for c, keep in zip(asked, kept, strict=True) if keep]
+    x, before = row[f"x{side}"], _numbered(asked)
+    if x.count(before) != 1:
+        raise ValueError(f"expected the constraints as numbered lines, once, in: {x!r}")
+    x = x.replace(before, _numbered(left))
     changed = {"x2": x, "c2": left} if delete else {"x1": x, "c1": left}
     made = row | changed | {"id": row["id"] + ("/delete" if delete else "/add")}
     cells = four_cells(
@@ -187,15 +190,6 @@ def add_delete(row: Row) -> Row:
     if cells != ((True, False, True, True) if delete else (True, True, True, False)):
         raise ValueError(f"quad {row['id']}: y1 and y2 do not exclude one another (match {cells})")
     return made | {"match": [int(cell) for cell in cells]}
-
-
-def _without(x: str, constraints: list[Row], kept: list[bool]) -> tuple[str, list[Row]]:
-    """The instruction and its constraints, only those kept, numbered anew."""
-    left = [c for c, keep in zip(constraints, kept, strict=True) if keep]
-    before = _numbered(constraints)
-    if x.count(before) != 1:
-        raise ValueError(f"expected the constraints as numbered lines, once, in: {x!r}")
-    return x.replace(before, _numbered(left)), left
 
 
 def _numbered(constraints: list[Row]) -> str:

@@ -66,24 +66,37 @@ def write(run: Path, sweep: str) -> list[str]:
     checkpoint has not been measured.
     """
     runs, baselines = find(run, sweep), ("SFT", "output_preference")
-    order = [name for name in ("base", "SFT", *NAMES) if name in runs]
-    runs = {name: runs[name] for name in [*order, *(n for n in runs if n not in order)]}
+    runs = {name: runs[name] for name in ("base", "SFT", *NAMES) if name in runs} | runs
     if "SFT" not in runs:
         raise ValueError(f"{run}: the SFT checkpoint was not measured; nothing to compare with")
     if sweep != "paper_table":
         main = find(run, "paper_table")
         runs = {name: main[name] for name in ("base", "SFT", "iopo") if name in main} | runs
         baselines = ("SFT", "iopo")
-    found = _scores(runs, run / "sft")
+    found: dict[str, dict[str, Scores]] = {}
+    for name, folders in runs.items():
+        by_seed = {seed: measures(folder, run / "sft") for seed, folder in folders.items()}
+        scored = {metric: stats.scores(metric, by_seed) for metric in METRICS}
+        found[name] = {metric: of for metric, of in scored.items() if of is not None}
     values = {_name(m): {k: stats.estimate(s) for k, s in of.items()} for m, of in found.items()}
     differences = {
         _name(base): {_name(name): _differences(found[base], of) for name, of in found.items()
                       if name not in (base, "base")}
         for base in baselines if base in found
     }  # fmt: skip
-    against = [_against(base, rows) for base, rows in differences.items()]
+    against = [
+        _differences_table(f"Minus {base}, paired by item and seed", rows)
+        for base, rows in differences.items()
+    ]
     if sweep == "paper_table" and {"dpo", "output_preference", "iopo"} <= found.keys():
-        against.append(_split(found))
+        dpo, rows, iopo = (found[name] for name in ("dpo", "output_preference", "iopo"))
+        parts = {
+            "IOPO - DPO": _differences(dpo, iopo),
+            "of which data: DPO on both rows - DPO": _differences(dpo, rows),
+            "of which loss: IOPO - DPO on both rows": _differences(rows, iopo),
+        }
+        better = [metric for metric in METRICS if METRICS[metric][2] == 1]
+        against.append(_differences_table("Where the gain over DPO comes from", parts, better))
     tables = [_values(title, metrics, found, values) for title, metrics in SECTIONS.items()]
     tables = [table for table in (*tables, _costs(run, runs), *against) if table[2]]
     head = _head(run, runs)
@@ -95,16 +108,6 @@ def write(run: Path, sweep: str) -> list[str]:
     content = {"values": values, "differences": differences, "provenance": head}
     (run / f"{sweep}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return [*map(_markdown, against), f"written: {run}/{sweep}.md, {sweep}.json, {picture}"]
-
-
-def _scores(runs: Runs, sft: Path) -> dict[str, dict[str, Scores]]:
-    """method -> metric -> scores over seeds."""
-    out: dict[str, dict[str, Scores]] = {}
-    for name, folders in runs.items():
-        tables = {seed: measures(folder, sft) for seed, folder in folders.items()}
-        columns = {metric: stats.scores(metric, tables) for metric in METRICS}
-        out[name] = {metric: found for metric, found in columns.items() if found is not None}
-    return out
 
 
 def _differences(a: dict[str, Scores], b: dict[str, Scores]) -> dict[str, Estimate]:
@@ -136,27 +139,16 @@ def _costs(run: Path, runs: Runs) -> Table:
     return "Cost of training, mean over seeds (seconds: loading and export included)", head, rows
 
 
-def _against(base: str, rows: Mapping[str, Mapping[str, Estimate]]) -> Table:
-    """One row a metric, one column a method: the paired difference and what may be said of it."""
-    metrics = [m for m in METRICS if any(m in row for row in rows.values())]
+def _differences_table(
+    title: str, columns: Estimates, metrics: Sequence[str] = tuple(METRICS)
+) -> Table:
+    """One row a metric: the paired differences and what may be said of them."""
     cells = [
-        [METRICS[m][0], *(_difference(row[m], m) if m in row else "" for row in rows.values())]
+        [METRICS[m][0], *(_difference(of[m], m) if m in of else "" for of in columns.values())]
         for m in metrics
+        if any(m in of for of in columns.values())
     ]
-    return f"Minus {base}, paired by item and seed", ["", *rows], cells
-
-
-def _split(found: dict[str, dict[str, Scores]]) -> Table:
-    """IOPO - DPO = (DPO on both rows - DPO: other data) + (IOPO - DPO on both rows: other loss)."""
-    dpo, rows, iopo = (found[name] for name in ("dpo", "output_preference", "iopo"))
-    parts = [_differences(dpo, iopo), _differences(dpo, rows), _differences(rows, iopo)]
-    cells = [
-        [METRICS[m][0], *(_difference(part[m], m) for part in parts)]
-        for m in METRICS if METRICS[m][2] == 1 and all(m in part for part in parts)
-    ]  # fmt: skip
-    head = ["", "IOPO - DPO", "of which data: DPO on both rows - DPO",
-            "of which loss: IOPO - DPO on both rows"]  # fmt: skip
-    return "Where the gain over DPO comes from", head, cells
+    return title, ["", *columns], cells
 
 
 def _head(run: Path, runs: Runs) -> list[str]:
@@ -172,15 +164,9 @@ def _name(name: str) -> str:
     return NAMES.get(name, name)
 
 
-def _interval(found: Estimate) -> tuple[float, float, float]:
-    return found["value"], found["low"], found["high"]
-
-
 def _number(found: Estimate, metric: str, sign: str = "") -> str:
     factor = METRICS[metric][1]
-    digits = 1 if factor == 100 else 2
-    value, low, high = (f"{factor * number:{sign}.{digits}f}" for number in _interval(found))
-    return f"{value} [{low}, {high}]"
+    return stats.shown(found, factor, 1 if factor == 100 else 2, sign)
 
 
 def _difference(found: Estimate, metric: str) -> str:
@@ -207,9 +193,9 @@ def _draw(against: Mapping[str, Estimates], path: Path) -> None:
         for place, of in enumerate(rows.values()):
             if metric in of:
                 colour = COLOURS.get(stats.word(of[metric], better), GREY)
-                value, low, high = (factor * number for number in _interval(of[metric]))
-                axes.plot([low, high], [place, place], color=colour)
-                axes.plot(value, place, "o", color=colour, markersize=4)
+                ends = [factor * of[metric]["low"], factor * of[metric]["high"]]
+                axes.plot(ends, [place, place], color=colour)
+                axes.plot(factor * of[metric]["value"], place, "o", color=colour, markersize=4)
         axes.axvline(0, color="0.6", linewidth=0.8)
         axes.set_title(f"{label}\nminus {base}", fontsize=9)
         axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
