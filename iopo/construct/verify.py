@@ -30,7 +30,7 @@ _TOKEN = re.compile(rf"[{CJK}]|[^\W_{CJK}]+")
 _HAN = re.compile(f"[{CJK}]")
 JUDGED = "judged"  # the kind of a constraint that only a model can check
 # Asks for a script of its own, so that a response need not have its instruction's.
-_LANGUAGE_KINDS = {"language", "response_language", JUDGED}
+_LANGUAGE_KINDS = {"response_language", JUDGED}
 _SLOTS = 1 << 15
 _FIRST_WORDS = 40  # of a response that are looked at
 WARM_UP = 100  # rows that are learnt from before guesses count
