@@ -29,7 +29,7 @@ from iopo.construct.quadruples import (
     to_row,
 )
 from iopo.construct.relabel import SPLITS, Relabeller, RelabelRecipe
-from iopo.construct.responses import Job, ModelSampler, Response, Sampler, sample_all
+from iopo.construct.responses import Job, Response, Sampler, model_sampler, sample_all
 from iopo.construct.tasks import Task, read_tasks
 from iopo.construct.verify import verify
 from iopo.data.rows import Pair
@@ -77,27 +77,22 @@ class VerifiedRecipe:
     edit_share: float = 0.2  # of all quads, at most
     most_share: float = 0.15  # of the constraints of train and heldout that one kind may have
 
-    def wanted(self) -> dict[str, int]:
-        sizes = (self.train_quads, self.heldout_quads, self.heldout_kinds_quads)
-        return dict(zip(SPLITS, sizes, strict=True))
+    def sampler(self) -> Sampler:
+        """The model at model_path."""
+        return model_sampler(self.model_path, self.max_new_tokens, self.temperature, self.top_p)
 
 
-def build_verified(recipe: VerifiedRecipe, sampler: Sampler | None = None) -> str:
+def build_verified(recipe: VerifiedRecipe, sampler: Sampler) -> str:
     """Sample what the cache lacks, write the three files and the page; returns the acceptance.
 
-    sampler: who answers; None: the model at recipe.model_path.
     Raises ValueError if verify finds a fault in what was made.
     """
-    sampler = sampler or ModelSampler(
-        recipe.model_path, recipe.max_new_tokens, recipe.temperature, recipe.top_p
-    )
 
     def sampled(jobs: Sequence[Job]) -> dict[str, Response]:
         return sample_all(jobs, Path(recipe.responses), sampler, recipe.seed)
 
     tasks = read_tasks()
-    usable: Counter[str] = Counter()
-    texts = usable_texts(tasks, sampled(bare_jobs(tasks, recipe.samples_per_task)), usable)
+    texts, usable = usable_texts(tasks, sampled(bare_jobs(tasks, recipe.samples_per_task)))
     making = Making(recipe, tasks, texts)
     making.relabel()
     making.follow(sampled)  # few: not first, so that no kind is scarce enough to be refused
@@ -142,17 +137,18 @@ def bare_jobs(tasks: Sequence[Task], samples: int) -> list[Job]:
 
 
 def usable_texts(
-    tasks: Sequence[Task], responses: Mapping[str, Response], tally: Counter[str]
-) -> dict[str, list[str]]:
-    """Usable responses by task line; the tally says how many were not, and why."""
+    tasks: Sequence[Task], responses: Mapping[str, Response]
+) -> tuple[dict[str, list[str]], Counter[str]]:
+    """Usable responses by task line, and how many were usable or not, and why."""
     lines = {task.digest: task.line for task in tasks}
     found: dict[str, list[str]] = {task.line: [] for task in tasks}
+    tally: Counter[str] = Counter()
     for response in responses.values():
         text, fault = whole_text(response.text)
         tally[fault or "usable"] += 1
         if fault is None:
             found[lines[response.key.partition("-")[0]]].append(text)
-    return found
+    return found, tally
 
 
 def whole_text(text: str) -> tuple[str, str | None]:
@@ -220,13 +216,15 @@ class Making:
                 most_share=recipe.most_share,
             )
         )
+        sizes = (recipe.train_quads, recipe.heldout_quads, recipe.heldout_kinds_quads)
+        self.wanted = dict(zip(SPLITS, sizes, strict=True))
         self.rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
         self.outcomes: Counter[tuple[str, str]] = Counter()  # by source and outcome
         self.tried: Counter[tuple[str, str]] = Counter()  # by source and kind
         self.accepted: Counter[tuple[str, str]] = Counter()
 
     def full(self, split: str) -> bool:
-        return len(self.rows[split]) >= self.recipe.wanted()[split]
+        return len(self.rows[split]) >= self.wanted[split]
 
     def edits(self) -> int:
         return self.outcomes["edit", "accepted"]
@@ -250,23 +248,23 @@ class Making:
                     continue
                 named = Pair(f"{task.digest}-{number}", task.line, first, second)
                 row = self.relabeller.row(named, task, split)
-                if row is not None:
+                if isinstance(row, str):
+                    self.outcomes["relabel", row] += 1
+                else:
                     used |= both
                     self._accept("relabel", row)
-        for reason, n in self.relabeller.skipped.items():
-            self.outcomes["relabel", reason] += n
 
     def follow(self, sampled: Callable[[Sequence[Job]], dict[str, Response]]) -> None:
         """Responses that the model gave to instructions with constraints, where it followed."""
         recipe = self.recipe
-        rng = random.Random(
-            recipe.seed
-        )  # its own stream: the prompts must not depend on other draws
+        # its own stream: the prompts must not depend on other draws
+        rng = random.Random(recipe.seed)
         shuffled = rng.sample(self.tasks, len(self.tasks))
         train = [task for task in shuffled if split_of(task) == "train"]
         candidates = follow_candidates(train, recipe.follow_candidates, rng)
         responses = sampled(follow_jobs(candidates, recipe.follow_samples))
-        for result in followed(candidates, responses, recipe.follow_samples):
+        for candidate in candidates:
+            result = followed(candidate, responses, recipe.follow_samples)
             if isinstance(result, Candidate):
                 result = result.swapped() if rng.random() < 0.5 else result
                 if any(REFUSAL.search(y) or repeats_itself(y) for y in (result.y1, result.y2)):
@@ -275,7 +273,7 @@ class Making:
 
     def edit(self) -> None:
         """Rule edits where quads lack: first for the held-out kinds, rare in responses."""
-        most = int(self.recipe.edit_share * sum(self.recipe.wanted().values()))
+        most = int(self.recipe.edit_share * sum(self.wanted.values()))
         for split in ("heldout_kinds", "heldout", "train"):
             balance = self.relabeller.balances[split]
             kinds = UNSEEN_KINDS if split == "heldout_kinds" else SEEN_KINDS
@@ -318,19 +316,17 @@ class Making:
         """Acceptance by source and reason, and by source and kind, as markdown."""
         lines = ["responses: " + ", ".join(f"{n} {why}" for why, n in usable.most_common()), ""]
         lines += ["| source | outcome | draws | share |", "|---|---|---|---|"]
-        of: Counter[str] = Counter()
-        for (source, _), n in self.outcomes.items():
-            of[source] += n
         for (source, outcome), n in sorted(self.outcomes.items()):
-            lines.append(f"| {source} | {outcome} | {n} | {n / of[source]:.1%} |")
+            of = sum(m for (other, _), m in self.outcomes.items() if other == source)
+            lines.append(f"| {source} | {outcome} | {n} | {n / of:.1%} |")
         lines += ["", "| kind | relabel | follow | edit | share of train |", "|---" * 5 + "|"]
         train = Counter(c["kind"] for row in self.rows["train"] for c in (*row["c1"], *row["c2"]))
-        accepted, tried = self.accepted, self.tried
-        for kind in sorted({kind for _, kind in accepted}):
+        for kind in sorted({kind for _, kind in self.accepted}):
             # to a kind that relabelling does not choose there is no attempt: it measures all
-            cells = [str(accepted["relabel", kind])]
-            cells += [f"{accepted[s, kind]}/{tried[s, kind]}" for s in ("follow", "edit")]
-            share = train[kind] / max(1, train.total())
-            lines.append(f"| {kind} | {' | '.join(cells)} | {share:.1%} |")
+            cells = [str(self.accepted["relabel", kind])]
+            for source in ("follow", "edit"):
+                cells.append(f"{self.accepted[source, kind]}/{self.tried[source, kind]}")
+            cells.append(f"{train[kind] / max(1, train.total()):.1%}")
+            lines.append(f"| {kind} | {' | '.join(cells)} |")
         sizes = ", ".join(f"{split} {len(rows)}" for split, rows in self.rows.items())
         return "\n".join([*lines, "", f"quads: {sizes}; edits {self.edits()}"])

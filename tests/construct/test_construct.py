@@ -12,7 +12,7 @@ from iopo.constraints import make
 from iopo.construct import proposals, quadruples, verify
 from iopo.construct.prose import ends_a_sentence
 from iopo.construct.quadruples import Candidate, Choice, Rejection, four_cells
-from iopo.construct.responses import Job, ModelSampler, Response, read_cache, sample_all
+from iopo.construct.responses import Job, Response, model_sampler, read_cache, sample_all
 from iopo.construct.tasks import Task, instruction, read_tasks
 from iopo.construct.verified import split_of
 from iopo.files import read_records, write_records
@@ -114,7 +114,7 @@ def test_sampling_continues_after_a_kill(tmp_path):
     with pytest.raises(ValueError, match="start a new cache file"):
         sample_all([Job("job-0", "another prompt")], torn, sampler)
     with pytest.raises(ValueError, match="lacks responses to 'new'.*recipe.model_path"):
-        sample_all([Job("new", "new")], torn, ModelSampler(None, 8, 1.0, 1.0))
+        sample_all([Job("new", "new")], torn, model_sampler(None, 8, 1.0, 1.0))
 
 
 # --- quadruples ---
@@ -174,7 +174,7 @@ def test_followed_takes_the_first_pair_that_fits():
     answers = {
         j.key: Response(j.key, j.prompt, t, "stop") for j, t in zip(jobs, texts, strict=True)
     }
-    (found,) = quadruples.followed([draft], answers, 2)
+    found = quadruples.followed(draft, answers, 2)
     assert (found.y1, found.y2) == ("a mill.", "A MILL.")
     row = quadruples.to_row(found, "train")
     assert [row["x1"], row["x2"]] == [job.prompt for job in jobs[:2]]

@@ -18,9 +18,9 @@ def test_counts_are_those_of_the_rows():
     rows = [json.loads(line) for path in FILES for line in path.open(encoding="utf-8")]
     kinds = Counter(c["kind"] for row in rows for c in row["c1"] + row["c2"])
     assert counts.rows == len(rows) and counts.kinds == kinds
-    assert counts.types.total() == counts.dimensions.total() == kinds.total()
-    assert counts.numbers.total() == 2 * len(rows) == counts.x_chars.total()
-    assert sum(n * k for k, n in counts.numbers.items()) == kinds.total()
+    assert counts.dimensions.total() == kinds.total()
+    assert counts.constraints.total() == 2 * len(rows) == counts.x_chars.total()
+    assert sum(n * k for k, n in counts.constraints.items()) == kinds.total()
     assert counts.dimensions["Exclusion"] == kinds["forbid_words"]
 
 

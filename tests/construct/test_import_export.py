@@ -8,7 +8,6 @@ import pytest
 
 from iopo.construct import exporters, importers
 from iopo.construct import relabel as relabelling
-from iopo.construct.importers import Skipped
 from iopo.construct.prose import script_of
 from iopo.construct.relabel import RelabelRecipe, relabel_file
 from iopo.construct.verify import verify
@@ -76,7 +75,7 @@ def turn(role: str, text: str) -> dict:
 def test_preferences(tmp_path, row, expected):
     (found,) = importers.preferences(write(tmp_path / "a.jsonl", [row]))
     if isinstance(expected, str):
-        assert found == Skipped(1, expected)
+        assert found == expected
     else:
         assert isinstance(found, Pair)
         assert (found.x, found.chosen, found.rejected, found.system) == expected
@@ -86,10 +85,7 @@ def test_bad_lines_are_skipped_and_named(tmp_path, caplog):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"prompt": "P", "chosen": "A", "rejected": "B"}\n\n{oops\n\xff\xfe\n')
     found = list(importers.preferences(path))
-    assert isinstance(found[0], Pair) and found[1:] == [
-        Skipped(3, "not JSON"),
-        Skipped(4, "not JSON"),
-    ]
+    assert isinstance(found[0], Pair) and found[1:] == ["not JSON", "not JSON"]
     assert f"{path}:3: skipped: the row is not JSON" in caplog.text
     assert f"{path}:4: skipped: the line is not UTF-8" in caplog.text
 
