@@ -86,14 +86,14 @@ def model_sampler(
     """
 
     @cache
-    def loaded() -> tuple[Any, Any]:
+    def loaded(path: str) -> tuple[Any, Any]:
         import torch
 
         from iopo.data.chat import Chat
         from iopo.model.load import default_dtype, load_causal_lm, load_tokenizer, resolve_model
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        folder = resolve_model(model_path)
+        folder = resolve_model(path)
         model = load_causal_lm(folder, default_dtype(device))
         return torch.nn.Module.to(model, device), Chat(load_tokenizer(folder))
 
@@ -105,7 +105,7 @@ def model_sampler(
             )
         from iopo.model.generate import Decoding, generate
 
-        model, chat = loaded()
+        model, chat = loaded(model_path)
         decoding = Decoding(max_new_tokens, temperature, top_p, batch_size=CHUNK, seed=seed)
         answers = generate(model, chat, [chat.messages(prompt) for prompt in prompts], decoding)
         return [(answer.text.strip(), answer.finish_reason) for answer in answers]
