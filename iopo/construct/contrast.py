@@ -30,7 +30,6 @@ _MENTIONED = {
     "questions": r"questions?\b", "highlights": r"highlight|bold|markdown",
     "placeholders": r"placeholder|template", "han_characters": "字", "include_words": r"words?\b",
 }  # fmt: skip
-_MENTION = {kind: re.compile(pattern, re.I) for kind, pattern in _MENTIONED.items()}
 _MOST_EXACT = 12  # nobody counts more exactly
 _FREQUENT = 3  # words whose number of uses may be asked for
 
@@ -61,7 +60,7 @@ def words_of_other(text: str, other: str) -> list[dict[str, Any]]:
 def unmentioned(kinds: Iterable[str], prompt: str) -> Iterator[str]:
     """The kinds that the prompt does not speak of; looked up as they are needed."""
     for kind in kinds:
-        if kind not in _MENTION or not _MENTION[kind].search(prompt):
+        if kind not in _MENTIONED or not re.search(_MENTIONED[kind], prompt, re.I):
             yield kind
 
 

@@ -15,7 +15,7 @@ from iopo.constraints import Constraint, follows
 from iopo.constraints import text as cut
 from iopo.construct.proposals import measured, propose, sensible
 from iopo.construct.prose import ends_a_sentence
-from iopo.construct.responses import Job, Response
+from iopo.construct.responses import Job
 from iopo.construct.tasks import Row, Task, digest, instruction, quad_row
 
 CELLS = ("x1y1", "x1y2", "x2y2", "x2y1")
@@ -139,11 +139,11 @@ def follow_jobs(candidates: Sequence[Candidate], samples: int) -> list[Job]:
 
 
 def followed(
-    candidate: Candidate, responses: Mapping[str, Response], samples: int
+    candidate: Candidate, responses: Mapping[str, str], samples: int
 ) -> Candidate | Rejection:
     """The candidate with the first pair of sampled responses that passes all four cells."""
     side1, side2 = (
-        [responses[_follow_key(prompt, n)].text.strip() for n in range(samples)]
+        [responses[_follow_key(prompt, n)].strip() for n in range(samples)]
         for prompt in plain_instructions(candidate)
     )
     results = [follow(candidate, first, second) for first, second in product(side1, side2)]

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,32 +22,22 @@ class Job:
     prompt: str
 
 
-@dataclass(frozen=True, slots=True)
-class Response:
-    key: str
-    prompt: str
-    text: str
-    finish_reason: str
-
-
 # A sampler takes prompts and a seed and returns (text, finish_reason) for each.
 Sampler = Callable[[Sequence[str], int], list[tuple[str, str]]]
 
 
-def sample_all(
-    jobs: Sequence[Job], file: Path, sampler: Sampler, seed: int = 0
-) -> dict[str, Response]:
+def sample_all(jobs: Sequence[Job], file: Path, sampler: Sampler, seed: int = 0) -> dict[str, str]:
     """Answer every job, reading answered ones from `file` and appending the others to it.
 
     Jobs are answered in fixed chunks, each with a seed of its own that depends on (seed, chunk), so
     a run that was killed and continued writes what an unbroken run writes. Returns key -> response.
-    Raises ValueError if the cache answers another prompt under a job's key.
+    Raises ValueError if the file answers another prompt under a job's key.
     """
-    done = read_cache(file)
+    done = {row["key"]: row for row in read_cache(file)}
     for job in jobs:
-        if job.key in done and done[job.key].prompt != job.prompt:
+        if job.key in done and done[job.key]["prompt"] != job.prompt:
             raise ValueError(
-                f"{file}: response {job.key!r} answers {done[job.key].prompt!r}, expected "
+                f"{file}: response {job.key!r} answers {done[job.key]['prompt']!r}, expected "
                 f"{job.prompt!r}; the tasks changed, so start a new cache file"
             )
     jobs = list({job.key: job for job in jobs}.values())
@@ -59,22 +49,19 @@ def sample_all(
                     continue
                 answers = sampler([job.prompt for job in chunk], seed * SEEDS_APART + start)
                 rows = [
-                    Response(job.key, job.prompt, text, reason)
+                    {"key": job.key, "prompt": job.prompt, "text": text, "finish_reason": reason}
                     for job, (text, reason) in zip(chunk, answers, strict=True)
                     if job.key not in done
                 ]
-                journal.append(*map(asdict, rows))
-                done.update((row.key, row) for row in rows)
+                journal.append(*rows)
+                done.update((row["key"], row) for row in rows)
                 log.info("sampled %d of %d", min(start + CHUNK, len(jobs)), len(jobs))
-    return {job.key: done[job.key] for job in jobs}
+    return {job.key: done[job.key]["text"] for job in jobs}
 
 
-def read_cache(path: Path) -> dict[str, Response]:
-    """Responses by key. A last line without its line break is what a kill leaves: it is ignored."""
-    if not path.exists():
-        return {}
-    rows = [Response(**row) for row in read_records(path, torn_tail=True)]
-    return {row.key: row for row in rows}
+def read_cache(file: Path) -> list[dict[str, str]]:
+    """The rows. A last line without its line break is what a kill leaves: it is ignored."""
+    return read_records(file, torn_tail=True) if file.exists() else []
 
 
 def model_sampler(

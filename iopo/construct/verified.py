@@ -29,7 +29,7 @@ from iopo.construct.quadruples import (
     to_row,
 )
 from iopo.construct.relabel import SPLITS, Relabeller, RelabelRecipe
-from iopo.construct.responses import Job, Response, Sampler, model_sampler, sample_all
+from iopo.construct.responses import Job, Sampler, model_sampler, sample_all
 from iopo.construct.tasks import Task, read_tasks
 from iopo.construct.verify import verify
 from iopo.data.rows import Pair
@@ -88,7 +88,7 @@ def build_verified(recipe: VerifiedRecipe, sampler: Sampler) -> str:
     Raises ValueError if verify finds a fault in what was made.
     """
 
-    def sampled(jobs: Sequence[Job]) -> dict[str, Response]:
+    def sampled(jobs: Sequence[Job]) -> dict[str, str]:
         return sample_all(jobs, Path(recipe.responses), sampler, recipe.seed)
 
     tasks = read_tasks()
@@ -137,17 +137,17 @@ def bare_jobs(tasks: Sequence[Task], samples: int) -> list[Job]:
 
 
 def usable_texts(
-    tasks: Sequence[Task], responses: Mapping[str, Response]
+    tasks: Sequence[Task], responses: Mapping[str, str]
 ) -> tuple[dict[str, list[str]], Counter[str]]:
     """Usable responses by task line, and how many were usable or not, and why."""
     lines = {task.digest: task.line for task in tasks}
     found: dict[str, list[str]] = {task.line: [] for task in tasks}
     tally: Counter[str] = Counter()
-    for response in responses.values():
-        text, fault = whole_text(response.text)
+    for key, response in responses.items():
+        text, fault = whole_text(response)
         tally[fault or "usable"] += 1
         if fault is None:
-            found[lines[response.key.partition("-")[0]]].append(text)
+            found[lines[key.partition("-")[0]]].append(text)
     return found, tally
 
 
@@ -254,7 +254,7 @@ class Making:
                     used |= both
                     self._accept("relabel", row)
 
-    def follow(self, sampled: Callable[[Sequence[Job]], dict[str, Response]]) -> None:
+    def follow(self, sampled: Callable[[Sequence[Job]], dict[str, str]]) -> None:
         """Responses that the model gave to instructions with constraints, where it followed."""
         recipe = self.recipe
         # its own stream: the prompts must not depend on other draws

@@ -50,9 +50,10 @@ class Violation:
         return f"{self.file}:{self.line}: [{self.fault}] {self.detail}"
 
 
-def _deviations(surplus: int, n: int) -> float:
-    """Standard deviations from chance of n yes-or-no events with so many more yes than no."""
-    return surplus / n**0.5 if n else 0.0
+def deviations(signs: Counter[int]) -> float:
+    """How far +1 and -1 are from being equally likely, in standard deviations; above 0: more +1."""
+    n = signs[1] + signs[-1]
+    return (signs[1] - signs[-1]) / n**0.5 if n else 0.0
 
 
 class SideGuesser:
@@ -67,34 +68,19 @@ class SideGuesser:
     def __init__(self) -> None:
         self._weights = [0.0] * _SLOTS
         self._rows = 0
-        self.right = 0
-        self.guesses = 0
-        self.longer_first = 0  # y1 is the longer one, minus y2 is: a scorer of length alone
-        self.unequal = 0
+        self.guesses: Counter[int] = Counter()  # +1: right, -1: wrong
 
     def add(self, y1: str, y2: str) -> None:
         """Guess, then learn, from one row."""
-        longer = sign(len(y1) - len(y2))
-        self.longer_first += longer
-        self.unequal += longer != 0
         first, second = _slots(y1), _slots(y2)
         margin = sum(self._weights[i] for i in first) - sum(self._weights[i] for i in second)
         if self._rows >= WARM_UP and margin != 0:
-            self.guesses += 1
-            self.right += margin > 0
+            self.guesses[1 if margin > 0 else -1] += 1
         self._rows += 1
         if margin <= 0:
             for slots, change in ((first, 1.0), (second, -1.0)):
                 for i in slots:
                     self._weights[i] += change
-
-    def y_only(self) -> float:
-        """Standard deviations of the right guesses from half of them."""
-        return _deviations(2 * self.right - self.guesses, self.guesses)
-
-    def length_only(self) -> float:
-        """Standard deviations from chance of 'y1 is the longer response'."""
-        return _deviations(self.longer_first, self.unequal)
 
 
 def _slots(text: str) -> list[int]:
@@ -124,12 +110,17 @@ class Tally:
 
 @dataclass
 class Summary(Tally):
-    """Counts over the rows that could be read."""
+    """Counts over the rows that could be read.
+
+    A scorer that matches lengths is at chance on x-preference only if `deviations(together)` is
+    near 0; beyond 3 the data let it guess.
+    """
 
     judged: int = 0  # rows with a constraint that code cannot check
     words: Counter[int] = field(default_factory=Counter)  # response length, in tens of words
-    longer_together: int = 0  # the longer instruction has the longer response
-    longer_apart: int = 0
+    # +1: the longer instruction has the longer response, -1: it has the shorter one
+    together: Counter[int] = field(default_factory=Counter)
+    longer: Counter[int] = field(default_factory=Counter)  # +1: y1 is the longer one, -1: y2 is
     guesser: SideGuesser = field(default_factory=SideGuesser)
 
     def count(self, row: dict[str, Any], c1: Sequence[str], c2: Sequence[str]) -> None:
@@ -137,18 +128,9 @@ class Summary(Tally):
         self.guesser.add(row["y1"], row["y2"])
         self.judged += JUDGED in c1 or JUDGED in c2
         self.words.update(len(row[y].split()) // 10 for y in ("y1", "y2"))
-        together = (len(row["x1"]) - len(row["x2"])) * (len(row["y1"]) - len(row["y2"]))
-        self.longer_together += together > 0
-        self.longer_apart += together < 0
-
-    def length_leak(self) -> float:
-        """Standard deviations from chance of 'the longer instruction has the longer response'.
-
-        A scorer that matches lengths is at chance on x-preference only if this is near 0; beyond 3
-        the data let it guess.
-        """
-        together, apart = self.longer_together, self.longer_apart
-        return _deviations(together - apart, together + apart)
+        longer_y = sign(len(row["y1"]) - len(row["y2"]))
+        self.longer[longer_y] += 1
+        self.together[longer_y * sign(len(row["x1"]) - len(row["x2"]))] += 1
 
 
 def verify(files: Sequence[Path], against: Sequence[Path] = ()) -> tuple[list[Violation], Summary]:
@@ -307,22 +289,22 @@ def report(summary: Summary) -> str:
     most = max(summary.words.values(), default=1)
     for tens, n in sorted(summary.words.items()):
         lines.append(f"  {10 * tens:>3}-{10 * tens + 9:<3} {'#' * (40 * n // most)} {n}")
-    leak, guesser = summary.length_leak(), summary.guesser
+    together, guesses = summary.together, summary.guesser.guesses
+    leak, longer, y_only = map(deviations, (together, summary.longer, guesses))
     lines.append(
-        "length scorer: the longer instruction has the longer response in "
-        f"{summary.longer_together} quads, the shorter one in {summary.longer_apart} "
-        f"({leak:+.1f} standard deviations)"
+        f"length scorer: the longer instruction has the longer response in {together[1]} quads, "
+        f"the shorter one in {together[-1]} ({leak:+.1f} standard deviations)"
     )
     if summary.judged:
         lines.append(f"{summary.judged} rows have judged constraints, which code cannot check")
     if abs(leak) > 3:
         lines.append("warning: lengths tell which response belongs to which instruction")
     lines += [
-        f"length-only scorer: y1 is the longer one {guesser.length_only():+.1f} deviations",
-        f"y-only scorer: tells y1 from y2 in {guesser.right} of {guesser.guesses} rows "
-        f"({guesser.y_only():+.1f} standard deviations)",
+        f"length-only scorer: y1 is the longer one {longer:+.1f} deviations",
+        f"y-only scorer: tells y1 from y2 in {guesses[1]} of {guesses.total()} rows "
+        f"({y_only:+.1f} standard deviations)",
     ]
-    if abs(guesser.length_only()) > 3 or guesser.y_only() > 3:
+    if abs(longer) > 3 or y_only > 3:
         lines.append("warning: the responses alone tell y1 from y2; the data leak")
     return "\n".join(lines)
 

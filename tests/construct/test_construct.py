@@ -12,7 +12,7 @@ from iopo.constraints import make
 from iopo.construct import proposals, quadruples, verify
 from iopo.construct.prose import ends_a_sentence
 from iopo.construct.quadruples import Candidate, Choice, Rejection, four_cells
-from iopo.construct.responses import Job, Response, model_sampler, read_cache, sample_all
+from iopo.construct.responses import Job, model_sampler, read_cache, sample_all
 from iopo.construct.tasks import Task, instruction, read_tasks
 from iopo.construct.verified import split_of
 from iopo.files import read_records, write_records
@@ -171,9 +171,7 @@ def test_followed_takes_the_first_pair_that_fits():
     jobs = quadruples.follow_jobs([draft], 2)
     assert len({job.key for job in jobs}) == 4
     texts = ["A Mill.", "A MILL.", "a mill.", "A Mill."]  # two instructions, then again
-    answers = {
-        j.key: Response(j.key, j.prompt, t, "stop") for j, t in zip(jobs, texts, strict=True)
-    }
+    answers = {job.key: text for job, text in zip(jobs, texts, strict=True)}
     found = quadruples.followed(draft, answers, 2)
     assert (found.y1, found.y2) == ("a mill.", "A MILL.")
     row = quadruples.to_row(found, "train")
@@ -303,7 +301,7 @@ def test_verify_warns_when_lengths_tell(tmp_path, train):
     path = tmp_path / "leaks.jsonl"
     write_records(path, [ordered(row) for row in train[:60]])
     _, summary = verify.verify([path])
-    assert summary.length_leak() > 3 and "warning" in verify.report(summary)
+    assert verify.deviations(summary.together) > 3 and "warning" in verify.report(summary)
 
 
 def test_ends_a_sentence():
