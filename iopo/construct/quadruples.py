@@ -6,8 +6,8 @@ and not C1. Relaxing a constraint therefore never makes a quad: y1 would stay ri
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Self
 
@@ -61,19 +61,38 @@ class Rejection:
     kinds: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What constraints may be chosen: the kinds, which of them just now, and how likely each is."""
+@dataclass
+class Balance:
+    """How often each kind stands in a file so far, and which lengths went together."""
 
-    kinds: tuple[str, ...]
-    allowed: Callable[[str], bool]
-    weight: Callable[[str], float]
+    most_share: float
+    kinds: Counter[str] = field(default_factory=Counter)
+    total: int = 0
+    together: int = 0  # quads whose longer instruction has the longer response, minus the others
+    quads: int = 0
 
-    def pick_kind(self, kinds: Sequence[str], rng: random.Random) -> str:
-        return rng.choices(kinds, [self.weight(kind) for kind in kinds])[0]
+    def order(self, kinds: Sequence[str], rng: random.Random) -> list[str]:
+        """The kinds that are not full, rare ones first more often than not."""
+        keyed = [(rng.random() * (4 + self.kinds[k]), k) for k in kinds if self.has_room(k)]
+        return [kind for _, kind in sorted(keyed)]
 
-    def measured(self, text: str, other: str) -> list[Constraint]:
-        return [c for c in measured(text, other, self.kinds) if self.allowed(c.kind)]
+    def has_room(self, kind: str) -> bool:
+        """Whether both sides of a quad may have the kind without its share growing too large."""
+        return self.kinds[kind] + 2 <= self.most_share * max(self.total, 40)
+
+    def draw(self, kinds: Sequence[str], rng: random.Random) -> str:
+        """One of the kinds; rare ones are preferred, so that none outgrows the others."""
+        return rng.choices(kinds, [(4 + self.kinds[kind]) ** -2.5 for kind in kinds])[0]
+
+    def would_tell(self, together: int) -> bool:
+        """Whether one more quad of this sign lets lengths tell instructions apart."""
+        return abs(self.together + together) > 3 + 0.5 * self.quads**0.5
+
+    def add(self, kinds: Sequence[str], together: int) -> None:
+        self.kinds.update(kinds)
+        self.total += len(kinds)
+        self.together += together
+        self.quads += 1
 
 
 def sign(number: int) -> int:
@@ -90,30 +109,39 @@ def four_cells(
 
 
 def edit(
-    task: Task, first: str, second: str, choice: Choice, rng: random.Random
+    task: Task,
+    first: str,
+    second: str,
+    kinds: Sequence[str],
+    balance: Balance,
+    rng: random.Random,
 ) -> Candidate | Rejection:
-    """Change two texts (or one text twice) by rule so that each follows its own constraints."""
-    kinds = [kind for kind in choice.kinds if kind in _EDIT_ORDER]
-    kind = choice.pick_kind(kinds, rng)
-    other = kind if rng.random() < 0.6 else choice.pick_kind(kinds, rng)
+    """Change two texts (or one text twice) by rule so that each follows its own constraints.
+
+    kinds: those that may be asked for. balance: of the file so far.
+    """
+    writable = [kind for kind in kinds if kind in _EDIT_ORDER]
+    kind = balance.draw(writable, rng)
+    other = kind if rng.random() < 0.6 else balance.draw(writable, rng)
     counts = len(cut.sentences(first)), len(cut.sentences(second))
     c1: tuple[Constraint, ...] = (propose(kind, rng, counts[0]),)
     c2: tuple[Constraint, ...] = (propose(other, rng, counts[1]),)
     if c1 == c2:
         return Rejection("the same constraint twice", (kind,))
     if rng.random() < 0.3:  # a constraint in common tells that the differing one decides
-        common = propose(choice.pick_kind(kinds, rng), rng, min(counts))
+        common = propose(balance.draw(writable, rng), rng, min(counts))
         c1, c2 = (*c1, common), (*c2, common)
     tried = tuple({c.kind for c in (*c1, *c2)})
-    if not all(map(choice.allowed, tried)):
+    if not all(map(balance.has_room, tried)):
         return Rejection("kind is frequent enough", tried)
     if not sensible(c1) or not sensible(c2):
         return Rejection("conflicting constraints", tried)
     y1, y2 = (apply_edits(c, text, task, rng) for c, text in ((c1, first), (c2, second)))
     if y1 is None or y2 is None:
         return Rejection("no rule fits the text", tried)
-    c1 = _fill(c1, choice.measured(y1, y2), choice, rng)
-    c2 = _fill(c2, choice.measured(y2, y1), choice, rng)
+    allowed = [kind for kind in kinds if balance.has_room(kind)]
+    c1 = _fill(c1, measured(y1, y2, allowed), balance, rng)
+    c2 = _fill(c2, measured(y2, y1, allowed), balance, rng)
     return _checked(Candidate(task, c1, y1, c2, y2, "edit"), rng)
 
 
@@ -200,7 +228,10 @@ def title_of(task: Task) -> str:
 
 
 def _fill(
-    chosen: tuple[Constraint, ...], found: Sequence[Constraint], choice: Choice, rng: random.Random
+    chosen: tuple[Constraint, ...],
+    found: Sequence[Constraint],
+    balance: Balance,
+    rng: random.Random,
 ) -> tuple[Constraint, ...]:
     """Add measured constraints until there are as many as the draw asks for, 1 to 3."""
     # phrases cut from an edited text (all capitals, bullets) make odd requests
@@ -212,7 +243,7 @@ def _fill(
         if not fitting:
             break
         # one of them: the kind by its weight, then any constraint of the kind
-        kind = choice.pick_kind(sorted({c.kind for c in fitting}), rng)
+        kind = balance.draw(sorted({c.kind for c in fitting}), rng)
         chosen = (*chosen, rng.choice([c for c in fitting if c.kind == kind]))
     return chosen
 

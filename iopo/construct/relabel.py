@@ -9,7 +9,6 @@ import json
 import logging
 import random
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from iopo.constraints import text as cut
 from iopo.construct import importers
 from iopo.construct.contrast import KINDS, fill, tell_apart, unmentioned
 from iopo.construct.prose import REFUSAL, ends_a_sentence, script_of
-from iopo.construct.quadruples import MATCH, constraint_rows, four_cells, sign
+from iopo.construct.quadruples import MATCH, Balance, constraint_rows, four_cells, sign
 from iopo.construct.tasks import Task, quad_row
 from iopo.construct.taxonomy import MOST_CONSTRAINTS, draw_number
 from iopo.data.rows import Pair
@@ -71,40 +70,6 @@ class RelabelRecipe:
     def kinds(self, split: str, language: str) -> tuple[str, ...]:
         held = split == "heldout_kinds"
         return tuple(k for k in KINDS[language] if (k in self.heldout_kinds) == held)
-
-
-@dataclass
-class Balance:
-    """How often each kind stands in a file so far, and which lengths went together."""
-
-    most_share: float
-    kinds: Counter[str] = field(default_factory=Counter)
-    total: int = 0
-    together: int = 0  # quads whose longer instruction has the longer response, minus the others
-    quads: int = 0
-
-    def order(self, kinds: Sequence[str], rng: random.Random) -> list[str]:
-        """The kinds that are not full, rare ones first more often than not."""
-        keyed = [(rng.random() * (4 + self.kinds[k]), k) for k in kinds if self.has_room(k)]
-        return [kind for _, kind in sorted(keyed)]
-
-    def has_room(self, kind: str) -> bool:
-        """Whether both sides of a quad may have the kind without its share growing too large."""
-        return self.kinds[kind] + 2 <= self.most_share * max(self.total, 40)
-
-    def weight(self, kind: str) -> float:
-        """Rare kinds are preferred, so that none outgrows the others."""
-        return (4 + self.kinds[kind]) ** -2.5
-
-    def would_tell(self, together: int) -> bool:
-        """Whether one more quad of this sign lets lengths tell instructions apart."""
-        return abs(self.together + together) > 3 + 0.5 * self.quads**0.5
-
-    def add(self, kinds: Sequence[str], together: int) -> None:
-        self.kinds.update(kinds)
-        self.total += len(kinds)
-        self.together += together
-        self.quads += 1
 
 
 class Relabeller:

@@ -20,7 +20,6 @@ from iopo.construct.proposals import SEEN_KINDS, UNSEEN_KINDS, propose
 from iopo.construct.prose import PLAIN, REFUSAL, balanced, ends_a_sentence, repeats_itself
 from iopo.construct.quadruples import (
     Candidate,
-    Choice,
     Rejection,
     edit,
     follow_jobs,
@@ -277,7 +276,6 @@ class Making:
         for split in ("heldout_kinds", "heldout", "train"):
             balance = self.relabeller.balances[split]
             kinds = UNSEEN_KINDS if split == "heldout_kinds" else SEEN_KINDS
-            choice = Choice(kinds, balance.has_room, balance.weight)
             own = [task for task in self.tasks if split_of(task) == split and self.texts[task.line]]
             for _ in range(30):  # rounds: a task gives at most one quad in each
                 for task in self.rng.sample(own, len(own)):
@@ -290,7 +288,8 @@ class Making:
                     if not prose:
                         continue
                     first, second = self.rng.choice(prose), self.rng.choice(prose)
-                    self._admit("edit", edit(task, first, second, choice, self.rng), split)
+                    result = edit(task, first, second, kinds, balance, self.rng)
+                    self._admit("edit", result, split)
 
     def _admit(self, source: str, result: Candidate | Rejection, split: str) -> None:
         """Let a quad in if it fits among the others; count what became of it."""

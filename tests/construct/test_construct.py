@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from iopo.constraints import make
-from iopo.construct import proposals, quadruples, verify
+from iopo.construct import quadruples, verify
+from iopo.construct.proposals import SEEN_KINDS
 from iopo.construct.prose import ends_a_sentence
-from iopo.construct.quadruples import Candidate, Choice, Rejection, four_cells
+from iopo.construct.quadruples import Balance, Candidate, Rejection, four_cells
 from iopo.construct.responses import Job, model_sampler, read_cache, sample_all
 from iopo.construct.tasks import Task, instruction, read_tasks
 from iopo.construct.verified import split_of
@@ -124,14 +125,11 @@ SECOND = "A mill stands by the river. It makes bread possible for the whole vill
 TASK = Task("Describe an old mill.")
 
 
-def choice(kinds=proposals.SEEN_KINDS):
-    return Choice(kinds, lambda kind: True, lambda kind: 1.0)
-
-
 def test_every_accepted_draft_has_the_four_cells():
     accepted = 0
     for seed in range(150):
-        draft = quadruples.edit(TASK, FIRST, SECOND, choice(), random.Random(seed))
+        balance, rng = Balance(most_share=1.0), random.Random(seed)
+        draft = quadruples.edit(TASK, FIRST, SECOND, SEEN_KINDS, balance, rng)
         if isinstance(draft, Rejection):
             continue
         accepted += 1
