@@ -20,7 +20,6 @@ from iopo.construct.tasks import Row, Task, digest, instruction, quad_row
 
 CELLS = ("x1y1", "x1y2", "x2y2", "x2y1")
 MATCH = (True, False, True, False)  # of the cells
-MOST_CONSTRAINTS = 3
 
 # Kinds that a rule writes, in the order of their rules: what shortens first, what wraps all last.
 _EDIT_ORDER = (
@@ -29,13 +28,9 @@ _EDIT_ORDER = (
     "case", "wrapped",
 )  # fmt: skip
 # In a title, no word at either end.
-_SMALL = (
-    "a an the of for to at in on is are what how and or with by as it its about that who from"
-).split()
+_SMALL = "a an the of for to at in on is are what how and or with by as it its about that who from"
 # Begin a sentence with a small letter where a phrase before them leaves it open.
-_BEGINNERS = (
-    "the a an to in this it if when as one while here there these for with by at on".split()
-)
+_BEGINNERS = "the a an to in this it if when as one while here there these for with by at on"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +142,19 @@ def edit(
 
 def follow(candidate: Candidate, first: str, second: str) -> Candidate | Rejection:
     """The instructions of `candidate` with responses that a model gave to them."""
-    tried = tuple(kinds_of(candidate))
-    if not (ends_a_sentence(first) and ends_a_sentence(second)):
-        return Rejection("unfinished", tried)
-    cells = four_cells(candidate.c1, first, candidate.c2, second)
-    if cells != MATCH:
-        return Rejection("not followed" if not (cells[0] and cells[2]) else "follows both", tried)
-    return replace(candidate, y1=first, y2=second, source="follow")
+    candidate = replace(candidate, y1=first, y2=second, source="follow")
+    fault = _fault(candidate, "not followed")
+    return Rejection(fault, tuple(kinds_of(candidate))) if fault else candidate
+
+
+def _fault(candidate: Candidate, broken: str) -> str | None:
+    """Why the texts make no quad; `broken` where one does not follow its own constraints."""
+    if not (ends_a_sentence(candidate.y1) and ends_a_sentence(candidate.y2)):
+        return "unfinished"
+    cells = four_cells(candidate.c1, candidate.y1, candidate.c2, candidate.y2)
+    if cells == MATCH:
+        return None
+    return "follows both" if cells[0] and cells[2] else broken
 
 
 def follow_jobs(candidates: Sequence[Candidate], samples: int) -> list[Job]:
@@ -205,7 +206,7 @@ def apply_edits(
             continue
         if constraint.kind == "start_phrase":
             goes_on = not constraint.params["phrase"].endswith((".", "!", "?", ":"))
-            if goes_on and edited.split(" ", 1)[0].lower() in _BEGINNERS:
+            if goes_on and edited.split(" ", 1)[0].lower() in _BEGINNERS.split():
                 edited = edited[0].lower() + edited[1:]
         edited = constraint.edit(edited, rng)
     return edited
@@ -220,9 +221,9 @@ def title_of(task: Task) -> str:
     ('Photosynthesis', 'Retell The Text')
     """
     words = [word.strip(".,?!'\"") for word in task.description.split(". ")[0].split()][-4:]
-    while len(words) > 1 and words[0].lower() in _SMALL:
+    while len(words) > 1 and words[0].lower() in _SMALL.split():
         words = words[1:]
-    while len(words) > 1 and words[-1].lower() in _SMALL:
+    while len(words) > 1 and words[-1].lower() in _SMALL.split():
         words = words[:-1]
     return " ".join(word[:1].upper() + word[1:] for word in words)
 
@@ -250,15 +251,9 @@ def _fill(
 
 def _checked(candidate: Candidate, rng: random.Random) -> Candidate | Rejection:
     """The candidate in random order of sides and constraints, if its four cells hold."""
-    tried = tuple(kinds_of(candidate))
-    if max(len(candidate.c1), len(candidate.c2)) > MOST_CONSTRAINTS:
-        return Rejection("too many constraints", tried)
-    if not (ends_a_sentence(candidate.y1) and ends_a_sentence(candidate.y2)):
-        return Rejection("unfinished", tried)
-    cells = four_cells(candidate.c1, candidate.y1, candidate.c2, candidate.y2)
-    if cells != MATCH:
-        broken = not (cells[0] and cells[2])
-        return Rejection("rule broke a constraint" if broken else "follows both", tried)
+    fault = _fault(candidate, "rule broke a constraint")
+    if fault:
+        return Rejection(fault, tuple(kinds_of(candidate)))
     c1, c2 = (tuple(rng.sample(c, len(c))) for c in (candidate.c1, candidate.c2))
     candidate = replace(candidate, c1=c1, c2=c2)
     return candidate.swapped() if rng.random() < 0.5 else candidate

@@ -79,7 +79,6 @@ class Relabeller:
         self.recipe = recipe
         self.balances = {split: Balance(recipe.most_share) for split in SPLITS}
         self.balances["heldout_kinds"].most_share = 1.0  # a few kinds share all of it
-        self._kinds = {(s, lang): recipe.kinds(s, lang) for s in SPLITS for lang in KINDS}
         self._seen: set[int] = set()  # digests of responses
 
     def join(self, row: dict[str, Any]) -> str | None:
@@ -108,7 +107,8 @@ class Relabeller:
         if digests & self._seen:
             return "repeated response"
         rng = random.Random(f"{self.recipe.seed}/{pair.id}")
-        orders = [self.balances[split].order(self._kinds[split, language], rng) for _ in range(2)]
+        kinds = self.recipe.kinds(split, language)
+        orders = [self.balances[split].order(kinds, rng) for _ in range(2)]
         found = tell_apart(pair.chosen, pair.rejected, unmentioned(orders[0], pair.x), rng)
         if found is None:
             return "nothing tells the responses apart"

@@ -44,15 +44,12 @@ def read_tasks(path: Path = BANK) -> list[Task]:
     Raises ValueError on an empty or repeated line: a repeated task could reach both splits.
     """
     tasks: list[Task] = []
-    seen: dict[str, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            raise ValueError(f"{path}:{number}: empty line; expected one task a line")
-        if line in seen:
-            raise ValueError(
-                f"{path}:{number}: repeats line {seen[line]}; each task must be unique"
-            )
-        seen[line] = number
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        first = lines.index(line) + 1
+        if not line.strip() or first < number:
+            fault = f"repeats line {first}" if line.strip() else "is empty"
+            raise ValueError(f"{path}:{number}: {fault}; expected one task a line, each once")
         description, _, text = line.partition(INPUT_MARK)
         tasks.append(Task(description, text or None))
     return tasks

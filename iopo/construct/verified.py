@@ -17,7 +17,7 @@ from typing import Any
 from iopo.constraints import text as cut
 from iopo.construct import report
 from iopo.construct.proposals import SEEN_KINDS, UNSEEN_KINDS, propose
-from iopo.construct.prose import PLAIN, REFUSAL, balanced, ends_a_sentence, repeats_itself
+from iopo.construct.prose import PLAIN, REFUSAL, ends_a_sentence, repeats_itself
 from iopo.construct.quadruples import (
     Candidate,
     Rejection,
@@ -171,7 +171,8 @@ def whole_text(text: str) -> tuple[str, str | None]:
         if size < _LEAST_WORDS:
             break
         finished = ends_a_sentence(kept) and not kept.endswith(":")
-        if size <= _MOST_WORDS and finished and balanced(kept) and not repeats_itself(kept):
+        paired = kept.count('"') % 2 == 0 and kept.count("(") == kept.count(")")
+        if size <= _MOST_WORDS and finished and paired and not repeats_itself(kept):
             return kept, None
     return text, "too short before it breaks off or repeats itself"
 
