@@ -15,7 +15,6 @@ from iopo.constraints import Constraint, follows
 from iopo.constraints import text as cut
 from iopo.construct.proposals import measured, propose, sensible
 from iopo.construct.prose import ends_a_sentence
-from iopo.construct.responses import Job
 from iopo.construct.tasks import Row, Task, digest, instruction, quad_row
 
 CELLS = ("x1y1", "x1y2", "x2y2", "x2y1")
@@ -157,14 +156,14 @@ def _fault(candidate: Candidate, broken: str) -> str | None:
     return "follows both" if cells[0] and cells[2] else broken
 
 
-def follow_jobs(candidates: Sequence[Candidate], samples: int) -> list[Job]:
+def follow_jobs(candidates: Sequence[Candidate], samples: int) -> dict[str, str]:
     """Both instructions of every candidate, `samples` times each, named by their text."""
-    return [
-        Job(_follow_key(prompt, n), prompt)
+    return {
+        _follow_key(prompt, n): prompt
         for n in range(samples)
         for candidate in candidates
         for prompt in plain_instructions(candidate)
-    ]
+    }
 
 
 def followed(

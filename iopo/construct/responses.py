@@ -1,8 +1,7 @@
 """Sampled responses to prompts, kept in a JSONL cache that a killed run continues."""
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,49 +13,42 @@ SEEDS_APART = 1_000_003  # chunks of different seeds share no seed of their own 
 CHUNK = 50  # jobs that are generated, and appended to the cache, together
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One prompt to answer. `key` names it in the cache and is unique."""
-
-    key: str
-    prompt: str
-
-
 # A sampler takes prompts and a seed and returns (text, finish_reason) for each.
 Sampler = Callable[[Sequence[str], int], list[tuple[str, str]]]
 
 
-def sample_all(jobs: Sequence[Job], file: Path, sampler: Sampler, seed: int = 0) -> dict[str, str]:
-    """Answer every job, reading answered ones from `file` and appending the others to it.
+def sample_all(
+    jobs: Mapping[str, str], file: Path, sampler: Sampler, seed: int = 0
+) -> dict[str, str]:
+    """Answer every job (key -> prompt), from the cache `file` or by appending to it.
 
     Jobs are answered in fixed chunks, each with a seed of its own that depends on (seed, chunk), so
     a run that was killed and continued writes what an unbroken run writes. Returns key -> response.
     Raises ValueError if the file answers another prompt under a job's key.
     """
     done = {row["key"]: row for row in read_cache(file)}
-    for job in jobs:
-        if job.key in done and done[job.key]["prompt"] != job.prompt:
+    for key, prompt in jobs.items():
+        if key in done and done[key]["prompt"] != prompt:
             raise ValueError(
-                f"{file}: response {job.key!r} answers {done[job.key]['prompt']!r}, expected "
-                f"{job.prompt!r}; the tasks changed, so start a new cache file"
+                f"{file}: response {key!r} answers {done[key]['prompt']!r}, expected {prompt!r}; "
+                "the tasks changed, so start a new cache file"
             )
-    jobs = list({job.key: job for job in jobs}.values())
-    if any(job.key not in done for job in jobs):  # a complete cache is only read
+    if not jobs.keys() <= done.keys():  # a complete cache is only read
         with Journal(file) as journal:
             for start in range(0, len(jobs), CHUNK):
-                chunk = jobs[start : start + CHUNK]
-                if all(job.key in done for job in chunk):
+                chunk = list(jobs)[start : start + CHUNK]
+                if all(key in done for key in chunk):
                     continue
-                answers = sampler([job.prompt for job in chunk], seed * SEEDS_APART + start)
+                answers = sampler([jobs[key] for key in chunk], seed * SEEDS_APART + start)
                 rows = [
-                    {"key": job.key, "prompt": job.prompt, "text": text, "finish_reason": reason}
-                    for job, (text, reason) in zip(chunk, answers, strict=True)
-                    if job.key not in done
+                    {"key": key, "prompt": jobs[key], "text": text, "finish_reason": reason}
+                    for key, (text, reason) in zip(chunk, answers, strict=True)
+                    if key not in done
                 ]
                 journal.append(*rows)
                 done.update((row["key"], row) for row in rows)
                 log.info("sampled %d of %d", min(start + CHUNK, len(jobs)), len(jobs))
-    return {job.key: done[job.key]["text"] for job in jobs}
+    return {key: done[key]["text"] for key in jobs}
 
 
 def read_cache(file: Path) -> list[dict[str, str]]:

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, product
+from itertools import combinations, product, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from iopo.construct.quadruples import (
     to_row,
 )
 from iopo.construct.relabel import SPLITS, Relabeller, RelabelRecipe
-from iopo.construct.responses import Job, Sampler, model_sampler, sample_all
+from iopo.construct.responses import Sampler, model_sampler, sample_all
 from iopo.construct.tasks import Task, read_tasks
 from iopo.construct.verify import verify
 from iopo.data.rows import Pair
@@ -87,7 +87,7 @@ def build_verified(recipe: VerifiedRecipe, sampler: Sampler) -> str:
     Raises ValueError if verify finds a fault in what was made.
     """
 
-    def sampled(jobs: Sequence[Job]) -> dict[str, str]:
+    def sampled(jobs: Mapping[str, str]) -> dict[str, str]:
         return sample_all(jobs, Path(recipe.responses), sampler, recipe.seed)
 
     tasks = read_tasks()
@@ -118,21 +118,18 @@ def split_of(task: Task) -> str:
     return "heldout" if place % 8 == 0 else "heldout_kinds"
 
 
-def bare_jobs(tasks: Sequence[Task], samples: int) -> list[Job]:
+def bare_jobs(tasks: Sequence[Task], samples: int) -> dict[str, str]:
     """The bare tasks, each `samples` times, with the forms in turn; some tasks need fewer.
 
     Neighbours begin with different forms, so that few samples a task have all forms too.
     """
-    return [
-        Job(
-            f"{task.digest}-{n}",
-            f"{task.description} {FORMS[(place + n) % len(FORMS)]}"
-            + ("" if task.input is None else f"\n# Inputs:\n{task.input}"),
-        )
+    return {
+        f"{task.digest}-{n}": f"{task.description} {FORMS[(place + n) % len(FORMS)]}"
+        + ("" if task.input is None else f"\n# Inputs:\n{task.input}")
         for n in range(samples)
         for place, task in enumerate(tasks)
         if n < SAMPLES_TO_EDIT or split_of(task) != "heldout_kinds"
-    ]
+    }
 
 
 def usable_texts(
@@ -231,17 +228,14 @@ class Making:
 
     def relabel(self) -> None:
         """Pairs of responses to one task. A response may serve twice: whole, and cut shorter."""
-        rounds: list[list[tuple[Task, str, str]]] = []
+        drawn = []
         for task in self.rng.sample(self.tasks, len(self.tasks)):
             sources = [[t, *filter(None, [beginning(t, self.rng)])] for t in self.texts[task.line]]
             pairs = [p for two in combinations(sources, 2) for p in product(*two)]
-            for n, (first, second) in enumerate(self.rng.sample(pairs, len(pairs))):
-                if n == len(rounds):
-                    rounds.append([])
-                rounds[n].append((task, first, second))
+            drawn.append([(task, *pair) for pair in self.rng.sample(pairs, len(pairs))])
         used: set[tuple[str, str]] = set()
-        for number, drawn in enumerate(rounds):  # each task once before any task twice
-            for task, first, second in drawn:
+        for number, found in enumerate(zip_longest(*drawn)):  # each task once before any twice
+            for task, first, second in filter(None, found):
                 split = split_of(task)
                 both = {(task.line, first), (task.line, second)}
                 if self.full(split) or both & used:
@@ -254,7 +248,7 @@ class Making:
                     used |= both
                     self._accept("relabel", row)
 
-    def follow(self, sampled: Callable[[Sequence[Job]], dict[str, str]]) -> None:
+    def follow(self, sampled: Callable[[Mapping[str, str]], dict[str, str]]) -> None:
         """Responses that the model gave to instructions with constraints, where it followed."""
         recipe = self.recipe
         # its own stream: the prompts must not depend on other draws

@@ -13,7 +13,7 @@ from iopo.construct import quadruples, verify
 from iopo.construct.proposals import SEEN_KINDS
 from iopo.construct.prose import ends_a_sentence
 from iopo.construct.quadruples import Balance, Candidate, Rejection, four_cells
-from iopo.construct.responses import Job, model_sampler, read_cache, sample_all
+from iopo.construct.responses import model_sampler, read_cache, sample_all
 from iopo.construct.tasks import Task, instruction, read_tasks
 from iopo.construct.verified import split_of
 from iopo.files import read_records, write_records
@@ -94,7 +94,7 @@ def test_instruction_is_laid_out_as_trace():
 
 
 def test_sampling_continues_after_a_kill(tmp_path):
-    jobs = [Job(f"job-{n}", f"prompt {n}") for n in range(120)]
+    jobs = {f"job-{n}": f"prompt {n}" for n in range(120)}
     asked = []
 
     def sampler(prompts, seed):
@@ -113,9 +113,9 @@ def test_sampling_continues_after_a_kill(tmp_path):
     sample_all(jobs, torn, sampler, seed=3)
     assert asked == [] and len(read_cache(torn)) == 120
     with pytest.raises(ValueError, match="start a new cache file"):
-        sample_all([Job("job-0", "another prompt")], torn, sampler)
+        sample_all({"job-0": "another prompt"}, torn, sampler)
     with pytest.raises(ValueError, match="lacks responses to 'new'.*recipe.model_path"):
-        sample_all([Job("new", "new")], torn, model_sampler(None, 8, 1.0, 1.0))
+        sample_all({"new": "new"}, torn, model_sampler(None, 8, 1.0, 1.0))
 
 
 # --- quadruples ---
@@ -167,13 +167,13 @@ def test_followed_takes_the_first_pair_that_fits():
     low, high = make("case", style="lower"), make("case", style="upper")
     draft = Candidate(TASK, (low,), "", (high,), "", "follow")
     jobs = quadruples.follow_jobs([draft], 2)
-    assert len({job.key for job in jobs}) == 4
+    assert len(jobs) == 4
     texts = ["A Mill.", "A MILL.", "a mill.", "A Mill."]  # two instructions, then again
-    answers = {job.key: text for job, text in zip(jobs, texts, strict=True)}
+    answers = dict(zip(jobs, texts, strict=True))
     found = quadruples.followed(draft, answers, 2)
     assert (found.y1, found.y2) == ("a mill.", "A MILL.")
     row = quadruples.to_row(found, "train")
-    assert [row["x1"], row["x2"]] == [job.prompt for job in jobs[:2]]
+    assert [row["x1"], row["x2"]] == list(jobs.values())[:2]
 
 
 @pytest.mark.parametrize("arguments", [[], ["+recipe=relabel", "recipe.name=cook"]])
