@@ -163,18 +163,16 @@ def _check_row(
         shared = next((gram for gram in _grams(row[key]) if gram in grams), None)
         if shared is not None:
             yield "overlap", f"{key} has {' '.join(shared)!r} of {grams[shared]}"
-    no_list = [key for key in ("c1", "c2") if not isinstance(row.get(key) or [], list)]
-    if no_list:
-        yield "constraint", f"{', '.join(no_list)} is no list of constraints"
+    sides = [row.get(key) or [] for key in ("c1", "c2")]
+    if not all(isinstance(side, list) for side in sides):
+        yield "constraint", "c1 or c2 is no list of constraints"
         return
-    kinds = [[_kind(c) for c in row.get(key) or ()] for key in ("c1", "c2")]
+    kinds = [[_kind(c) for c in side] for side in sides]
     judged = JUDGED in kinds[0] or JUDGED in kinds[1]
     broken = list(_texts(row, {*kinds[0], *kinds[1]}))
     yield from broken
     try:
-        c1, c2 = (
-            [from_dict(c) for c in row.get(key) or () if _kind(c) != JUDGED] for key in ("c1", "c2")
-        )
+        c1, c2 = ([from_dict(c) for c in side if _kind(c) != JUDGED] for side in sides)
     except (ValueError, TypeError, AttributeError) as error:
         yield "constraint", f"cannot be read: {error}"
         return
@@ -183,15 +181,14 @@ def _check_row(
         yield "match", f"says {row.get('match')}; a judged row must say [1, 0, 1, 0]"
     if not broken and not judged:
         yield from _cells(row, c1, c2)
-    for x, key in (("x1", "c1"), ("x2", "c2")):
-        for constraint in row.get(key) or ():
-            text = constraint.get("text")
-            if not isinstance(text, str) or text not in row[x]:
-                yield "wording", f"{x} does not contain the text {text!r} of {key}"
+    for n, side in enumerate(sides, 1):
+        for text in (constraint.get("text") for constraint in side):
+            if not isinstance(text, str) or text not in row[f"x{n}"]:
+                yield "wording", f"x{n} does not contain the text {text!r} of c{n}"
 
 
 def _kind(constraint: Any) -> str:
-    """The kind of a constraint that may be anything; from_dict says what is wrong with it."""
+    """The kind of a constraint that may be anything; `from_dict` says what is wrong with it."""
     return str(constraint.get("kind")) if isinstance(constraint, dict) else "?"
 
 

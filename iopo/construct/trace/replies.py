@@ -35,11 +35,6 @@ def verdict(text: str, key: str) -> tuple[bool, str]:
     return row[key], str(row.get("reason", ""))[:300]
 
 
-def instruction(text: str) -> str:
-    """The instruction of {"instruction"}. Raises Unreadable."""
-    return _filled(json_object(text, "instruction")["instruction"], "instruction")
-
-
 def fields(text: str, dimensions: tuple[Dimension, ...]) -> dict[str, Any]:
     """description, constraints and input of an instruction that was taken apart.
 
@@ -48,7 +43,7 @@ def fields(text: str, dimensions: tuple[Dimension, ...]) -> dict[str, Any]:
     row = json_object(text, "description", "reject")
     if "description" not in row:
         raise Rejected("not fit to be taken apart", str(row["reject"])[:300])
-    description = _filled(row["description"], "description")
+    description = filled(row["description"], "description")
     given = row.get("input")
     if given is not None and not isinstance(given, str):
         raise Unreadable(f"'input' is {type(given).__name__}; expected text or null")
@@ -73,7 +68,7 @@ def constraints(value: object, dimensions: tuple[Dimension, ...]) -> list[dict[s
     for entry in value:
         text = entry.get("text") if isinstance(entry, dict) else entry
         kind = entry.get("type") if isinstance(entry, dict) else None
-        text = " ".join(_NUMBER.sub("", _filled(text, "constraints")).split())
+        text = " ".join(_NUMBER.sub("", filled(text, "constraints")).split())
         found.append({"text": text, "type": named(kind, dimensions)})
     if not found:
         raise Rejected("no constraints")
@@ -84,12 +79,8 @@ def constraints(value: object, dimensions: tuple[Dimension, ...]) -> list[dict[s
     return found
 
 
-def answer(text: str) -> str:
-    """A response as it stands, without blanks around it. Raises Unreadable if it is empty."""
-    return _filled(text, "response")
-
-
-def _filled(value: object, name: str) -> str:
+def filled(value: object, name: str = "response") -> str:
+    """The text without blanks around it. Raises Unreadable where there is none."""
     if not isinstance(value, str) or not value.strip():
         raise Unreadable(f"{name!r} holds no text")
     return value.strip()

@@ -124,7 +124,13 @@ def _ask_expand(row: Row, context: Context) -> list[Ask]:
     dimensions = menu(taxonomy.draw_menu(context.dimensions, number, rng), row["language"])
     blanks = {"instruction": row["instruction"], "number": number, "dimensions": dimensions}
     text = fill("expand", row["language"], **blanks)
-    return [context.prompt(text, replies.instruction, 250)]
+
+    def read(reply: str) -> str:
+        return replies.filled(
+            replies.json_object(reply, "instruction")["instruction"], "instruction"
+        )
+
+    return [context.prompt(text, read, 250)]
 
 
 def _finish_expand(row: Row, answers: list[Any], context: Context) -> Row:
@@ -168,7 +174,7 @@ def _finish_check(row: Row, answers: list[Any], context: Context) -> Row:
 
 
 def _ask_response(x: str) -> Callable[[Row, Context], list[Ask]]:
-    return lambda row, context: [context.prompt(row[x], replies.answer, 400)]
+    return lambda row, context: [context.prompt(row[x], replies.filled, 400)]
 
 
 def _finish_response(y: str, other: str | None) -> Callable[[Row, list[Any], Context], Row]:
@@ -210,7 +216,7 @@ def _finish_score(key: str) -> Callable[[Row, list[Any], Context], Row]:
 
 def _ask_worse(row: Row, context: Context) -> list[Ask]:
     text = fill("worse", row["language"], **_fields(row), answer=row["y1"])
-    return [context.prompt(text, replies.answer, 400)]
+    return [context.prompt(text, replies.filled, 400)]
 
 
 def _finish_worse(row: Row, answers: list[Any], context: Context) -> Row:
