@@ -16,7 +16,7 @@ from typing import Any
 
 from iopo.constraints import Constraint
 from iopo.constraints import text as cut
-from iopo.construct import importers
+from iopo.construct import importers, require
 from iopo.construct.contrast import KINDS, fill, tell_apart, unmentioned
 from iopo.construct.prose import REFUSAL, ends_a_sentence, script_of
 from iopo.construct.quadruples import MATCH, Balance, constraint_rows, four_cells, sign
@@ -52,20 +52,12 @@ class RelabelRecipe:
     limit: int | None = None  # quads
 
     def __post_init__(self) -> None:
-        unknown = set(self.heldout_kinds) - {kind for kinds in KINDS.values() for kind in kinds}
-        if unknown:
-            raise ValueError(f"recipe.heldout_kinds: {sorted(unknown)} is not measured")
-        for name, ok, expected in (
-            ("heldout_share", 0 <= self.heldout_share < 1, "0 <= share < 1"),
-            ("most_share", 0 < self.most_share <= 1, "0 < share <= 1"),
-            (
-                "most_constraints",
-                1 <= self.most_constraints <= MOST_CONSTRAINTS,
-                f"1 to {MOST_CONSTRAINTS}",
-            ),
-        ):
-            if not ok:
-                raise ValueError(f"recipe.{name} is {getattr(self, name)}; expected {expected}")
+        known = {kind for kinds in KINDS.values() for kind in kinds}
+        require(self, "heldout_kinds", set(self.heldout_kinds) <= known, f"some of {sorted(known)}")
+        require(self, "heldout_share", 0 <= self.heldout_share < 1, "0 <= share < 1")
+        require(self, "most_share", 0 < self.most_share <= 1, "0 < share <= 1")
+        most = MOST_CONSTRAINTS
+        require(self, "most_constraints", 1 <= self.most_constraints <= most, f"1 to {most}")
 
     def kinds(self, split: str, language: str) -> tuple[str, ...]:
         held = split == "heldout_kinds"

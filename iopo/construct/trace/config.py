@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
+from iopo.construct import require
 from iopo.evaluation.config import EndpointSection, JudgeSection
 
 LANGUAGES = ("en", "zh")
@@ -32,21 +33,14 @@ class TraceRecipe:
     def __post_init__(self) -> None:
         weights = self.operations.values()
         known = set(self.operations) <= set(OPERATIONS)
+        fair = known and min(weights, default=-1) >= 0 and sum(weights) > 0
         languages = ("auto", *LANGUAGES)
-        for name, ok, expected in (
-            ("language", self.language in languages, f"one of {languages}"),
-            (
-                "operations",
-                known and min(weights, default=-1) >= 0 and sum(weights) > 0,
-                f"chances of 0 or more, not all 0, for {OPERATIONS}",
-            ),
-            ("mismatch_at_most", 0 <= self.mismatch_at_most < 10, "0 <= score < 10"),
-            ("attempts", self.attempts >= 1, "1 or more"),
-            ("max_tokens", self.max_tokens >= 1, "1 or more"),
-            ("temperature", self.temperature >= 0, "0 or more"),
-        ):
-            if not ok:
-                raise ValueError(f"recipe.{name} is {getattr(self, name)!r}; expected {expected}")
+        require(self, "operations", fair, f"chances of 0 or more, not all 0, for {OPERATIONS}")
+        require(self, "language", self.language in languages, f"one of {languages}")
+        require(self, "mismatch_at_most", 0 <= self.mismatch_at_most < 10, "0 <= score < 10")
+        require(self, "attempts", self.attempts >= 1, "1 or more")
+        require(self, "max_tokens", self.max_tokens >= 1, "1 or more")
+        require(self, "temperature", self.temperature >= 0, "0 or more")
 
     def judge_section(self) -> JudgeSection:
         """The judge's settings, with the endpoint's address where it has none of its own."""
