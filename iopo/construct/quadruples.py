@@ -47,14 +47,6 @@ class Candidate:
         return replace(self, c1=self.c2, y1=self.y2, c2=self.c1, y2=self.y1)
 
 
-@dataclass(frozen=True, slots=True)
-class Rejection:
-    """Why no quad was made, and of which kinds it was tried (none known: empty)."""
-
-    reason: str
-    kinds: tuple[str, ...] = ()
-
-
 @dataclass
 class Balance:
     """How often each kind stands in a file so far, and which lengths went together."""
@@ -109,10 +101,10 @@ def edit(
     kinds: Sequence[str],
     balance: Balance,
     rng: random.Random,
-) -> Candidate | Rejection:
+) -> Candidate | str:
     """Change two texts (or one text twice) by rule so that each follows its own constraints.
 
-    kinds: those that may be asked for. balance: of the file so far.
+    kinds: those that may be asked for. balance: of the file so far. A str says why it failed.
     """
     writable = [kind for kind in kinds if kind in _EDIT_ORDER]
     kind = balance.draw(writable, rng)
@@ -121,29 +113,28 @@ def edit(
     c1: tuple[Constraint, ...] = (propose(kind, rng, counts[0]),)
     c2: tuple[Constraint, ...] = (propose(other, rng, counts[1]),)
     if c1 == c2:
-        return Rejection("the same constraint twice", (kind,))
+        return "the same constraint twice"
     if rng.random() < 0.3:  # a constraint in common tells that the differing one decides
         common = propose(balance.draw(writable, rng), rng, min(counts))
         c1, c2 = (*c1, common), (*c2, common)
-    tried = tuple({c.kind for c in (*c1, *c2)})
-    if not all(map(balance.has_room, tried)):
-        return Rejection("kind is frequent enough", tried)
+    if not all(balance.has_room(c.kind) for c in (*c1, *c2)):
+        return "kind is frequent enough"
     if not sensible(c1) or not sensible(c2):
-        return Rejection("conflicting constraints", tried)
+        return "conflicting constraints"
     y1, y2 = (apply_edits(c, text, task, rng) for c, text in ((c1, first), (c2, second)))
     if y1 is None or y2 is None:
-        return Rejection("no rule fits the text", tried)
+        return "no rule fits the text"
     allowed = [kind for kind in kinds if balance.has_room(kind)]
     c1 = _fill(c1, measured(y1, y2, allowed), balance, rng)
     c2 = _fill(c2, measured(y2, y1, allowed), balance, rng)
-    return _checked(Candidate(task, c1, y1, c2, y2, "edit"), rng)
+    candidate = Candidate(task, c1, y1, c2, y2, "edit")
+    return _fault(candidate, "rule broke a constraint") or shuffled(candidate, rng)
 
 
-def follow(candidate: Candidate, first: str, second: str) -> Candidate | Rejection:
+def follow(candidate: Candidate, first: str, second: str) -> Candidate | str:
     """The instructions of `candidate` with responses that a model gave to them."""
     candidate = replace(candidate, y1=first, y2=second, source="follow")
-    fault = _fault(candidate, "not followed")
-    return Rejection(fault, tuple(kinds_of(candidate))) if fault else candidate
+    return _fault(candidate, "not followed") or candidate
 
 
 def _fault(candidate: Candidate, broken: str) -> str | None:
@@ -166,9 +157,7 @@ def follow_jobs(candidates: Sequence[Candidate], samples: int) -> dict[str, str]
     }
 
 
-def followed(
-    candidate: Candidate, responses: Mapping[str, str], samples: int
-) -> Candidate | Rejection:
+def followed(candidate: Candidate, responses: Mapping[str, str], samples: int) -> Candidate | str:
     """The candidate with the first pair of sampled responses that passes all four cells."""
     side1, side2 = (
         [responses[_follow_key(prompt, n)].strip() for n in range(samples)]
@@ -248,19 +237,11 @@ def _fill(
     return chosen
 
 
-def _checked(candidate: Candidate, rng: random.Random) -> Candidate | Rejection:
-    """The candidate in random order of sides and constraints, if its four cells hold."""
-    fault = _fault(candidate, "rule broke a constraint")
-    if fault:
-        return Rejection(fault, tuple(kinds_of(candidate)))
+def shuffled(candidate: Candidate, rng: random.Random) -> Candidate:
+    """The candidate in random order of sides and constraints."""
     c1, c2 = (tuple(rng.sample(c, len(c))) for c in (candidate.c1, candidate.c2))
     candidate = replace(candidate, c1=c1, c2=c2)
     return candidate.swapped() if rng.random() < 0.5 else candidate
-
-
-def kinds_of(candidate: Candidate) -> Counter[str]:
-    """How often each kind occurs in both instructions."""
-    return Counter(constraint.kind for constraint in (*candidate.c1, *candidate.c2))
 
 
 def constraint_rows(side: Iterable[tuple[Constraint, str]]) -> list[Row]:

@@ -20,11 +20,9 @@ from iopo.construct.proposals import SEEN_KINDS, UNSEEN_KINDS, propose
 from iopo.construct.prose import PLAIN, REFUSAL, ends_a_sentence, repeats_itself
 from iopo.construct.quadruples import (
     Candidate,
-    Rejection,
     edit,
     follow_jobs,
     followed,
-    kinds_of,
     to_row,
 )
 from iopo.construct.relabel import SPLITS, Relabeller, RelabelRecipe
@@ -217,8 +215,6 @@ class Making:
         self.wanted = dict(zip(SPLITS, sizes, strict=True))
         self.rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
         self.outcomes: Counter[tuple[str, str]] = Counter()  # by source and outcome
-        self.tried: Counter[tuple[str, str]] = Counter()  # by source and kind
-        self.accepted: Counter[tuple[str, str]] = Counter()
 
     def full(self, split: str) -> bool:
         return len(self.rows[split]) >= self.wanted[split]
@@ -242,11 +238,10 @@ class Making:
                     continue
                 named = Pair(f"{task.digest}-{number}", task.line, first, second)
                 row = self.relabeller.row(named, task, split)
-                if isinstance(row, str):
-                    self.outcomes["relabel", row] += 1
-                else:
+                if not isinstance(row, str):
                     used |= both
-                    self._accept("relabel", row)
+                    self.rows[split].append(row)
+                self.outcomes["relabel", row if isinstance(row, str) else "accepted"] += 1
 
     def follow(self, sampled: Callable[[Mapping[str, str]], dict[str, str]]) -> None:
         """Responses that the model gave to instructions with constraints, where it followed."""
@@ -262,7 +257,7 @@ class Making:
             if isinstance(result, Candidate):
                 result = result.swapped() if rng.random() < 0.5 else result
                 if any(REFUSAL.search(y) or repeats_itself(y) for y in (result.y1, result.y2)):
-                    result = Rejection("refusal or repetition", tuple(kinds_of(result)))
+                    result = "refusal or repetition"
             self._admit("follow", result, "train")
 
     def edit(self) -> None:
@@ -286,41 +281,24 @@ class Making:
                     result = edit(task, first, second, kinds, balance, self.rng)
                     self._admit("edit", result, split)
 
-    def _admit(self, source: str, result: Candidate | Rejection, split: str) -> None:
+    def _admit(self, source: str, result: Candidate | str, split: str) -> None:
         """Let a quad in if it fits among the others; count what became of it."""
-        kinds = set(result.kinds if isinstance(result, Rejection) else kinds_of(result))
-        self.tried.update((source, kind) for kind in kinds)
-        if isinstance(result, Candidate):
+        outcome: str | None = "file is full"
+        if isinstance(result, str):
+            outcome = result
+        elif not self.full(split):
             row = to_row(result, split)
-            refusal = "file is full" if self.full(split) else self.relabeller.join(row)
-            if refusal is None:
-                self._accept(source, row)
-                return
-        else:
-            refusal = result.reason
-        self.outcomes[source, refusal] += 1
-
-    def _accept(self, source: str, row: dict[str, Any]) -> None:
-        self.rows[row["split"]].append(row)
-        self.outcomes[source, "accepted"] += 1
-        kinds = {c["kind"] for c in (*row["c1"], *row["c2"])}
-        self.accepted.update((source, kind) for kind in kinds)
+            outcome = self.relabeller.join(row)
+            if outcome is None:
+                self.rows[split].append(row)
+        self.outcomes[source, outcome or "accepted"] += 1
 
     def table(self, usable: Counter[str]) -> str:
-        """Acceptance by source and reason, and by source and kind, as markdown."""
+        """Acceptance by source and reason, as markdown."""
         lines = ["responses: " + ", ".join(f"{n} {why}" for why, n in usable.most_common()), ""]
         lines += ["| source | outcome | draws | share |", "|---|---|---|---|"]
         for (source, outcome), n in sorted(self.outcomes.items()):
             of = sum(m for (other, _), m in self.outcomes.items() if other == source)
             lines.append(f"| {source} | {outcome} | {n} | {n / of:.1%} |")
-        lines += ["", "| kind | relabel | follow | edit | share of train |", "|---" * 5 + "|"]
-        train = Counter(c["kind"] for row in self.rows["train"] for c in (*row["c1"], *row["c2"]))
-        for kind in sorted({kind for _, kind in self.accepted}):
-            # to a kind that relabelling does not choose there is no attempt: it measures all
-            cells = [str(self.accepted["relabel", kind])]
-            for source in ("follow", "edit"):
-                cells.append(f"{self.accepted[source, kind]}/{self.tried[source, kind]}")
-            cells.append(f"{train[kind] / max(1, train.total()):.1%}")
-            lines.append(f"| {kind} | {' | '.join(cells)} |")
         sizes = ", ".join(f"{split} {len(rows)}" for split, rows in self.rows.items())
         return "\n".join([*lines, "", f"quads: {sizes}; edits {self.edits()}"])
