@@ -36,7 +36,7 @@ _FREQUENT = 3  # words whose number of uses may be asked for
 
 def measured(kind: str, text: str, other: str) -> list[dict[str, Any]]:
     """Parameters of a kind that hold for `text` and are worth asking for, in a fixed order."""
-    if kind == "forbid_words":  # to avoid a word is a request only if someone would use it
+    if kind == "forbid_words":
         return words_of_other(text, other)
     if kind == "word_frequency":  # of the words used most; to count all of them takes long
         uses = Counter(word for word in cut.lower_words(text) if len(word) > 4)
@@ -47,11 +47,16 @@ def measured(kind: str, text: str, other: str) -> list[dict[str, Any]]:
             if n == len(cut.word_spans(text, word))  # not beside an apostrophe or a digit
             for r in RELATIONS
         ]
-    return [params for params in MEASURED_KINDS[kind].measure(text) if _worth_asking(params)]
+    return [
+        params
+        for params in MEASURED_KINDS[kind].measure(text)
+        if params.get("relation") != "exactly" or params["number"] <= _MOST_EXACT
+        if len(params.get("word", "long")) > 1
+    ]
 
 
 def words_of_other(text: str, other: str) -> list[dict[str, Any]]:
-    """Parameters that forbid a word which `other` has and `text` has not."""
+    """Forbidden words for `text`: some that `other` uses, or it would be no request."""
     own = set(cut.lower_words(text))
     found = MEASURED_KINDS["include_words"].measure(other)
     return [params for params in found if params["words"][0] not in own]
@@ -62,12 +67,6 @@ def unmentioned(kinds: Iterable[str], prompt: str) -> Iterator[str]:
     for kind in kinds:
         if kind not in _MENTIONED or not re.search(_MENTIONED[kind], prompt, re.I):
             yield kind
-
-
-def _worth_asking(params: dict[str, Any]) -> bool:
-    if params.get("relation") == "exactly":
-        return params["number"] <= _MOST_EXACT
-    return len(params.get("word", "long")) > 1
 
 
 def tell_apart(

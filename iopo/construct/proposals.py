@@ -118,7 +118,7 @@ def _worth_asking(kind: str, params: dict) -> bool:
     if kind == "sentences":
         return number <= 5 and (relation, number) != ("at least", 1)
     if kind == "words":
-        return number >= 10 and (relation, number) != ("at least", 10)
+        return (relation, number) != ("at least", 10)
     if kind in ("first_word", "last_word"):
         return len(params["word"]) > 1
     return True
