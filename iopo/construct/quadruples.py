@@ -95,12 +95,7 @@ def four_cells(
 
 
 def edit(
-    task: Task,
-    first: str,
-    second: str,
-    kinds: Sequence[str],
-    balance: Balance,
-    rng: random.Random,
+    task: Task, first: str, second: str, kinds: Sequence[str], balance: Balance, rng: random.Random
 ) -> Candidate | str:
     """Change two texts (or one text twice) by rule so that each follows its own constraints.
 

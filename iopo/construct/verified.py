@@ -18,13 +18,7 @@ from iopo.constraints import text as cut
 from iopo.construct import report
 from iopo.construct.proposals import SEEN_KINDS, UNSEEN_KINDS, propose
 from iopo.construct.prose import PLAIN, REFUSAL, ends_a_sentence, repeats_itself
-from iopo.construct.quadruples import (
-    Candidate,
-    edit,
-    follow_jobs,
-    followed,
-    to_row,
-)
+from iopo.construct.quadruples import Candidate, edit, follow_jobs, followed, to_row
 from iopo.construct.relabel import SPLITS, Relabeller, RelabelRecipe
 from iopo.construct.responses import Sampler, model_sampler, sample_all
 from iopo.construct.tasks import Task, read_tasks
