@@ -1,7 +1,7 @@
 """Constraints to ask for: which kinds, and which parameters."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from iopo.constraints import KINDS, MEASURED_KINDS, Constraint, compatible, make, wording
 from iopo.constraints.base import Styled
@@ -90,13 +90,12 @@ def propose(kind: str, rng: random.Random, sentences: int) -> Constraint:
     return cls(rng.choice(tuple(cls.styles)))
 
 
-def measured(text: str, other: str, kinds: Iterable[str]) -> list[Constraint]:
+def measured(text: str, other: str, kinds: Sequence[str]) -> list[Constraint]:
     """Constraints true of `text` that are worth asking for, in a fixed order.
 
     Left out are those that hold for nearly every text (no bullets, at most 90 words for a text
     of 20). Words that only `other` has may be forbidden.
     """
-    kinds = set(kinds)
     found = [
         make(kind, **params)
         for kind in _MEASURED

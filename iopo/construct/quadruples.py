@@ -123,7 +123,12 @@ def edit(
     c1 = _fill(c1, measured(y1, y2, allowed), balance, rng)
     c2 = _fill(c2, measured(y2, y1, allowed), balance, rng)
     candidate = Candidate(task, c1, y1, c2, y2, "edit")
-    return _fault(candidate, "rule broke a constraint") or shuffled(candidate, rng)
+    fault = _fault(candidate, "rule broke a constraint")
+    if fault is not None:
+        return fault
+    c1, c2 = (tuple(rng.sample(c, len(c))) for c in (c1, c2))
+    candidate = replace(candidate, c1=c1, c2=c2)
+    return candidate.swapped() if rng.random() < 0.5 else candidate
 
 
 def follow(candidate: Candidate, first: str, second: str) -> Candidate | str:
@@ -230,13 +235,6 @@ def _fill(
         kind = balance.draw(sorted({c.kind for c in fitting}), rng)
         chosen = (*chosen, rng.choice([c for c in fitting if c.kind == kind]))
     return chosen
-
-
-def shuffled(candidate: Candidate, rng: random.Random) -> Candidate:
-    """The candidate in random order of sides and constraints."""
-    c1, c2 = (tuple(rng.sample(c, len(c))) for c in (candidate.c1, candidate.c2))
-    candidate = replace(candidate, c1=c1, c2=c2)
-    return candidate.swapped() if rng.random() < 0.5 else candidate
 
 
 def constraint_rows(side: Iterable[tuple[Constraint, str]]) -> list[Row]:

@@ -129,11 +129,10 @@ class Relabeller:
         return row | end
 
     def _shortened(self, written: list[Written], longer_y: int, split: str) -> int | None:
-        """Take constraints off the longer instruction until lengths tell nothing.
+        """Shorten the longer instruction, but for its first constraint, until lengths tell nothing.
 
-        The first of a side decides, so it stays. longer_y: the sign of the responses' lengths.
-        Returns whether the longer instruction now has the longer response (1, 0, -1); None where
-        nothing can be taken off.
+        longer_y: the sign of the responses' lengths. Returns whether the longer instruction now has
+        the longer response (1, 0, -1); None where nothing can be taken off.
         """
         while True:
             sizes = [sum(len(text) + 4 for _, text in side) for side in written]
