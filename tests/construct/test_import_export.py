@@ -158,18 +158,18 @@ def made(folder: Path, rows: list[dict], **changes):
     recipe = RelabelRecipe(
         **({"source": str(source), "out": str(folder / "out"), "heldout_share": 0.4} | changes)
     )
-    relabeller = relabel_file(recipe)
+    counts = relabel_file(recipe)
     files = [folder / "out" / f"{split}.jsonl" for split in relabelling.SPLITS]
-    return relabeller, files
+    return counts, files
 
 
 def test_relabelled_pairs_pass_verify_and_splits_hold(tmp_path):
     pairs = pairs_of_quads()
-    relabeller, files = made(tmp_path, pairs)
+    counts, files = made(tmp_path, pairs)
     found, summary = verify(files)
     assert [str(v) for v in found] == []
-    assert summary.rows == sum(relabeller.made.values()) > 100
-    assert summary.rows + sum(relabeller.skipped.values()) == len(pairs)
+    assert summary.rows == sum(counts["out"].values()) > 100
+    assert summary.rows + sum(counts["dropped"].values()) == counts["in"] == len(pairs)
     held = set(RelabelRecipe().heldout_kinds)
     kinds: dict[str, Counter] = {}
     for path in files:
@@ -197,8 +197,8 @@ def test_relabelling_leaves_out_what_is_no_use(tmp_path):
         good,
         {**good, "prompt": "Another prompt."},
     ]
-    relabeller, _ = made(tmp_path, rows, heldout_share=0.0)
-    assert relabeller.skipped == {
+    counts, _ = made(tmp_path, rows, heldout_share=0.0)
+    assert counts["dropped"] == {
         "refusal": 1, "unfinished": 1, "another script than the prompt": 1,
         "too short or too long": 1, "repeated response": 1,
     }  # fmt: skip
