@@ -91,7 +91,7 @@ def measure(rows: int, words: int, folder: Path) -> dict[str, float | int]:
         "rows": rows,
         "input_mb": round(size / 1e6, 1),
         "quads": summary.rows,
-        "skipped": sum(made.skipped.values()),
+        "skipped": sum(made["dropped"].values()),
         "relabel_cpu_s": round(middle_cpu - start_cpu, 2),
         "verify_cpu_s": round(end_cpu - middle_cpu, 2),
         "wall_s": round(end - start, 2),

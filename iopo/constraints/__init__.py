@@ -9,15 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from iopo.constraints import (  # noqa: F401 - their kinds join KINDS
-    ifeval_kinds,
-    keywords,
-    layout,
-    lengths,
-    marks,
-    structure,
-    wording,
-)
+from iopo.constraints import ifeval  # it imports all files of kinds, which join KINDS
 from iopo.constraints.base import KINDS, Constraint
 from iopo.constraints.ifeval import IFEVAL_IDS, from_ifeval
 
@@ -37,7 +29,7 @@ __all__ = [
 
 # kinds that measure quickly and need nothing but Python: what training data is made of
 MEASURED_KINDS: dict[str, type[Constraint]] = {
-    kind: cls for kind, cls in KINDS.items() if not issubclass(cls, ifeval_kinds.Official)
+    kind: cls for kind, cls in KINDS.items() if cls.__module__ != ifeval.__name__
 }
 
 

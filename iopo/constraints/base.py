@@ -1,14 +1,12 @@
 """What a constraint is: one object that writes, checks and measures one rule about a text.
 
 A kind is a frozen dataclass whose fields are its parameters, so constraints compare, hash and
-travel as JSON. Checks are pure functions of the text. Nothing here needs torch.
-
-A class is the whole description of its kind: to add one, write the class and name its module in the
-package's `__init__.py`.
+travel as JSON; a class that adds no field needs no decorator of its own. Checks are pure functions
+of the text. To add a kind, write the class and name its module in the package's `__init__.py`.
 """
 
 import random
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any, ClassVar
 
@@ -16,21 +14,16 @@ from iopo.constraints.text import han_characters
 
 LANGUAGES = ("en", "zh")
 RELATIONS = ("exactly", "at least", "at most")
-
-_RELATION_WORDS = {
-    "en": {"exactly": "exactly", "at least": "at least", "at most": "at most"},
-    "zh": {"exactly": "恰好", "at least": "至少", "at most": "至多"},
-}
+RELATIONS_ZH = {"exactly": "恰好", "at least": "至少", "at most": "至多"}
 
 
 def wordings(block: str) -> dict[str, tuple[str, ...]]:
     """language -> paraphrases, from a block of text: one a line, in English and in Chinese."""
-    lines = [line.strip() for line in block.strip().splitlines()]
-    chinese = [han_characters(line) > 0 for line in lines]
-    return {
-        language: tuple(line for line, is_zh in zip(lines, chinese, strict=True) if is_zh == zh)
-        for language, zh in (("en", False), ("zh", True))
-    }
+    found: dict[str, tuple[str, ...]] = {"en": (), "zh": ()}
+    for line in block.strip().splitlines():
+        language = "zh" if han_characters(line) else "en"
+        found[language] += (" ".join(line.split()),)  # the blanks of a continued line are one
+    return found
 
 
 KINDS: dict[str, type["Constraint"]] = {}  # every kind by name; a class with a `kind` joins it
@@ -74,14 +67,7 @@ class Constraint:
         return self.params
 
     def render(self, language: str = "en", rng: random.Random | None = None) -> str:
-        """The constraint as a sentence of an instruction; the first paraphrase without an `rng`.
-
-        Raises ValueError on a language other than those in LANGUAGES.
-        """
-        if language not in LANGUAGES:
-            raise ValueError(
-                f"constraint '{self.kind}': cannot render in {language!r}; choose from {LANGUAGES}"
-            )
+        """The constraint as a sentence of an instruction; the first paraphrase without an `rng`."""
         choices = self.paraphrases(language)
         template = choices[0] if rng is None else rng.choice(choices)
         return template.format(**self.blanks(language))
@@ -101,6 +87,11 @@ class Constraint:
 
     def edit(self, text: str, rng: random.Random) -> str | None:
         """The text changed by rule so that it satisfies the constraint; None where no rule does."""
+        edited = self._edit(text, rng) if text.strip() else None
+        return edited if edited and edited.strip() and self.check(edited) else None
+
+    def _edit(self, text: str, rng: random.Random) -> str | None:
+        """What the kind's rule makes of a text that is not blank. `edit` checks the result."""
         return None
 
     def _require(self, ok: bool, field: str, expected: str) -> None:
@@ -123,13 +114,6 @@ def conflicts_of(kind: str) -> frozenset[str]:
     return frozenset(found if own.get("repeatable") else found | {kind})
 
 
-def satisfies(relation: str, measured: int, count: int) -> bool:
-    """`measured` is exactly / at least / at most `count`."""
-    if relation == "exactly":
-        return measured == count
-    return measured >= count if relation == "at least" else measured <= count
-
-
 @dataclass(frozen=True)
 class Counted(Constraint):
     """A constraint on how often something occurs: `count(text)` against (relation, number)."""
@@ -138,8 +122,7 @@ class Counted(Constraint):
     number: int
 
     dimension = "Numerical"
-    unit_en: ClassVar[tuple[str, str]]  # singular, plural
-    unit_zh: ClassVar[str]  # with its measure word, as in "个句子"
+    unit: ClassVar[tuple[str, str, str]]  # singular, plural, Chinese with its measure word
     # what measure() offers; large counts (words) make no sensible exact request
     measured_relations: ClassVar[tuple[str, ...]] = RELATIONS
     step: ClassVar[int] = 1  # measured bounds are rounded outwards to multiples of this
@@ -184,7 +167,10 @@ class Counted(Constraint):
         return cls.bounds(cls("exactly", 0).count(text))
 
     def check(self, text: str) -> bool:
-        return satisfies(self.relation, self.count(text), self.number)
+        count = self.count(text)
+        if self.relation == "exactly":
+            return count == self.number
+        return count >= self.number if self.relation == "at least" else count <= self.number
 
     def forbids_all(self) -> bool:
         """Whether the only count allowed is 0."""
@@ -194,16 +180,12 @@ class Counted(Constraint):
         return self.templates_none[language] if self.forbids_all() else self.templates[language]
 
     def blanks(self, language: str) -> dict[str, Any]:
-        one = self.number == 1
-        singular, plural = self.unit_en
-        unit = {"en": singular if one else plural, "zh": self.unit_zh}[language]
-        return {
-            **self.params,
-            "relation": _RELATION_WORDS[language][self.relation],
-            "unit": unit,
-            "unit_none": self.unit_zh.lstrip("个条段处次"),
-            "be": "is" if one else "are",
-        }
+        singular, plural, chinese = self.unit
+        if language == "en":
+            unit, be = (singular, "is") if self.number == 1 else (plural, "are")
+            return {**self.params, "unit": unit, "be": be}
+        none, relation = chinese.lstrip("个条段处次"), RELATIONS_ZH[self.relation]
+        return {**self.params, "unit": chinese, "unit_none": none, "relation": relation}
 
     @classmethod
     def bounds(cls, measured: int) -> list[dict[str, Any]]:
@@ -212,55 +194,49 @@ class Counted(Constraint):
             return [{"relation": "exactly", "number": 0}] if cls.smallest == 0 else []
         found = []
         for relation in cls.measured_relations:
+            number = measured
             if relation == "at least":
                 number = measured // cls.step * cls.step
             elif relation == "at most":
                 number = -(-measured // cls.step) * cls.step
-            else:
-                number = measured
             if number > 0 and number >= cls.smallest:
                 found.append({"relation": relation, "number": number})
         return found
 
-    def numbered(self, relation: str, number: int) -> Constraint:
-        """This constraint with another relation and number."""
-        return type(self)(**{**self.params, "relation": relation, "number": number})
-
     def alternatives(self, rng: random.Random) -> list[Constraint]:
         """The same thing counted so that the allowed ranges do not meet."""
-        low = self.number if self.relation != "at most" else 0
-        high = self.number if self.relation != "at least" else None
-        found: list[Constraint] = []
-        if high is not None:
-            above = high + self.step * rng.randint(1, 3)
-            found.append(self.numbered("at least", above))
-            if "exactly" in self.measured_relations:
-                found.append(self.numbered("exactly", above))
-        least = max(self.smallest, 0 if self.smallest == 0 else 1)
-        if low > least:
-            below = max(least, low - self.step * rng.randint(1, 3))
-            found.append(self.numbered("at most", below))
-            if "exactly" in self.measured_relations:
-                found.append(self.numbered("exactly", below))
-        return found
+        apart: list[tuple[str, int]] = []
+        if self.relation != "at least":
+            apart.append(("at least", self.number + self.step * rng.randint(1, 3)))
+        if self.relation != "at most" and self.number > self.smallest:
+            below = self.number - self.step * rng.randint(1, 3)
+            apart.append(("at most", max(self.smallest, below)))
+        return [
+            replace(self, relation=relation, number=number)
+            for bound, number in apart
+            for relation in (bound, "exactly")
+            if relation in self.measured_relations
+        ]
 
 
+@dataclass(frozen=True)
 class Styled(Constraint):
     """Shared by kinds whose styles exclude one another: a text has at most one of them."""
 
     style: str
-    styles: ClassVar[dict[str, dict[str, str]]]  # style -> language -> its name in a sentence
+
+    # style -> its name in a sentence, in English and in Chinese
+    styles: ClassVar[dict[str, tuple[str, str]]]
 
     def __post_init__(self) -> None:
         self._require(self.style in self.styles, "style", f"one of {tuple(self.styles)}")
 
     def blanks(self, language: str) -> dict[str, Any]:
-        return {"name": self.styles[self.style][language]}
+        return {"name": self.styles[self.style][LANGUAGES.index(language)]}
 
     @classmethod
     def measure(cls, text: str) -> list[dict[str, Any]]:
-        return [{"style": s} for s in cls.styles if cls(style=s).check(text)]  # type: ignore[call-arg]
+        return [{"style": style} for style in cls.styles if cls(style).check(text)]
 
     def alternatives(self, rng: random.Random) -> list[Constraint]:
-        others = [style for style in self.styles if style != self.style]
-        return [type(self)(style=style) for style in others]  # type: ignore[call-arg]
+        return [type(self)(style) for style in self.styles if style != self.style]

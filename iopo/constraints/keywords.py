@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +17,7 @@ _TOO_COMMON = frozenset(
 )
 
 
+@dataclass(frozen=True)
 class WordList(Constraint):
     """Shared by include_words and forbid_words: whole words, in any case."""
 
@@ -28,6 +29,7 @@ class WordList(Constraint):
         ok = isinstance(self.words, tuple) and len(self.words) > 0
         ok = ok and all(isinstance(w, str) and w.strip() for w in self.words)
         self._require(ok, "words", "a list of one or more words")
+        self.found("")  # a word that is no pattern where one is expected raises here
 
     def blanks(self, language: str) -> dict[str, Any]:
         quote, comma = ("'{}'", ", ") if language == "en" else ("“{}”", "、")
@@ -41,11 +43,8 @@ class WordList(Constraint):
         return [bool(self.spans(text, word)) for word in self.words]
 
 
-@dataclass(frozen=True)
 class IncludeWords(WordList):
     """Every word of the list occurs as a whole word."""
-
-    words: tuple[str, ...]
 
     kind = "include_words"
     dimension = "Inclusion"
@@ -69,20 +68,15 @@ class IncludeWords(WordList):
         return [{"words": [word]} for word in _content_words(text)]
 
     def alternatives(self, rng: random.Random) -> list[Constraint]:
-        return [ForbidWords(words=(word,)) for word in self.words]
+        return [ForbidWords((word,)) for word in self.words]
 
-    def edit(self, text: str, rng: random.Random) -> str | None:
-        missing = [w for w, found in zip(self.words, self.found(text), strict=True) if not found]
-        if not missing:
-            return text
-        return f"{text.rstrip()} ({', '.join(missing)})" if text.strip() else None
+    def _edit(self, text: str, rng: random.Random) -> str | None:
+        missing = [word for word in self.words if not self.spans(text, word)]
+        return f"{text.rstrip()} ({', '.join(missing)})" if missing else text
 
 
-@dataclass(frozen=True)
 class ForbidWords(WordList):
     """No word of the list occurs as a whole word."""
-
-    words: tuple[str, ...]
 
     kind = "forbid_words"
     dimension = "Exclusion"
@@ -106,15 +100,15 @@ class ForbidWords(WordList):
         return [{"words": [word]} for word in COMMON_WORDS if not cut.has_word(text, word)]
 
     def alternatives(self, rng: random.Random) -> list[Constraint]:
-        return [IncludeWords(words=(word,)) for word in self.words]
+        return [IncludeWords((word,)) for word in self.words]
 
-    def edit(self, text: str, rng: random.Random) -> str | None:
+    def _edit(self, text: str, rng: random.Random) -> str | None:
         if len(text.lower()) != len(text):  # rare letters: positions would not fit
             return None
         for word in self.words:
             for start, end in reversed(self.spans(text, word)):
                 text = text[:start].rstrip(" ") + text[end:]
-        return text.strip() if text.strip() and self.check(text.strip()) else None
+        return text.strip()
 
 
 @dataclass(frozen=True)
@@ -126,8 +120,7 @@ class WordFrequency(Counted):
     kind = "word_frequency"
     repeatable = True
     smallest = 2
-    unit_en = ("time", "times")
-    unit_zh = "次"
+    unit = ("time", "times", "次")
     templates = wordings("""
         Use the word '{word}' {relation} {number} {unit}.
         The word '{word}' should appear {relation} {number} {unit}.
@@ -143,18 +136,22 @@ class WordFrequency(Counted):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_text("word", "a word")
+        self.spans("", self.word)  # as in WordList
 
     def blanks(self, language: str) -> dict[str, Any]:
         quoted = f"'{self.word}'" if language == "en" else f"“{self.word}”"
         return {**super().blanks(language), "words": quoted}
 
+    def spans(self, text: str, word: str) -> list[tuple[int, int]]:
+        return cut.word_spans(text, word)
+
     def count(self, text: str) -> int:
-        return len(cut.word_spans(text, self.word))
+        return len(self.spans(text, self.word))
 
     def alternatives(self, rng: random.Random) -> list[Constraint]:
         found = super().alternatives(rng)
         if self.relation != "at most" and self.number > 0:
-            found.append(self.numbered("exactly", 0))
+            found.append(replace(self, relation="exactly", number=0))
         return found
 
     @classmethod

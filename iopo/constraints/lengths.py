@@ -2,7 +2,7 @@
 
 import random
 import re
-from dataclasses import dataclass
+from typing import ClassVar
 
 from iopo.constraints import text as cut
 from iopo.constraints.base import Counted
@@ -10,13 +10,11 @@ from iopo.constraints.base import Counted
 _NUMBERED_ITEM = re.compile(r"^[ \t]*\d+[.)] ", re.MULTILINE)
 
 
-@dataclass(frozen=True)
 class Words(Counted):
     r"""Number of words, runs of \w; IFEval's number_words."""
 
     kind = "words"
-    unit_en = ("word", "words")
-    unit_zh = "个词"
+    unit = ("word", "words", "个词")
     measured_relations = ("at least", "at most")
     step = 10
     smallest = 10
@@ -24,23 +22,18 @@ class Words(Counted):
     def count(self, text: str) -> int:
         return len(cut.words(text))
 
-    def edit(self, text: str, rng: random.Random) -> str | None:
+    def _edit(self, text: str, rng: random.Random) -> str | None:
         sentences = cut.sentences(text)
-        for kept in range(len(sentences), 0, -1):
-            shorter = " ".join(sentences[:kept])
-            if self.check(shorter):
-                return shorter
-        return None
+        shorter = (" ".join(sentences[:kept]) for kept in range(len(sentences), 0, -1))
+        return next(filter(self.check, shorter), None)
 
 
-@dataclass(frozen=True)
 class HanCharacters(Counted):
     """Number of Chinese characters, punctuation not counted: the length of a Chinese text."""
 
     kind = "han_characters"
     excludes = "words"
-    unit_en = ("Chinese character", "Chinese characters")
-    unit_zh = "个汉字"
+    unit = ("Chinese character", "Chinese characters", "个汉字")
     measured_relations = ("at least", "at most")
     step = 10
     smallest = 10
@@ -49,103 +42,111 @@ class HanCharacters(Counted):
         return cut.han_characters(text)
 
 
-@dataclass(frozen=True)
 class Sentences(Counted):
     """Number of sentences by rule (see text.sentences), English and Chinese."""
 
     kind = "sentences"
-    unit_en = ("sentence", "sentences")
-    unit_zh = "个句子"
+    unit = ("sentence", "sentences", "个句子")
 
     def count(self, text: str) -> int:
         return len(cut.sentences(text))
 
-    def edit(self, text: str, rng: random.Random) -> str | None:
+    def _edit(self, text: str, rng: random.Random) -> str | None:
         if self.relation == "at least":
-            return text if self.check(text) else None
-        edited = " ".join(cut.sentences(text)[: self.number])
-        return edited if edited and self.check(edited) else None
+            return text
+        return " ".join(cut.sentences(text)[: self.number])
 
 
-@dataclass(frozen=True)
-class Lines(Counted):
+class _Blocks(Counted):
+    """Shared by lines and paragraphs: an edit deals the sentences to so many blocks."""
+
+    separator: ClassVar[str]
+
+    def _edit(self, text: str, rng: random.Random) -> str | None:
+        groups = cut.dealt_sentences(text, self.number)
+        return self.separator.join(groups) if groups else None
+
+
+class Lines(_Blocks):
     """Number of lines that are not blank."""
 
     kind = "lines"
-    unit_en = ("line", "lines")
-    unit_zh = "行"
+    unit = ("line", "lines", "行")
+    separator = "\n"
 
     def count(self, text: str) -> int:
         return len(cut.lines(text))
 
-    def edit(self, text: str, rng: random.Random) -> str | None:
-        groups = cut.dealt_sentences(text, self.number)
-        return "\n".join(groups) if groups else None
 
-
-@dataclass(frozen=True)
-class Paragraphs(Counted):
+class Paragraphs(_Blocks):
     """Number of paragraphs, with blank lines between them."""
 
     kind = "paragraphs"
     excludes = "lines"
-    unit_en = ("paragraph separated by blank lines", "paragraphs separated by blank lines")
-    unit_zh = "个以空行分隔的段落"
+    unit = (
+        "paragraph separated by blank lines",
+        "paragraphs separated by blank lines",
+        "个以空行分隔的段落",
+    )
+    separator = "\n\n"
 
     def count(self, text: str) -> int:
         return len(cut.paragraphs(text))
 
-    def edit(self, text: str, rng: random.Random) -> str | None:
-        groups = cut.dealt_sentences(text, self.number)
-        return "\n\n".join(groups) if groups else None
+
+class _Items(Counted):
+    """Shared by bullets and numbered items: an edit makes an item of each sentence."""
+
+    dimension = "Numbering and list"
+    smallest = 0
+    mark: ClassVar[str]  # of item {n}
+
+    def without(self, text: str) -> str:
+        """The text with the marks of its items removed."""
+        raise NotImplementedError
+
+    def _edit(self, text: str, rng: random.Random) -> str | None:
+        if self.forbids_all():
+            return self.without(text)
+        items = [sentence.lstrip("-* ") for sentence in cut.sentences(text)[: self.number]]
+        if len(items) < self.number:
+            return None
+        return "\n".join(self.mark.format(n=n) + item for n, item in enumerate(items, 1))
 
 
-@dataclass(frozen=True)
-class Bullets(Counted):
+class Bullets(_Items):
     """Number of lines that begin with '-' or a single '*'; IFEval's number_bullet_lists."""
 
     kind = "bullets"
-    dimension = "Numbering and list"
     excludes = "sentences lines"
-    unit_en = ("bullet point that starts with '- '", "bullet points that start with '- '")
-    unit_zh = "个以“- ”开头的要点"
-    smallest = 0
+    unit = (
+        "bullet point that starts with '- '",
+        "bullet points that start with '- '",
+        "个以“- ”开头的要点",
+    )
+    mark = "- "
 
     def count(self, text: str) -> int:
         return cut.bullets(text)
 
-    def edit(self, text: str, rng: random.Random) -> str | None:
-        if self.forbids_all():
-            plain = "\n".join(line.lstrip("-* ") for line in cut.lines(text))
-            return plain if plain and self.check(plain) else None
-        items = tuple(sentence.lstrip("-* ") for sentence in cut.sentences(text))
-        if len(items) < self.number:
-            return None
-        edited = "\n".join(f"- {item}" for item in items[: self.number])
-        return edited if self.check(edited) else None
+    def without(self, text: str) -> str:
+        return "\n".join(line.lstrip("-* ") for line in cut.lines(text))
 
 
-@dataclass(frozen=True)
-class NumberedItems(Counted):
+class NumberedItems(_Items):
     """Number of lines that begin with a number and '.' or ')'."""
 
     kind = "numbered_items"
-    dimension = "Numbering and list"
     excludes = "sentences lines bullets"
-    unit_en = ("numbered item such as '1. '", "numbered items such as '1. ' and '2. '")
-    unit_zh = "个以“1. ”这样的编号开头的条目"
-    smallest = 0
+    unit = (
+        "numbered item such as '1. '",
+        "numbered items such as '1. ' and '2. '",
+        "个以“1. ”这样的编号开头的条目",
+    )
+    mark = "{n}. "
 
     def count(self, text: str) -> int:
         return len(_NUMBERED_ITEM.findall(text))
 
-    def edit(self, text: str, rng: random.Random) -> str | None:
-        if self.forbids_all():
-            plain = _NUMBERED_ITEM.sub("", text)
-            return plain if plain.strip() and self.check(plain) else None
-        items = cut.sentences(text)
-        if len(items) < self.number:
-            return None
-        kept = [item.lstrip("-* ") for item in items[: self.number]]
-        edited = "\n".join(f"{i}. {item}" for i, item in enumerate(kept, 1))
-        return edited if self.check(edited) else None
+    def without(self, text: str) -> str:
+        return _NUMBERED_ITEM.sub("", text)

@@ -2,10 +2,10 @@
 
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from iopo.constraints import text as cut
 from iopo.constraints.base import Counted, wordings
 
 _HIGHLIGHT = re.compile(r"\*[^\n\*]*\*")
@@ -13,72 +13,65 @@ _DOUBLE_HIGHLIGHT = re.compile(r"\*\*[^\n\*]*\*\*")
 _CAPITALS = re.compile(r"\b[A-Z]{2,}\b")
 
 
-@dataclass(frozen=True)
 class Placeholders(Counted):
     """Number of [placeholders]; IFEval's number_placeholders."""
 
     kind = "placeholders"
-    unit_en = (
+    unit = (
         "placeholder in square brackets, such as [address]",
         "placeholders in square brackets, such as [address]",
+        "个用方括号表示的占位符，例如[地址]",
     )
-    unit_zh = "个用方括号表示的占位符，例如[地址]"
     smallest = 0
 
     def count(self, text: str) -> int:
-        return len(cut.spans_in_lines(text, "[", "]", greedy=False)) if "[" in text else 0
+        # the matches of \[.*?\], in linear time: each ends at the next ], so one a part at most
+        return sum("[" in part for line in text.split("\n") for part in line.split("]")[:-1])
 
-    def edit(self, text: str, rng: random.Random) -> str | None:
-        if self.forbids_all():
-            plain = text.replace("[", "").replace("]", "")
-            return plain if plain.strip() else None
-        edited = text.replace("[", "").replace("]", "")
+    def _edit(self, text: str, rng: random.Random) -> str | None:
+        plain = text.replace("[", "").replace("]", "")
         names = ["name", "date", "place", "number", "topic", "title", "email", "reason"]
-        if self.number > len(names):
-            return None
+        if self.forbids_all() or self.number > len(names):
+            return plain
         chosen = rng.sample(names, self.number)
-        return edited.rstrip() + " " + " ".join(f"[{name}]" for name in chosen)
+        return plain.rstrip() + " " + " ".join(f"[{name}]" for name in chosen)
 
 
-@dataclass(frozen=True)
 class Highlights(Counted):
     """Number of *highlighted* spans; IFEval's number_highlighted_sections."""
 
     kind = "highlights"
     dimension = "Text pattern"
-    unit_en = (
+    unit = (
         "part highlighted with asterisks, like *this part*",
         "parts highlighted with asterisks, like *this part*",
+        "处用星号标出的内容，例如*重点内容*",
     )
-    unit_zh = "处用星号标出的内容，例如*重点内容*"
     smallest = 0
 
     def count(self, text: str) -> int:
-        return highlights(text)
+        """Spans between single asterisks plus spans between double ones, empty ones left out."""
+        if "*" not in text:
+            return 0
+        single = (span.strip("*") for span in _HIGHLIGHT.findall(text))
+        double = (span[2:-2] for span in _DOUBLE_HIGHLIGHT.findall(text))
+        return sum(1 for span in (*single, *double) if span.strip())
 
-    def edit(self, text: str, rng: random.Random) -> str | None:
-        edited = text.replace("*", "")
-        if self.number:
-            spots = list(re.finditer(r"[^\W\d_]{4,}", edited))
-            if len(spots) < self.number:
-                return None
-            for spot in sorted(rng.sample(spots, self.number), key=lambda s: -s.start()):
-                a, b = spot.span()
-                edited = f"{edited[:a]}*{edited[a:b]}*{edited[b:]}"
-        return edited if edited.strip() and self.check(edited) else None
+    def _edit(self, text: str, rng: random.Random) -> str | None:
+        plain = text.replace("*", "")
+        return _changed(plain, r"[^\W\d_]{4,}", self.number, rng, "*{}*".format)
 
 
-def highlights(text: str) -> int:
-    """Spans between single asterisks plus spans between double ones, empty spans not counted."""
-    if "*" not in text:
-        return 0
-    single = sum(1 for span in _HIGHLIGHT.findall(text) if span.strip("*").strip())
-    double = sum(
-        1
-        for span in _DOUBLE_HIGHLIGHT.findall(text)
-        if span.removeprefix("**").removesuffix("**").strip()
-    )
-    return single + double
+def _changed(
+    text: str, pattern: str, number: int, rng: random.Random, change: Callable[[str], str]
+) -> str | None:
+    """The text with `change` at `number` random matches of the pattern; None: too few matches."""
+    spots = list(re.finditer(pattern, text))
+    if len(spots) < number:
+        return None
+    for spot in sorted(rng.sample(spots, number), key=lambda spot: -spot.start()):
+        text = text[: spot.start()] + change(spot.group()) + text[spot.end() :]
+    return text
 
 
 class _Marks(Counted):
@@ -91,83 +84,66 @@ class _Marks(Counted):
     def count(self, text: str) -> int:
         return sum(map(text.count, self.marks))
 
-    def edit(self, text: str, rng: random.Random) -> str | None:
-        if not self.forbids_all():
-            return text if self.check(text) else None
-        for mark in self.marks:
-            text = text.replace(mark, self.replacement)
-        return text if text.strip() else None
+    def _edit(self, text: str, rng: random.Random) -> str | None:
+        if self.forbids_all():
+            for mark in self.marks:
+                text = text.replace(mark, self.replacement)
+        return text
 
 
-@dataclass(frozen=True)
 class Commas(_Marks):
     """Number of commas, English and Chinese ones."""
 
     kind = "commas"
-    unit_en = ("comma", "commas")
-    unit_zh = "个逗号"
+    unit = ("comma", "commas", "个逗号")
     marks = ",，"
     replacement = ""
 
 
-@dataclass(frozen=True)
 class Questions(_Marks):
     """Number of question marks."""
 
     kind = "questions"
-    unit_en = ("question mark", "question marks")
-    unit_zh = "个问号"
+    unit = ("question mark", "question marks", "个问号")
     marks = "?？"
     replacement = "."
 
 
-@dataclass(frozen=True)
 class Exclamations(_Marks):
     """Number of exclamation marks."""
 
     kind = "exclamations"
     excludes = "questions"
-    unit_en = ("exclamation mark", "exclamation marks")
-    unit_zh = "个感叹号"
+    unit = ("exclamation mark", "exclamation marks", "个感叹号")
     marks = "!！"
     replacement = "."
 
-    def edit(self, text: str, rng: random.Random) -> str | None:
+    def _edit(self, text: str, rng: random.Random) -> str | None:
         if self.forbids_all():
-            return super().edit(text, rng)
+            return super()._edit(text, rng)
         # turn full stops into exclamation marks, the last ones first
-        edited = text
-        while not self.check(edited):
-            head, stop, tail = edited.rpartition(".")
-            if not stop or self.count(edited) > self.number:
+        while not self.check(text):
+            head, stop, tail = text.rpartition(".")
+            if not stop or self.count(text) > self.number:
                 return None
-            edited = f"{head}!{tail}"
-        return edited
+            text = f"{head}!{tail}"
+        return text
 
 
-@dataclass(frozen=True)
 class CapitalWords(Counted):
     """Number of words of two or more letters in capitals throughout."""
 
     kind = "capital_words"
     dimension = "Text pattern"
-    unit_en = ("word in all capital letters", "words in all capital letters")
-    unit_zh = "个全部大写的英文单词"
+    unit = ("word in all capital letters", "words in all capital letters", "个全部大写的英文单词")
     smallest = 0
 
     def count(self, text: str) -> int:
         return len(_CAPITALS.findall(text))
 
-    def edit(self, text: str, rng: random.Random) -> str | None:
-        edited = _CAPITALS.sub(lambda m: m.group().capitalize(), text)
-        if self.number:
-            spots = list(re.finditer(r"\b[A-Za-z]{4,}\b", edited))
-            if len(spots) < self.number:
-                return None
-            for spot in rng.sample(spots, self.number):
-                a, b = spot.span()
-                edited = edited[:a] + edited[a:b].upper() + edited[b:]
-        return edited if edited.strip() and self.check(edited) else None
+    def _edit(self, text: str, rng: random.Random) -> str | None:
+        plain = _CAPITALS.sub(lambda m: m.group().capitalize(), text)
+        return _changed(plain, r"\b[A-Za-z]{4,}\b", self.number, rng, str.upper)
 
 
 @dataclass(frozen=True)
@@ -200,15 +176,13 @@ class LetterFrequency(Counted):
         回答中不得包含字符“{letter}”。
         字符“{letter}”不能出现。
     """)
-    unit_en = ("time", "times")
-    unit_zh = "次"
+    unit = ("time", "times", "次")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        single = isinstance(self.letter, str) and len(self.letter) == 1
-        self._require(
-            single and self.letter == self.letter.lower(), "letter", "one lower-case character"
-        )
+        ok = isinstance(self.letter, str) and len(self.letter) == 1
+        ok = ok and self.letter == self.letter.lower()
+        self._require(ok, "letter", "one lower-case character")
 
     def count(self, text: str) -> int:
         return text.lower().count(self.letter)
@@ -216,8 +190,5 @@ class LetterFrequency(Counted):
     @classmethod
     def measure(cls, text: str) -> list[dict[str, Any]]:
         lowered = text.lower()
-        found = []
-        for letter in "bfgjkpqvwxyz":  # common letters make no request that a writer could heed
-            for bound in cls.bounds(lowered.count(letter)):
-                found.append({**bound, "letter": letter})
-        return found
+        rare = "bfgjkpqvwxyz"  # common letters make no request that a writer could heed
+        return [{**b, "letter": x} for x in rare for b in cls.bounds(lowered.count(x))]

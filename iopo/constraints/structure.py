@@ -1,4 +1,4 @@
-"""Kinds about the shape of a text: its frame, title, closing note, sections, layout, language."""
+"""Kinds about the shape of a text: its frame, title, closing note, postscript, sections."""
 
 import random
 import re
@@ -9,21 +9,18 @@ from iopo.constraints import text as cut
 from iopo.constraints.base import Constraint, Counted, Styled, wordings
 
 
-@dataclass(frozen=True)
 class Wrapped(Styled):
     """The whole text stands between a pair of marks; IFEval's quotation is the first style."""
-
-    style: str
 
     kind = "wrapped"
     dimension = "Text pattern"
     excludes = "first_word last_word start_phrase end_phrase"
     styles = {
-        "double quotes": {"en": "double quotation marks", "zh": "英文双引号"},
-        "parentheses": {"en": "parentheses, ( and )", "zh": "圆括号()"},
-        "square brackets": {"en": "square brackets, [ and ]", "zh": "方括号[]"},
-        "curly braces": {"en": "curly braces, { and }", "zh": "花括号{}"},
-        "asterisks": {"en": "three asterisks on each side, ***", "zh": "两侧各三个星号***"},
+        "double quotes": ("double quotation marks", "英文双引号"),
+        "parentheses": ("parentheses, ( and )", "圆括号()"),
+        "square brackets": ("square brackets, [ and ]", "方括号[]"),
+        "curly braces": ("curly braces, { and }", "花括号{}"),
+        "asterisks": ("three asterisks on each side, ***", "两侧各三个星号***"),
     }
     _MARKS: ClassVar[dict[str, tuple[str, str]]] = {
         "double quotes": ('"', '"'),
@@ -49,27 +46,24 @@ class Wrapped(Styled):
         whole = len(text) >= len(opening) + len(closing)
         return whole and text.startswith(opening) and text.endswith(closing)
 
-    def edit(self, text: str, rng: random.Random) -> str | None:
+    def _edit(self, text: str, rng: random.Random) -> str | None:
         opening, closing = self._MARKS[self.style]
         inner = text.strip().strip('"()[]{}*').strip()
         return f"{opening}{inner}{closing}" if inner else None
 
 
-@dataclass(frozen=True)
 class FirstLineTitle(Styled):
     """The first line is a title in the given marks; something follows it."""
-
-    style: str
 
     kind = "first_line_title"
     dimension = "Hierarchical structure"
     excludes = "first_word start_phrase wrapped"
     styles = {
-        "angle brackets": {"en": "in double angular brackets: <<title>>", "zh": "<<标题>>"},
-        "bold": {"en": "in bold markdown: **title**", "zh": "**标题**"},
-        "heading": {"en": "as a markdown heading: # title", "zh": "# 标题"},
-        "square brackets": {"en": "in double square brackets: [[title]]", "zh": "[[标题]]"},
-        "equals signs": {"en": "between equals signs: == title ==", "zh": "== 标题 =="},
+        "angle brackets": ("in double angular brackets: <<title>>", "<<标题>>"),
+        "bold": ("in bold markdown: **title**", "**标题**"),
+        "heading": ("as a markdown heading: # title", "# 标题"),
+        "square brackets": ("in double square brackets: [[title]]", "[[标题]]"),
+        "equals signs": ("between equals signs: == title ==", "== 标题 =="),
     }
     _PATTERNS: ClassVar[dict[str, re.Pattern[str]]] = {
         "angle brackets": re.compile(r"<<([^<>]*)>>"),
@@ -77,13 +71,6 @@ class FirstLineTitle(Styled):
         "heading": re.compile(r"#{1,6} (.*)"),
         "square brackets": re.compile(r"\[\[([^\[\]]*)\]\]"),
         "equals signs": re.compile(r"==([^=]*)=="),
-    }
-    _WRITTEN: ClassVar[dict[str, str]] = {
-        "angle brackets": "<<{}>>",
-        "bold": "**{}**",
-        "heading": "# {}",
-        "square brackets": "[[{}]]",
-        "equals signs": "== {} ==",
     }
     templates = wordings("""
         Your answer must begin with a title on a line of its own {name}.
@@ -101,12 +88,10 @@ class FirstLineTitle(Styled):
         title = self._PATTERNS[self.style].fullmatch(lines[0]) if len(lines) > 1 else None
         return title is not None and any(map(str.isalnum, title[1]))
 
-    def edit(self, text: str, rng: random.Random) -> str | None:
-        words = cut.letter_words(text)[:4]
-        if not words:
-            return None
-        title = " ".join(word.capitalize() for word in words)
-        return f"{self._WRITTEN[self.style].format(title)}\n\n{text.strip()}"
+    def _edit(self, text: str, rng: random.Random) -> str | None:
+        title = " ".join(word.capitalize() for word in cut.letter_words(text)[:4])
+        written = self.styles[self.style][1].replace("标题", title)
+        return f"{written}\n\n{text.strip()}" if title else None
 
 
 @dataclass(frozen=True)
@@ -144,42 +129,38 @@ class ClosingNote(Constraint):
     def alternatives(self, rng: random.Random) -> list[Constraint]:
         return [ClosingNote(marker) for marker in self.MARKERS if marker != self.marker]
 
-    def edit(self, text: str, rng: random.Random) -> str | None:
+    def _edit(self, text: str, rng: random.Random) -> str | None:
         sentences = cut.sentences(text)
         if len(sentences) < 2:
             return None
         head = text[: text.rindex(sentences[-1])].rstrip(" \t\n-*")
-        edited = f"{head}\n\n{self.marker} {sentences[-1]}"
-        return edited if self.check(edited) else None
+        return f"{head}\n\n{self.marker} {sentences[-1]}"
 
 
-@dataclass(frozen=True)
 class Titles(Counted):
     """Number of lines with a <<title>> that is not empty; IFEval's title is one at least."""
 
     kind = "title"
     dimension = "Hierarchical structure"
     excludes = "first_line_title"
-    unit_en = (
+    unit = (
         "title wrapped in double angular brackets, such as <<poem of joy>>",
         "titles wrapped in double angular brackets, such as <<poem of joy>>",
+        "个用双尖括号括起的标题，例如<<欢乐颂>>",
     )
-    unit_zh = "个用双尖括号括起的标题，例如<<欢乐颂>>"
     smallest = 0
 
     def count(self, text: str) -> int:
-        if "<<" not in text:
-            return 0
-        titles = cut.spans_in_lines(text, "<<", ">>", greedy=True)
+        # the insides of the matches of <<[^\n]+>>, in linear time: at most one a line
+        titles = (s.partition("<<")[2].rpartition(">>")[0] for s in text.split("\n"))
         return sum(1 for title in titles if title.lstrip("<").rstrip(">").strip())
 
-    def edit(self, text: str, rng: random.Random) -> str | None:
-        words = cut.letter_words(text)[:4]
+    def _edit(self, text: str, rng: random.Random) -> str | None:
+        title = " ".join(cut.letter_words(text)[:4])
         edited = text.replace("<<", "").replace(">>", "").strip()
-        if self.number and words:
-            title = " ".join(words)
+        if self.number and title and edited:
             edited = "\n".join([f"<<{title}>>"] * self.number) + "\n\n" + edited
-        return edited if edited and self.check(edited) else None
+        return edited
 
 
 @dataclass(frozen=True)
@@ -209,19 +190,15 @@ class Postscript(Constraint):
         self._require_text("marker", "a marker such as 'P.S.'")
 
     def check(self, text: str) -> bool:
-        if self.marker == "P.P.S":
-            pattern = r"p\.\s?p\.\s?s"
-        elif self.marker == "P.S.":
-            pattern = r"p\.\s?s\."
-        else:
-            pattern = re.escape(self.marker.lower())
+        spaced = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
+        pattern = spaced.get(self.marker) or re.escape(self.marker.lower())
         return re.search(pattern, text.lower()) is not None
 
     @classmethod
     def measure(cls, text: str) -> list[dict[str, Any]]:
         return [{"marker": marker} for marker in ("P.S.", "P.P.S") if cls(marker).check(text)]
 
-    def edit(self, text: str, rng: random.Random) -> str | None:
+    def _edit(self, text: str, rng: random.Random) -> str | None:
         sentences = cut.sentences(text)
         return f"{text.rstrip()}\n\n{self.marker} {sentences[-1]}" if sentences else None
 
@@ -236,23 +213,18 @@ class Sections(Counted):
     dimension = "Hierarchical structure"
     excludes = "lines"
     smallest = 0
-    unit_en = ("section", "sections")
-    unit_zh = "个部分"
-    templates = {
-        "en": (
-            "Your response must have {relation} {number} {unit}. Mark the beginning of each with "
-            "{splitter} X, such as {splitter} 1.",
-            "Divide the answer into {relation} {number} {unit}, each opened by {splitter} X.",
-            "Write {relation} {number} {unit} headed {splitter} 1, {splitter} 2 and so on.",
-            "Use {relation} {number} {unit}; start each of them with {splitter} and a number.",
-        ),
-        "zh": (
-            "回答必须有{relation}{number}个部分，各以 {splitter} 加数字开头，如 {splitter} 1。",
-            "请把答案分为{relation}{number}个部分，各以 {splitter} 和编号起始。",
-            "请写{relation}{number}个部分，标题依次为 {splitter} 1、{splitter} 2 等。",
-            "回复应含{relation}{number}个部分，每个以 {splitter} 及其编号开头。",
-        ),
-    }
+    unit = ("section", "sections", "个部分")
+    templates = wordings("""
+        Your response must have {relation} {number} {unit}. Mark the beginning of each with \
+            {splitter} X, such as {splitter} 1.
+        Divide the answer into {relation} {number} {unit}, each opened by {splitter} X.
+        Write {relation} {number} {unit} headed {splitter} 1, {splitter} 2 and so on.
+        Use {relation} {number} {unit}; start each of them with {splitter} and a number.
+        回答必须有{relation}{number}个部分，各以 {splitter} 加数字开头，如 {splitter} 1。
+        请把答案分为{relation}{number}个部分，各以 {splitter} 和编号起始。
+        请写{relation}{number}个部分，标题依次为 {splitter} 1、{splitter} 2 等。
+        回复应含{relation}{number}个部分，每个以 {splitter} 及其编号开头。
+    """)
     templates_none = wordings("""
         Do not mark any part of the answer with {splitter} and a number.
         Your response must not contain headings such as {splitter} 1.
@@ -273,18 +245,15 @@ class Sections(Counted):
 
     @classmethod
     def measure(cls, text: str) -> list[dict[str, Any]]:
-        found = []
-        for splitter in ("Section", "SECTION", "Day", "Part"):
-            if splitter in text:
-                bounds = cls.bounds(cls("exactly", 0, splitter).count(text))
-                found += [{**bound, "splitter": splitter} for bound in bounds]
-        return found
+        return [
+            {**bound, "splitter": splitter}
+            for splitter in ("Section", "SECTION", "Day", "Part")
+            if splitter in text
+            for bound in cls.bounds(cls("exactly", 0, splitter).count(text))
+        ]
 
-    def edit(self, text: str, rng: random.Random) -> str | None:
+    def _edit(self, text: str, rng: random.Random) -> str | None:
         if not self.number or self.count(text):
-            return text if self.check(text) else None
-        parts = cut.dealt_sentences(text, self.number)
-        if parts is None:
-            return None
-        edited = "\n\n".join(f"{self.splitter} {i}\n{part}" for i, part in enumerate(parts, 1))
-        return edited if self.check(edited) else None
+            return text
+        parts = cut.dealt_sentences(text, self.number) or ()
+        return "\n\n".join(f"{self.splitter} {i}\n{part}" for i, part in enumerate(parts, 1))

@@ -71,15 +71,22 @@ def sentences(text: str) -> tuple[str, ...]:
     """
     found = []
     for line in _LIST_MARKER.sub("", text).split("\n"):
-        start = 0
-        for end in _SENTENCE_END.finditer(line):
-            near = max(start, end.end() - _LONGEST_ABBREVIATION)
-            if end.end() < len(line.rstrip()) and _abbreviates(line, near, end.end()):
+        start, length = 0, len(line.rstrip())
+        for match in _SENTENCE_END.finditer(line):
+            end = match.end()
+            if end < length and _abbreviates(line, max(start, end - _LONGEST_ABBREVIATION), end):
                 continue
-            found.append(line[start : end.end()].strip())
-            start = end.end()
+            found.append(line[start:end].strip())
+            start = end
         found.append(line[start:].strip())
     return tuple(s for s in found if _WORD.search(s))
+
+
+def _abbreviates(line: str, near: int, end: int) -> bool:
+    """Whether the full stop before `end` belongs to a word that starts at `near` or later."""
+    if _NUMBER_SIGN.search(line, near, end):
+        return _DIGIT_NEXT.match(line, end) is not None
+    return _ABBREVIATION.search(line, near, end) is not None
 
 
 def dealt_sentences(text: str, number: int) -> list[str] | None:
@@ -89,13 +96,6 @@ def dealt_sentences(text: str, number: int) -> list[str] | None:
         return None
     edges = [len(items) * i // number for i in range(number + 1)]
     return [" ".join(items[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
-
-
-def _abbreviates(line: str, near: int, end: int) -> bool:
-    """Whether the full stop before `end` belongs to a word that starts at `near` or later."""
-    if _NUMBER_SIGN.search(line, near, end):
-        return _DIGIT_NEXT.match(line, end) is not None
-    return _ABBREVIATION.search(line, near, end) is not None
 
 
 def paragraphs(text: str) -> list[str]:
@@ -129,30 +129,6 @@ def bullets(text: str) -> int:
             found += line[1] != "*"
         elif i + 1 < len(lines):
             found, skip = found + 1, True
-    return found
-
-
-def spans_in_lines(text: str, opening: str, closing: str, *, greedy: bool) -> list[str]:
-    r"""Insides of `opening ... closing` within lines, left to right, not overlapping.
-
-    greedy: one span a line, from its first opening to its last closing, never empty inside;
-    otherwise each opening runs to the next closing. The matches of `<<[^\n]+>>` and of `\[.*?\]`,
-    in linear time.
-    """
-    found = []
-    for line in text.split("\n"):
-        start = line.find(opening)
-        if greedy:
-            end = line.rfind(closing)
-            if start >= 0 and end > start + len(opening):
-                found.append(line[start + len(opening) : end])
-            continue
-        while start >= 0:
-            end = line.find(closing, start + len(opening))
-            if end < 0:
-                break
-            found.append(line[start + len(opening) : end])
-            start = line.find(opening, end + len(closing))
     return found
 
 
@@ -245,13 +221,9 @@ def punkt_sentences(text: str) -> int:
     return len(_punkt_tokenizer().tokenize(text))
 
 
-@lru_cache(maxsize=1)
-def _word_tokenizer() -> Any:
-    return _load("nltk.tokenize").NLTKWordTokenizer()
-
-
 @lru_cache(maxsize=64)
 def capital_tokens(text: str) -> int:
     """Number of NLTK word tokens in capitals throughout ('I' and 'U.S.' count)."""
     # Whole text instead of sentence by sentence: the same count, see IFEval's golden verdicts.
-    return sum(1 for token in _word_tokenizer().tokenize(text) if token.isupper())
+    tokens = _load("nltk.tokenize").NLTKWordTokenizer().tokenize(text)
+    return sum(1 for token in tokens if token.isupper())

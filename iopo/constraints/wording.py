@@ -26,22 +26,19 @@ CLOSINGS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
 class Case(Styled):
     """All letters lower case, all upper case, or each word capitalised (title case)."""
-
-    style: str
 
     kind = "case"
     dimension = "Text pattern"
     excludes = "capital_words"
     styles = {
-        "lower": {"en": "lowercase letters (no capital letters)", "zh": "使用小写字母"},
-        "upper": {"en": "capital letters (no lowercase letters)", "zh": "使用大写字母"},
-        "title": {
-            "en": "title case (the first letter of every word a capital, the others lowercase)",
-            "zh": "每个单词首字母大写、其余小写",
-        },
+        "lower": ("lowercase letters (no capital letters)", "使用小写字母"),
+        "upper": ("capital letters (no lowercase letters)", "使用大写字母"),
+        "title": (
+            "title case (the first letter of every word a capital, the others lowercase)",
+            "每个单词首字母大写、其余小写",
+        ),
     }
     templates = wordings("""
         Write your entire response in {name}.
@@ -67,18 +64,19 @@ class Case(Styled):
         mixed = any(w[0].isupper() and w[1:].islower() for w in words)
         return mixed and all(w == w.capitalize() for w in words)
 
-    def edit(self, text: str, rng: random.Random) -> str | None:
+    def _edit(self, text: str, rng: random.Random) -> str | None:
         if self.style == "title":
-            edited = re.sub(r"[^\W\d_]+(?:['’][^\W\d_]+)*", lambda m: m.group().capitalize(), text)
-        else:
-            edited = text.lower() if self.style == "lower" else text.upper()
-        return edited if self.check(edited) else None
+            return re.sub(r"[^\W\d_]+(?:['’][^\W\d_]+)*", lambda m: m.group().capitalize(), text)
+        return text.lower() if self.style == "lower" else text.upper()
 
 
+@dataclass(frozen=True)
 class _EdgeWord(Constraint):
     """Shared by first_word and last_word: the word of letters or digits at one end."""
 
     word: str
+
+    dimension = "Inclusion"
     index: ClassVar[int]
 
     def __post_init__(self) -> None:
@@ -99,17 +97,13 @@ class _EdgeWord(Constraint):
 
     def alternatives(self, rng: random.Random) -> list[Constraint]:
         others = [word for word in COMMON_WORDS if word != self.word]
-        return [type(self)(word=word) for word in rng.sample(others, 3)]  # type: ignore[call-arg]
+        return [type(self)(word) for word in rng.sample(others, 3)]
 
 
-@dataclass(frozen=True)
 class FirstWord(_EdgeWord):
     """The first word, in any case; quotes or marks before it do not count."""
 
-    word: str
-
     kind = "first_word"
-    dimension = "Inclusion"
     index = 0
     templates = wordings("""
         The first word of your response must be '{word}'.
@@ -122,19 +116,14 @@ class FirstWord(_EdgeWord):
         第一个词应为“{word}”。
     """)
 
-    def edit(self, text: str, rng: random.Random) -> str | None:
-        edited = f"{self.word.capitalize()}, {text.lstrip()}"
-        return edited if text.strip() and self.check(edited) else None
+    def _edit(self, text: str, rng: random.Random) -> str | None:
+        return f"{self.word.capitalize()}, {text.lstrip()}"
 
 
-@dataclass(frozen=True)
 class LastWord(_EdgeWord):
     """The last word, in any case; marks after it do not count."""
 
-    word: str
-
     kind = "last_word"
-    dimension = "Inclusion"
     index = -1
     templates = wordings("""
         The last word of your response must be '{word}'.
@@ -147,19 +136,44 @@ class LastWord(_EdgeWord):
         最后一个词应为“{word}”。
     """)
 
-    def edit(self, text: str, rng: random.Random) -> str | None:
-        edited = f"{text.rstrip()} {self.word.capitalize()}."
-        return edited if text.strip() and self.check(edited) else None
+    def _edit(self, text: str, rng: random.Random) -> str | None:
+        return f"{text.rstrip()} {self.word.capitalize()}."
 
 
 @dataclass(frozen=True)
-class StartPhrase(Constraint):
-    """The text begins with the phrase, in any case."""
+class _EdgePhrase(Constraint):
+    """Shared by start_phrase and end_phrase: how the text begins or ends, in any case."""
 
     phrase: str
 
-    kind = "start_phrase"
     dimension = "Inclusion"
+    others: ClassVar[tuple[str, ...]]  # phrases to ask for instead
+
+    def __post_init__(self) -> None:
+        self._require_text("phrase", "text that is not blank")
+
+    @staticmethod
+    def stands_in(phrase: str, text: str) -> bool:
+        """Whether the text has the phrase at its end of the two, both in lower case."""
+        raise NotImplementedError
+
+    def check(self, text: str) -> bool:
+        return self.stands_in(self.phrase.strip().lower(), text.strip().lower())
+
+    def alternatives(self, rng: random.Random) -> list[Constraint]:
+        own = self.phrase.strip().lower()
+        apart = [
+            other
+            for other in self.others
+            if not (self.stands_in(own, other.lower()) or self.stands_in(other.lower(), own))
+        ]
+        return [type(self)(phrase) for phrase in rng.sample(apart, 3)]
+
+
+class StartPhrase(_EdgePhrase):
+    """The text begins with the phrase, in any case."""
+
+    kind = "start_phrase"
     excludes = "first_word"
     templates = wordings("""
         Start your response with the exact phrase "{phrase}"
@@ -171,37 +185,25 @@ class StartPhrase(Constraint):
         回复的开头应是“{phrase}”。
         开头请写：“{phrase}”
     """)
+    others = OPENINGS
 
-    def __post_init__(self) -> None:
-        self._require_text("phrase", "text that is not blank")
-
-    def check(self, text: str) -> bool:
-        return text.strip().lower().startswith(self.phrase.strip().lower())
+    @staticmethod
+    def stands_in(phrase: str, text: str) -> bool:
+        return text.startswith(phrase)
 
     @classmethod
     def measure(cls, text: str) -> list[dict[str, Any]]:
         opening = " ".join(text.strip().split("\n", 1)[0].split(" ")[:3])
         return [{"phrase": opening}] if opening.count(" ") == 2 and _plain(opening) else []
 
-    def alternatives(self, rng: random.Random) -> list[Constraint]:
-        own = self.phrase.strip().lower()
-        apart = [
-            p for p in OPENINGS if not (p.lower().startswith(own) or own.startswith(p.lower()))
-        ]
-        return [StartPhrase(phrase=phrase) for phrase in rng.sample(apart, 3)]
-
-    def edit(self, text: str, rng: random.Random) -> str | None:
-        return f"{self.phrase.strip()} {text.lstrip()}" if text.strip() else None
+    def _edit(self, text: str, rng: random.Random) -> str | None:
+        return f"{self.phrase.strip()} {text.lstrip()}"
 
 
-@dataclass(frozen=True)
-class EndPhrase(Constraint):
+class EndPhrase(_EdgePhrase):
     """The text, less quotes around it, ends with the phrase in any case; IFEval's end_checker."""
 
-    phrase: str
-
     kind = "end_phrase"
-    dimension = "Inclusion"
     excludes = "last_word"
     templates = wordings("""
         Finish your response with the exact phrase "{phrase}" No words should follow it.
@@ -213,26 +215,19 @@ class EndPhrase(Constraint):
         回复的最后一句应是“{phrase}”
         结尾请写：“{phrase}”
     """)
+    others = CLOSINGS
 
-    def __post_init__(self) -> None:
-        self._require_text("phrase", "text that is not blank")
-
-    def check(self, text: str) -> bool:
-        return text.strip().strip('"').lower().endswith(self.phrase.strip().lower())
+    @staticmethod
+    def stands_in(phrase: str, text: str) -> bool:
+        return text.strip('"').endswith(phrase)
 
     @classmethod
     def measure(cls, text: str) -> list[dict[str, Any]]:
         closing = " ".join(text.strip().strip('"').rsplit("\n", 1)[-1].split(" ")[-4:])
         return [{"phrase": closing}] if closing.count(" ") == 3 and _plain(closing) else []
 
-    def alternatives(self, rng: random.Random) -> list[Constraint]:
-        own = self.phrase.strip().lower()
-        apart = [p for p in CLOSINGS if not (p.lower().endswith(own) or own.endswith(p.lower()))]
-        return [EndPhrase(phrase=phrase) for phrase in rng.sample(apart, 3)]
-
-    def edit(self, text: str, rng: random.Random) -> str | None:
-        edited = f"{text.rstrip()} {self.phrase.strip()}"
-        return edited if text.strip() and self.check(edited) else None
+    def _edit(self, text: str, rng: random.Random) -> str | None:
+        return f"{text.rstrip()} {self.phrase.strip()}"
 
 
 def _plain(phrase: str) -> bool:

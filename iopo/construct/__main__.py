@@ -13,30 +13,30 @@ from iopo.construct.relabel import RelabelRecipe, relabel_file
 from iopo.construct.verified import VerifiedRecipe, build_verified
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+RECIPES = ("relabel", "trace", "verified")
 
 
-def make_trace(cfg: DictConfig) -> None:
-    # needs the extra `eval`, other recipes do not
-    from iopo.construct.trace.config import TraceRecipe
-    from iopo.construct.trace.pipeline import run
+def make(name: str | None, given: DictConfig | None) -> None:
+    """Run a recipe. Raises on an unknown name, on unknown keys and on wrong values."""
 
-    run(settings(TraceRecipe, cfg))
+    def settings(schema: type) -> Any:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
 
+    if name == "relabel":
+        relabel_file(settings(RelabelRecipe))
+    elif name == "verified":
+        recipe = settings(VerifiedRecipe)
+        print(build_verified(recipe, recipe.sampler()))
+    elif name == "trace":  # needs the extra `eval`, other recipes do not
+        from iopo.construct.trace.config import TraceRecipe
+        from iopo.construct.trace.pipeline import run
 
-def make_relabelled(cfg: DictConfig) -> None:
-    relabel_file(settings(RelabelRecipe, cfg))
-
-
-def make_verified(cfg: DictConfig) -> None:
-    print(build_verified(settings(VerifiedRecipe, cfg)))
-
-
-RECIPES = {"relabel": make_relabelled, "trace": make_trace, "verified": make_verified}
-
-
-def settings(schema: type, cfg: DictConfig) -> Any:
-    """cfg.recipe as an object of the schema. Raises on unknown keys and on wrong values."""
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg.recipe))
+        run(settings(TraceRecipe))
+    else:
+        raise ValueError(
+            f"the recipe is {name!r}; expected one of {list(RECIPES)}, as in "
+            "`python -m iopo.construct +recipe=relabel recipe.source=FILE.jsonl`"
+        )
 
 
 @hydra.main(version_base=None, config_path=str(CONF), config_name="construct")
@@ -44,13 +44,7 @@ def main(cfg: DictConfig) -> None:
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logging.getLogger("iopo").setLevel(logging.INFO)
     try:
-        name = cfg.recipe.name if "recipe" in cfg else None
-        if name not in RECIPES:
-            raise ValueError(
-                f"the recipe is {name!r}; expected one of {list(RECIPES)}, as in "
-                "`python -m iopo.construct +recipe=relabel recipe.source=FILE.jsonl`"
-            )
-        RECIPES[name](cfg)
+        make(cfg.recipe.name if "recipe" in cfg else None, cfg.get("recipe"))
     except (ValueError, OmegaConfBaseException, RuntimeError, OSError) as error:
         sys.exit(f"construct: {error}")
 

@@ -1,7 +1,4 @@
-"""What tells two texts apart, kind by kind: what one of them follows and the other does not.
-
-Kinds are measured one at a time, until both sides have what tells them apart: most rows need few.
-"""
+"""What tells two texts apart, kind by kind: what one of them follows and the other does not."""
 
 import random
 import re
@@ -33,17 +30,14 @@ _MENTIONED = {
     "questions": r"questions?\b", "highlights": r"highlight|bold|markdown",
     "placeholders": r"placeholder|template", "han_characters": "字", "include_words": r"words?\b",
 }  # fmt: skip
-_MENTION = {kind: re.compile(pattern, re.I) for kind, pattern in _MENTIONED.items()}
 _MOST_EXACT = 12  # nobody counts more exactly
 _FREQUENT = 3  # words whose number of uses may be asked for
 
 
 def measured(kind: str, text: str, other: str) -> list[dict[str, Any]]:
     """Parameters of a kind that hold for `text` and are worth asking for, in a fixed order."""
-    if kind == "forbid_words":  # to avoid a word is a request only if someone would use it
-        own = set(cut.lower_words(text))
-        found = MEASURED_KINDS["include_words"].measure(other)
-        return [params for params in found if params["words"][0] not in own]
+    if kind == "forbid_words":
+        return words_of_other(text, other)
     if kind == "word_frequency":  # of the words used most; to count all of them takes long
         uses = Counter(word for word in cut.lower_words(text) if len(word) > 4)
         most = [(word, n) for word, n in uses.most_common(_FREQUENT) if 1 < n <= _MOST_EXACT]
@@ -53,32 +47,40 @@ def measured(kind: str, text: str, other: str) -> list[dict[str, Any]]:
             if n == len(cut.word_spans(text, word))  # not beside an apostrophe or a digit
             for r in RELATIONS
         ]
-    return [params for params in MEASURED_KINDS[kind].measure(text) if _worth_asking(params)]
+    return [
+        params
+        for params in MEASURED_KINDS[kind].measure(text)
+        if params.get("relation") != "exactly" or params["number"] <= _MOST_EXACT
+        if len(params.get("word", "long")) > 1
+    ]
+
+
+def words_of_other(text: str, other: str) -> list[dict[str, Any]]:
+    """Forbidden words for `text`: some that `other` uses, or it would be no request."""
+    own = set(cut.lower_words(text))
+    found = MEASURED_KINDS["include_words"].measure(other)
+    return [params for params in found if params["words"][0] not in own]
 
 
 def unmentioned(kinds: Iterable[str], prompt: str) -> Iterator[str]:
     """The kinds that the prompt does not speak of; looked up as they are needed."""
     for kind in kinds:
-        if kind not in _MENTION or not _MENTION[kind].search(prompt):
+        if kind not in _MENTIONED or not re.search(_MENTIONED[kind], prompt, re.I):
             yield kind
-
-
-def _worth_asking(params: dict[str, Any]) -> bool:
-    if params.get("relation") == "exactly":
-        return params["number"] <= _MOST_EXACT
-    return len(params.get("word", "long")) > 1
 
 
 def tell_apart(
     first: str, second: str, kinds: Iterable[str], rng: random.Random
 ) -> tuple[Constraint, Constraint] | None:
-    """A constraint that only `first` follows and one that only `second` follows; None: none."""
+    """A constraint that only `first` follows and one that only `second` follows; None: none.
+
+    Kinds are measured one at a time, until both sides have one: most rows need few.
+    """
     only: list[Constraint | None] = [None, None]
     for kind in kinds:
         for side, (text, other) in enumerate(((first, second), (second, first))):
-            if only[side] is None:
-                only[side] = _only(kind, text, other, rng)
-        if only[0] is not None and only[1] is not None:
+            only[side] = only[side] or _only(kind, text, other, rng)
+        if only[0] and only[1]:
             return only[0], only[1]
     return None
 

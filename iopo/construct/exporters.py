@@ -11,19 +11,18 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from iopo.data.rows import Pair, Quad, Row, Sft, read_rows, rows_for
+from iopo.data.rows import Quad, Row, read_rows, rows_for
 from iopo.files import write_records, write_text
 
 FORMATS = ("sharegpt", "pairs", "pairs_first", "sft", "trl")
 
 
 def export(rows: Sequence[Row], to: str) -> Iterator[dict[str, Any]]:
-    """The rows in another format. Raises ValueError where they hold less than it needs."""
-    if to not in FORMATS:
-        raise ValueError(f"format is {to!r}; expected one of {FORMATS}")
+    """The rows in one of FORMATS. Raises ValueError where they hold less than it needs."""
     if to == "sharegpt":
         for row in rows:
             if not isinstance(row, Quad):
@@ -32,7 +31,11 @@ def export(rows: Sequence[Row], to: str) -> Iterator[dict[str, Any]]:
         return
     kind = "sft" if to == "sft" else "pair"
     for row in rows_for(kind, rows, "first" if to == "pairs_first" else "both"):
-        yield _trl(row) if to == "trl" and isinstance(row, Pair) else _plain(row)
+        found = {key: value for key, value in asdict(row).items() if value is not None}
+        if to == "trl":
+            del found["id"]
+            found = {"prompt": found.pop("x"), **found}
+        yield found
 
 
 def sharegpt(quad: Quad) -> dict[str, Any]:
@@ -49,18 +52,6 @@ def sharegpt(quad: Quad) -> dict[str, Any]:
     if quad.c1 is not None and quad.c2 is not None:
         row |= {"c1": quad.c1, "c2": quad.c2}
     return row
-
-
-def _trl(pair: Pair) -> dict[str, Any]:
-    row = {"prompt": pair.x, "chosen": pair.chosen, "rejected": pair.rejected}
-    return row if pair.system is None else {**row, "system": pair.system}
-
-
-def _plain(row: Row) -> dict[str, Any]:
-    keys = ("id", "x", "chosen", "rejected") if isinstance(row, Pair) else ("id", "x", "y")
-    assert isinstance(row, Pair | Sft)
-    found = {key: getattr(row, key) for key in keys}
-    return found if row.system is None else {**found, "system": row.system}
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> int:

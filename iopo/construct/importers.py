@@ -1,12 +1,10 @@
 """Other projects' files: preference sets, read row by row, and seeds.
 
-Texts may be strings or lists of messages ({"role", "content"} or {"from", "value"}). A row that
-cannot be used is not an error: it is a `Skipped` with the reason, for the caller to count.
+Texts may be strings or lists of messages ({"role", "content"} or {"from", "value"}).
 """
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +15,11 @@ from iopo.files import iter_records, read_records
 log = logging.getLogger(__name__)
 
 PROMPT_KEYS = ("prompt", "instruction", "question", "x")
-SKIPPED_TURNS = "several turns"
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}  # names of others for ours
 
 
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """Why a row is not used."""
-
-    line: int
-    reason: str
-
-
-def preferences(path: Path) -> Iterator[Pair | Skipped]:
-    """Rows of a preference set: prompt, chosen, rejected, as strings or messages.
+def preferences(path: Path) -> Iterator[Pair | str]:
+    """Rows of a preference set (prompt, chosen, rejected), or why a row cannot be used.
 
     Without a prompt, it is taken from the first turn of `chosen`. Dialogues of several turns are
     skipped: a member is one prompt and one response.
@@ -37,65 +27,55 @@ def preferences(path: Path) -> Iterator[Pair | Skipped]:
     for line, row, fault in iter_records(path):
         if fault is not None:
             log.warning("%s:%d: skipped: %s", path, line, fault)
-            yield Skipped(line, "not JSON")
-        elif isinstance(row, dict):
-            yield _pair(line, row)
+            yield "not JSON"
         else:
-            yield Skipped(line, "no object")
+            yield _pair(row) if isinstance(row, dict) else "no object"
 
 
-def _pair(number: int, row: Mapping[str, Any]) -> Pair | Skipped:
+def _pair(row: Mapping[str, Any]) -> Pair | str:
+    chosen, rejected = (_turns(row.get(key), "assistant") for key in ("chosen", "rejected"))
+    if chosen is None or rejected is None:
+        return "no chosen or no rejected"
+    asked: str | None = None
+    system: str | None = None
     prompt = next((row[key] for key in PROMPT_KEYS if row.get(key)), None)
-    sides = [_turns(row.get(key)) for key in ("chosen", "rejected")]
-    if any(side is None for side in sides):
-        return Skipped(number, "no chosen or no rejected")
-    system, asked = _prompt(prompt)
-    if prompt is not None and asked is None:
-        return Skipped(number, SKIPPED_TURNS)
+    if prompt is not None:
+        turns = _turns(prompt, "user") or []
+        if [role for role, _ in turns if role != "system"] != ["user"]:
+            return "several turns"
+        asked, system = dict(turns)["user"], dict(turns).get("system")
     if isinstance(row.get("system"), str):
         system = row["system"]
     answers = []
-    for side in sides:
-        assert side is not None
+    for side in (chosen, rejected):
         turns = [(role, text) for role, text in side if role != "system"]
         if [role for role, _ in turns] not in (["assistant"], ["user", "assistant"]):
-            return Skipped(number, SKIPPED_TURNS)
+            return "several turns"
         if len(turns) == 2:
             asked = asked or turns[0][1]
             if turns[0][1] != asked:
-                return Skipped(number, "the two sides answer different prompts")
-        system = system or next((text for role, text in side if role == "system"), None)
-        answers.append(turns[-1][1])
+                return "the two sides answer different prompts"
+        system = system or dict(side).get("system")
+        answers.append(turns[-1][1].strip())
     if asked is None:
-        return Skipped(number, "no prompt")
-    chosen, rejected = (text.strip() for text in answers)
-    if not asked.strip() or not chosen or not rejected:
-        return Skipped(number, "empty text")
-    if chosen == rejected:
-        return Skipped(number, "chosen = rejected")
-    row_id = str(row.get("id") or digest(asked, chosen, rejected))
-    return Pair(row_id, asked.strip(), chosen, rejected, system)
+        return "no prompt"
+    right, wrong = answers
+    if not (asked.strip() and right and wrong):
+        return "empty text"
+    if right == wrong:
+        return "chosen = rejected"
+    row_id = str(row.get("id") or digest(asked, right, wrong))
+    return Pair(row_id, asked.strip(), right, wrong, system)
 
 
-def _prompt(value: object) -> tuple[str | None, str | None]:
-    """(system prompt, the one user turn) of a prompt given as text or as messages."""
+def _turns(value: object, speaker: str) -> list[tuple[str, str]] | None:
+    """(role, text) of messages; a string is one turn of the speaker. None: neither."""
     if isinstance(value, str):
-        return None, value
-    turns = _turns(value) or []
-    users = [text for role, text in turns if role == "user"]
-    system = next((text for role, text in turns if role == "system"), None)
-    return system, users[0] if len(users) == 1 and len(turns) - (system is not None) == 1 else None
-
-
-def _turns(value: object) -> list[tuple[str, str]] | None:
-    """(role, text) of messages; a string is one turn of the assistant. None: neither."""
-    if isinstance(value, str):
-        return [("assistant", value)]
+        return [(speaker, value)]
     messages = [value] if isinstance(value, dict) else value
     if not isinstance(messages, list) or not messages:
         return None
     found = []
-    names = {"human": "user", "gpt": "assistant", "model": "assistant"}
     for message in messages:
         if not isinstance(message, dict):
             return None
@@ -103,7 +83,7 @@ def _turns(value: object) -> list[tuple[str, str]] | None:
         text = message.get("content", message.get("value"))
         if not isinstance(role, str) or not isinstance(text, str):
             return None
-        found.append((names.get(role, role), text))
+        found.append((ROLES.get(role, role), text))
     return found
 
 

@@ -1,12 +1,12 @@
 """Constraints to ask for: which kinds, and which parameters."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from iopo.constraints import KINDS, MEASURED_KINDS, Constraint, compatible, make
-from iopo.constraints import text as cut
+from iopo.constraints import KINDS, MEASURED_KINDS, Constraint, compatible, make, wording
 from iopo.constraints.base import Styled
 from iopo.constraints.structure import ClosingNote
+from iopo.construct.contrast import words_of_other
 
 # Kinds of the training split. All but four can be written into a text by rule.
 SEEN_KINDS = (
@@ -25,6 +25,7 @@ _EXACT_COUNTS = {
     "sentences": (1, 2, 3, 4, 5),
     "paragraphs": (2, 3, 4),
     "bullets": (2, 2, 3, 3, 4, 5),
+    "exclamations": (0, 1, 2, 3, 4),
     "numbered_items": (2, 3, 4),
     "highlights": (1, 2, 3),
     "sections": (2, 3, 4),
@@ -37,8 +38,7 @@ _ODD_TOGETHER = tuple(
 )
 
 OPENINGS = (
-    "Here is my answer:", "To begin with,", "In short,", "Thank you for asking.", "Let us see:",
-    "Dear reader,", "Without further ado,", "The truth is that", "Good news:", "As requested,",
+    *wording.OPENINGS,
     "Here is what I know:", "First of all,", "Sure, here it is:", "Let me explain:", "Hello there!",
     "In my opinion,", "Of course!", "Good question!", "Simply put,", "Believe it or not,",
     "As you may know,", "Listen carefully:", "Here we go:", "My friend,", "To be honest,",
@@ -67,12 +67,10 @@ def propose(kind: str, rng: random.Random, sentences: int) -> Constraint:
     """A constraint of this kind that `Constraint.edit` can write into most texts.
 
     sentences: of the text, since no rule makes four bullets out of three sentences.
-
-    Raises ValueError on a kind that is only ever measured.
     """
     if kind in _EXACT_COUNTS:
         numbers = _EXACT_COUNTS[kind]
-        if kind != "highlights":
+        if kind not in ("highlights", "exclamations"):
             numbers = tuple(n for n in numbers if n <= sentences) or numbers[:1]
         number = rng.choice(numbers)
         extra = {"splitter": rng.choice(("Section", "Part"))} if kind == "sections" else {}
@@ -81,33 +79,23 @@ def propose(kind: str, rng: random.Random, sentences: int) -> Constraint:
         return make(kind, relation="at most", number=rng.choice((10, 20, 30, 40)))
     if kind == "commas":
         return make(kind, relation="exactly", number=0)
-    if kind == "exclamations":
-        return make(kind, relation="exactly", number=rng.choice((0, 1, 2, 3, 4)))
     if kind == "start_phrase":
         return make(kind, phrase=rng.choice(OPENINGS))
     if kind == "end_phrase":
         return make(kind, phrase=rng.choice(CLOSINGS))
     if kind == "closing_note":
         return make(kind, marker=rng.choice(ClosingNote.MARKERS))
-    cls = KINDS.get(kind)
-    if cls is not None and issubclass(cls, Styled):
-        return make(kind, style=rng.choice(tuple(cls.styles)))
-    raise ValueError(f"no rule writes constraint kind {kind!r}; it can be measured only")
+    cls = KINDS[kind]
+    assert issubclass(cls, Styled), f"no rule writes {kind!r}"
+    return cls(rng.choice(tuple(cls.styles)))
 
 
-PROPOSABLE = frozenset(
-    (*_EXACT_COUNTS, "words", "commas", "exclamations", "start_phrase", "end_phrase",
-     "closing_note", "case", "wrapped", "first_line_title")
-)  # fmt: skip
-
-
-def measured(text: str, other: str, kinds: Iterable[str]) -> list[Constraint]:
+def measured(text: str, other: str, kinds: Sequence[str]) -> list[Constraint]:
     """Constraints true of `text` that are worth asking for, in a fixed order.
 
     Left out are those that hold for nearly every text (no bullets, at most 90 words for a text
     of 20). Words that only `other` has may be forbidden.
     """
-    kinds = set(kinds)
     found = [
         make(kind, **params)
         for kind in _MEASURED
@@ -116,10 +104,7 @@ def measured(text: str, other: str, kinds: Iterable[str]) -> list[Constraint]:
         if _worth_asking(kind, params)
     ]
     if "forbid_words" in kinds:
-        own = set(cut.lower_words(text))
-        for params in MEASURED_KINDS["include_words"].measure(other):
-            if not own & set(params["words"]):
-                found.append(make("forbid_words", **params))
+        found += [make("forbid_words", **params) for params in words_of_other(text, other)]
     return found
 
 
@@ -132,7 +117,7 @@ def _worth_asking(kind: str, params: dict) -> bool:
     if kind == "sentences":
         return number <= 5 and (relation, number) != ("at least", 1)
     if kind == "words":
-        return number >= 10 and (relation, number) != ("at least", 10)
+        return (relation, number) != ("at least", 10)
     if kind in ("first_word", "last_word"):
         return len(params["word"]) > 1
     return True

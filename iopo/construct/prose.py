@@ -22,11 +22,6 @@ _SCRIPTS = {
 _LATIN = re.compile("[A-Za-z\u00c0-\u024f]+")
 
 
-def balanced(text: str) -> bool:
-    """Whether double quotes and parentheses come in pairs."""
-    return text.count('"') % 2 == 0 and text.count("(") == text.count(")")
-
-
 def ends_a_sentence(text: str) -> bool:
     """Whether the last word is followed by a mark that may end a text.
 

@@ -6,28 +6,30 @@ and not C1. Relaxing a constraint therefore never makes a quad: y1 would stay ri
 
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any, Self
+from typing import Self
 
 from iopo.constraints import Constraint, follows
 from iopo.constraints import text as cut
-from iopo.construct.proposals import PROPOSABLE, measured, propose, sensible
+from iopo.construct.proposals import measured, propose, sensible
 from iopo.construct.prose import ends_a_sentence
-from iopo.construct.responses import Job, Response
-from iopo.construct.tasks import Task, digest, instruction, quad_row
+from iopo.construct.tasks import Row, Task, digest, instruction, quad_row
 
 CELLS = ("x1y1", "x1y2", "x2y2", "x2y1")
 MATCH = (True, False, True, False)  # of the cells
-MOST_CONSTRAINTS = 3
 
-# Rules are applied in this order: what shortens comes first, what wraps everything comes last.
+# Kinds that a rule writes, in the order of their rules: what shortens first, what wraps all last.
 _EDIT_ORDER = (
     "sentences", "words", "commas", "exclamations", "paragraphs", "bullets", "numbered_items",
     "sections", "highlights", "start_phrase", "end_phrase", "closing_note", "first_line_title",
     "case", "wrapped",
 )  # fmt: skip
+# In a title, no word at either end.
+_SMALL = "a an the of for to at in on is are what how and or with by as it its about that who from"
+# Begin a sentence with a small letter where a phrase before them leaves it open.
+_BEGINNERS = "the a an to in this it if when as one while here there these for with by at on"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,111 +47,124 @@ class Candidate:
         return replace(self, c1=self.c2, y1=self.y2, c2=self.c1, y2=self.y1)
 
 
-@dataclass(frozen=True, slots=True)
-class Rejection:
-    """Why no quad was made, and of which kinds it was tried (none known: empty)."""
+@dataclass
+class Balance:
+    """How often each kind stands in a file so far, and which lengths went together."""
 
-    reason: str
-    kinds: tuple[str, ...] = ()
+    most_share: float
+    kinds: Counter[str] = field(default_factory=Counter)
+    total: int = 0
+    together: int = 0  # quads whose longer instruction has the longer response, minus the others
+    quads: int = 0
+
+    def order(self, kinds: Sequence[str], rng: random.Random) -> list[str]:
+        """The kinds that are not full, rare ones first more often than not."""
+        keyed = [(rng.random() * (4 + self.kinds[k]), k) for k in kinds if self.has_room(k)]
+        return [kind for _, kind in sorted(keyed)]
+
+    def has_room(self, kind: str) -> bool:
+        """Whether both sides of a quad may have the kind without its share growing too large."""
+        return self.kinds[kind] + 2 <= self.most_share * max(self.total, 40)
+
+    def draw(self, kinds: Sequence[str], rng: random.Random) -> str:
+        """One of the kinds; rare ones are preferred, so that none outgrows the others."""
+        return rng.choices(kinds, [(4 + self.kinds[kind]) ** -2.5 for kind in kinds])[0]
+
+    def would_tell(self, together: int) -> bool:
+        """Whether one more quad of this sign lets lengths tell instructions apart."""
+        return abs(self.together + together) > 3 + 0.5 * self.quads**0.5
+
+    def add(self, kinds: Sequence[str], together: int) -> None:
+        self.kinds.update(kinds)
+        self.total += len(kinds)
+        self.together += together
+        self.quads += 1
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What constraints may be chosen: the kinds, which of them just now, and how likely each is."""
-
-    kinds: tuple[str, ...]
-    allowed: Callable[[str], bool]
-    weight: Callable[[str], float]
-
-    def pick_kind(self, kinds: Sequence[str], rng: random.Random) -> str:
-        return rng.choices(kinds, [self.weight(kind) for kind in kinds])[0]
-
-    def pick(self, found: Sequence[Constraint], rng: random.Random) -> Constraint:
-        """One of `found`: the kind by its weight, then any constraint of the kind."""
-        kind = self.pick_kind(sorted({c.kind for c in found}), rng)
-        return rng.choice([c for c in found if c.kind == kind])
-
-    def measured(self, text: str, other: str) -> list[Constraint]:
-        return [c for c in measured(text, other, self.kinds) if self.allowed(c.kind)]
+def sign(number: int) -> int:
+    """+1, 0 or -1."""
+    return (number > 0) - (number < 0)
 
 
 def four_cells(
     c1: Sequence[Constraint], y1: str, c2: Sequence[Constraint], y2: str
 ) -> tuple[bool, bool, bool, bool]:
     """Whether each response follows all constraints, for x1y1, x1y2, x2y2, x2y1."""
-    return (
-        all(follows(c1, y1)),
-        all(follows(c1, y2)),
-        all(follows(c2, y2)),
-        all(follows(c2, y1)),
-    )
+    x1y1, x1y2 = all(follows(c1, y1)), all(follows(c1, y2))
+    return x1y1, x1y2, all(follows(c2, y2)), all(follows(c2, y1))
 
 
 def edit(
-    task: Task, first: str, second: str, choice: Choice, rng: random.Random
-) -> Candidate | Rejection:
-    """Change two texts (or one text twice) by rule so that each follows its own constraints."""
-    kinds = [kind for kind in choice.kinds if kind in PROPOSABLE]
-    kind = choice.pick_kind(kinds, rng)
-    other = kind if rng.random() < 0.6 else choice.pick_kind(kinds, rng)
+    task: Task, first: str, second: str, kinds: Sequence[str], balance: Balance, rng: random.Random
+) -> Candidate | str:
+    """Change two texts (or one text twice) by rule so that each follows its own constraints.
+
+    kinds: those that may be asked for. balance: of the file so far. A str says why it failed.
+    """
+    writable = [kind for kind in kinds if kind in _EDIT_ORDER]
+    kind = balance.draw(writable, rng)
+    other = kind if rng.random() < 0.6 else balance.draw(writable, rng)
     counts = len(cut.sentences(first)), len(cut.sentences(second))
     c1: tuple[Constraint, ...] = (propose(kind, rng, counts[0]),)
     c2: tuple[Constraint, ...] = (propose(other, rng, counts[1]),)
     if c1 == c2:
-        return Rejection("the same constraint twice", (kind,))
+        return "the same constraint twice"
     if rng.random() < 0.3:  # a constraint in common tells that the differing one decides
-        common = propose(choice.pick_kind(kinds, rng), rng, min(counts))
+        common = propose(balance.draw(writable, rng), rng, min(counts))
         c1, c2 = (*c1, common), (*c2, common)
-    tried = tuple({c.kind for c in (*c1, *c2)})
-    if not all(map(choice.allowed, tried)):
-        return Rejection("kind is frequent enough", tried)
+    if not all(balance.has_room(c.kind) for c in (*c1, *c2)):
+        return "kind is frequent enough"
     if not sensible(c1) or not sensible(c2):
-        return Rejection("conflicting constraints", tried)
+        return "conflicting constraints"
     y1, y2 = (apply_edits(c, text, task, rng) for c, text in ((c1, first), (c2, second)))
     if y1 is None or y2 is None:
-        return Rejection("no rule fits the text", tried)
-    # phrases cut from an edited text (all capitals, bullets) make odd requests
-    quoting = ("start_phrase", "end_phrase", "first_word", "last_word")
-    own1 = [c for c in choice.measured(y1, y2) if c.kind not in quoting]
-    own2 = [c for c in choice.measured(y2, y1) if c.kind not in quoting]
-    c1, c2 = _fill(c1, own1, choice, rng), _fill(c2, own2, choice, rng)
-    return _checked(Candidate(task, c1, y1, c2, y2, "edit"), rng)
+        return "no rule fits the text"
+    allowed = [kind for kind in kinds if balance.has_room(kind)]
+    c1 = _fill(c1, measured(y1, y2, allowed), balance, rng)
+    c2 = _fill(c2, measured(y2, y1, allowed), balance, rng)
+    candidate = Candidate(task, c1, y1, c2, y2, "edit")
+    fault = _fault(candidate, "rule broke a constraint")
+    if fault is not None:
+        return fault
+    c1, c2 = (tuple(rng.sample(c, len(c))) for c in (c1, c2))
+    candidate = replace(candidate, c1=c1, c2=c2)
+    return candidate.swapped() if rng.random() < 0.5 else candidate
 
 
-def follow(candidate: Candidate, first: str, second: str) -> Candidate | Rejection:
+def follow(candidate: Candidate, first: str, second: str) -> Candidate | str:
     """The instructions of `candidate` with responses that a model gave to them."""
-    tried = tuple(kinds_of(candidate))
-    if not (ends_a_sentence(first) and ends_a_sentence(second)):
-        return Rejection("unfinished", tried)
-    cells = four_cells(candidate.c1, first, candidate.c2, second)
-    if cells != MATCH:
-        return Rejection("not followed" if not (cells[0] and cells[2]) else "follows both", tried)
-    return replace(candidate, y1=first, y2=second, source="follow")
+    candidate = replace(candidate, y1=first, y2=second, source="follow")
+    return _fault(candidate, "not followed") or candidate
 
 
-def follow_jobs(candidates: Sequence[Candidate], samples: int) -> list[Job]:
+def _fault(candidate: Candidate, broken: str) -> str | None:
+    """Why the texts make no quad; `broken` where one does not follow its own constraints."""
+    if not (ends_a_sentence(candidate.y1) and ends_a_sentence(candidate.y2)):
+        return "unfinished"
+    cells = four_cells(candidate.c1, candidate.y1, candidate.c2, candidate.y2)
+    if cells == MATCH:
+        return None
+    return "follows both" if cells[0] and cells[2] else broken
+
+
+def follow_jobs(candidates: Sequence[Candidate], samples: int) -> dict[str, str]:
     """Both instructions of every candidate, `samples` times each, named by their text."""
-    return [
-        Job(_follow_key(prompt, n), prompt)
+    return {
+        _follow_key(prompt, n): prompt
         for n in range(samples)
         for candidate in candidates
         for prompt in plain_instructions(candidate)
-    ]
+    }
 
 
-def followed(
-    candidates: Sequence[Candidate], responses: Mapping[str, Response], samples: int
-) -> list[Candidate | Rejection]:
-    """Each candidate with the first pair of sampled responses that passes all four cells."""
-    found = []
-    for candidate in candidates:
-        side1, side2 = (
-            [responses[_follow_key(prompt, n)].text.strip() for n in range(samples)]
-            for prompt in plain_instructions(candidate)
-        )
-        results = [follow(candidate, first, second) for first, second in product(side1, side2)]
-        found.append(next((r for r in results if isinstance(r, Candidate)), results[0]))
-    return found
+def followed(candidate: Candidate, responses: Mapping[str, str], samples: int) -> Candidate | str:
+    """The candidate with the first pair of sampled responses that passes all four cells."""
+    side1, side2 = (
+        [responses[_follow_key(prompt, n)].strip() for n in range(samples)]
+        for prompt in plain_instructions(candidate)
+    )
+    results = [follow(candidate, first, second) for first, second in product(side1, side2)]
+    return next((r for r in results if isinstance(r, Candidate)), results[0])
 
 
 def plain_instructions(candidate: Candidate) -> list[str]:
@@ -176,19 +191,13 @@ def apply_edits(
             # the rule titles a text by its first words: give it the task's instead
             title_line = constraint.edit(title_of(task), rng)
             edited = f"{title_line.splitlines()[0]}\n\n{edited}" if title_line else None
-        elif constraint.kind == "start_phrase":
-            edited = constraint.edit(_continued(edited, constraint.params["phrase"]), rng)
-        else:
-            edited = constraint.edit(edited, rng)
+            continue
+        if constraint.kind == "start_phrase":
+            goes_on = not constraint.params["phrase"].endswith((".", "!", "?", ":"))
+            if goes_on and edited.split(" ", 1)[0].lower() in _BEGINNERS.split():
+                edited = edited[0].lower() + edited[1:]
+        edited = constraint.edit(edited, rng)
     return edited
-
-
-def _continued(text: str, phrase: str) -> str:
-    """The text with a small first letter if the phrase before it leaves its sentence open."""
-    small = "the a an to in this it if when as one while here there these for with by at on"
-    goes_on = not phrase.endswith((".", "!", "?", ":"))
-    first = text.split(" ", 1)[0].lower()
-    return text[0].lower() + text[1:] if goes_on and first in small.split() else text
 
 
 def title_of(task: Task) -> str:
@@ -199,82 +208,51 @@ def title_of(task: Task) -> str:
     >>> title_of(Task("Explain what photosynthesis is.")), title_of(Task("Retell the text."))
     ('Photosynthesis', 'Retell The Text')
     """
-    small = (
-        "a an the of for to at in on is are what how and or with by as it its about that who from"
-    )
     words = [word.strip(".,?!'\"") for word in task.description.split(". ")[0].split()][-4:]
-    while len(words) > 1 and words[0].lower() in small.split():
+    while len(words) > 1 and words[0].lower() in _SMALL.split():
         words = words[1:]
-    while len(words) > 1 and words[-1].lower() in small.split():
+    while len(words) > 1 and words[-1].lower() in _SMALL.split():
         words = words[:-1]
     return " ".join(word[:1].upper() + word[1:] for word in words)
 
 
 def _fill(
-    chosen: tuple[Constraint, ...], found: Sequence[Constraint], choice: Choice, rng: random.Random
+    chosen: tuple[Constraint, ...],
+    found: Sequence[Constraint],
+    balance: Balance,
+    rng: random.Random,
 ) -> tuple[Constraint, ...]:
     """Add measured constraints until there are as many as the draw asks for, 1 to 3."""
+    # phrases cut from an edited text (all capitals, bullets) make odd requests
+    quoting = ("start_phrase", "end_phrase", "first_word", "last_word")
     wanted = rng.choices((1, 2, 3), (0.4, 0.4, 0.2))[0]
     while len(chosen) < wanted:
-        fitting = [c for c in found if c.kind not in {d.kind for d in chosen}]
-        fitting = [c for c in fitting if sensible((*chosen, c))]
+        taken = {*quoting, *(c.kind for c in chosen)}
+        fitting = [c for c in found if c.kind not in taken and sensible((*chosen, c))]
         if not fitting:
             break
-        chosen = (*chosen, choice.pick(fitting, rng))
+        # one of them: the kind by its weight, then any constraint of the kind
+        kind = balance.draw(sorted({c.kind for c in fitting}), rng)
+        chosen = (*chosen, rng.choice([c for c in fitting if c.kind == kind]))
     return chosen
 
 
-def _checked(candidate: Candidate, rng: random.Random) -> Candidate | Rejection:
-    """The candidate in random order of sides and constraints, if its four cells hold."""
-    tried = tuple(kinds_of(candidate))
-    if max(len(candidate.c1), len(candidate.c2)) > MOST_CONSTRAINTS:
-        return Rejection("too many constraints", tried)
-    if not (ends_a_sentence(candidate.y1) and ends_a_sentence(candidate.y2)):
-        return Rejection("unfinished", tried)
-    cells = four_cells(candidate.c1, candidate.y1, candidate.c2, candidate.y2)
-    if cells != MATCH:
-        broken = not (cells[0] and cells[2])
-        return Rejection("rule broke a constraint" if broken else "follows both", tried)
-    candidate = replace(
-        candidate,
-        c1=tuple(rng.sample(candidate.c1, len(candidate.c1))),
-        c2=tuple(rng.sample(candidate.c2, len(candidate.c2))),
-    )
-    return candidate.swapped() if rng.random() < 0.5 else candidate
+def constraint_rows(side: Iterable[tuple[Constraint, str]]) -> list[Row]:
+    """Constraints, each with its sentence in the instruction, as in c1 and c2."""
+    return [{"kind": c.kind, "params": c.params, "text": text} for c, text in side]
 
 
-def kinds_of(candidate: Candidate) -> Counter[str]:
-    """How often each kind occurs in both instructions."""
-    return Counter(constraint.kind for constraint in (*candidate.c1, *candidate.c2))
-
-
-def to_row(candidate: Candidate, split: str) -> dict[str, Any]:
+def to_row(candidate: Candidate, split: str) -> Row:
     """The quad as a row of the data file; a pure function of the candidate.
 
     A constraint in common reads the same on both sides. Followed instructions stay as the model saw
     them, in the first paraphrase; others get a random one.
     """
-    rng = (
-        None if candidate.source == "follow" else random.Random(f"{candidate.y1}\x1f{candidate.y2}")
-    )
-    written: dict[Constraint, str] = {}
-    for constraint in (*candidate.c1, *candidate.c2):
-        if constraint not in written:
-            written[constraint] = constraint.render("en", rng)
-    x1, x2 = (
-        instruction(candidate.task, [written[c] for c in side])
-        for side in (candidate.c1, candidate.c2)
-    )
+    y1, y2 = candidate.y1, candidate.y2
+    rng = None if candidate.source == "follow" else random.Random(f"{y1}\x1f{y2}")
+    written = {c: c.render("en", rng) for c in dict.fromkeys((*candidate.c1, *candidate.c2))}
     c1, c2 = (
-        [{"kind": c.kind, "params": c.params, "text": written[c]} for c in side]
-        for side in (candidate.c1, candidate.c2)
+        constraint_rows((c, written[c]) for c in side) for side in (candidate.c1, candidate.c2)
     )
-    cells = four_cells(candidate.c1, candidate.y1, candidate.c2, candidate.y2)
-    return {
-        **quad_row(candidate.task, x1, candidate.y1, x2, candidate.y2),
-        "c1": c1,
-        "c2": c2,
-        "source": candidate.source,
-        "split": split,
-        "match": [int(cell) for cell in cells],
-    }
+    end = {"source": candidate.source, "split": split, "match": [int(cell) for cell in MATCH]}
+    return quad_row(candidate.task, c1, y1, c2, y2) | end

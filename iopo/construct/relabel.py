@@ -9,7 +9,6 @@ import json
 import logging
 import random
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +16,11 @@ from typing import Any
 
 from iopo.constraints import Constraint
 from iopo.constraints import text as cut
-from iopo.construct import importers
+from iopo.construct import importers, require
 from iopo.construct.contrast import KINDS, fill, tell_apart, unmentioned
-from iopo.construct.importers import Skipped
 from iopo.construct.prose import REFUSAL, ends_a_sentence, script_of
-from iopo.construct.quadruples import MATCH, four_cells
-from iopo.construct.tasks import Task, instruction, quad_row
+from iopo.construct.quadruples import MATCH, Balance, constraint_rows, four_cells, sign
+from iopo.construct.tasks import Task, quad_row
 from iopo.construct.taxonomy import MOST_CONSTRAINTS, draw_number
 from iopo.data.rows import Pair
 from iopo.files import write_text
@@ -30,6 +28,7 @@ from iopo.files import write_text
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "heldout", "heldout_kinds")
+Written = list[tuple[Constraint, str]]  # constraints of one side, each with its sentence
 LANGUAGE = {"latin": "en", "chinese": "zh"}  # a script that we can write instructions for
 _LEAST_WORDS = 5
 _REFUSED_BY = 300  # characters: a refusal comes first
@@ -53,56 +52,16 @@ class RelabelRecipe:
     limit: int | None = None  # quads
 
     def __post_init__(self) -> None:
-        unknown = set(self.heldout_kinds) - {kind for kinds in KINDS.values() for kind in kinds}
-        if unknown:
-            raise ValueError(f"recipe.heldout_kinds: {sorted(unknown)} is not measured")
-        if not 0 <= self.heldout_share < 1:
-            raise ValueError(f"recipe.heldout_share is {self.heldout_share}; expected 0 <= s < 1")
-        if not 0 < self.most_share <= 1:
-            raise ValueError(f"recipe.most_share is {self.most_share}; expected 0 < s <= 1")
-        if not 1 <= self.most_constraints <= MOST_CONSTRAINTS:
-            raise ValueError(
-                f"recipe.most_constraints is {self.most_constraints}; expected 1 to "
-                f"{MOST_CONSTRAINTS}"
-            )
+        known = {kind for kinds in KINDS.values() for kind in kinds}
+        require(self, "heldout_kinds", set(self.heldout_kinds) <= known, f"some of {sorted(known)}")
+        require(self, "heldout_share", 0 <= self.heldout_share < 1, "0 <= share < 1")
+        require(self, "most_share", 0 < self.most_share <= 1, "0 < share <= 1")
+        most = MOST_CONSTRAINTS
+        require(self, "most_constraints", 1 <= self.most_constraints <= most, f"1 to {most}")
 
     def kinds(self, split: str, language: str) -> tuple[str, ...]:
         held = split == "heldout_kinds"
         return tuple(k for k in KINDS[language] if (k in self.heldout_kinds) == held)
-
-
-@dataclass
-class Balance:
-    """How often each kind stands in a file so far, and which lengths went together."""
-
-    most_share: float
-    kinds: Counter[str] = field(default_factory=Counter)
-    total: int = 0
-    together: int = 0  # quads whose longer instruction has the longer response, minus the others
-    quads: int = 0
-
-    def order(self, kinds: Sequence[str], rng: random.Random) -> list[str]:
-        """The kinds that are not full, rare ones first more often than not."""
-        keyed = [(rng.random() * (4 + self.kinds[k]), k) for k in kinds if self.has_room(k)]
-        return [kind for _, kind in sorted(keyed)]
-
-    def has_room(self, kind: str) -> bool:
-        """Whether both sides of a quad may have the kind without its share growing too large."""
-        return self.kinds[kind] + 2 <= self.most_share * max(self.total, 40)
-
-    def weight(self, kind: str) -> float:
-        """Rare kinds are preferred, so that none outgrows the others."""
-        return (4 + self.kinds[kind]) ** -2.5
-
-    def would_tell(self, together: int) -> bool:
-        """Whether one more quad of this sign lets lengths tell instructions apart."""
-        return abs(self.together + together) > 3 + 0.5 * self.quads**0.5
-
-    def add(self, kinds: Sequence[str], together: int) -> None:
-        self.kinds.update(kinds)
-        self.total += len(kinds)
-        self.together += together
-        self.quads += 1
 
 
 class Relabeller:
@@ -110,29 +69,9 @@ class Relabeller:
 
     def __init__(self, recipe: RelabelRecipe):
         self.recipe = recipe
-        self.skipped: Counter[str] = Counter()
-        self.made: Counter[str] = Counter()  # by split
         self.balances = {split: Balance(recipe.most_share) for split in SPLITS}
         self.balances["heldout_kinds"].most_share = 1.0  # a few kinds share all of it
-        self._kinds = {(s, lang): recipe.kinds(s, lang) for s in SPLITS for lang in KINDS}
         self._seen: set[int] = set()  # digests of responses
-
-    def row(
-        self, pair: Pair, task: Task | None = None, split: str | None = None
-    ) -> dict[str, Any] | None:
-        """The quad of a pair, or None with the reason counted in `skipped`.
-
-        task, split: of the pair's prompt, where known; else it is a task without input, and its
-        hash decides the split.
-        """
-        row = self._made(
-            pair, task or Task(pair.x), split or split_of(pair.x, self.recipe.heldout_share)
-        )
-        if isinstance(row, str):
-            self.skipped[row] += 1
-            return None
-        self.made[row["split"]] += 1
-        return row
 
     def join(self, row: dict[str, Any]) -> str | None:
         """Let in a row that was made elsewhere; a str says why it must not."""
@@ -143,14 +82,15 @@ class Relabeller:
         kinds = [c["kind"] for c in (*row["c1"], *row["c2"])]
         if not all(map(balance.has_room, kinds)):
             return "kind is frequent enough"
-        together = _sign(row["x1"], row["x2"]) * _sign(row["y1"], row["y2"])
+        together = sign(len(row["x1"]) - len(row["x2"])) * sign(len(row["y1"]) - len(row["y2"]))
         if balance.would_tell(together):
             return "length would tell"
         balance.add(kinds, together)
         self._seen |= digests
         return None
 
-    def _made(self, pair: Pair, task: Task, split: str) -> dict[str, Any] | str:
+    def row(self, pair: Pair, task: Task, split: str) -> dict[str, Any] | str:
+        """The quad of a pair whose prompt is this task; a str says why there is none."""
         language = LANGUAGE.get(script_of(pair.x))
         fault = unusable(pair, language, self.recipe.most_words)
         if fault is not None or language is None:
@@ -159,63 +99,50 @@ class Relabeller:
         if digests & self._seen:
             return "repeated response"
         rng = random.Random(f"{self.recipe.seed}/{pair.id}")
-        orders = [self.balances[split].order(self._kinds[split, language], rng) for _ in range(2)]
+        kinds = self.recipe.kinds(split, language)
+        orders = [self.balances[split].order(kinds, rng) for _ in range(2)]
         found = tell_apart(pair.chosen, pair.rejected, unmentioned(orders[0], pair.x), rng)
         if found is None:
             return "nothing tells the responses apart"
+        y1, y2 = pair.chosen, pair.rejected
         numbers = [draw_number(rng, self.recipe.most_constraints) for _ in (1, 2)]
         sides = [
             fill(first, text, unmentioned(order, pair.x), number, rng)
-            for first, text, order, number in zip(
-                found, (pair.chosen, pair.rejected), orders, numbers, strict=True
-            )
+            for first, text, order, number in zip(found, (y1, y2), orders, numbers, strict=True)
         ]
-        row = self._written(pair, task, sides, language, split, rng)
-        if not isinstance(row, str):
-            self._seen |= digests
-        return row
-
-    def _written(
-        self,
-        pair: Pair,
-        task: Task,
-        sides: list[list[Constraint]],
-        language: str,
-        split: str,
-        rng: random.Random,
-    ) -> dict[str, Any] | str:
-        """The row, if its four cells hold and lengths tell nothing. The first of a side decides."""
-        (c1, c2), (y1, y2) = sides, (pair.chosen, pair.rejected)
         if rng.random() < 0.5:
-            c1, c2, y1, y2 = c2, c1, y2, y1
-        texts = [[(c, c.render(language, rng)) for c in side] for side in (c1, c2)]
-        longer_y = _sign(y1, y2)
-        balance = self.balances[split]
-        # Each pass takes one constraint off the longer instruction, and may turn the sign around.
-        while balance.would_tell(together := _longer(texts) * longer_y):
-            side = texts[0] if _longer(texts) > 0 else texts[1]
-            if len(side) == 1:
-                return "length would tell"
-            side.pop()
-        for side in texts:
+            sides, y1, y2 = sides[::-1], y2, y1
+        written = [[(c, c.render(language, rng)) for c in side] for side in sides]
+        together = self._shortened(written, sign(len(y1) - len(y2)), split)
+        if together is None:
+            return "length would tell"
+        for side in written:
             rng.shuffle(side)
-        c1, c2 = ([c for c, _ in side] for side in texts)
+        c1, c2 = ([c for c, _ in side] for side in written)
         if four_cells(c1, y1, c2, y2) != MATCH:
             return "four cells"
-        balance.add([c.kind for c in (*c1, *c2)], together)
-        x1, x2 = (instruction(task, [text for _, text in side]) for side in texts)
-        rows = [[{"kind": c.kind, "params": c.params, "text": t} for c, t in s] for s in texts]
-        system = {} if pair.system is None else {"system": pair.system}
-        return {
-            **quad_row(task, x1, y1, x2, y2),
-            **system,
-            "c1": rows[0],
-            "c2": rows[1],
-            "source": "relabel",
-            "split": split,
-            "match": [1, 0, 1, 0],
-            "origin": pair.id,
-        }
+        self.balances[split].add([c.kind for c in (*c1, *c2)], together)
+        self._seen |= digests
+        rows = [constraint_rows(side) for side in written]
+        row = quad_row(task, rows[0], y1, rows[1], y2, pair.system)
+        end = {"source": "relabel", "split": split, "match": [1, 0, 1, 0], "origin": pair.id}
+        return row | end
+
+    def _shortened(self, written: list[Written], longer_y: int, split: str) -> int | None:
+        """Shorten the longer instruction, but for its first constraint, until lengths tell nothing.
+
+        longer_y: the sign of the responses' lengths. Returns whether the longer instruction now has
+        the longer response (1, 0, -1); None where nothing can be taken off.
+        """
+        while True:
+            sizes = [sum(len(text) + 4 for _, text in side) for side in written]
+            longer = sign(sizes[0] - sizes[1])
+            if not self.balances[split].would_tell(longer * longer_y):
+                return longer * longer_y
+            side = written[0] if longer > 0 else written[1]
+            if len(side) == 1:
+                return None
+            side.pop()
 
 
 def unusable(pair: Pair, language: str | None, most_words: int) -> str | None:
@@ -241,23 +168,12 @@ def split_of(task: str, heldout_share: float) -> str:
     return "heldout" if place < heldout_share / 2 else "heldout_kinds"
 
 
-def _longer(texts: Sequence[Sequence[tuple[Constraint, str]]]) -> int:
-    """+1 if the first instruction is the longer one, -1 if the second is."""
-    sizes = [sum(len(text) + 4 for _, text in side) for side in texts]
-    return (sizes[0] > sizes[1]) - (sizes[0] < sizes[1])
-
-
-def _sign(first: str, second: str) -> int:
-    """+1 if the first text is the longer one, -1 if the second is, 0 if neither."""
-    return (len(first) > len(second)) - (len(first) < len(second))
-
-
 def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def relabel_file(recipe: RelabelRecipe) -> Relabeller:
-    """Stream a preference set into the files of each split, and write what was skipped and why.
+def relabel_file(recipe: RelabelRecipe) -> dict[str, Any]:
+    """Stream a preference set into the files of each split; returns counts, as in counts.json.
 
     Raises ValueError on a source that is not set.
     """
@@ -266,29 +182,32 @@ def relabel_file(recipe: RelabelRecipe) -> Relabeller:
     out = Path(recipe.out)
     out.mkdir(parents=True, exist_ok=True)
     relabeller = Relabeller(recipe)
-    read = 0  # counted here, so that it is known after a break too
+    made: Counter[str] = Counter()  # by split
+    dropped: Counter[str] = Counter()
     with ExitStack() as stack:
         files = {
             split: stack.enter_context((out / f"{split}.jsonl").open("w", encoding="utf-8"))
             for split in SPLITS
         }
         for pair in importers.preferences(Path(recipe.source)):
-            read += 1
-            if isinstance(pair, Skipped):
-                relabeller.skipped[pair.reason] += 1
+            row: dict[str, Any] | str
+            if isinstance(pair, str):
+                row = pair
+            else:
+                row = relabeller.row(pair, Task(pair.x), split_of(pair.x, recipe.heldout_share))
+            if isinstance(row, str):
+                dropped[row] += 1
                 continue
-            row = relabeller.row(pair)
-            if row is not None:
-                files[row["split"]].write(json.dumps(row, ensure_ascii=False) + "\n")
-            if recipe.limit is not None and sum(relabeller.made.values()) == recipe.limit:
+            made[row["split"]] += 1
+            files[row["split"]].write(json.dumps(row, ensure_ascii=False) + "\n")
+            if made.total() == recipe.limit:
                 break
     counts = {
-        "in": read,
-        "out": dict(relabeller.made),
-        "dropped": dict(relabeller.skipped.most_common()),
-        "kinds": {s: dict(b.kinds.most_common()) for s, b in relabeller.balances.items()},
+        "in": made.total() + dropped.total(),
+        "out": dict(made),
+        "dropped": dict(dropped.most_common()),
     }
+    log.info(json.dumps(counts, ensure_ascii=False))
+    counts["kinds"] = {s: dict(b.kinds.most_common()) for s, b in relabeller.balances.items()}
     write_text(out / "counts.json", json.dumps(counts, indent=1, ensure_ascii=False) + "\n")
-    summary = {key: counts[key] for key in ("in", "out", "dropped")}
-    log.info(json.dumps(summary, ensure_ascii=False))
-    return relabeller
+    return counts

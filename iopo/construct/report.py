@@ -8,13 +8,14 @@ import argparse
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from iopo.constraints import KINDS
 from iopo.construct import taxonomy
+from iopo.construct.verify import JUDGED, Tally
 from iopo.files import iter_records, write_text
 from iopo.page import page
 
@@ -54,34 +55,21 @@ Row = tuple[str, int, float, float | None]  # name, count, share, TRACE's share
 
 
 @dataclass
-class Counts:
+class Counts(Tally):
     """What the page shows, counted over all rows."""
 
-    rows: int = 0
-    types: Counter[str] = field(default_factory=Counter)
     dimensions: Counter[str] = field(default_factory=Counter)
-    kinds: Counter[str] = field(default_factory=Counter)
-    numbers: Counter[int] = field(default_factory=Counter)  # constraints of an instruction
-    x_chars: Counter[int] = field(default_factory=Counter)  # in classes, see `_class`
+    # classes of characters, by the power of two that their number does not reach
+    x_chars: Counter[int] = field(default_factory=Counter)
     y_chars: Counter[int] = field(default_factory=Counter)
-    sources: Counter[str] = field(default_factory=Counter)
-    splits: Counter[str] = field(default_factory=Counter)
     samples: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, row: dict[str, Any], rng: random.Random, types: Mapping[str, str]) -> None:
-        self.rows += 1
-        self.sources[str(row.get("source", "-"))] += 1
-        self.splits[str(row.get("split", "-"))] += 1
-        for key in ("c1", "c2"):
-            constraints = row.get(key) or []
-            self.numbers[len(constraints)] += 1
-            for constraint in constraints:
-                dimension = _dimension(constraint)
-                self.kinds[constraint["kind"]] += 1
-                self.dimensions[dimension] += 1
-                self.types[types.get(dimension, OTHER)] += 1
-        self.x_chars.update(_class(row[x]) for x in ("x1", "x2"))
-        self.y_chars.update(_class(row[y]) for y in ("y1", "y2"))
+    def add(self, row: dict[str, Any], rng: random.Random) -> None:
+        c1, c2 = row.get("c1") or [], row.get("c2") or []
+        self.count(row, [c["kind"] for c in c1], [c["kind"] for c in c2])
+        self.dimensions.update(map(_dimension, (*c1, *c2)))
+        self.x_chars.update(1 << len(row[x]).bit_length() for x in ("x1", "x2"))
+        self.y_chars.update(1 << len(row[y]).bit_length() for y in ("y1", "y2"))
         if len(self.samples) < SAMPLES:  # each row is as likely as another to be shown
             self.samples.append(row)
         elif (place := rng.randrange(self.rows)) < SAMPLES:
@@ -89,27 +77,21 @@ class Counts:
 
 
 def _dimension(constraint: dict[str, Any]) -> str:
-    if constraint["kind"] == "judged":
+    if constraint["kind"] == JUDGED:
         return constraint["params"].get("type") or OTHER
     cls = KINDS.get(constraint["kind"])
     return OTHER if cls is None else cls.dimension
 
 
-def _class(text: str) -> int:
-    """The power of two that the number of characters does not reach."""
-    return 1 << len(text).bit_length()
-
-
 def count(files: Sequence[Path]) -> Counts:
     """Counts over the rows of files of quads. Raises ValueError on a line that is no quad."""
     counts, rng = Counts(), random.Random(0)
-    types = {d.dimension: d.type for d in taxonomy.read()}
     for path in files:
         for line, row, fault in iter_records(path):
             try:
                 if fault is not None:
                     raise ValueError(fault)
-                counts.add(row, rng, types)  # type: ignore[arg-type]
+                counts.add(row, rng)  # type: ignore[arg-type]
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"{path}:{line}: no quad that can be counted ({error!r}); run "
@@ -124,7 +106,7 @@ def write(path: Path, files: Sequence[Path], acceptance: str = "") -> Counts:
     text = _PAGE.render(
         title=f"{counts.rows:,} quads",
         files=", ".join(str(file) for file in files),
-        tables=list(_tables(counts)),
+        tables=_tables(counts),
         acceptance=acceptance,
         samples=counts.samples,
     )
@@ -132,24 +114,32 @@ def write(path: Path, files: Sequence[Path], acceptance: str = "") -> Counts:
     return counts
 
 
-def _tables(counts: Counts) -> Iterator[tuple[str, str, list[Row]]]:
+def _tables(counts: Counts) -> list[tuple[str, str, list[Row]]]:
     """(heading, note, rows) of each table."""
-    dimensions = taxonomy.read()
-    published = Counter({d.dimension: d.count for d in dimensions})
-    published_types: Counter[str] = Counter()
-    for dimension in dimensions:
-        published_types[dimension.type] += dimension.count
+    published = Counter({d.dimension: d.count for d in taxonomy.read()})
     training = Counter(dict(enumerate(taxonomy.TRAINING_COUNTS, 1)))
-    note = "second share and orange: TRACE's evaluation file, 5,085 constraints"
-    yield "Types of constraints", note, _beside(counts.types, published_types)
-    yield "Dimensions", "", _beside(counts.dimensions, published)
-    note = "second share and orange: TRACE's 119,345 training rows"
-    yield "Constraints per instruction", note, _beside(counts.numbers, training)
-    yield "Kinds", "", _alone(counts.kinds.most_common())
-    yield "Sources and splits", "", _alone(counts.sources.most_common())
-    yield "", "", _alone(counts.splits.most_common())
-    yield "Characters of instructions", "", _alone(_classes(counts.x_chars))
-    yield "Characters of responses", "", _alone(_classes(counts.y_chars))
+    by_type = _beside(_types(counts.dimensions), _types(published))
+    file_note = "second share and orange: TRACE's evaluation file, 5,085 constraints"
+    rows_note = "second share and orange: TRACE's 119,345 training rows"
+    return [
+        ("Types of constraints", file_note, by_type),
+        ("Dimensions", "", _beside(counts.dimensions, published)),
+        ("Constraints per instruction", rows_note, _beside(counts.constraints, training)),
+        ("Kinds", "", _alone(counts.kinds.most_common())),
+        ("Sources and splits", "", _alone(counts.sources.most_common())),
+        ("", "", _alone(counts.splits.most_common())),
+        ("Characters of instructions", "", _alone(_classes(counts.x_chars))),
+        ("Characters of responses", "", _alone(_classes(counts.y_chars))),
+    ]
+
+
+def _types(dimensions: Counter[str]) -> Counter[str]:
+    """The same counts by the type of each dimension."""
+    type_of = {d.dimension: d.type for d in taxonomy.read()}
+    found: Counter[str] = Counter()
+    for dimension, n in dimensions.items():
+        found[type_of.get(dimension, OTHER)] += n
+    return found
 
 
 def _classes(classes: Counter[int]) -> list[tuple[str, int]]:

@@ -1,9 +1,10 @@
 """Sampled responses to prompts, kept in a JSONL cache that a killed run continues."""
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from iopo.files import Journal, read_records
 
@@ -12,108 +13,80 @@ SEEDS_APART = 1_000_003  # chunks of different seeds share no seed of their own 
 CHUNK = 50  # jobs that are generated, and appended to the cache, together
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One prompt to answer. `key` names it in the cache and is unique."""
-
-    key: str
-    prompt: str
-
-
-@dataclass(frozen=True, slots=True)
-class Response:
-    key: str
-    prompt: str
-    text: str
-    finish_reason: str
-
-
 # A sampler takes prompts and a seed and returns (text, finish_reason) for each.
 Sampler = Callable[[Sequence[str], int], list[tuple[str, str]]]
 
 
 def sample_all(
-    jobs: Sequence[Job], cache: Path, sampler: Sampler, seed: int = 0
-) -> dict[str, Response]:
-    """Answer every job, reading answered ones from `cache` and appending the others to it.
+    jobs: Mapping[str, str], file: Path, sampler: Sampler, seed: int = 0
+) -> dict[str, str]:
+    """Answer every job (key -> prompt), from the cache `file` or by appending to it.
 
     Jobs are answered in fixed chunks, each with a seed of its own that depends on (seed, chunk), so
     a run that was killed and continued writes what an unbroken run writes. Returns key -> response.
-    Raises ValueError if the cache answers another prompt under a job's key.
+    Raises ValueError if the file answers another prompt under a job's key.
     """
-    done = read_cache(cache)
-    for job in jobs:
-        if job.key in done and done[job.key].prompt != job.prompt:
+    done = {row["key"]: row for row in read_cache(file)}
+    for key, prompt in jobs.items():
+        if key in done and done[key]["prompt"] != prompt:
             raise ValueError(
-                f"{cache}: response {job.key!r} answers {done[job.key].prompt!r}, expected "
-                f"{job.prompt!r}; the tasks changed, so start a new cache file"
+                f"{file}: response {key!r} answers {done[key]['prompt']!r}, expected {prompt!r}; "
+                "the tasks changed, so start a new cache file"
             )
-    jobs = list({job.key: job for job in jobs}.values())
-    if any(job.key not in done for job in jobs):  # a complete cache is only read
-        with Journal(cache) as journal:
+    if not jobs.keys() <= done.keys():  # a complete cache is only read
+        with Journal(file) as journal:
             for start in range(0, len(jobs), CHUNK):
-                chunk = jobs[start : start + CHUNK]
-                if all(job.key in done for job in chunk):
+                chunk = list(jobs)[start : start + CHUNK]
+                if all(key in done for key in chunk):
                     continue
-                answers = sampler([job.prompt for job in chunk], seed * SEEDS_APART + start)
+                answers = sampler([jobs[key] for key in chunk], seed * SEEDS_APART + start)
                 rows = [
-                    Response(job.key, job.prompt, text, reason)
-                    for job, (text, reason) in zip(chunk, answers, strict=True)
-                    if job.key not in done
+                    {"key": key, "prompt": jobs[key], "text": text, "finish_reason": reason}
+                    for key, (text, reason) in zip(chunk, answers, strict=True)
+                    if key not in done
                 ]
-                journal.append(*map(asdict, rows))
-                done.update((row.key, row) for row in rows)
+                journal.append(*rows)
+                done.update((row["key"], row) for row in rows)
                 log.info("sampled %d of %d", min(start + CHUNK, len(jobs)), len(jobs))
-    return {job.key: done[job.key] for job in jobs}
+    return {key: done[key]["text"] for key in jobs}
 
 
-def read_cache(path: Path) -> dict[str, Response]:
-    """Responses by key. A last line without its line break is what a kill leaves: it is ignored."""
-    if not path.exists():
-        return {}
-    rows = [Response(**row) for row in read_records(path, torn_tail=True)]
-    return {row.key: row for row in rows}
+def read_cache(file: Path) -> list[dict[str, str]]:
+    """The rows. A last line without its line break is what a kill leaves: it is ignored."""
+    return read_records(file, torn_tail=True) if file.exists() else []
 
 
-class ModelSampler:
+def model_sampler(
+    model_path: str | None, max_new_tokens: int, temperature: float, top_p: float
+) -> Sampler:
     """A sampler over a causal LM in process: a folder, a hub id or `demo` (resolve_model).
 
     The model, and torch with it, is loaded at the first prompt: with a full cache none is needed.
     """
 
-    def __init__(
-        self, model_path: str | None, max_new_tokens: int, temperature: float, top_p: float
-    ):
-        self.model_path = model_path
-        self.options = (max_new_tokens, temperature, top_p)
-        self._sampler: Sampler | None = None
-
-    def __call__(self, prompts: Sequence[str], seed: int) -> list[tuple[str, str]]:
-        if self._sampler is None:
-            self._sampler = self._load(prompts[0])
-        return self._sampler(prompts, seed)
-
-    def _load(self, prompt: str) -> Sampler:
-        if self.model_path is None:
-            raise ValueError(
-                f"the cache lacks responses to {prompt!r} and others; name a model that writes "
-                "them: recipe.model_path=demo"
-            )
+    @cache
+    def loaded(path: str) -> tuple[Any, Any]:
         import torch
 
         from iopo.data.chat import Chat
-        from iopo.model.generate import Decoding, generate
         from iopo.model.load import default_dtype, load_causal_lm, load_tokenizer, resolve_model
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        folder = resolve_model(self.model_path)
+        folder = resolve_model(path)
         model = load_causal_lm(folder, default_dtype(device))
-        torch.nn.Module.to(model, device)
-        chat = Chat(load_tokenizer(folder))
+        return torch.nn.Module.to(model, device), Chat(load_tokenizer(folder))
 
-        def sampler(prompts: Sequence[str], seed: int) -> list[tuple[str, str]]:
-            decoding = Decoding(*self.options, batch_size=CHUNK, seed=seed)
-            answers = generate(model, chat, [chat.messages(prompt) for prompt in prompts], decoding)
-            return [(answer.text.strip(), answer.finish_reason) for answer in answers]
+    def sampler(prompts: Sequence[str], seed: int) -> list[tuple[str, str]]:
+        if model_path is None:
+            raise ValueError(
+                f"the cache lacks responses to {prompts[0]!r} and others; name a model that "
+                "writes them: recipe.model_path=demo"
+            )
+        from iopo.model.generate import Decoding, generate
 
-        return sampler
+        model, chat = loaded(model_path)
+        decoding = Decoding(max_new_tokens, temperature, top_p, batch_size=CHUNK, seed=seed)
+        answers = generate(model, chat, [chat.messages(prompt) for prompt in prompts], decoding)
+        return [(answer.text.strip(), answer.finish_reason) for answer in answers]
+
+    return sampler

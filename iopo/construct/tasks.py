@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from iopo.files import sha256_text
 
 BANK = Path(__file__).with_name("tasks.txt")
 INPUT_MARK = " # Inputs: "
+Row = dict[str, Any]
 
 
 def digest(*texts: str) -> str:
@@ -23,9 +25,7 @@ class Task:
 
     @property
     def line(self) -> str:
-        return (
-            self.description if self.input is None else self.description + INPUT_MARK + self.input
-        )
+        return self.description + ("" if self.input is None else INPUT_MARK + self.input)
 
     @property
     def digest(self) -> str:
@@ -44,15 +44,12 @@ def read_tasks(path: Path = BANK) -> list[Task]:
     Raises ValueError on an empty or repeated line: a repeated task could reach both splits.
     """
     tasks: list[Task] = []
-    seen: dict[str, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            raise ValueError(f"{path}:{number}: empty line; expected one task a line")
-        if line in seen:
-            raise ValueError(
-                f"{path}:{number}: repeats line {seen[line]}; each task must be unique"
-            )
-        seen[line] = number
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        first = lines.index(line) + 1
+        if not line.strip() or first < number:
+            fault = f"repeats line {first}" if line.strip() else "is empty"
+            raise ValueError(f"{path}:{number}: {fault}; expected one task a line, each once")
         description, _, text = line.partition(INPUT_MARK)
         tasks.append(Task(description, text or None))
     return tasks
@@ -75,7 +72,12 @@ def instruction(task: Task, constraint_lines: list[str]) -> str:
     return "\n".join(lines)
 
 
-def quad_row(task: Task, x1: str, y1: str, x2: str, y2: str) -> dict[str, object]:
-    """The first keys of a quad's row: id, task and the four texts."""
-    texts = {"x1": x1, "y1": y1, "x2": x2, "y2": y2}
-    return {"id": digest(*texts.values()), "task": task.line, **texts}
+def quad_row(
+    task: Task, c1: list[Row], y1: str, c2: list[Row], y2: str, system: str | None = None
+) -> Row:
+    """The first keys of a quad's row. c1, c2: constraints as {"kind", "params", "text"}."""
+    x1, x2 = (instruction(task, [constraint["text"] for constraint in c]) for c in (c1, c2))
+    row = {"id": digest(x1, y1, x2, y2), "task": task.line, "x1": x1, "y1": y1, "x2": x2, "y2": y2}
+    if system is not None:
+        row["system"] = system
+    return row | {"c1": c1, "c2": c2}

@@ -10,26 +10,17 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, product
+from itertools import combinations, product, zip_longest
 from pathlib import Path
 from typing import Any
 
 from iopo.constraints import text as cut
 from iopo.construct import report
 from iopo.construct.proposals import SEEN_KINDS, UNSEEN_KINDS, propose
-from iopo.construct.prose import PLAIN, REFUSAL, balanced, ends_a_sentence, repeats_itself
-from iopo.construct.quadruples import (
-    Candidate,
-    Choice,
-    Rejection,
-    edit,
-    follow_jobs,
-    followed,
-    kinds_of,
-    to_row,
-)
+from iopo.construct.prose import PLAIN, REFUSAL, ends_a_sentence, repeats_itself
+from iopo.construct.quadruples import Candidate, edit, follow_jobs, followed, to_row
 from iopo.construct.relabel import SPLITS, Relabeller, RelabelRecipe
-from iopo.construct.responses import Job, ModelSampler, Response, Sampler, sample_all
+from iopo.construct.responses import Sampler, model_sampler, sample_all
 from iopo.construct.tasks import Task, read_tasks
 from iopo.construct.verify import verify
 from iopo.data.rows import Pair
@@ -77,27 +68,22 @@ class VerifiedRecipe:
     edit_share: float = 0.2  # of all quads, at most
     most_share: float = 0.15  # of the constraints of train and heldout that one kind may have
 
-    def wanted(self) -> dict[str, int]:
-        sizes = (self.train_quads, self.heldout_quads, self.heldout_kinds_quads)
-        return dict(zip(SPLITS, sizes, strict=True))
+    def sampler(self) -> Sampler:
+        """The model at model_path."""
+        return model_sampler(self.model_path, self.max_new_tokens, self.temperature, self.top_p)
 
 
-def build_verified(recipe: VerifiedRecipe, sampler: Sampler | None = None) -> str:
+def build_verified(recipe: VerifiedRecipe, sampler: Sampler) -> str:
     """Sample what the cache lacks, write the three files and the page; returns the acceptance.
 
-    sampler: who answers; None: the model at recipe.model_path.
     Raises ValueError if verify finds a fault in what was made.
     """
-    sampler = sampler or ModelSampler(
-        recipe.model_path, recipe.max_new_tokens, recipe.temperature, recipe.top_p
-    )
 
-    def sampled(jobs: Sequence[Job]) -> dict[str, Response]:
+    def sampled(jobs: Mapping[str, str]) -> dict[str, str]:
         return sample_all(jobs, Path(recipe.responses), sampler, recipe.seed)
 
     tasks = read_tasks()
-    usable: Counter[str] = Counter()
-    texts = usable_texts(tasks, sampled(bare_jobs(tasks, recipe.samples_per_task)), usable)
+    texts, usable = usable_texts(tasks, sampled(bare_jobs(tasks, recipe.samples_per_task)))
     making = Making(recipe, tasks, texts)
     making.relabel()
     making.follow(sampled)  # few: not first, so that no kind is scarce enough to be refused
@@ -124,35 +110,33 @@ def split_of(task: Task) -> str:
     return "heldout" if place % 8 == 0 else "heldout_kinds"
 
 
-def bare_jobs(tasks: Sequence[Task], samples: int) -> list[Job]:
+def bare_jobs(tasks: Sequence[Task], samples: int) -> dict[str, str]:
     """The bare tasks, each `samples` times, with the forms in turn; some tasks need fewer.
 
     Neighbours begin with different forms, so that few samples a task have all forms too.
     """
-    return [
-        Job(
-            f"{task.digest}-{n}",
-            f"{task.description} {FORMS[(place + n) % len(FORMS)]}"
-            + ("" if task.input is None else f"\n# Inputs:\n{task.input}"),
-        )
+    return {
+        f"{task.digest}-{n}": f"{task.description} {FORMS[(place + n) % len(FORMS)]}"
+        + ("" if task.input is None else f"\n# Inputs:\n{task.input}")
         for n in range(samples)
         for place, task in enumerate(tasks)
         if n < SAMPLES_TO_EDIT or split_of(task) != "heldout_kinds"
-    ]
+    }
 
 
 def usable_texts(
-    tasks: Sequence[Task], responses: Mapping[str, Response], tally: Counter[str]
-) -> dict[str, list[str]]:
-    """Usable responses by task line; the tally says how many were not, and why."""
+    tasks: Sequence[Task], responses: Mapping[str, str]
+) -> tuple[dict[str, list[str]], Counter[str]]:
+    """Usable responses by task line, and how many were usable or not, and why."""
     lines = {task.digest: task.line for task in tasks}
     found: dict[str, list[str]] = {task.line: [] for task in tasks}
-    for response in responses.values():
-        text, fault = whole_text(response.text)
+    tally: Counter[str] = Counter()
+    for key, response in responses.items():
+        text, fault = whole_text(response)
         tally[fault or "usable"] += 1
         if fault is None:
-            found[lines[response.key.partition("-")[0]]].append(text)
-    return found
+            found[lines[key.partition("-")[0]]].append(text)
+    return found, tally
 
 
 def whole_text(text: str) -> tuple[str, str | None]:
@@ -176,7 +160,8 @@ def whole_text(text: str) -> tuple[str, str | None]:
         if size < _LEAST_WORDS:
             break
         finished = ends_a_sentence(kept) and not kept.endswith(":")
-        if size <= _MOST_WORDS and finished and balanced(kept) and not repeats_itself(kept):
+        paired = kept.count('"') % 2 == 0 and kept.count("(") == kept.count(")")
+        if size <= _MOST_WORDS and finished and paired and not repeats_itself(kept):
             return kept, None
     return text, "too short before it breaks off or repeats itself"
 
@@ -220,66 +205,61 @@ class Making:
                 most_share=recipe.most_share,
             )
         )
+        sizes = (recipe.train_quads, recipe.heldout_quads, recipe.heldout_kinds_quads)
+        self.wanted = dict(zip(SPLITS, sizes, strict=True))
         self.rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
         self.outcomes: Counter[tuple[str, str]] = Counter()  # by source and outcome
-        self.tried: Counter[tuple[str, str]] = Counter()  # by source and kind
-        self.accepted: Counter[tuple[str, str]] = Counter()
 
     def full(self, split: str) -> bool:
-        return len(self.rows[split]) >= self.recipe.wanted()[split]
+        return len(self.rows[split]) >= self.wanted[split]
 
     def edits(self) -> int:
         return self.outcomes["edit", "accepted"]
 
     def relabel(self) -> None:
         """Pairs of responses to one task. A response may serve twice: whole, and cut shorter."""
-        rounds: list[list[tuple[Task, str, str]]] = []
+        drawn = []
         for task in self.rng.sample(self.tasks, len(self.tasks)):
             sources = [[t, *filter(None, [beginning(t, self.rng)])] for t in self.texts[task.line]]
             pairs = [p for two in combinations(sources, 2) for p in product(*two)]
-            for n, (first, second) in enumerate(self.rng.sample(pairs, len(pairs))):
-                if n == len(rounds):
-                    rounds.append([])
-                rounds[n].append((task, first, second))
+            drawn.append([(task, *pair) for pair in self.rng.sample(pairs, len(pairs))])
         used: set[tuple[str, str]] = set()
-        for number, drawn in enumerate(rounds):  # each task once before any task twice
-            for task, first, second in drawn:
+        for number, found in enumerate(zip_longest(*drawn)):  # each task once before any twice
+            for task, first, second in filter(None, found):
                 split = split_of(task)
                 both = {(task.line, first), (task.line, second)}
                 if self.full(split) or both & used:
                     continue
                 named = Pair(f"{task.digest}-{number}", task.line, first, second)
                 row = self.relabeller.row(named, task, split)
-                if row is not None:
+                if not isinstance(row, str):
                     used |= both
-                    self._accept("relabel", row)
-        for reason, n in self.relabeller.skipped.items():
-            self.outcomes["relabel", reason] += n
+                    self.rows[split].append(row)
+                self.outcomes["relabel", row if isinstance(row, str) else "accepted"] += 1
 
-    def follow(self, sampled: Callable[[Sequence[Job]], dict[str, Response]]) -> None:
+    def follow(self, sampled: Callable[[Mapping[str, str]], dict[str, str]]) -> None:
         """Responses that the model gave to instructions with constraints, where it followed."""
         recipe = self.recipe
-        rng = random.Random(
-            recipe.seed
-        )  # its own stream: the prompts must not depend on other draws
+        # its own stream: the prompts must not depend on other draws
+        rng = random.Random(recipe.seed)
         shuffled = rng.sample(self.tasks, len(self.tasks))
         train = [task for task in shuffled if split_of(task) == "train"]
         candidates = follow_candidates(train, recipe.follow_candidates, rng)
         responses = sampled(follow_jobs(candidates, recipe.follow_samples))
-        for result in followed(candidates, responses, recipe.follow_samples):
+        for candidate in candidates:
+            result = followed(candidate, responses, recipe.follow_samples)
             if isinstance(result, Candidate):
                 result = result.swapped() if rng.random() < 0.5 else result
                 if any(REFUSAL.search(y) or repeats_itself(y) for y in (result.y1, result.y2)):
-                    result = Rejection("refusal or repetition", tuple(kinds_of(result)))
+                    result = "refusal or repetition"
             self._admit("follow", result, "train")
 
     def edit(self) -> None:
         """Rule edits where quads lack: first for the held-out kinds, rare in responses."""
-        most = int(self.recipe.edit_share * sum(self.recipe.wanted().values()))
+        most = int(self.recipe.edit_share * sum(self.wanted.values()))
         for split in ("heldout_kinds", "heldout", "train"):
             balance = self.relabeller.balances[split]
             kinds = UNSEEN_KINDS if split == "heldout_kinds" else SEEN_KINDS
-            choice = Choice(kinds, balance.has_room, balance.weight)
             own = [task for task in self.tasks if split_of(task) == split and self.texts[task.line]]
             for _ in range(30):  # rounds: a task gives at most one quad in each
                 for task in self.rng.sample(own, len(own)):
@@ -292,45 +272,27 @@ class Making:
                     if not prose:
                         continue
                     first, second = self.rng.choice(prose), self.rng.choice(prose)
-                    self._admit("edit", edit(task, first, second, choice, self.rng), split)
+                    result = edit(task, first, second, kinds, balance, self.rng)
+                    self._admit("edit", result, split)
 
-    def _admit(self, source: str, result: Candidate | Rejection, split: str) -> None:
+    def _admit(self, source: str, result: Candidate | str, split: str) -> None:
         """Let a quad in if it fits among the others; count what became of it."""
-        kinds = set(result.kinds if isinstance(result, Rejection) else kinds_of(result))
-        self.tried.update((source, kind) for kind in kinds)
-        if isinstance(result, Candidate):
+        outcome: str | None = "file is full"
+        if isinstance(result, str):
+            outcome = result
+        elif not self.full(split):
             row = to_row(result, split)
-            refusal = "file is full" if self.full(split) else self.relabeller.join(row)
-            if refusal is None:
-                self._accept(source, row)
-                return
-        else:
-            refusal = result.reason
-        self.outcomes[source, refusal] += 1
-
-    def _accept(self, source: str, row: dict[str, Any]) -> None:
-        self.rows[row["split"]].append(row)
-        self.outcomes[source, "accepted"] += 1
-        kinds = {c["kind"] for c in (*row["c1"], *row["c2"])}
-        self.accepted.update((source, kind) for kind in kinds)
+            outcome = self.relabeller.join(row)
+            if outcome is None:
+                self.rows[split].append(row)
+        self.outcomes[source, outcome or "accepted"] += 1
 
     def table(self, usable: Counter[str]) -> str:
-        """Acceptance by source and reason, and by source and kind, as markdown."""
+        """Acceptance by source and reason, as markdown."""
         lines = ["responses: " + ", ".join(f"{n} {why}" for why, n in usable.most_common()), ""]
         lines += ["| source | outcome | draws | share |", "|---|---|---|---|"]
-        of: Counter[str] = Counter()
-        for (source, _), n in self.outcomes.items():
-            of[source] += n
         for (source, outcome), n in sorted(self.outcomes.items()):
-            lines.append(f"| {source} | {outcome} | {n} | {n / of[source]:.1%} |")
-        lines += ["", "| kind | relabel | follow | edit | share of train |", "|---" * 5 + "|"]
-        train = Counter(c["kind"] for row in self.rows["train"] for c in (*row["c1"], *row["c2"]))
-        accepted, tried = self.accepted, self.tried
-        for kind in sorted({kind for _, kind in accepted}):
-            # to a kind that relabelling does not choose there is no attempt: it measures all
-            cells = [str(accepted["relabel", kind])]
-            cells += [f"{accepted[s, kind]}/{tried[s, kind]}" for s in ("follow", "edit")]
-            share = train[kind] / max(1, train.total())
-            lines.append(f"| {kind} | {' | '.join(cells)} | {share:.1%} |")
+            of = sum(m for (other, _), m in self.outcomes.items() if other == source)
+            lines.append(f"| {source} | {outcome} | {n} | {n / of:.1%} |")
         sizes = ", ".join(f"{split} {len(rows)}" for split, rows in self.rows.items())
         return "\n".join([*lines, "", f"quads: {sizes}; edits {self.edits()}"])

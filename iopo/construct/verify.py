@@ -1,9 +1,8 @@
 """Re-check a file of quads: `python -m iopo.construct.verify FILE... [--against BENCHMARK...]`.
 
 Prints `file:line: [fault] what` for every violation, then a table by kind, and exits 1 if there was
-a violation. A row without c1, c2 is a violation too. Constraints of kind "judged", which a model
-scored (the TRACE pipeline), are counted: their cells are taken from the row, everything else is
-checked.
+a violation. A row without c1, c2 is a violation too. Cells of rows with "judged" constraints, which
+a model scored (the TRACE pipeline), are taken from the row.
 """
 
 import argparse
@@ -14,14 +13,13 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from iopo.constraints import Constraint, from_dict
 from iopo.constraints.text import CJK, words
 from iopo.construct.prose import ends_a_sentence, script_of
-from iopo.construct.quadruples import CELLS, MATCH, four_cells
+from iopo.construct.quadruples import CELLS, MATCH, four_cells, sign
 from iopo.files import iter_records
 
 TEXTS = ("x1", "y1", "x2", "y2")
@@ -30,10 +28,15 @@ _TOKEN = re.compile(rf"[{CJK}]|[^\W_{CJK}]+")
 _HAN = re.compile(f"[{CJK}]")
 JUDGED = "judged"  # the kind of a constraint that only a model can check
 # Asks for a script of its own, so that a response need not have its instruction's.
-_LANGUAGE_KINDS = {"language", "response_language", JUDGED}
+_LANGUAGE_KINDS = {"response_language", JUDGED}
 _SLOTS = 1 << 15
-_FIRST_WORDS = 40  # of a response that are looked at
 WARM_UP = 100  # rows that are learnt from before guesses count
+
+
+Fault = tuple[str, str]  # short name of the rule that is broken, detail
+Grams = dict[tuple[str, ...], str]  # a run of tokens -> file:line of a benchmark
+Place = tuple[int, str]  # index of the file, file:line
+Seen = dict[bytes, Place]  # digest of an id, response or task -> where it was met first
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,12 @@ class Violation:
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: [{self.fault}] {self.detail}"
+
+
+def deviations(signs: Counter[int]) -> float:
+    """How far +1 and -1 are from being equally likely, in standard deviations; above 0: more +1."""
+    n = signs[1] + signs[-1]
+    return (signs[1] - signs[-1]) / n**0.5 if n else 0.0
 
 
 class SideGuesser:
@@ -59,101 +68,69 @@ class SideGuesser:
     def __init__(self) -> None:
         self._weights = [0.0] * _SLOTS
         self._rows = 0
-        self.right = 0
-        self.guesses = 0
-        self.longer_first = 0  # y1 is the longer one, minus y2 is: a scorer of length alone
-        self.unequal = 0
+        self.guesses: Counter[int] = Counter()  # +1: right, -1: wrong
 
     def add(self, y1: str, y2: str) -> None:
         """Guess, then learn, from one row."""
-        longer = (len(y1) > len(y2)) - (len(y1) < len(y2))
-        self.longer_first += longer
-        self.unequal += longer != 0
         first, second = _slots(y1), _slots(y2)
         margin = sum(self._weights[i] for i in first) - sum(self._weights[i] for i in second)
         if self._rows >= WARM_UP and margin != 0:
-            self.guesses += 1
-            self.right += margin > 0
+            self.guesses[1 if margin > 0 else -1] += 1
         self._rows += 1
         if margin <= 0:
-            for slots, sign in ((first, 1.0), (second, -1.0)):
+            for slots, change in ((first, 1.0), (second, -1.0)):
                 for i in slots:
-                    self._weights[i] += sign
-
-    def y_only(self) -> float:
-        """Standard deviations of the right guesses from half of them."""
-        n = self.guesses
-        return (2 * self.right - n) / n**0.5 if n else 0.0
-
-    def length_only(self) -> float:
-        """Standard deviations from chance of 'y1 is the longer response'."""
-        return self.longer_first / self.unequal**0.5 if self.unequal else 0.0
+                    self._weights[i] += change
 
 
 def _slots(text: str) -> list[int]:
-    features = {word.lower() for word in words(text[:1000])[:_FIRST_WORDS]}
+    features = {word.lower() for word in words(text[:1000])[:40]}
     features |= {f"length {len(text).bit_length()}", f"first {text[:1]}", f"last {text[-1:]}"}
-    return [_slot(feature) for feature in features]
-
-
-@lru_cache(maxsize=1 << 16)
-def _slot(feature: str) -> int:
-    return zlib.crc32(feature.encode("utf-8", "surrogatepass")) % _SLOTS
+    return [zlib.crc32(feature.encode("utf-8", "surrogatepass")) % _SLOTS for feature in features]
 
 
 @dataclass
-class Summary:
-    """Counts over the rows that could be read."""
+class Tally:
+    """Counts over rows of quads."""
 
     rows: int = 0
-    judged: int = 0  # rows with a constraint that code cannot check
     kinds: Counter[str] = field(default_factory=Counter)
     sources: Counter[str] = field(default_factory=Counter)
     splits: Counter[str] = field(default_factory=Counter)
-    constraints: Counter[int] = field(default_factory=Counter)
-    words: Counter[int] = field(default_factory=Counter)  # response length, in tens of words
-    longer_together: int = 0  # the longer instruction has the longer response
-    longer_apart: int = 0
-    guesser: SideGuesser = field(default_factory=SideGuesser)
+    constraints: Counter[int] = field(default_factory=Counter)  # of an instruction
 
-    def add(self, row: dict[str, Any], c1: Sequence[str], c2: Sequence[str]) -> None:
+    def count(self, row: dict[str, Any], c1: Sequence[str], c2: Sequence[str]) -> None:
         """Count a row whose constraints are of these kinds."""
         self.rows += 1
-        self.guesser.add(row["y1"], row["y2"])
-        self.judged += JUDGED in c1 or JUDGED in c2
         self.kinds.update((*c1, *c2))
         self.sources[str(row.get("source", "-"))] += 1
         self.splits[str(row.get("split", "-"))] += 1
         self.constraints.update((len(c1), len(c2)))
+
+
+@dataclass
+class Summary(Tally):
+    """Counts over the rows that could be read.
+
+    A scorer that matches lengths is at chance on x-preference only if `deviations(together)` is
+    near 0; beyond 3 the data let it guess.
+    """
+
+    judged: int = 0  # rows with a constraint that code cannot check
+    words: Counter[int] = field(default_factory=Counter)  # response length, in tens of words
+    # +1: the longer instruction has the longer response, -1: it has the shorter one
+    together: Counter[int] = field(default_factory=Counter)
+    longer: Counter[int] = field(default_factory=Counter)  # +1: y1 is the longer one, -1: y2 is
+    guesser: SideGuesser = field(default_factory=SideGuesser)
+
+    def count(self, row: dict[str, Any], c1: Sequence[str], c2: Sequence[str]) -> None:
+        super().count(row, c1, c2)
+        self.guesser.add(row["y1"], row["y2"])
+        self.judged += JUDGED in c1 or JUDGED in c2
         self.words.update(len(row[y].split()) // 10 for y in ("y1", "y2"))
-        together = (len(row["x1"]) - len(row["x2"])) * (len(row["y1"]) - len(row["y2"]))
-        self.longer_together += together > 0
-        self.longer_apart += together < 0
-
-    def length_leak(self) -> float:
-        """Standard deviations from chance of 'the longer instruction has the longer response'.
-
-        A scorer that matches lengths is at chance on x-preference only if this is near 0; beyond 3
-        the data let it guess.
-        """
-        n = self.longer_together + self.longer_apart
-        return (self.longer_together - self.longer_apart) / n**0.5 if n else 0.0
-
-
-class Seen:
-    """Where each id, response and task was met first, by a digest: a large file stays small."""
-
-    def __init__(self, files: Sequence[str]):
-        self.files = files
-        self._first: dict[bytes, tuple[int, int]] = {}
-
-    def first(self, what: str, text: str, here: tuple[int, int]) -> tuple[int, int]:
-        """(file, line) of the first use, which is `here` for new text."""
-        data = f"{what}\x1f{text}".encode("utf-8", "surrogatepass")
-        return self._first.setdefault(hashlib.blake2b(data, digest_size=12).digest(), here)
-
-    def name(self, where: tuple[int, int]) -> str:
-        return f"{self.files[where[0]]}:{where[1]}"
+        longer_y = sign(len(row["y1"]) - len(row["y2"]))
+        self.longer[longer_y] += 1
+        self.together[longer_y * sign(len(row["x1"]) - len(row["x2"]))] += 1
 
 
 def verify(files: Sequence[Path], against: Sequence[Path] = ()) -> tuple[list[Violation], Summary]:
@@ -161,66 +138,61 @@ def verify(files: Sequence[Path], against: Sequence[Path] = ()) -> tuple[list[Vi
     grams = benchmark_grams(against)
     found: list[Violation] = []
     summary = Summary()
-    seen = Seen([str(path) for path in files])
+    seen: Seen = {}
     for index, path in enumerate(files):
         for line, row, unreadable in iter_records(path):
             if unreadable is not None:
                 faults = iter([("json", f"cannot be read: {unreadable}")])
             else:
-                faults = _check_row(row, (index, line), seen, grams, summary)
+                faults = _check_row(row, (index, f"{path}:{line}"), seen, grams, summary)
             found += [Violation(str(path), line, fault, detail) for fault, detail in faults]
     return found, summary
 
 
 def _check_row(
-    row: Any,
-    where: tuple[int, int],
-    seen: Seen,
-    grams: dict[tuple[str, ...], str],
-    summary: Summary,
-) -> Iterator[tuple[str, str]]:
-    """(fault, detail) for all that is wrong with a row; what follows from a fault is left out."""
-    missing = [
-        key for key in TEXTS if not isinstance(row, dict) or not isinstance(row.get(key), str)
-    ]
+    row: Any, here: Place, seen: Seen, grams: Grams, summary: Summary
+) -> Iterator[Fault]:
+    """All that is wrong with a row; what follows from another fault is left out."""
+    texts = row if isinstance(row, dict) else {}
+    missing = [key for key in TEXTS if not isinstance(texts.get(key), str)]
     if missing:
         yield "keys", f"{', '.join(missing)} missing or no text; a row has {', '.join(TEXTS)}"
         return
-    yield from _repeated(row, where, seen)
-    yield from _overlaps(row, grams)
-    no_list = [key for key in ("c1", "c2") if not isinstance(row.get(key) or [], list)]
-    if no_list:
-        yield "constraint", f"{', '.join(no_list)} is no list of constraints"
+    yield from _repeated(row, here, seen)
+    for key in TEXTS if grams else ():
+        shared = next((gram for gram in _grams(row[key]) if gram in grams), None)
+        if shared is not None:
+            yield "overlap", f"{key} has {' '.join(shared)!r} of {grams[shared]}"
+    sides = [row.get(key) or [] for key in ("c1", "c2")]
+    if not all(isinstance(side, list) for side in sides):
+        yield "constraint", "c1 or c2 is no list of constraints"
         return
-    kinds = [[_kind(c) for c in row.get(key) or ()] for key in ("c1", "c2")]
+    kinds = [[_kind(c) for c in side] for side in sides]
     judged = JUDGED in kinds[0] or JUDGED in kinds[1]
     broken = list(_texts(row, {*kinds[0], *kinds[1]}))
     yield from broken
     try:
-        c1, c2 = (
-            [from_dict(c) for c in row.get(key) or () if _kind(c) != JUDGED] for key in ("c1", "c2")
-        )
+        c1, c2 = ([from_dict(c) for c in side if _kind(c) != JUDGED] for side in sides)
     except (ValueError, TypeError, AttributeError) as error:
         yield "constraint", f"cannot be read: {error}"
         return
-    summary.add(row, *kinds)
+    summary.count(row, *kinds)
     if judged and row.get("match") != [int(cell) for cell in MATCH]:
         yield "match", f"says {row.get('match')}; a judged row must say [1, 0, 1, 0]"
     if not broken and not judged:
         yield from _cells(row, c1, c2)
-    for x, key in (("x1", "c1"), ("x2", "c2")):
-        for constraint in row.get(key) or ():
-            text = constraint.get("text")
-            if not isinstance(text, str) or text not in row[x]:
-                yield "wording", f"{x} does not contain the text {text!r} of {key}"
+    for n, side in enumerate(sides, 1):
+        for text in (constraint.get("text") for constraint in side):
+            if not isinstance(text, str) or text not in row[f"x{n}"]:
+                yield "wording", f"x{n} does not contain the text {text!r} of c{n}"
 
 
 def _kind(constraint: Any) -> str:
-    """The kind of a constraint that may be anything; from_dict says what is wrong with it."""
+    """The kind of a constraint that may be anything; `from_dict` says what is wrong with it."""
     return str(constraint.get("kind")) if isinstance(constraint, dict) else "?"
 
 
-def _texts(row: dict[str, Any], kinds: set[str]) -> Iterator[tuple[str, str]]:
+def _texts(row: dict[str, Any], kinds: set[str]) -> Iterator[Fault]:
     empty = [key for key in TEXTS if not row[key].strip()]
     if empty:
         yield "empty", f"{', '.join(empty)} without text"
@@ -242,7 +214,7 @@ def _texts(row: dict[str, Any], kinds: set[str]) -> Iterator[tuple[str, str]]:
 
 def _cells(
     row: dict[str, Any], c1: Sequence[Constraint], c2: Sequence[Constraint]
-) -> Iterator[tuple[str, str]]:
+) -> Iterator[Fault]:
     if not c1 or not c2:
         yield "unchecked", "c1 or c2 is missing or empty, so no cell can be checked"
         return
@@ -250,43 +222,33 @@ def _cells(
     for member, is_so, should_be in zip(CELLS, cells, MATCH, strict=True):
         if is_so != should_be:
             verb = "does not follow" if should_be else "follows"
-            constraints = row["c" + member[1]]
-            kinds = ", ".join(c["kind"] for c in constraints)
+            kinds = ", ".join(c["kind"] for c in row["c" + member[1]])
             yield member, f"{member[2:]} {verb} c{member[1]} ({kinds})"
     given = row.get("match")
     if given is not None and given != list(cells):  # 1 equals True
         yield "match", f"says {given}, the checks say {[int(cell) for cell in cells]}"
 
 
-def _repeated(row: dict[str, Any], where: tuple[int, int], seen: Seen) -> Iterator[tuple[str, str]]:
-    if row.get("id") is not None:
-        first = seen.first("id", str(row["id"]), where)
-        if first != where:
-            yield "id", f"{row['id']!r} is that of {seen.name(first)}"
-    for key in ("y1", "y2"):
-        if row[key].strip() and row["y1"] != row["y2"]:
-            first = seen.first("response", row[key], where)
-            if first != where:
-                yield "response", f"{key} is a response of {seen.name(first)}"
-    if row.get("task") is not None:
-        first = seen.first("task", str(row["task"]), where)
-        if first[0] != where[0]:
-            yield "task", f"the task is also in {seen.name(first)}; files must not share tasks"
+def _repeated(row: dict[str, Any], here: Place, seen: Seen) -> Iterator[Fault]:
+    def first(what: str, value: object) -> Place:
+        data = f"{what}\x1f{value}".encode("utf-8", "surrogatepass")
+        return seen.setdefault(hashlib.blake2b(data, digest_size=12).digest(), here)
+
+    if row.get("id") is not None and (place := first("id", row["id"])) != here:
+        yield "id", f"{row['id']!r} is that of {place[1]}"
+    for key in ("y1", "y2") if row["y1"] != row["y2"] else ():
+        if row[key].strip() and (place := first("response", row[key])) != here:
+            yield "response", f"{key} is a response of {place[1]}"
+    if row.get("task") is not None and (place := first("task", row["task"]))[0] != here[0]:
+        yield "task", f"the task is also in {place[1]}; files must not share tasks"
 
 
-def _overlaps(row: dict[str, Any], grams: dict[tuple[str, ...], str]) -> Iterator[tuple[str, str]]:
-    for key in TEXTS if grams else ():
-        shared = next((gram for gram in _grams(row[key]) if gram in grams), None)
-        if shared is not None:
-            yield "overlap", f"{key} has {' '.join(shared)!r} of {grams[shared]}"
-
-
-def benchmark_grams(files: Iterable[Path]) -> dict[tuple[str, ...], str]:
+def benchmark_grams(files: Iterable[Path]) -> Grams:
     """Every run of 13 tokens in any text of the benchmarks' rows, with where it stands first.
 
     Raises ValueError with file:line on a row that cannot be read.
     """
-    found: dict[tuple[str, ...], str] = {}
+    found: Grams = {}
     for path in files:
         for line, row, fault in iter_records(path):
             if fault is not None:
@@ -324,25 +286,22 @@ def report(summary: Summary) -> str:
     most = max(summary.words.values(), default=1)
     for tens, n in sorted(summary.words.items()):
         lines.append(f"  {10 * tens:>3}-{10 * tens + 9:<3} {'#' * (40 * n // most)} {n}")
-    leak = summary.length_leak()
+    together, guesses = summary.together, summary.guesser.guesses
+    leak, longer, y_only = map(deviations, (together, summary.longer, guesses))
     lines.append(
-        "length scorer: the longer instruction has the longer response in "
-        f"{summary.longer_together} quads, the shorter one in {summary.longer_apart} "
-        f"({leak:+.1f} standard deviations)"
+        f"length scorer: the longer instruction has the longer response in {together[1]} quads, "
+        f"the shorter one in {together[-1]} ({leak:+.1f} standard deviations)"
     )
     if summary.judged:
         lines.append(f"{summary.judged} rows have judged constraints, which code cannot check")
     if abs(leak) > 3:
         lines.append("warning: lengths tell which response belongs to which instruction")
-    guesser = summary.guesser
-    lines.append(
-        f"length-only scorer: y1 is the longer one {guesser.length_only():+.1f} deviations"
-    )
-    lines.append(
-        f"y-only scorer: tells y1 from y2 in {guesser.right} of {guesser.guesses} rows "
-        f"({guesser.y_only():+.1f} standard deviations)"
-    )
-    if abs(guesser.length_only()) > 3 or guesser.y_only() > 3:
+    lines += [
+        f"length-only scorer: y1 is the longer one {longer:+.1f} deviations",
+        f"y-only scorer: tells y1 from y2 in {guesses[1]} of {guesses.total()} rows "
+        f"({y_only:+.1f} standard deviations)",
+    ]
+    if abs(longer) > 3 or y_only > 3:
         lines.append("warning: the responses alone tell y1 from y2; the data leak")
     return "\n".join(lines)
 

@@ -72,8 +72,6 @@ EXAMPLES = [
     ("layout", {"style": "bullet list"}, "- a\n- b", "List:\n- a"),
     ("layout", {"style": "table"}, "| a |\n|---|\n| b |", "| a"),
     ("layout", {"style": "plain prose"}, PLAIN, "# Water\n" + PLAIN),
-    ("language", {"style": "chinese"}, CHINESE, PLAIN),
-    ("language", {"style": "latin"}, PLAIN, CHINESE),
     ("english_case", {"style": "lower"}, PLAIN.lower(), PLAIN),
     ("keywords", {"words": ["wat.r"]}, PLAIN, "wine"),
     ("keyword_frequency", {"relation": "at least", "number": 2, "word": "a"}, "banana", "bat"),
@@ -94,6 +92,7 @@ EXAMPLES = [
     ("response_language", {"code": "en"}, PLAIN, CHINESE),
 ]
 CONSTRAINTS = [make(kind, **params) for kind, params, _, _ in EXAMPLES]
+MEASURED = [constraint for constraint in CONSTRAINTS if constraint.kind in MEASURED_KINDS]
 
 BITS = [
     "Water ", "water", ". ", "! ", "? ", ", ", "，", "\n", "\n\n", "- ", "* ", "*", "**", "***",
@@ -107,7 +106,7 @@ texts = st.lists(st.sampled_from(BITS), max_size=14).map("".join) | st.text(max_
 
 def test_every_kind_has_an_example():
     assert {kind for kind, *_ in EXAMPLES} == set(KINDS)
-    assert len(KINDS) == 43 and set(MEASURED_KINDS) < set(KINDS)
+    assert len(KINDS) == 42 and set(MEASURED_KINDS) < set(KINDS)
 
 
 @pytest.mark.parametrize("kind, params, good, bad", EXAMPLES)
@@ -127,8 +126,6 @@ def test_rendering(constraint, language):
     assert constraint.render(language, random.Random(5)) == constraint.render(
         language, random.Random(5)
     )
-    with pytest.raises(ValueError, match="'fr'"):
-        constraint.render("fr")
 
 
 @pytest.mark.parametrize(
@@ -165,8 +162,9 @@ def test_dicts_round_trip(constraint):
 @settings(max_examples=250, deadline=None)
 @given(texts)
 def test_what_is_measured_is_true(text):
-    for row in [{"kind": k, "params": p} for k, cls in KINDS.items() for p in cls.measure(text)]:
-        assert from_dict(row).check(text), row
+    for cls in MEASURED_KINDS.values():
+        for params in cls.measure(text):
+            assert cls(**params).check(text), (cls, params)
 
 
 def check_exclusive(constraint, alternative, text):
@@ -177,16 +175,17 @@ def check_exclusive(constraint, alternative, text):
 @given(texts, st.integers(0, 3))
 def test_alternatives_of_what_is_measured_are_false(text, seed):
     rng = random.Random(seed)
-    for row in [{"kind": k, "params": p} for k, c in KINDS.items() for p in c.measure(text)]:
-        for alternative in from_dict(row).alternatives(rng):
-            assert not alternative.check(text), (row, alternative)
+    for cls in MEASURED_KINDS.values():
+        for params in cls.measure(text):
+            for alternative in cls(**params).alternatives(rng):
+                assert not alternative.check(text), (cls, params, alternative)
 
 
 @settings(max_examples=60, deadline=None)
 @given(texts, st.integers(0, 3))
 def test_alternatives_exclude_on_texts_made_for_either(text, seed):
     rng = random.Random(seed)
-    for constraint in CONSTRAINTS:
+    for constraint in MEASURED:
         for alternative in constraint.alternatives(rng):
             for made in (text, PLAIN, constraint.edit(PLAIN, rng), alternative.edit(PLAIN, rng)):
                 if made is not None:
@@ -200,7 +199,7 @@ def test_alternatives_exclude_on_texts_made_for_either(text, seed):
 @given(texts, st.integers(0, 3))
 def test_an_edit_satisfies_the_constraint(text, seed):
     rng = random.Random(seed)
-    for constraint in CONSTRAINTS:
+    for constraint in MEASURED:
         for source in (text, PLAIN):
             edited = constraint.edit(source, rng)
             assert edited is None or (edited.strip() and constraint.check(edited)), constraint
@@ -209,20 +208,18 @@ def test_an_edit_satisfies_the_constraint(text, seed):
 def test_most_kinds_can_edit_an_ordinary_text():
     rng = random.Random(0)
     longer = PLAIN + "\n\n" + "It is cheap. It is easy. Nobody minds it; try it."
-    cannot = {c.kind for c in CONSTRAINTS if c.edit(longer, rng) is None}
-    assert {kind for kind in cannot if kind in MEASURED_KINDS} == {
-        "han_characters", "language", "word_frequency", "letter_frequency", "commas",
+    assert {c.kind for c in MEASURED if c.edit(longer, rng) is None} == {
+        "han_characters", "word_frequency", "letter_frequency", "commas",
     }  # fmt: skip
 
 
 def test_most_measured_kinds_have_alternatives():
     rng = random.Random(0)
-    without = {c.kind for c in CONSTRAINTS if c.kind in MEASURED_KINDS and not c.alternatives(rng)}
-    assert without == {"postscript"}
+    assert {c.kind for c in MEASURED if not c.alternatives(rng)} == {"postscript"}
 
 
 def test_alternatives_and_edits_are_seeded():
-    for constraint in CONSTRAINTS:
+    for constraint in MEASURED:
         first, second = (constraint.alternatives(random.Random(3)) for _ in range(2))
         assert first == second
 

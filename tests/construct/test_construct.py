@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from iopo.constraints import make
-from iopo.construct import proposals, quadruples, verify
+from iopo.construct import quadruples, verify
+from iopo.construct.proposals import SEEN_KINDS
 from iopo.construct.prose import ends_a_sentence
-from iopo.construct.quadruples import Candidate, Choice, Rejection, four_cells
-from iopo.construct.responses import Job, ModelSampler, Response, read_cache, sample_all
+from iopo.construct.quadruples import Balance, Candidate, four_cells
+from iopo.construct.responses import model_sampler, read_cache, sample_all
 from iopo.construct.tasks import Task, instruction, read_tasks
 from iopo.construct.verified import split_of
 from iopo.files import read_records, write_records
@@ -93,7 +94,7 @@ def test_instruction_is_laid_out_as_trace():
 
 
 def test_sampling_continues_after_a_kill(tmp_path):
-    jobs = [Job(f"job-{n}", f"prompt {n}") for n in range(120)]
+    jobs = {f"job-{n}": f"prompt {n}" for n in range(120)}
     asked = []
 
     def sampler(prompts, seed):
@@ -112,9 +113,9 @@ def test_sampling_continues_after_a_kill(tmp_path):
     sample_all(jobs, torn, sampler, seed=3)
     assert asked == [] and len(read_cache(torn)) == 120
     with pytest.raises(ValueError, match="start a new cache file"):
-        sample_all([Job("job-0", "another prompt")], torn, sampler)
+        sample_all({"job-0": "another prompt"}, torn, sampler)
     with pytest.raises(ValueError, match="lacks responses to 'new'.*recipe.model_path"):
-        sample_all([Job("new", "new")], torn, ModelSampler(None, 8, 1.0, 1.0))
+        sample_all({"new": "new"}, torn, model_sampler(None, 8, 1.0, 1.0))
 
 
 # --- quadruples ---
@@ -124,15 +125,12 @@ SECOND = "A mill stands by the river. It makes bread possible for the whole vill
 TASK = Task("Describe an old mill.")
 
 
-def choice(kinds=proposals.SEEN_KINDS):
-    return Choice(kinds, lambda kind: True, lambda kind: 1.0)
-
-
 def test_every_accepted_draft_has_the_four_cells():
     accepted = 0
     for seed in range(150):
-        draft = quadruples.edit(TASK, FIRST, SECOND, choice(), random.Random(seed))
-        if isinstance(draft, Rejection):
+        balance, rng = Balance(most_share=1.0), random.Random(seed)
+        draft = quadruples.edit(TASK, FIRST, SECOND, SEEN_KINDS, balance, rng)
+        if isinstance(draft, str):
             continue
         accepted += 1
         cells = four_cells(draft.c1, draft.y1, draft.c2, draft.y2)
@@ -153,7 +151,7 @@ def test_relaxing_is_no_quad():
     loose = strict[:1]
     draft = Candidate(TASK, strict, "A short answer.", loose, "A longer answer " * 9 + ".", "edit")
     assert four_cells(draft.c1, draft.y1, draft.c2, draft.y2) == (True, False, True, True)
-    assert quadruples._checked(draft, random.Random(0)).reason == "follows both"
+    assert quadruples._fault(draft, "broken") == "follows both"
 
 
 def test_follow_keeps_what_fits():
@@ -161,23 +159,21 @@ def test_follow_keeps_what_fits():
     draft = Candidate(TASK, (low,), "old.", (high,), "OLD.", "edit")
     kept = quadruples.follow(draft, "a mill.", "A MILL.")
     assert (kept.y1, kept.y2, kept.source) == ("a mill.", "A MILL.", "follow")
-    assert quadruples.follow(draft, "A mill.", "A MILL.").reason == "not followed"
-    assert quadruples.follow(draft, "a mill", "A MILL.").reason == "unfinished"
+    assert quadruples.follow(draft, "A mill.", "A MILL.") == "not followed"
+    assert quadruples.follow(draft, "a mill", "A MILL.") == "unfinished"
 
 
 def test_followed_takes_the_first_pair_that_fits():
     low, high = make("case", style="lower"), make("case", style="upper")
     draft = Candidate(TASK, (low,), "", (high,), "", "follow")
     jobs = quadruples.follow_jobs([draft], 2)
-    assert len({job.key for job in jobs}) == 4
+    assert len(jobs) == 4
     texts = ["A Mill.", "A MILL.", "a mill.", "A Mill."]  # two instructions, then again
-    answers = {
-        j.key: Response(j.key, j.prompt, t, "stop") for j, t in zip(jobs, texts, strict=True)
-    }
-    (found,) = quadruples.followed([draft], answers, 2)
+    answers = dict(zip(jobs, texts, strict=True))
+    found = quadruples.followed(draft, answers, 2)
     assert (found.y1, found.y2) == ("a mill.", "A MILL.")
     row = quadruples.to_row(found, "train")
-    assert [row["x1"], row["x2"]] == [job.prompt for job in jobs[:2]]
+    assert [row["x1"], row["x2"]] == list(jobs.values())[:2]
 
 
 @pytest.mark.parametrize("arguments", [[], ["+recipe=relabel", "recipe.name=cook"]])
@@ -303,7 +299,7 @@ def test_verify_warns_when_lengths_tell(tmp_path, train):
     path = tmp_path / "leaks.jsonl"
     write_records(path, [ordered(row) for row in train[:60]])
     _, summary = verify.verify([path])
-    assert summary.length_leak() > 3 and "warning" in verify.report(summary)
+    assert verify.deviations(summary.together) > 3 and "warning" in verify.report(summary)
 
 
 def test_ends_a_sentence():

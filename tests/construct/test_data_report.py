@@ -7,7 +7,7 @@ from pathlib import Path
 
 from iopo.constraints import KINDS
 from iopo.construct import report, taxonomy
-from iopo.construct.verify import SideGuesser
+from iopo.construct.verify import Summary, deviations
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [ROOT / "data" / "verified" / f"{name}.jsonl" for name in ("heldout", "heldout_kinds")]
@@ -18,9 +18,9 @@ def test_counts_are_those_of_the_rows():
     rows = [json.loads(line) for path in FILES for line in path.open(encoding="utf-8")]
     kinds = Counter(c["kind"] for row in rows for c in row["c1"] + row["c2"])
     assert counts.rows == len(rows) and counts.kinds == kinds
-    assert counts.types.total() == counts.dimensions.total() == kinds.total()
-    assert counts.numbers.total() == 2 * len(rows) == counts.x_chars.total()
-    assert sum(n * k for k, n in counts.numbers.items()) == kinds.total()
+    assert counts.dimensions.total() == kinds.total()
+    assert counts.constraints.total() == 2 * len(rows) == counts.x_chars.total()
+    assert sum(n * k for k, n in counts.constraints.items()) == kinds.total()
     assert counts.dimensions["Exclusion"] == kinds["forbid_words"]
 
 
@@ -45,10 +45,11 @@ def test_page_escapes_what_others_wrote(tmp_path):
 def test_side_guesser_finds_a_leak_and_no_other():
     rng = random.Random(0)
     words = "a few plain words that stand in any order and mean nothing at all".split()
-    fair, leaking = SideGuesser(), SideGuesser()
+    fair, leaking = Summary(), Summary()
     for _ in range(500):
         texts = [" ".join(rng.choices(words, k=rng.randint(5, 20))) for _ in (1, 2)]
-        fair.add(*texts)
-        leaking.add("Certainly! " + texts[0], texts[1])
-    assert abs(fair.y_only()) < 3 and abs(fair.length_only()) < 3
-    assert leaking.y_only() > 10 and leaking.length_only() > 3
+        row = {"x1": "", "x2": "", "y1": texts[0], "y2": texts[1]}
+        fair.count(row, (), ())
+        leaking.count({**row, "y1": "Certainly! " + texts[0]}, (), ())
+    assert abs(deviations(fair.guesser.guesses)) < 3 and abs(deviations(fair.longer)) < 3
+    assert deviations(leaking.guesser.guesses) > 10 and deviations(leaking.longer) > 3

@@ -8,7 +8,6 @@ import pytest
 
 from iopo.construct import exporters, importers
 from iopo.construct import relabel as relabelling
-from iopo.construct.importers import Skipped
 from iopo.construct.prose import script_of
 from iopo.construct.relabel import RelabelRecipe, relabel_file
 from iopo.construct.verify import verify
@@ -76,7 +75,7 @@ def turn(role: str, text: str) -> dict:
 def test_preferences(tmp_path, row, expected):
     (found,) = importers.preferences(write(tmp_path / "a.jsonl", [row]))
     if isinstance(expected, str):
-        assert found == Skipped(1, expected)
+        assert found == expected
     else:
         assert isinstance(found, Pair)
         assert (found.x, found.chosen, found.rejected, found.system) == expected
@@ -86,10 +85,7 @@ def test_bad_lines_are_skipped_and_named(tmp_path, caplog):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"prompt": "P", "chosen": "A", "rejected": "B"}\n\n{oops\n\xff\xfe\n')
     found = list(importers.preferences(path))
-    assert isinstance(found[0], Pair) and found[1:] == [
-        Skipped(3, "not JSON"),
-        Skipped(4, "not JSON"),
-    ]
+    assert isinstance(found[0], Pair) and found[1:] == ["not JSON", "not JSON"]
     assert f"{path}:3: skipped: the row is not JSON" in caplog.text
     assert f"{path}:4: skipped: the line is not UTF-8" in caplog.text
 
@@ -162,18 +158,18 @@ def made(folder: Path, rows: list[dict], **changes):
     recipe = RelabelRecipe(
         **({"source": str(source), "out": str(folder / "out"), "heldout_share": 0.4} | changes)
     )
-    relabeller = relabel_file(recipe)
+    counts = relabel_file(recipe)
     files = [folder / "out" / f"{split}.jsonl" for split in relabelling.SPLITS]
-    return relabeller, files
+    return counts, files
 
 
 def test_relabelled_pairs_pass_verify_and_splits_hold(tmp_path):
     pairs = pairs_of_quads()
-    relabeller, files = made(tmp_path, pairs)
+    counts, files = made(tmp_path, pairs)
     found, summary = verify(files)
     assert [str(v) for v in found] == []
-    assert summary.rows == sum(relabeller.made.values()) > 100
-    assert summary.rows + sum(relabeller.skipped.values()) == len(pairs)
+    assert summary.rows == sum(counts["out"].values()) > 100
+    assert summary.rows + sum(counts["dropped"].values()) == counts["in"] == len(pairs)
     held = set(RelabelRecipe().heldout_kinds)
     kinds: dict[str, Counter] = {}
     for path in files:
@@ -201,8 +197,8 @@ def test_relabelling_leaves_out_what_is_no_use(tmp_path):
         good,
         {**good, "prompt": "Another prompt."},
     ]
-    relabeller, _ = made(tmp_path, rows, heldout_share=0.0)
-    assert relabeller.skipped == {
+    counts, _ = made(tmp_path, rows, heldout_share=0.0)
+    assert counts["dropped"] == {
         "refusal": 1, "unfinished": 1, "another script than the prompt": 1,
         "too short or too long": 1, "repeated response": 1,
     }  # fmt: skip

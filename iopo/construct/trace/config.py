@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
+from iopo.construct import require
 from iopo.evaluation.config import EndpointSection, JudgeSection
 
 LANGUAGES = ("en", "zh")
@@ -30,26 +31,16 @@ class TraceRecipe:
     judge: JudgeSection = field(default_factory=JudgeSection)  # base_url null: the endpoint itself
 
     def __post_init__(self) -> None:
-        if self.language not in ("auto", *LANGUAGES):
-            raise ValueError(
-                f"recipe.language is {self.language!r}; expected auto or one of {LANGUAGES}"
-            )
-        unknown = sorted(set(self.operations) - set(OPERATIONS))
         weights = self.operations.values()
-        if unknown or min(weights, default=-1) < 0 or sum(weights) <= 0:
-            raise ValueError(
-                f"recipe.operations is {self.operations}; expected chances of 0 or more, not all 0,"
-                f" for {OPERATIONS}"
-            )
-        if not 0 <= self.mismatch_at_most < 10:
-            raise ValueError(
-                f"recipe.mismatch_at_most is {self.mismatch_at_most}; expected 0 <= score < 10"
-            )
-        for name in ("attempts", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"recipe.{name} is {getattr(self, name)}; expected 1 or more")
-        if self.temperature < 0:
-            raise ValueError(f"recipe.temperature is {self.temperature}; expected 0 or more")
+        known = set(self.operations) <= set(OPERATIONS)
+        fair = known and min(weights, default=-1) >= 0 and sum(weights) > 0
+        languages = ("auto", *LANGUAGES)
+        require(self, "operations", fair, f"chances of 0 or more, not all 0, for {OPERATIONS}")
+        require(self, "language", self.language in languages, f"one of {languages}")
+        require(self, "mismatch_at_most", 0 <= self.mismatch_at_most < 10, "0 <= score < 10")
+        require(self, "attempts", self.attempts >= 1, "1 or more")
+        require(self, "max_tokens", self.max_tokens >= 1, "1 or more")
+        require(self, "temperature", self.temperature >= 0, "0 or more")
 
     def judge_section(self) -> JudgeSection:
         """The judge's settings, with the endpoint's address where it has none of its own."""

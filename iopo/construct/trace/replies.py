@@ -1,52 +1,30 @@
 """Reading the replies of the TRACE pipeline's steps, or saying why they cannot be read."""
 
-import json
 import re
 from typing import Any
 
 from iopo.construct.taxonomy import MOST_CONSTRAINTS, Dimension, named
+from iopo.evaluation.judge.parse import Unreadable, json_objects
 
 NOTHING = "NULL"  # stands for a missing input or for no constraints, as in the paper
 MAX_CHARS = 100_000  # of a reply, counted from its end
 _NUMBER = re.compile(r"^\s*(?:\d{1,2}[.)、．]|[-*•])\s*")
 
 
-class Unreadable(ValueError):
-    """The reply is not of the form asked for: worth asking again."""
-
-
 class Rejected(ValueError):
-    """The reply can be read and says, or shows, that the row is no good. args: reason, detail."""
+    """The row goes no further: its reply can be read and says, or shows, that it is no good."""
 
-    @property
-    def reason(self) -> str:
-        return str(self.args[0])
-
-    @property
-    def detail(self) -> str:
-        return str(self.args[1]) if len(self.args) > 1 else ""
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
 
 
 def json_object(text: str, *keys: str) -> dict[str, Any]:
     """The last JSON object in the text that has one of the keys. Raises Unreadable."""
-    text = text[-MAX_CHARS:]
-    decoder = json.JSONDecoder()
-    found: dict[str, Any] | None = None
-    at = text.find("{")
-    while at >= 0:
-        try:
-            row, end = decoder.raw_decode(text, at)
-        except ValueError:
-            end = at + 1
-        except RecursionError:
-            raise Unreadable("the reply nests JSON too deeply") from None
-        else:
-            if any(key in row for key in keys):
-                found = row
-        at = text.find("{", end)
-    if found is None:
+    found = [row for row in json_objects(text[-MAX_CHARS:]) if any(key in row for key in keys)]
+    if not found:
         raise Unreadable(f"no JSON object with {' or '.join(map(repr, keys))}")
-    return found
+    return found[-1]
 
 
 def verdict(text: str, key: str) -> tuple[bool, str]:
@@ -57,11 +35,6 @@ def verdict(text: str, key: str) -> tuple[bool, str]:
     return row[key], str(row.get("reason", ""))[:300]
 
 
-def instruction(text: str) -> str:
-    """The instruction of {"instruction"}. Raises Unreadable."""
-    return _filled(json_object(text, "instruction")["instruction"], "instruction")
-
-
 def fields(text: str, dimensions: tuple[Dimension, ...]) -> dict[str, Any]:
     """description, constraints and input of an instruction that was taken apart.
 
@@ -70,17 +43,15 @@ def fields(text: str, dimensions: tuple[Dimension, ...]) -> dict[str, Any]:
     row = json_object(text, "description", "reject")
     if "description" not in row:
         raise Rejected("not fit to be taken apart", str(row["reject"])[:300])
-    description = _filled(row["description"], "description")
+    description = filled(row["description"], "description")
     given = row.get("input")
     if given is not None and not isinstance(given, str):
         raise Unreadable(f"'input' is {type(given).__name__}; expected text or null")
     text_in = None if given is None or given.strip() in ("", NOTHING) else given.strip()
     found = constraints(row.get("constraints"), dimensions)
-    for constraint in found:
-        if _plain(constraint["text"]) in _plain(description):
-            raise Rejected("stands in two fields", constraint["text"])
-    if text_in is not None and _plain(text_in) in _plain(description):
-        raise Rejected("stands in two fields", text_in[:300])
+    for text in (*(constraint["text"] for constraint in found), text_in):
+        if text is not None and _plain(text) in _plain(description):
+            raise Rejected("stands in two fields", text[:300])
     return {"description": description, "constraints": found, "input": text_in}
 
 
@@ -97,7 +68,7 @@ def constraints(value: object, dimensions: tuple[Dimension, ...]) -> list[dict[s
     for entry in value:
         text = entry.get("text") if isinstance(entry, dict) else entry
         kind = entry.get("type") if isinstance(entry, dict) else None
-        text = " ".join(_NUMBER.sub("", _filled(text, "constraints")).split())
+        text = " ".join(_NUMBER.sub("", filled(text, "constraints")).split())
         found.append({"text": text, "type": named(kind, dimensions)})
     if not found:
         raise Rejected("no constraints")
@@ -108,12 +79,8 @@ def constraints(value: object, dimensions: tuple[Dimension, ...]) -> list[dict[s
     return found
 
 
-def answer(text: str) -> str:
-    """A response as it stands, without blanks around it. Raises Unreadable if it is empty."""
-    return _filled(text, "response")
-
-
-def _filled(value: object, name: str) -> str:
+def filled(value: object, name: str = "response") -> str:
+    """The text without blanks around it. Raises Unreadable where there is none."""
     if not isinstance(value, str) or not value.strip():
         raise Unreadable(f"{name!r} holds no text")
     return value.strip()

@@ -94,12 +94,6 @@ def fill(name: str, language: str, **blanks: object) -> str:
     return _template(name, language).format(mark=mark, **blanks)
 
 
-def operation_text(name: str, language: str) -> str:
-    """What add, delete or revise means, in a sentence."""
-    lines = dict(line.split(": ", 1) for line in _template("operations", language).splitlines())
-    return lines[name]
-
-
 def menu(dimensions: Sequence[Dimension], language: str) -> str:
     return "\n".join(dimension.line(language) for dimension in dimensions)
 
@@ -108,16 +102,15 @@ def texts(constraints: list[Row]) -> list[str]:
     return [constraint["text"] for constraint in constraints]
 
 
-def written(row: Row, constraints: list[Row]) -> str:
-    """The instruction in TRACE's layout."""
-    return instruction(Task(row["description"], row["input"]), texts(constraints))
+def task_of(row: Row) -> Task:
+    return Task(row["description"], row["input"])
 
 
-def _fields(row: Row, constraints: list[Row]) -> dict[str, str]:
+def _fields(row: Row) -> dict[str, str]:
+    lines = [f"{n}. {text}" for n, text in enumerate(texts(row["constraints"]), 1)]
     return {
         "description": row["description"],
-        "constraints": "\n".join(f"{n}. {t}" for n, t in enumerate(texts(constraints), 1))
-        or NOTHING,
+        "constraints": "\n".join(lines) or NOTHING,
         "input": row["input"] or NOTHING,
     }
 
@@ -128,15 +121,16 @@ def _fields(row: Row, constraints: list[Row]) -> dict[str, str]:
 def _ask_expand(row: Row, context: Context) -> list[Ask]:
     rng = context.rng("expand", row)
     number = taxonomy.draw_number(rng)
-    dimensions = taxonomy.draw_menu(context.dimensions, number, rng)
-    text = fill(
-        "expand",
-        row["language"],
-        instruction=row["instruction"],
-        number=number,
-        dimensions=menu(dimensions, row["language"]),
-    )
-    return [context.prompt(text, replies.instruction, 250)]
+    dimensions = menu(taxonomy.draw_menu(context.dimensions, number, rng), row["language"])
+    blanks = {"instruction": row["instruction"], "number": number, "dimensions": dimensions}
+    text = fill("expand", row["language"], **blanks)
+
+    def read(reply: str) -> str:
+        return replies.filled(
+            replies.json_object(reply, "instruction")["instruction"], "instruction"
+        )
+
+    return [context.prompt(text, read, 250)]
 
 
 def _finish_expand(row: Row, answers: list[Any], context: Context) -> Row:
@@ -146,29 +140,24 @@ def _finish_expand(row: Row, answers: list[Any], context: Context) -> Row:
 
 
 def _ask_structure(row: Row, context: Context) -> list[Ask]:
-    text = fill(
-        "structure",
-        row["language"],
-        instruction=row["expanded"],
-        dimensions=menu(context.dimensions, row["language"]),
-    )
-    return [context.prompt(text, lambda r: replies.fields(r, context.dimensions), 350)]
+    dimensions = menu(context.dimensions, row["language"])
+    text = fill("structure", row["language"], instruction=row["expanded"], dimensions=dimensions)
+    return [context.prompt(text, lambda reply: replies.fields(reply, context.dimensions), 350)]
 
 
 def _finish_structure(row: Row, answers: list[Any], context: Context) -> Row:
     row = {**row, **answers[0]}
-    return {**row, "x1": written(row, row["constraints"])}
+    return {**row, "x1": instruction(task_of(row), texts(row["constraints"]))}
 
 
 def _ask_check(row: Row, context: Context) -> list[Ask]:
-    fields = _fields(row, row["constraints"])
     return [
         context.prompt(
-            fill(name, row["language"], **fields),
-            lambda reply, key=key: replies.verdict(reply, key),  # type: ignore[misc]
+            fill(name, row["language"], **_fields(row)),
+            lambda reply, name=name: replies.verdict(reply, name),  # type: ignore[misc]
             40,
         )
-        for name, key in (("complete", "complete"), ("redundant", "redundant"))
+        for name in ("complete", "redundant")
     ]
 
 
@@ -185,7 +174,7 @@ def _finish_check(row: Row, answers: list[Any], context: Context) -> Row:
 
 
 def _ask_response(x: str) -> Callable[[Row, Context], list[Ask]]:
-    return lambda row, context: [context.prompt(row[x], replies.answer, 400)]
+    return lambda row, context: [context.prompt(row[x], replies.filled, 400)]
 
 
 def _finish_response(y: str, other: str | None) -> Callable[[Row, list[Any], Context], Row]:
@@ -197,21 +186,19 @@ def _finish_response(y: str, other: str | None) -> Callable[[Row, list[Any], Con
     return finish
 
 
-def question(row: Row, constraints: list[Row], response: str) -> Question:
-    """Whether a response follows these constraints of the row's task."""
-    task = Task(row["description"], row["input"])
-    return Question(
-        id=row["id"],
-        task=instruction(task, []),
-        criteria=tuple(texts(constraints)),
-        response=response,
-        maximum=10,
-        format="trace",
-    )
-
-
-def _ask_score(c: str, y: str) -> Callable[[Row, Context], list[Ask]]:
-    return lambda row, context: [question(row, row[c], row[y])]
+def _ask_scores(*pairs: tuple[str, str]) -> Callable[[Row, Context], list[Ask]]:
+    """Whether the response under the second key follows the constraints under the first."""
+    return lambda row, context: [
+        Question(
+            id=row["id"],
+            task=instruction(task_of(row), []),
+            criteria=tuple(texts(row[constraints])),
+            response=row[y],
+            maximum=10,
+            format="trace",
+        )
+        for constraints, y in pairs
+    ]
 
 
 def _finish_score(key: str) -> Callable[[Row, list[Any], Context], Row]:
@@ -228,9 +215,8 @@ def _finish_score(key: str) -> Callable[[Row, list[Any], Context], Row]:
 
 
 def _ask_worse(row: Row, context: Context) -> list[Ask]:
-    fields = _fields(row, row["constraints"])
-    text = fill("worse", row["language"], **fields, answer=row["y1"])
-    return [context.prompt(text, replies.answer, 400)]
+    text = fill("worse", row["language"], **_fields(row), answer=row["y1"])
+    return [context.prompt(text, replies.filled, 400)]
 
 
 def _finish_worse(row: Row, answers: list[Any], context: Context) -> Row:
@@ -242,15 +228,21 @@ def _finish_worse(row: Row, answers: list[Any], context: Context) -> Row:
 # --- x2 and y2 (D), and all four cells ---
 
 
+def _operation(row: Row, context: Context) -> str:
+    names, chances = zip(*sorted(context.recipe.operations.items()), strict=True)
+    return context.rng("revise", row).choices(names, chances)[0]
+
+
 def _ask_revise(row: Row, context: Context) -> list[Ask]:
-    operation = _operation(row, context)
+    language = row["language"]
+    meanings = dict(s.split(": ", 1) for s in _template("operations", language).splitlines())
     text = fill(
         "revise",
-        row["language"],
-        **_fields(row, row["constraints"]),
+        language,
+        **_fields(row),
         answer=row["y1"],
-        operation=operation_text(operation, row["language"]),
-        dimensions=menu(context.dimensions, row["language"]),
+        operation=meanings[_operation(row, context)],
+        dimensions=menu(context.dimensions, language),
     )
 
     def read(reply: str) -> list[Row]:
@@ -260,53 +252,40 @@ def _ask_revise(row: Row, context: Context) -> list[Ask]:
     return [context.prompt(text, read, 250)]
 
 
-def _operation(row: Row, context: Context) -> str:
-    names, chances = zip(*sorted(context.recipe.operations.items()), strict=True)
-    return context.rng("revise", row).choices(names, chances)[0]
-
-
 def _finish_revise(row: Row, answers: list[Any], context: Context) -> Row:
-    if sorted(texts(answers[0])) == sorted(texts(row["constraints"])):
+    changed = texts(answers[0])
+    if sorted(changed) == sorted(texts(row["constraints"])):
         raise Rejected("x1 = x2")
     row = {**row, "operation": _operation(row, context), "constraints2": answers[0]}
-    return {**row, "x2": written(row, answers[0])}
-
-
-def _ask_cells(row: Row, context: Context) -> list[Ask]:
-    return [
-        question(row, row["constraints"], row["y2"]),
-        question(row, row["constraints2"], row["y1"]),
-    ]
+    return {**row, "x2": instruction(task_of(row), changed)}
 
 
 def _finish_cells(row: Row, answers: list[Any], context: Context) -> Row:
     """Both mismatched members must clearly break a constraint. The paper does not score them."""
-    mismatched = [judgement.scores for judgement in answers]
+    recipe = context.recipe
+    mismatched = [list(judgement.scores) for judgement in answers]
     for scores, y, x in zip(mismatched, ("y2", "y1"), ("x1", "x2"), strict=True):
         if min(scores) == FULL_SCORE:
             raise Rejected(f"{y} fits {x}")
-        if min(scores) > context.recipe.mismatch_at_most:
-            raise Rejected(f"{y} nearly fits {x}", f"scores {list(scores)}")
-    task = Task(row["description"], row["input"])
-    recipe = context.recipe
+        if min(scores) > recipe.mismatch_at_most:
+            raise Rejected(f"{y} nearly fits {x}", f"scores {scores}")
+    # in the row format of constraints; code cannot check this kind, verify counts it
+    c1, c2 = (
+        [{"kind": "judged", "params": {"type": c["type"]}, "text": c["text"]} for c in row[key]]
+        for key in ("constraints", "constraints2")
+    )
     return {
-        **quad_row(task, row["x1"], row["y1"], row["x2"], row["y2"]),
-        "c1": [_judged(c) for c in row["constraints"]],
-        "c2": [_judged(c) for c in row["constraints2"]],
+        **quad_row(task_of(row), c1, row["y1"], c2, row["y2"]),
         "source": "trace",
         "match": [1, 0, 1, 0],
-        "scores": [row["scores1"], list(mismatched[0]), row["scores2"], list(mismatched[1])],
+        "scores": [row["scores1"], mismatched[0], row["scores2"], mismatched[1]],
         "operation": row["operation"],
         "seed_id": row["id"],
         "gen": {"model": recipe.endpoint.model, "judge": recipe.judge_section().model},
     }
 
 
-def _judged(constraint: Row) -> Row:
-    """In the row format of constraints; code cannot check this kind, verify counts it."""
-    return {"kind": "judged", "params": {"type": constraint["type"]}, "text": constraint["text"]}
-
-
+_ask_cells = _ask_scores(("constraints", "y2"), ("constraints2", "y1"))
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
@@ -314,11 +293,11 @@ STAGES: dict[str, Stage] = {
         Stage("structure", "expand", _ask_structure, _finish_structure, unique="x1"),
         Stage("check", "structure", _ask_check, _finish_check),
         Stage("respond", "check", _ask_response("x1"), _finish_response("y1", None)),
-        Stage("score", "respond", _ask_score("constraints", "y1"), _finish_score("scores1")),
+        Stage("score", "respond", _ask_scores(("constraints", "y1")), _finish_score("scores1")),
         Stage("worse", "score", _ask_worse, _finish_worse),
         Stage("revise", "score", _ask_revise, _finish_revise),
         Stage("respond2", "revise", _ask_response("x2"), _finish_response("y2", "y1")),
-        Stage("score2", "respond2", _ask_score("constraints2", "y2"), _finish_score("scores2")),
+        Stage("score2", "respond2", _ask_scores(("constraints2", "y2")), _finish_score("scores2")),
         Stage("cells", "score2", _ask_cells, _finish_cells, unique="id"),
     )
 }
