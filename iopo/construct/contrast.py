@@ -36,8 +36,10 @@ _FREQUENT = 3  # words whose number of uses may be asked for
 
 def measured(kind: str, text: str, other: str) -> list[dict[str, Any]]:
     """Parameters of a kind that hold for `text` and are worth asking for, in a fixed order."""
-    if kind == "forbid_words":
-        return words_of_other(text, other)
+    if kind == "forbid_words":  # to avoid a word is a request only if someone would use it
+        own = set(cut.lower_words(text))
+        words = MEASURED_KINDS["include_words"].measure(other)
+        return [params for params in words if params["words"][0] not in own]
     if kind == "word_frequency":  # of the words used most; to count all of them takes long
         uses = Counter(word for word in cut.lower_words(text) if len(word) > 4)
         most = [(word, n) for word, n in uses.most_common(_FREQUENT) if 1 < n <= _MOST_EXACT]
@@ -53,13 +55,6 @@ def measured(kind: str, text: str, other: str) -> list[dict[str, Any]]:
         if params.get("relation") != "exactly" or params["number"] <= _MOST_EXACT
         if len(params.get("word", "long")) > 1
     ]
-
-
-def words_of_other(text: str, other: str) -> list[dict[str, Any]]:
-    """Forbidden words for `text`: some that `other` uses, or it would be no request."""
-    own = set(cut.lower_words(text))
-    found = MEASURED_KINDS["include_words"].measure(other)
-    return [params for params in found if params["words"][0] not in own]
 
 
 def unmentioned(kinds: Iterable[str], prompt: str) -> Iterator[str]:

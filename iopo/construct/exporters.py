@@ -55,10 +55,7 @@ def sharegpt(quad: Quad) -> dict[str, Any]:
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """A JSON list for .json, JSON Lines for .jsonl; returns the number of rows.
-
-    Raises ValueError for other file names.
-    """
+    """A JSON list for .json, JSON Lines for .jsonl, else ValueError; returns the number of rows."""
     if path.suffix not in (".json", ".jsonl"):
         raise ValueError(f"{path}: the name must end in .json or .jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)

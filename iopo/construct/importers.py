@@ -91,8 +91,7 @@ def read_seeds(path: str | Path) -> list[dict[str, Any]]:
     """Simple instructions for the TRACE pipeline, as {"id", "instruction"}.
 
     A .txt file holds one a line; other files hold rows with `instruction` (or `prompt`,
-    `question`, `x`) and maybe `id`. A row without an id gets one from its text; where the text
-    occurs again, with the row's number after it.
+    `question`, `x`) and maybe `id`, which else is made from the text and, on repetition, the row.
     Raises ValueError on a row without text and on an id given twice.
     """
     path = Path(path)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from iopo.constraints import KINDS, MEASURED_KINDS, Constraint, compatible, make, wording
 from iopo.constraints.base import Styled
 from iopo.constraints.structure import ClosingNote
-from iopo.construct.contrast import words_of_other
+from iopo.construct import contrast
 
 # Kinds of the training split. All but four can be written into a text by rule.
 SEEN_KINDS = (
@@ -104,7 +104,8 @@ def measured(text: str, other: str, kinds: Sequence[str]) -> list[Constraint]:
         if _worth_asking(kind, params)
     ]
     if "forbid_words" in kinds:
-        found += [make("forbid_words", **params) for params in words_of_other(text, other)]
+        unused = contrast.measured("forbid_words", text, other)
+        found += [make("forbid_words", **params) for params in unused]
     return found
 
 

@@ -147,36 +147,21 @@ def _fault(candidate: Candidate, broken: str) -> str | None:
     return "follows both" if cells[0] and cells[2] else broken
 
 
-def follow_jobs(candidates: Sequence[Candidate], samples: int) -> dict[str, str]:
-    """Both instructions of every candidate, `samples` times each, named by their text."""
-    return {
-        _follow_key(prompt, n): prompt
-        for n in range(samples)
-        for candidate in candidates
-        for prompt in plain_instructions(candidate)
-    }
+def follow_jobs(candidate: Candidate, sample: int) -> dict[str, str]:
+    """Both instructions, with the first wording of each constraint, under keys made from them."""
+    prompts = [
+        instruction(candidate.task, [constraint.render() for constraint in side])
+        for side in (candidate.c1, candidate.c2)
+    ]
+    return {f"follow-{digest(prompt)}-{sample}": prompt for prompt in prompts}
 
 
 def followed(candidate: Candidate, responses: Mapping[str, str], samples: int) -> Candidate | str:
     """The candidate with the first pair of sampled responses that passes all four cells."""
-    side1, side2 = (
-        [responses[_follow_key(prompt, n)].strip() for n in range(samples)]
-        for prompt in plain_instructions(candidate)
-    )
-    results = [follow(candidate, first, second) for first, second in product(side1, side2)]
+    texts = [[responses[key].strip() for key in follow_jobs(candidate, n)] for n in range(samples)]
+    pairs = product(*zip(*texts, strict=True))
+    results = [follow(candidate, first, second) for first, second in pairs]
     return next((r for r in results if isinstance(r, Candidate)), results[0])
-
-
-def plain_instructions(candidate: Candidate) -> list[str]:
-    """Both instructions with the first wording of each constraint."""
-    return [
-        instruction(candidate.task, [c.render() for c in side])
-        for side in (candidate.c1, candidate.c2)
-    ]
-
-
-def _follow_key(prompt: str, sample: int) -> str:
-    return f"follow-{digest(prompt)}-{sample}"
 
 
 def apply_edits(

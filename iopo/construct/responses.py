@@ -26,7 +26,9 @@ def sample_all(
     a run that was killed and continued writes what an unbroken run writes. Returns key -> response.
     Raises ValueError if the file answers another prompt under a job's key.
     """
-    done = {row["key"]: row for row in read_cache(file)}
+    # a last line without its line break is what a kill leaves
+    cached = read_records(file, torn_tail=True) if file.exists() else []
+    done = {row["key"]: row for row in cached}
     for key, prompt in jobs.items():
         if key in done and done[key]["prompt"] != prompt:
             raise ValueError(
@@ -49,11 +51,6 @@ def sample_all(
                 done.update((row["key"], row) for row in rows)
                 log.info("sampled %d of %d", min(start + CHUNK, len(jobs)), len(jobs))
     return {key: done[key]["text"] for key in jobs}
-
-
-def read_cache(file: Path) -> list[dict[str, str]]:
-    """The rows. A last line without its line break is what a kill leaves: it is ignored."""
-    return read_records(file, torn_tail=True) if file.exists() else []
 
 
 def model_sampler(

@@ -245,7 +245,11 @@ class Making:
         shuffled = rng.sample(self.tasks, len(self.tasks))
         train = [task for task in shuffled if split_of(task) == "train"]
         candidates = follow_candidates(train, recipe.follow_candidates, rng)
-        responses = sampled(follow_jobs(candidates, recipe.follow_samples))
+        jobs: dict[str, str] = {}
+        for n in range(recipe.follow_samples):
+            for candidate in candidates:
+                jobs |= follow_jobs(candidate, n)
+        responses = sampled(jobs)
         for candidate in candidates:
             result = followed(candidate, responses, recipe.follow_samples)
             if isinstance(result, Candidate):

@@ -13,7 +13,7 @@ from iopo.construct import quadruples, verify
 from iopo.construct.proposals import SEEN_KINDS
 from iopo.construct.prose import ends_a_sentence
 from iopo.construct.quadruples import Balance, Candidate, four_cells
-from iopo.construct.responses import model_sampler, read_cache, sample_all
+from iopo.construct.responses import model_sampler, sample_all
 from iopo.construct.tasks import Task, instruction, read_tasks
 from iopo.construct.verified import split_of
 from iopo.files import read_records, write_records
@@ -111,7 +111,7 @@ def test_sampling_continues_after_a_kill(tmp_path):
     assert torn.read_text() == lines
     asked.clear()
     sample_all(jobs, torn, sampler, seed=3)
-    assert asked == [] and len(read_cache(torn)) == 120
+    assert asked == [] and len(read_records(torn)) == 120
     with pytest.raises(ValueError, match="start a new cache file"):
         sample_all({"job-0": "another prompt"}, torn, sampler)
     with pytest.raises(ValueError, match="lacks responses to 'new'.*recipe.model_path"):
@@ -166,7 +166,7 @@ def test_follow_keeps_what_fits():
 def test_followed_takes_the_first_pair_that_fits():
     low, high = make("case", style="lower"), make("case", style="upper")
     draft = Candidate(TASK, (low,), "", (high,), "", "follow")
-    jobs = quadruples.follow_jobs([draft], 2)
+    jobs = quadruples.follow_jobs(draft, 0) | quadruples.follow_jobs(draft, 1)
     assert len(jobs) == 4
     texts = ["A Mill.", "A MILL.", "a mill.", "A Mill."]  # two instructions, then again
     answers = dict(zip(jobs, texts, strict=True))

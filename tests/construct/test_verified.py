@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from iopo.construct.responses import read_cache
 from iopo.construct.tasks import read_tasks
 from iopo.construct.verified import (
     VerifiedRecipe,
@@ -18,6 +17,7 @@ from iopo.construct.verified import (
     whole_text,
 )
 from iopo.construct.verify import deviations, verify
+from iopo.files import read_records
 
 FOLDER = Path(__file__).resolve().parents[2] / "data" / "verified"
 SPLITS = ("train", "heldout", "heldout_kinds")
@@ -101,7 +101,7 @@ def test_end_to_end(tmp_path):
     before = [path.read_text() for path in files]
     assert build_verified(recipe, no_model) == said
     assert [path.read_text() for path in files] == before
-    assert len(read_cache(tmp_path / "responses.jsonl")) > 1000
+    assert len(read_records(tmp_path / "responses.jsonl")) > 1000
 
 
 def test_beginning_is_a_part_that_stands_alone():

@@ -140,8 +140,8 @@ def _finish_expand(row: Row, answers: list[Any], context: Context) -> Row:
 
 
 def _ask_structure(row: Row, context: Context) -> list[Ask]:
-    dimensions = menu(context.dimensions, row["language"])
-    text = fill("structure", row["language"], instruction=row["expanded"], dimensions=dimensions)
+    listed = menu(context.dimensions, row["language"])
+    text = fill("structure", row["language"], instruction=row["expanded"], dimensions=listed)
     return [context.prompt(text, lambda reply: replies.fields(reply, context.dimensions), 350)]
 
 
