@@ -9,10 +9,7 @@ import torch
 
 
 def stream_seed(seed: int, name: str, *where: int) -> int:
-    """A 63-bit seed for the stream `name` at the position `where` (rank, step, ...).
-
-    A pure function of its arguments, equal on every machine and Python version.
-    """
+    """A 63-bit seed for the stream `name` at `where` (rank, step, ...), equal on every machine."""
     text = "/".join([str(seed), name, *map(str, where)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 

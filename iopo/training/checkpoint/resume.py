@@ -198,8 +198,9 @@ def truncate_metrics(path: Path, step: int) -> int:
     Returns the number of lines cut; 0 for a file that does not exist.
     """
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    wanted = lambda line: line.endswith(b"\n") and json.loads(line)["step"] <= step  # noqa: E731
-    kept = list(takewhile(wanted, lines))
+    kept = list(
+        takewhile(lambda line: line.endswith(b"\n") and json.loads(line)["step"] <= step, lines)
+    )
     if len(kept) < len(lines):
         os.truncate(path, sum(map(len, kept)))
     return len(lines) - len(kept)
