@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
@@ -78,7 +78,7 @@ def write_records(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-class Journal(AbstractContextManager["Journal"]):
+class Journal:
     """A JSON Lines file that is only appended to, by one process at a time.
 
     Opening it reads the finished rows, cuts off a torn last line (its writer was killed) and takes
@@ -113,6 +113,9 @@ class Journal(AbstractContextManager["Journal"]):
 
     def close(self) -> None:
         self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()

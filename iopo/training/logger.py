@@ -1,4 +1,4 @@
-"""What a run says and records: lines on stdout, metrics.jsonl, Weights & Biases.
+"""What a run says and records: lines on stdout, metrics.jsonl, Weights & Biases, a progress bar.
 
 Every file of the package writes its lines with `log = logging.getLogger(__name__)`; they appear
 once `set_up_logging` was called in the process.
@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
 from iopo.config import HELDOUT_MEASURES, TrackerConfig, Wandb
 from iopo.files import read_records
 from iopo.redact import redact
@@ -27,10 +29,17 @@ LINE_EVERY_S = 10.0
 log = logging.getLogger(__name__)
 
 
+class _Stdout(logging.Handler):
+    """Plain lines on the stdout of the moment: rich replaces it while a bar is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), flush=True)
+
+
 def set_up_logging(*, main: bool) -> None:
     """Show the package's messages on stdout; of a process that is not `main`, only warnings."""
     package = logging.getLogger("iopo")
-    package.handlers = [logging.StreamHandler(sys.stdout)]
+    package.handlers = [_Stdout()]
     package.propagate = False  # Hydra's handler would print every line again
     package.setLevel(logging.INFO if main else logging.WARNING)
 
@@ -48,6 +57,12 @@ class Logger:
         self.file = open(run / "metrics.jsonl", "a", encoding="utf-8") if main else None
         self.wandb = _start_wandb(run, cfg, config) if main and cfg.wandb is not Wandb.off else None
         self.started, self.printed = time.monotonic(), float("-inf")
+        self.bar: Progress | None = None
+        if main and sys.stdout.isatty():
+            count = TextColumn("{task.completed}/{task.total} {task.description}")
+            self.bar = Progress(BarColumn(20), count, TimeRemainingColumn())
+            self.task = self.bar.add_task("", total=self.last, completed=self.first - 1)
+            self.bar.start()
 
     def __enter__(self) -> Self:
         return self
@@ -57,6 +72,8 @@ class Logger:
             self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
+        if self.bar is not None:
+            self.bar.stop()
 
     def step(self, step: int, reduce: Callable[[], dict[str, float]]) -> None:
         """Record and show a training step, if it is one to log. Every rank calls it.
@@ -69,12 +86,14 @@ class Logger:
         if self.file is None:
             return
         self._record(step, "train", values)
+        text = "  ".join(f"{label} {values[k]:.4g}" for k, label in SHOWN.items() if k in values)
         now = time.monotonic()
-        if now - self.printed >= LINE_EVERY_S or step == self.last:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, description=text)
+        elif now - self.printed >= LINE_EVERY_S or step == self.last:
             self.printed = now
-            shown = [f"{label} {values[k]:.4g}" for k, label in SHOWN.items() if k in values]
             left = (now - self.started) / (step - self.first + 1) * (self.last - step)
-            log.info(f"step {step}/{self.last}  {'  '.join(shown)}  {left:.0f} s left")
+            log.info(f"step {step}/{self.last}  {text}  {left:.0f} s left")
 
     def heldout(self, step: int, values: dict[str, float]) -> None:
         """Record and show an evaluation on held-out quads; nothing for an empty one."""
