@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SHOWN_FAULTS = 10  # of a bad file; the rest are counted
