@@ -1,4 +1,4 @@
-# make demo   train the demo model and show that it follows constraints better (within 20 minutes and 6 GB)
+# make demo   train the demo model and show that it follows constraints better (6 GB of memory)
 # make test   the tests
 # make lint   ruff and mypy
 # make bench  the CPU benchmarks behind docs/performance.md

@@ -67,7 +67,7 @@ def test_other_kinds_are_left_alone(tmp_path):
 
 
 def test_the_plain_layout_has_no_plan_to_choose_by(tmp_path):
-    with pytest.raises(ValueError, match="auto plans the memory .* expected none, every_k"):
+    with pytest.raises(ValueError, match="auto knows the memory .* expected none, every_k"):
         auto(tmp_path, "data.layout=plain")
 
 
