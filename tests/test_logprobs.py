@@ -124,7 +124,7 @@ def loss_and_gradients(model, examples, build, cut: Batching):
             objectives.Options(),
         )  # fmt: skip
         (loss_E.sum() / len(examples)).backward()
-        losses |= dict(zip(batch.ids, loss_E.detach(), strict=True))
+        losses |= dict(zip((examples[i].id for i in indices), loss_E.detach(), strict=True))
     grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     return torch.stack([losses[e.id] for e in examples]), grads
 
