@@ -5,6 +5,7 @@ because the peak of resident memory is a number of a whole process. The allocato
 is freed: MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ are set by the caller.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -59,6 +60,7 @@ def rise(overrides: list[str]) -> int:
     """Bytes by which the process grew at most while it trained."""
     cfg = config(*overrides)
     prompt, response = cfg.plan_for.prompt_tokens, cfg.plan_for.response_tokens
+    gc.collect()  # what the run before this one left must not count as there already
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     train(cfg, [example_of(QUAD, prompt, response)] * (cfg.optim.micro_batch_quads or 1))
