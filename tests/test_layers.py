@@ -5,6 +5,7 @@ Imports are read from the syntax tree: those inside functions and `__main__` blo
 
 import ast
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +41,7 @@ def imported_names(path: Path) -> set[str]:
     return names
 
 
+@cache
 def file_graph() -> dict[str, set[str]]:
     """Module -> modules of the project whose file it imports."""
     files = source_files()

@@ -20,7 +20,7 @@ from iopo.files import iter_records, sha256_text, shortened
 MAX_LISTED = 20  # bad rows shown of one file; the rest is counted
 NO_FILE = """no such file.
 The paper's training set was never released. To get rows:
-  - build quads with any instruction-tuned model: iopo/construct, docs/reproduction.md;
+  - build quads with any instruction-tuned model: iopo/construct, docs/data.md;
   - turn a preference set (two answers to a prompt) into quads: iopo/construct, relabel;
   - give the authors' ShareGPT JSON as it is, if you have such a file;
   - write JSONL rows yourself, data/README.md shows them;

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from iopo.data.example import Example, content_key
 from iopo.training.reference import cache as module
 from iopo.training.reference.cache import Cache, fill, look_up, recheck
 
+WHERE = Path("the-cache")
 MANIFEST = {"weights": "w", "tokenizer": "t", "dtype": "fp32"}
 
 
@@ -41,7 +43,7 @@ def test_rows_come_back_in_the_order_asked_for(tmp_path):
     examples = [example(i) for i in range(5)]
     _, rows = filled(tmp_path, examples)
     asked = [examples[i] for i in (3, 0, 3)]
-    torch.testing.assert_close(look_up(rows, asked), score(asked))
+    torch.testing.assert_close(look_up(rows, asked, WHERE), score(asked))
 
 
 def test_a_fill_waits_for_another_run_and_says_that_it_lives(tmp_path, monkeypatch, caplog):
@@ -88,8 +90,8 @@ def test_key_is_content_not_id():
 
 def test_a_miss_raises_with_ids(tmp_path):
     _, rows = filled(tmp_path, [example(0)])
-    with pytest.raises(ValueError, match=r"no reference log-probs for 2 examples.*q7"):
-        look_up(rows, [example(0), example(7), example(8)])
+    with pytest.raises(ValueError, match=r"the-cache: no reference log-probs for 2 .*q7"):
+        look_up(rows, [example(0), example(7), example(8)], WHERE)
 
 
 def test_another_manifest_names_another_cache(tmp_path):
@@ -121,7 +123,7 @@ def test_non_finite_values_are_not_stored(tmp_path):
 def test_recheck_finds_foreign_numbers(tmp_path):
     examples = [example(i) for i in range(4)]
     cache, rows = filled(tmp_path, examples)
-    found, again = look_up(rows, examples), score(examples)
+    found, again = look_up(rows, examples, WHERE), score(examples)
     assert recheck(found, again, 1e-4, cache.folder) == 0
     for wrong in (again + 0.01, again * float("nan")):
         with pytest.raises(ValueError, match="differ from recomputed"):
@@ -142,4 +144,4 @@ def test_a_killed_fill_goes_on_where_it_was(tmp_path, monkeypatch):
     kept = Cache(tmp_path, MANIFEST).read(4)
     assert kept.keys() == {content_key(e) for e in examples[:2]}
     _, rows = filled(tmp_path, examples)
-    torch.testing.assert_close(look_up(rows, examples), score(examples))
+    torch.testing.assert_close(look_up(rows, examples, WHERE), score(examples))

@@ -118,15 +118,16 @@ def _checksum(keys: np.ndarray, logps: np.ndarray) -> bytes:
     return hashlib.sha256(keys.tobytes() + logps.tobytes()).digest()
 
 
-def look_up(rows: dict[str, np.ndarray], examples: Sequence[Example]) -> Tensor:
-    """float32 [E, M] on CPU. Raises ValueError listing ids that are not in the cache."""
-    missing = [example.id for example in missing_examples(rows, examples)]
+def look_up(rows: dict[str, np.ndarray], examples: Sequence[Example], where: Path) -> Tensor:
+    """float32 [E, M] on CPU. Raises ValueError listing ids that are not in the cache `where`."""
+    keys = [content_key(example) for example in examples]
+    missing = [e.id for e, key in zip(examples, keys, strict=True) if key not in rows]
     if missing:
         raise ValueError(
-            f"no reference log-probs for {len(missing)} examples, first {missing[:5]}; the data "
-            "changed after the cache was filled"
+            f"{where}: no reference log-probs for {len(missing)} examples, first {missing[:5]}; "
+            "the data changed after the cache was filled: start the run again to compute them"
         )
-    return torch.from_numpy(np.stack([rows[content_key(example)] for example in examples]))
+    return torch.from_numpy(np.stack([rows[key] for key in keys]))
 
 
 def missing_examples(rows: dict[str, np.ndarray], examples: Sequence[Example]) -> list[Example]:

@@ -105,10 +105,10 @@ def cached(cache: Cache, job: Job, model: TrainModel, recheck_rows: int) -> Refe
     rounds = model.dtype is torch.bfloat16
     if few := job.examples[:recheck_rows]:
         tolerance = _rounding(few) if rounds else 1e-2
-        difference = recheck(look_up(rows, few), score(few), tolerance, cache.folder)
+        difference = recheck(look_up(rows, few, cache.folder), score(few), tolerance, cache.folder)
         log.info(f"reference: {len(few)} cached rows scored again, differ by {difference:.2g} nats")
     return Reference(
-        lambda examples, batch: look_up(rows, examples),
+        lambda examples, batch: look_up(rows, examples, cache.folder),
         str(cache.folder),
         0.1 if rounds else EXACT,
         _rounding(job.examples) if rounds else 1e-4,
