@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from helpers_fork import finish, start_ranks
 
 from iopo.training.launch.signals import STOP_SIGNALS, Control, heartbeat
@@ -44,6 +45,14 @@ def test_signals_ask_for_a_stop(control, numbers, code):
         signal.raise_signal(number)
     assert control.should_stop()
     assert control.exit_code == code
+
+
+def test_a_signal_while_the_ranks_agree_is_heard_at_the_next_call(control, monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda code, op: signal.raise_signal(signal.SIGTERM))
+    assert not control.should_stop()
+    assert control.should_stop()
 
 
 def test_user_signal_2_shows_stacks_and_changes_nothing(control, tmp_path):

@@ -43,7 +43,8 @@ class Control:
 
     def __init__(self, stacks_path: Path, timeout_s: float) -> None:
         global _clock
-        self.exit_code = OK
+        self.exit_code = OK  # what all ranks have agreed on
+        self._asked = OK  # what this rank was asked for
         self._interrupts = 0
         self._stacks_path = stacks_path
         self._stacks = open(stacks_path, "a")
@@ -61,15 +62,16 @@ class Control:
         self._interrupts += interrupt
         if self._interrupts == 2:
             os._exit(INTERRUPTED)
-        self.exit_code = max(self.exit_code, INTERRUPTED if interrupt else SAVED_REQUEUE)
+        self._asked = max(self._asked, INTERRUPTED if interrupt else SAVED_REQUEUE)
 
     def should_stop(self) -> bool:
         """True on every rank at the same step, once any was asked to stop. All ranks call it."""
         heartbeat()
+        # A signal that comes while the ranks agree must wait for the next call: hence two variables
+        code = torch.tensor(self._asked)  # on the CPU: through gloo
         if dist.is_initialized() and dist.get_world_size() > 1:
-            code = torch.tensor(self.exit_code)  # on the CPU: through gloo
             dist.all_reduce(code, op=dist.ReduceOp.MAX)
-            self.exit_code = int(code)
+        self.exit_code = int(code)
         return self.exit_code != OK
 
     def close(self) -> None:
