@@ -24,11 +24,14 @@ def preferences(path: Path) -> Iterator[Pair | str]:
     skipped: a member is one prompt and one response.
     """
     for place, row, fault in iter_records(path):
-        if fault is not None:
-            log.warning("%s: skipped: %s", place, fault)
-            yield "not JSON" if row is None else "half of a surrogate pair"
+        if fault is None and isinstance(row, dict):
+            yield _pair(row)
+            continue
+        log.warning("%s: skipped: %s", place, fault or "expected an object")
+        if fault is None:
+            yield "no object"
         else:
-            yield _pair(row) if isinstance(row, dict) else "no object"
+            yield "not JSON" if row is None else "half of a surrogate pair"
 
 
 def _pair(row: Mapping[str, Any]) -> Pair | str:

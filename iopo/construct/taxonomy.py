@@ -44,9 +44,7 @@ def read(path: Path = TAXONOMY) -> tuple[Dimension, ...]:
         try:
             found.append(Dimension(**row))
         except TypeError as error:
-            raise ValueError(
-                f"{place}: {error}; expected {list(Dimension.__slots__)}"
-            ) from error
+            raise ValueError(f"{place}: {error}; expected {list(Dimension.__slots__)}") from error
     names = [dimension.dimension for dimension in found]
     if not found or len(set(names)) < len(names):
         raise ValueError(f"{path}: expected one or more dimensions, each name once; found {names}")

@@ -87,7 +87,8 @@ def read_responses(path: str | Path, items: list[Item], known: set[str]) -> Resp
         raise ValueError(f"responses.path={path}: no such file")
     texts: dict[str, str] = {}
     reasons: list[str] = []
-    for count, (place, row, fault) in enumerate(iter_records(path), 1):
+    rows = list(iter_records(path))
+    for place, row, fault in rows:
         if not isinstance(row, dict):  # half of a surrogate pair is scored as any other answer
             reasons.append(f"{place}: {fault or f'expected an object, found {type(row).__name__}'}")
             continue
@@ -111,7 +112,7 @@ def read_responses(path: str | Path, items: list[Item], known: set[str]) -> Resp
         )
     kept = {item.id: texts[item.id] for item in items if item.id in texts}
     missing = [item.id for item in items if item.id not in texts]
-    repeated = count - len(texts)
+    repeated = len(rows) - len(texts)
     return Responses(text=kept, missing=missing, unknown=unknown, repeated=repeated)
 
 
