@@ -90,9 +90,8 @@ def _objects(decoded: Iterable[Decoded]) -> Iterator[tuple[Place, dict[str, Any]
         if fault is None and isinstance(value, dict):
             yield place, value
         else:
-            faults.append(
-                f"{place}: {fault or f'expected an object, found {type(value).__name__}'}"
-            )
+            found = fault or f"expected an object, found {type(value).__name__}"
+            faults.append(f"{place}: {found}")
     if faults:
         raise ValueError("\n".join(shortened(faults, SHOWN_FAULTS)))
 
