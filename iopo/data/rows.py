@@ -207,8 +207,8 @@ def read_turns(
         return [(speaker, messages)], None
     listed = [messages] if isinstance(messages, dict) else messages
     if not isinstance(listed, list) or not listed:
-        found = "empty" if listed == [] else type(listed).__name__
-        return [], f"found {found}, expected a list of messages"
+        what = "empty" if listed == [] else type(listed).__name__
+        return [], f"found {what}, expected a list of messages"
     turns: list[tuple[str, str]] = []
     for number, message in enumerate(listed):
         given = message if isinstance(message, dict) else {}
