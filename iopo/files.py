@@ -1,7 +1,7 @@
 """Files: rows of JSON in and out, replacement in one step, hashes, and the user's cache folder.
 
-Every file that a user gives as rows is read by `iter_records` or `read_records`, whatever the
-program. Nothing here needs torch.
+Every file that a user gives as rows is read by `iter_records` or `given_records`, whatever the
+program; `read_records` is for files that this program wrote. Nothing here needs torch.
 """
 
 import fcntl
@@ -15,13 +15,29 @@ from contextlib import contextmanager
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SHOWN_FAULTS = 10  # of a bad file; the rest are counted
 SPACE = re.compile(r"[ \t\r\n]*")
+HALF_PAIR = re.compile("[\ud800-\udfff]")
+ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
-Decoded = tuple[int, object, str | None]  # line (from 1), value, fault; value is None with a fault
+
+class Place(NamedTuple):
+    """Where a row stands, for messages: "rows.jsonl:3", in a JSON list "a.json: row 3 (line 1)"."""
+
+    path: str | Path
+    line: int  # from 1
+    row: int | None = None  # from 1, in a JSON list
+
+    def __str__(self) -> str:
+        if self.row is None:
+            return f"{self.path}:{self.line}"
+        return f"{self.path}: row {self.row} (line {self.line})"
+
+
+Decoded = tuple[Place, object, str | None]  # place, value, fault
 
 
 def cache_root() -> Path:
@@ -34,37 +50,50 @@ def cache_root() -> Path:
 
 
 def iter_records(path: str | Path) -> Iterator[Decoded]:
-    """(line, value, None) for each row of a file, or (line, None, what is wrong with it).
+    """(place, value, None) for each row of a file, or (place, None, what is wrong with it).
 
     The file is JSON Lines or one JSON list, told apart by its first character; a byte order mark is
     skipped. Reading goes on after a bad line; in a list nothing can be read after a syntax fault.
-    JSON Lines are not held in memory; a list is.
+    JSON Lines are not held in memory; a list is. A row that holds half of a surrogate pair, which
+    could not be written again, is a fault too, and comes with its value.
     """
     with open(path, "rb") as file:
-        yield from _decode(file)
+        yield from _decode(file, path)
+
+
+def given_records(path: str | Path) -> list[tuple[Place, dict[str, Any]]]:
+    """The objects of a user's file, each with its place, in order.
+
+    Raises ValueError naming the file and every bad row (not UTF-8, not JSON, not an object, half of
+    a surrogate pair).
+    """
+    return list(_objects(iter_records(path)))
 
 
 def read_records(path: str | Path, *, torn_tail: bool = False) -> list[dict[str, Any]]:
-    """The objects of a file of JSON Lines or of one JSON list, in order.
+    """The objects of a file that this program wrote, in order.
 
-    torn_tail: ignore a last line without a line end, which a killed writer leaves behind. For files
-    that this program appends to, never for a user's file.
+    Half of a surrogate pair, which a server's reply may hold, is kept.
+    torn_tail: ignore a last line without a line end, which a killed writer leaves behind.
     Raises ValueError naming the file and every bad line (not UTF-8, not JSON, not an object).
     """
     raw = Path(path).read_bytes()
     if torn_tail:
         raw = raw[: raw.rfind(b"\n") + 1]
-    rows: list[dict[str, Any]] = []
+    decoded = _decode(BytesIO(raw), path)
+    return [row for _, row in _objects((at, v, f if v is None else None) for at, v, f in decoded)]
+
+
+def _objects(decoded: Iterable[Decoded]) -> Iterator[tuple[Place, dict[str, Any]]]:
     faults: list[str] = []
-    for line, value, fault in _decode(BytesIO(raw)):
-        if isinstance(value, dict):
-            rows.append(value)
+    for place, value, fault in decoded:
+        if fault is None and isinstance(value, dict):
+            yield place, value
         else:
             found = fault or f"expected an object, found {type(value).__name__}"
-            faults.append(f"{path}:{line}: {found}")
+            faults.append(f"{place}: {found}")
     if faults:
         raise ValueError("\n".join(shortened(faults, SHOWN_FAULTS)))
-    return rows
 
 
 def shortened(lines: list[str], most: int) -> list[str]:
@@ -137,80 +166,93 @@ def _no_repeated_key(pairs: list[tuple[str, object]]) -> dict[str, object]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_no_repeated_key)
 
 
-def _decode(file: BinaryIO) -> Iterator[Decoded]:
+def _half_pair(value: object) -> str | None:
+    """The fault of a row that holds half of a surrogate pair; None if it holds none."""
+    text = json.dumps(value, ensure_ascii=False)
+    if (found := HALF_PAIR.search(text)) is None:
+        return None
+    before = text[max(0, found.start() - 20) : found.start()]
+    return f"half of a surrogate pair after {before!r}, which is not valid Unicode text"
+
+
+def _decode(file: BinaryIO, path: str | Path) -> Iterator[Decoded]:
     head = [file.readline().removeprefix(BYTE_ORDER_MARK)]
     while head[-1] and not head[-1].strip():
         head.append(file.readline())
     if not head[-1].lstrip().startswith(b"["):
-        yield from _lines(chain(head, file))
+        yield from _lines(chain(head, file), path)
         return
     raw = b"".join(chain(head, file))
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        yield line, None, f"the file is not UTF-8 (byte {error.start} of it)"
+        yield Place(path, line), None, f"the file is not UTF-8 (byte {error.start} of it)"
     else:
-        yield from _elements(text)
+        yield from _elements(text, path)
 
 
-def _lines(lines: Iterable[bytes]) -> Iterator[Decoded]:
+def _lines(lines: Iterable[bytes], path: str | Path) -> Iterator[Decoded]:
     # Lines of bytes end at \n alone: str.splitlines would also split on U+2028 inside a text.
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        place, value, fault = Place(path, number), None, None
         try:
-            value = _DECODER.decode(line.removesuffix(b"\n").decode("utf-8"))
+            text = line.removesuffix(b"\n").decode("utf-8")
+            value = _DECODER.decode(text)
+            fault = _half_pair(value) if ESCAPED_HALF.search(text) else None
         except UnicodeDecodeError as error:
             fault = f"the line is not UTF-8 (byte {error.start} of it is 0x{line[error.start]:02x})"
-            yield number, None, fault
         except json.JSONDecodeError as error:
-            yield number, None, f"the row is not JSON ({error.msg} at column {error.colno})"
+            fault = f"the row is not JSON ({error.msg} at column {error.colno})"
         except RecursionError:
-            yield number, None, "the row is nested too deeply"
+            fault = "the row is nested too deeply"
         except _RepeatedKey as error:
-            yield number, None, str(error)
-        else:
-            yield number, value, None
+            fault = str(error)
+        yield place, value, fault
 
 
-def _elements(text: str) -> Iterator[Decoded]:
-    """The elements of a JSON list, each with the line on which it starts."""
+def _elements(text: str, path: str | Path) -> Iterator[Decoded]:
+    """The elements of a JSON list, each with its number and the line on which it starts."""
     line, counted = 1, 0
 
-    def line_at(position: int) -> int:
+    def place(position: int) -> Place:
         nonlocal line, counted
         line, counted = line + text.count("\n", counted, position), position
-        return line
+        return Place(path, line, number)
 
     def skip(position: int) -> int:
         found = SPACE.match(text, position)
         assert found is not None  # the pattern matches the empty string
         return found.end()
 
-    at = skip(skip(0) + 1)  # the bracket that made this a list
+    number, at = 1, skip(skip(0) + 1)  # the bracket that made this a list
     while text[at : at + 1] != "]":
-        start = line_at(at)
+        start, begin = place(at), at
         try:
             value, at = _DECODER.raw_decode(text, at)
+            fault = _half_pair(value) if ESCAPED_HALF.search(text, begin, at) else None
         except json.JSONDecodeError as error:
-            yield error.lineno, None, f"the row is not JSON ({error.msg} at column {error.colno})"
+            fault = f"the row is not JSON ({error.msg} at column {error.colno})"
+            yield Place(path, error.lineno, number), None, fault
             return
         except (_RepeatedKey, RecursionError) as error:
             yield start, None, f"{error}; the rows after it were not read"
             return
-        yield start, value, None
+        yield start, value, fault
         at = skip(at)
         if text[at : at + 1] == ",":
             at = skip(at + 1)
+            number += 1
         elif text[at : at + 1] != "]":
             fault = f"found {text[at : at + 20]!r} after a row, expected ',' or ']'"
-            yield line_at(at), None, fault
+            yield place(at), None, fault
             return
     rest = skip(at + 1)
     if rest != len(text):
         fault = f"found {text[rest : rest + 20]!r} after the list, expected the end of the file"
-        yield line_at(rest), None, fault
+        yield Place(path, place(rest).line), None, fault
 
 
 # --- replacement in one step ---------------------------------------------------------------------

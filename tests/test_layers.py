@@ -15,7 +15,10 @@ ORDER = [
     "model", "logprobs", "training", "evaluation", "construct", "rounds", "experiments",
 ]  # fmt: skip
 ENTRY_POINTS = ("train.py", "evaluate.py")
-HYDRA_ONLY_IN = {"construct/__main__.py", "training/reference/__main__.py"}
+HYDRA_ONLY_IN = {
+    *("construct/__main__.py", "training/reference/__main__.py"),
+    "training/launch/sweep_names.py",  # a callback, which Hydra calls
+}
 OPERATORS = ("iopo.kernels", "iopo.model.attention")  # their arguments are given from outside
 TORCH_FREE = ("constraints", "files.py", "redact.py", "stats.py", "page.py")
 

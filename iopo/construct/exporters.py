@@ -4,7 +4,7 @@ sharegpt     the authors' JSON list: conversations [x1, x2], chosen y1, rejected
 pairs        DPO pairs from both rows of each quad
 pairs_first  DPO pairs from the first row only, the authors' baseline
 sft          x and y from both rows of each quad, or from pairs
-trl          like pairs, with the keys prompt, chosen, rejected
+trl          like pairs, as messages in prompt, chosen and rejected, the system prompt in `prompt`
 """
 
 import argparse
@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from iopo.data.rows import Quad, Row, read_rows, rows_for
+from iopo.data.rows import Pair, Quad, Row, read_rows, rows_for
 from iopo.files import write_records, write_text
 
 FORMATS = ("sharegpt", "pairs", "pairs_first", "sft", "trl")
@@ -31,11 +31,22 @@ def export(rows: Sequence[Row], to: str) -> Iterator[dict[str, Any]]:
         return
     kind = "sft" if to == "sft" else "pair"
     for row in rows_for(kind, rows, "first" if to == "pairs_first" else "both"):
-        found = {key: value for key, value in asdict(row).items() if value is not None}
         if to == "trl":
-            del found["id"]
-            found = {"prompt": found.pop("x"), **found}
-        yield found
+            assert isinstance(row, Pair)
+            yield conversational(row)
+        else:
+            yield {key: value for key, value in asdict(row).items() if value is not None}
+
+
+def conversational(pair: Pair) -> dict[str, Any]:
+    """One row for TRL, which applies the chat template to messages only, never to texts
+    (https://huggingface.co/docs/trl/dataset_formats, "Conversational")."""
+    system = [] if pair.system is None else [{"role": "system", "content": pair.system}]
+    return {
+        "prompt": [*system, {"role": "user", "content": pair.x}],
+        "chosen": [{"role": "assistant", "content": pair.chosen}],
+        "rejected": [{"role": "assistant", "content": pair.rejected}],
+    }
 
 
 def sharegpt(quad: Quad) -> dict[str, Any]:

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from iopo.construct.tasks import digest
-from iopo.data.rows import Pair
-from iopo.files import iter_records, read_records
+from iopo.data.rows import Pair, read_turns
+from iopo.files import Place, given_records, iter_records
 
 log = logging.getLogger(__name__)
 
 PROMPT_KEYS = ("prompt", "instruction", "question", "x")
-ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}  # names of others for ours
 
 
 def preferences(path: Path) -> Iterator[Pair | str]:
@@ -24,28 +23,31 @@ def preferences(path: Path) -> Iterator[Pair | str]:
     Without a prompt, it is taken from the first turn of `chosen`. Dialogues of several turns are
     skipped: a member is one prompt and one response.
     """
-    for line, row, fault in iter_records(path):
-        if fault is not None:
-            log.warning("%s:%d: skipped: %s", path, line, fault)
-            yield "not JSON"
+    for place, row, fault in iter_records(path):
+        if fault is None and isinstance(row, dict):
+            yield _pair(row)
+            continue
+        log.warning("%s: skipped: %s", place, fault or "expected an object")
+        if fault is None:
+            yield "no object"
         else:
-            yield _pair(row) if isinstance(row, dict) else "no object"
+            yield "not JSON" if row is None else "half of a surrogate pair"
 
 
 def _pair(row: Mapping[str, Any]) -> Pair | str:
     chosen, rejected = (_turns(row.get(key), "assistant") for key in ("chosen", "rejected"))
-    if chosen is None or rejected is None:
+    if not chosen or not rejected:
         return "no chosen or no rejected"
     asked: str | None = None
     system: str | None = None
     prompt = next((row[key] for key in PROMPT_KEYS if row.get(key)), None)
     if prompt is not None:
-        turns = _turns(prompt, "user") or []
+        turns = _turns(prompt, "user")
         if [role for role, _ in turns if role != "system"] != ["user"]:
             return "several turns"
         asked, system = dict(turns)["user"], dict(turns).get("system")
     if isinstance(row.get("system"), str):
-        system = row["system"]
+        system = row["system"].strip() or system
     answers = []
     for side in (chosen, rejected):
         turns = [(role, text) for role, text in side if role != "system"]
@@ -56,35 +58,21 @@ def _pair(row: Mapping[str, Any]) -> Pair | str:
             if turns[0][1] != asked:
                 return "the two sides answer different prompts"
         system = system or dict(side).get("system")
-        answers.append(turns[-1][1].strip())
+        answers.append(turns[-1][1])
     if asked is None:
         return "no prompt"
     right, wrong = answers
-    if not (asked.strip() and right and wrong):
+    if not (asked and right and wrong):
         return "empty text"
     if right == wrong:
         return "chosen = rejected"
     row_id = str(row.get("id") or digest(asked, right, wrong))
-    return Pair(row_id, asked.strip(), right, wrong, system)
+    return Pair(row_id, asked, right, wrong, system or None)
 
 
-def _turns(value: object, speaker: str) -> list[tuple[str, str]] | None:
-    """(role, text) of messages; a string is one turn of the speaker. None: neither."""
-    if isinstance(value, str):
-        return [(speaker, value)]
-    messages = [value] if isinstance(value, dict) else value
-    if not isinstance(messages, list) or not messages:
-        return None
-    found = []
-    for message in messages:
-        if not isinstance(message, dict):
-            return None
-        role = message.get("role", message.get("from"))
-        text = message.get("content", message.get("value"))
-        if not isinstance(role, str) or not isinstance(text, str):
-            return None
-        found.append((ROLES.get(role, role), text))
-    return found
+def _turns(value: object, speaker: str) -> list[tuple[str, str]]:
+    """(role, text without blanks around it) of messages or a text; empty if it is neither."""
+    return [(role, text.strip()) for role, text in read_turns(value, speaker)[0]]
 
 
 def read_seeds(path: str | Path) -> list[dict[str, Any]]:
@@ -92,25 +80,27 @@ def read_seeds(path: str | Path) -> list[dict[str, Any]]:
 
     A .txt file holds one a line; other files hold rows with `instruction` (or `prompt`,
     `question`, `x`) and maybe `id`, which else is made from the text and, on repetition, the row.
-    Raises ValueError on a row without text and on an id given twice.
+    Raises ValueError on a row that cannot be read or has no text, and on an id given twice.
     """
     path = Path(path)
     if path.suffix == ".txt":
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-        rows: list[dict[str, Any]] = [{"instruction": line} for line in lines if line.strip()]
+        try:
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 (byte {error.start} of it)") from error
+        numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
+        rows = [(Place(path, n), {"instruction": line}) for n, line in numbered]
     else:
-        rows = read_records(path)
+        rows = given_records(path)
     found: dict[str, dict[str, Any]] = {}
-    for number, row in enumerate(rows, 1):
+    for number, (place, row) in enumerate(rows, 1):
         text = next((row[key] for key in PROMPT_KEYS if isinstance(row.get(key), str)), "").strip()
         if not text:
-            raise ValueError(
-                f"{path}: row {number} has the keys {sorted(row)}; expected text in 'instruction'"
-            )
+            raise ValueError(f"{place}: keys {sorted(row)}; expected text in 'instruction'")
         row_id = str(row["id"]) if row.get("id") is not None else digest(text)
         if row_id in found:
             if row.get("id") is not None:
-                raise ValueError(f"{path}: row {number}: id {row_id!r} occurs twice")
+                raise ValueError(f"{place}: id {row_id!r} occurs twice")
             row_id = f"{row_id}-{number}"
         found[row_id] = {"id": row_id, "instruction": text}
     if not found:

@@ -87,14 +87,14 @@ def count(files: Sequence[Path]) -> Counts:
     """Counts over the rows of files of quads. Raises ValueError on a line that is no quad."""
     counts, rng = Counts(), random.Random(0)
     for path in files:
-        for line, row, fault in iter_records(path):
+        for place, row, fault in iter_records(path):
             try:
                 if fault is not None:
                     raise ValueError(fault)
                 counts.add(row, rng)  # type: ignore[arg-type]
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
-                    f"{path}:{line}: no quad that can be counted ({error!r}); run "
+                    f"{place}: no quad that can be counted ({error}); run "
                     "`python -m iopo.construct.verify` on the file first"
                 ) from error
     return counts
@@ -164,8 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--counts", type=Path, default=None, help="counts.json of the construction")
     parser.add_argument("--out", type=Path, default=Path("report.html"))
     options = parser.parse_args(arguments)
-    acceptance = "" if options.counts is None else options.counts.read_text(encoding="utf-8")
     try:
+        acceptance = "" if options.counts is None else options.counts.read_text(encoding="utf-8")
         counts = write(options.out, options.files, acceptance)
     except (ValueError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)

@@ -6,12 +6,12 @@ name, the tag in the authors' evaluation file, a definition in each language (ou
 the paper's training set.
 """
 
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
 from iopo.evaluation.benchmarks.trace import TAXONOMY
+from iopo.files import given_records
 
 # arXiv 2411.06208v3, table 5: instructions of the training set with 1, 2, ... 15 constraints
 TRAINING_COUNTS = (
@@ -40,13 +40,11 @@ class Dimension:
 def read(path: Path = TAXONOMY) -> tuple[Dimension, ...]:
     """The dimensions in file order. Raises ValueError on a bad row or a repeated name."""
     found: list[Dimension] = []
-    for number, row in enumerate(json.loads(path.read_text(encoding="utf-8")), 1):
+    for place, row in given_records(path):
         try:
             found.append(Dimension(**row))
         except TypeError as error:
-            raise ValueError(
-                f"{path}: entry {number}: {error}; expected {list(Dimension.__slots__)}"
-            ) from error
+            raise ValueError(f"{place}: {error}; expected {list(Dimension.__slots__)}") from error
     names = [dimension.dimension for dimension in found]
     if not found or len(set(names)) < len(names):
         raise ValueError(f"{path}: expected one or more dimensions, each name once; found {names}")

@@ -1,6 +1,6 @@
 """Re-check a file of quads: `python -m iopo.construct.verify FILE... [--against BENCHMARK...]`.
 
-Prints `file:line: [fault] what` for every violation, then a table by kind, and exits 1 if there was
+Prints `FILE:LINE: [fault] what` for every violation, then a table by kind, and exits 1 if there was
 a violation. A row without c1, c2 is a violation too. Cells of rows with "judged" constraints, which
 a model scored (the TRACE pipeline), are taken from the row.
 """
@@ -20,7 +20,7 @@ from iopo.constraints import Constraint, from_dict
 from iopo.constraints.text import CJK, words
 from iopo.construct.prose import ends_a_sentence, script_of
 from iopo.construct.quadruples import CELLS, MATCH, four_cells, sign
-from iopo.files import iter_records
+from iopo.files import Place, iter_records
 
 TEXTS = ("x1", "y1", "x2", "y2")
 GRAM = 13  # words in a row that make an overlap with a benchmark
@@ -34,20 +34,19 @@ WARM_UP = 100  # rows that are learnt from before guesses count
 
 
 Fault = tuple[str, str]  # short name of the rule that is broken, detail
-Grams = dict[tuple[str, ...], str]  # a run of tokens -> file:line of a benchmark
-Place = tuple[int, str]  # index of the file, file:line
-Seen = dict[bytes, Place]  # digest of an id, response or task -> where it was met first
+Grams = dict[tuple[str, ...], Place]  # a run of tokens -> where a benchmark has it
+Origin = tuple[int, Place]  # index of the file, and where in it
+Seen = dict[bytes, Origin]  # digest of an id, response or task -> where it was met first
 
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    file: str
-    line: int
+    place: Place
     fault: str  # short name of the rule that is broken
     detail: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: [{self.fault}] {self.detail}"
+        return f"{self.place}: [{self.fault}] {self.detail}"
 
 
 def deviations(signs: Counter[int]) -> float:
@@ -86,7 +85,7 @@ class SideGuesser:
 def _slots(text: str) -> list[int]:
     features = {word.lower() for word in words(text[:1000])[:40]}
     features |= {f"length {len(text).bit_length()}", f"first {text[:1]}", f"last {text[-1:]}"}
-    return [zlib.crc32(feature.encode("utf-8", "surrogatepass")) % _SLOTS for feature in features]
+    return [zlib.crc32(feature.encode()) % _SLOTS for feature in features]
 
 
 @dataclass
@@ -140,17 +139,17 @@ def verify(files: Sequence[Path], against: Sequence[Path] = ()) -> tuple[list[Vi
     summary = Summary()
     seen: Seen = {}
     for index, path in enumerate(files):
-        for line, row, unreadable in iter_records(path):
+        for place, row, unreadable in iter_records(path):
             if unreadable is not None:
                 faults = iter([("json", f"cannot be read: {unreadable}")])
             else:
-                faults = _check_row(row, (index, f"{path}:{line}"), seen, grams, summary)
-            found += [Violation(str(path), line, fault, detail) for fault, detail in faults]
+                faults = _check_row(row, (index, place), seen, grams, summary)
+            found += [Violation(place, fault, detail) for fault, detail in faults]
     return found, summary
 
 
 def _check_row(
-    row: Any, here: Place, seen: Seen, grams: Grams, summary: Summary
+    row: Any, here: Origin, seen: Seen, grams: Grams, summary: Summary
 ) -> Iterator[Fault]:
     """All that is wrong with a row; what follows from another fault is left out."""
     texts = row if isinstance(row, dict) else {}
@@ -229,9 +228,9 @@ def _cells(
         yield "match", f"says {given}, the checks say {[int(cell) for cell in cells]}"
 
 
-def _repeated(row: dict[str, Any], here: Place, seen: Seen) -> Iterator[Fault]:
-    def first(what: str, value: object) -> Place:
-        data = f"{what}\x1f{value}".encode("utf-8", "surrogatepass")
+def _repeated(row: dict[str, Any], here: Origin, seen: Seen) -> Iterator[Fault]:
+    def first(what: str, value: object) -> Origin:
+        data = f"{what}\x1f{value}".encode()
         return seen.setdefault(hashlib.blake2b(data, digest_size=12).digest(), here)
 
     if row.get("id") is not None and (place := first("id", row["id"])) != here:
@@ -246,16 +245,16 @@ def _repeated(row: dict[str, Any], here: Place, seen: Seen) -> Iterator[Fault]:
 def benchmark_grams(files: Iterable[Path]) -> Grams:
     """Every run of 13 tokens in any text of the benchmarks' rows, with where it stands first.
 
-    Raises ValueError with file:line on a row that cannot be read.
+    Raises ValueError with its place on a row that cannot be read.
     """
     found: Grams = {}
     for path in files:
-        for line, row, fault in iter_records(path):
-            if fault is not None:
-                raise ValueError(f"{path}:{line}: {fault}")
+        for place, row, fault in iter_records(path):
+            if fault is not None and row is None:
+                raise ValueError(f"{place}: {fault}")
             for string in _strings(row):
                 for gram in _grams(string):
-                    found.setdefault(gram, f"{path}:{line}")
+                    found.setdefault(gram, place)
     return found
 
 

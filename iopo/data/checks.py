@@ -85,8 +85,6 @@ def _text_faults(key: str, value: object) -> list[str]:
         return [f"{key!r} is {_json_type(value)} ({_short(value)}), expected a string"]
     if not value.strip():
         return [f"{key!r} is empty, expected text"]
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        return [f"{key!r} holds half of a surrogate pair, which is not valid Unicode text"]
     return []
 
 

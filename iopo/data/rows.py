@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from iopo.data import checks
-from iopo.files import iter_records, sha256_text, shortened
+from iopo.files import Place, iter_records, sha256_text, shortened
 
 MAX_LISTED = 20  # bad rows shown of one file; the rest is counted
 NO_FILE = """no such file.
@@ -83,18 +83,18 @@ def read_rows(path: str | Path, kind: str | None = None) -> list[Row]:
 
     kind: "quad" | "pair" | "sft", or None for the kind of the file's first readable row; one file
     holds one kind. A row without an id gets the first 16 hex digits of the sha256 of its texts.
-    Raises ValueError that lists every bad row with file:line, what was found and a good row.
+    Raises ValueError that lists every bad row with its place, what was found and a good row.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: {NO_FILE}")
     rows: list[Row] = []
     bad: list[str] = []
-    line_of_id: dict[str, int] = {}
+    place_of_id: dict[str, Place] = {}
     good_row: dict = checks.GOOD_ROW[kind or "quad"]
-    for line, decoded, fault in iter_records(path):
+    for place, decoded, fault in iter_records(path):
         if fault is not None:
-            bad.append(f"{path}:{line}: {fault}")
+            bad.append(f"{place}: {fault}")
             continue
         sharegpt = isinstance(decoded, dict) and "conversations" in decoded
         if isinstance(decoded, dict) and kind is None:
@@ -103,14 +103,14 @@ def read_rows(path: str | Path, kind: str | None = None) -> list[Row]:
         row, faults = _row(decoded, kind)
         if faults and kind == "quad" and sharegpt:
             good_row = GOOD_SHAREGPT_ROW
-        if row is not None and row.id in line_of_id:
+        if row is not None and row.id in place_of_id:
             given = isinstance(decoded, dict) and decoded.get("id") is not None
             what = f"'id' {row.id!r} is that of" if given else "all texts are those of"
-            faults.append(f"{what} line {line_of_id[row.id]}, expected each row once")
+            faults.append(f"{what} {place_of_id[row.id]}, expected each row once")
         if row is None or faults:
-            bad.append(f"{path}:{line}: {'; '.join(faults)}")
+            bad.append(f"{place}: {'; '.join(faults)}")
             continue
-        line_of_id[row.id] = line
+        place_of_id[row.id] = place
         rows.append(row)
     if bad:
         raise ValueError(
@@ -128,6 +128,8 @@ def _row(decoded: object, kind: str | None) -> tuple[Row | None, list[str]]:
     """One row object, or None and its faults."""
     if not isinstance(decoded, dict):
         return None, [f"the row is of type {type(decoded).__name__}, expected an object"]
+    if "system" in decoded:
+        decoded = {**decoded, "system": given_system(decoded["system"])}
     if kind is None:
         found = ", ".join(sorted(decoded)) or "(none)"
         expected = "expected x1, y1, x2, y2 or x, chosen, rejected or x, y"
@@ -154,19 +156,22 @@ def _from_sharegpt(row: Mapping[str, object]) -> tuple[dict[str, object], list[s
     several turns (2(2T-1) messages for T turns) are refused: a member is one prompt, one response.
     """
     quad = {key: row[key] for key in ("id", "system", "c1", "c2") if key in row}
-    turns, faults = _turns(row["conversations"])
-    if faults:
-        return quad, faults
+    turns, fault = read_turns(row["conversations"])
+    if fault is not None:
+        return quad, [f"'conversations': {fault}"]
+    faults: list[str] = []
     if turns and turns[0][0] == "system":
-        if "system" in row:
+        leading = given_system(turns.pop(0)[1])
+        if leading is not None and row.get("system") is not None:
             faults.append("a system prompt stands both in 'system' and in 'conversations'")
-        quad["system"] = turns.pop(0)[1]
+        elif leading is not None:
+            quad["system"] = leading
     roles = [role for role, _ in turns]
-    if roles == ["human", "human"]:
+    if roles == ["user", "user"]:
         quad["x1"], quad["x2"] = turns[0][1], turns[1][1]
     else:
-        fault = f"'conversations' has the turns {roles}, expected two human turns (x1 and x2)"
-        if roles == ["human"]:
+        fault = f"'conversations' has the turns {roles}, expected two user turns (x1 and x2)"
+        if roles == ["user"]:
             fault += "; one turn is an ordinary preference pair: give it as x, chosen, rejected"
         if len(roles) > 2 and len(roles) % 4 == 2:
             fault += "; dialogues of several turns are not supported: render them into x1 and x2"
@@ -175,26 +180,50 @@ def _from_sharegpt(row: Mapping[str, object]) -> tuple[dict[str, object], list[s
         if key not in row:
             faults.append(f"{key!r} ({name}) is missing")
             continue
-        reply, reply_faults = _turns([row[key]])
-        faults += [f"{key!r}: {fault}" for fault in reply_faults]
-        if reply and reply[0][0] != "gpt":
-            faults.append(f"{key!r} is from {reply[0][0]!r}, expected 'gpt'")
-        elif reply:
+        reply, fault = read_turns(row[key])
+        if fault is not None:
+            faults.append(f"{key!r}: {fault}")
+        elif [role for role, _ in reply] != ["assistant"]:
+            found = [role for role, _ in reply]
+            faults.append(f"{key!r} has the turns {found}, expected one of the assistant")
+        else:
             quad[name] = reply[0][1]
     return quad, faults
 
 
-def _turns(messages: object) -> tuple[list[tuple[str, object]], list[str]]:
-    """(role, text) of each message, or a fault."""
-    if not isinstance(messages, list):
-        return [], [f"'conversations' is {type(messages).__name__}, expected a list of messages"]
-    turns: list[tuple[str, object]] = []
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not {"from", "value"} <= message.keys():
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}  # names of others for ours
+
+
+def read_turns(
+    messages: object, speaker: str | None = None
+) -> tuple[list[tuple[str, str]], str | None]:
+    """(role, text) of each message, and what is wrong with them, if anything: then no turns.
+
+    messages: a message or a list of them, {"role", "content"} or {"from", "value"}; with a
+    `speaker`, a text is one turn of theirs. Roles are system, user, assistant and what else is
+    there (tool, ...); human, gpt and model are read as ours.
+    """
+    if isinstance(messages, str) and speaker is not None:
+        return [(speaker, messages)], None
+    listed = [messages] if isinstance(messages, dict) else messages
+    if not isinstance(listed, list) or not listed:
+        what = "empty" if listed == [] else type(listed).__name__
+        return [], f"found {what}, expected a list of messages"
+    turns: list[tuple[str, str]] = []
+    for number, message in enumerate(listed):
+        given = message if isinstance(message, dict) else {}
+        role, text = given.get("role", given.get("from")), given.get("content", given.get("value"))
+        if not isinstance(role, str) or not isinstance(text, str):
             found = sorted(message) if isinstance(message, dict) else type(message).__name__
-            return [], [f'message {number} is {found}, expected {{"from": ..., "value": ...}}']
-        turns.append((str(message["from"]), message["value"]))
-    return turns, []
+            expected = '{"from": ..., "value": ...} or {"role": ..., "content": ...}, both texts'
+            return [], f"message {number} is {found}, expected {expected}"
+        turns.append((ROLES.get(role, role), text))
+    return turns, None
+
+
+def given_system(value: Any) -> Any:
+    """A row's system prompt; None for an empty one, which other formats write for none."""
+    return None if isinstance(value, str) and not value.strip() else value
 
 
 def rows_for(kind: str, rows: Sequence[Row], quad_rows: str = "both") -> list[Row]:

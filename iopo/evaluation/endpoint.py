@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iopo.evaluation.config import EndpointSection
-from iopo.files import Journal, sha256_text
+from iopo.files import HALF_PAIR, Journal, sha256_text
 
 if TYPE_CHECKING:
     import openai
@@ -217,6 +217,10 @@ class Endpoint:
             "response_format": request.response_format,
         }
         arguments: dict[str, Any] = {k: v for k, v in optional.items() if v is not None}
+        messages = [  # half of a surrogate pair cannot be sent
+            {name: HALF_PAIR.sub("\ufffd", text) for name, text in message.items()}
+            for message in request.messages
+        ]
         import openai
 
         start = time.monotonic()
@@ -225,7 +229,7 @@ class Endpoint:
             raw = await asyncio.wait_for(
                 self._client.chat.completions.with_raw_response.create(
                     model=request.model,
-                    messages=list(request.messages),  # type: ignore[arg-type]
+                    messages=messages,  # type: ignore[arg-type]
                     temperature=request.temperature,
                     extra_body=request.extra or None,
                     **arguments,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iopo.files import read_records
+from iopo.files import given_records, shortened
 from iopo.stats import Units
 
 # metric -> unit (an item, or a group of items) -> (numerator, denominator); a metric's value is the
@@ -106,20 +106,28 @@ def locate(source: Source, path: str | None) -> Path:
 
 
 def read_rows(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
-    """The rows of a data file.
+    """The rows of a data file; a whole number that is written as 1.0 is an int.
 
     Raises ValueError naming the first rows that lack a field or hold another type there.
     """
-    rows = read_records(path)
+    rows = given_records(path)
     errors = []
-    for number, row in enumerate(rows, 1):
+    for place, row in rows:
         for name, kind in fields.items():
+            if kind is int and name in row:
+                row[name] = whole(row[name])
             if not isinstance(row.get(name), kind):
                 found = type(row[name]).__name__ if name in row else "nothing"
-                errors.append(f"{path}: row {number}: {name}: found {found}, expected {kind}")
+                errors.append(f"{place}: {name}: found {found}, expected {kind.__name__}")
     if errors or not rows:
-        raise ValueError("\n".join([*errors[:10], f"{path}: {len(rows)} rows; the right file?"]))
-    return rows
+        listed = [*shortened(errors, 10), f"{path}: {len(rows)} rows; the right file?"]
+        raise ValueError("\n".join(listed))
+    return [row for _, row in rows]
+
+
+def whole(value: Any) -> Any:
+    """1 for 1.0, which pandas writes for the integers of a column with gaps; others as they are."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def make_items(

@@ -13,9 +13,9 @@ from typing import Any
 
 from iopo.evaluation.config import EvaluateConfig, GenerateSection, ModelSection
 from iopo.evaluation.endpoint import Endpoint, Request, RequestFailed, run_together
-from iopo.evaluation.items import Item
+from iopo.evaluation.items import Item, whole
 from iopo.evaluation.report import progress
-from iopo.files import Journal, read_records, sha256_text, write_text
+from iopo.files import Journal, iter_records, read_records, sha256_text, shortened, write_text
 
 NAMED = 5  # ids shown in a message; the rest are counted
 
@@ -70,7 +70,7 @@ def row_key(item: Item) -> dict[str, Any]:
 
 
 def read_responses(path: str | Path, items: list[Item], known: set[str]) -> Responses:
-    """Answers from JSON Lines {"key" or "id", "response"}, joined by id.
+    """Answers from a file of rows {"key" or "id", "response"}, joined by id; 1.0 is the id 1.
 
     items: what is scored; known: all ids of the data file. Missing answers and unknown ids are
     reported, not fatal. Raises ValueError without a file or rows, on rows of another form, on two
@@ -78,21 +78,23 @@ def read_responses(path: str | Path, items: list[Item], known: set[str]) -> Resp
     """
     if not Path(path).is_file():
         raise ValueError(f"responses.path={path}: no such file")
-    rows = read_records(path)
     texts: dict[str, str] = {}
     reasons: list[str] = []
-    for number, row in enumerate(rows, 1):
-        name = row["id"] if "id" in row else row.get("key")
+    rows = list(iter_records(path))
+    for place, row, fault in rows:
+        if not isinstance(row, dict):  # half of a surrogate pair is scored as any other answer
+            reasons.append(f"{place}: {fault or f'expected an object, found {type(row).__name__}'}")
+            continue
+        name = whole(row["id"] if "id" in row else row.get("key"))
         if not isinstance(name, str | int) or isinstance(name, bool):
-            reasons.append(f'{path}: row {number}: expected "id" or "key" with text or a number')
+            reasons.append(f'{place}: expected "id" or "key" with text or a whole number')
         elif not isinstance(row.get("response"), str):
             found = type(row["response"]).__name__ if "response" in row else "nothing"
-            reasons.append(f'{path}: row {number}: "response": expected text, found {found}')
+            reasons.append(f'{place}: "response": expected text, found {found}')
         elif texts.setdefault(str(name), row["response"]) != row["response"]:
-            reasons.append(f"{path}: row {number}: a second, different answer to {name}")
+            reasons.append(f"{place}: a second, different answer to {name}")
     if reasons:
-        more = [f"... and {len(reasons) - 10} more"] if len(reasons) > 10 else []
-        raise ValueError("\n".join(reasons[:10] + more))
+        raise ValueError("\n".join(shortened(reasons, 10)))
     if not texts:
         raise ValueError(f"{path}: no answers in it")
     unknown = [name for name in texts if name not in known]

@@ -236,7 +236,7 @@ def test_verify_finds_every_planted_fault_and_no_other(tmp_path, train):
     # an id is found at its second use, which is the untouched row further down
     expected = {(line + 70, f) if f == "id" else (line, f) for line, f in expected}
     assert len(expected) == 40
-    assert sorted((v.line, v.fault) for v in found) == sorted(expected)
+    assert sorted((v.place.line, v.fault) for v in found) == sorted(expected)
     assert summary.rows == 196
 
 
@@ -249,15 +249,16 @@ def test_verify_finds_every_planted_fault_and_no_other(tmp_path, train):
         ({"match": 3}, "match"),
         ({"match": [1, 0, 1]}, "match"),
         ({"y1": None}, "keys"),
-        ({"y1": "\ud800 это ответ."}, "language"),
+        ({"y1": "\ud800 это ответ."}, "json"),
     ],
 )
 def test_verify_survives_strange_rows(tmp_path, train, change, fault):
     path = tmp_path / "strange.jsonl"
     path.write_text(json.dumps({**train[0], **change}) + "\n" + "[" * 100_000 + "\n[1]\n")
     found, _ = verify.verify([path])
-    assert (1, fault) in {(v.line, v.fault) for v in found}
-    assert [(v.line, v.fault) for v in found if v.line > 1] == [(2, "json"), (3, "keys")]
+    places = [(v.place.line, v.fault) for v in found]
+    assert (1, fault) in places
+    assert [place for place in places if place[0] > 1] == [(2, "json"), (3, "keys")]
     row = json.loads(json.dumps(train[0]))
     row["c1"][0]["text"] = 7
     path.write_text(json.dumps(row) + "\n")
@@ -274,12 +275,12 @@ def test_verify_compares_with_benchmarks_and_other_files(tmp_path, train, capsys
     write_records(one, train[:5])
     write_records(two, [{**train[9], "task": train[0]["task"], "y1": train[0]["y1"]}])
     found, _ = verify.verify([one], [bench])
-    assert {(v.line, v.fault) for v in found} >= {(4, "overlap")}
+    assert {(v.place.line, v.fault) for v in found} >= {(4, "overlap")}
     assert all(v.fault == "overlap" and "bench.jsonl:2" in v.detail for v in found)
     as_list = tmp_path / "bench.json"  # a list with a byte order mark
     as_list.write_text(json.dumps([{"a": prompt}], indent=1), encoding="utf-8-sig")
     found, _ = verify.verify([one], [as_list])
-    assert {(v.line, v.fault) for v in found} >= {(4, "overlap")}
+    assert {(v.place.line, v.fault) for v in found} >= {(4, "overlap")}
     found, _ = verify.verify([one, two])
     assert {v.fault for v in found} >= {"task", "response"}
     assert verify.main([str(one)]) == 0

@@ -1,5 +1,6 @@
 """Foreign files in, foreign files out, and relabelling a preference set as a stream."""
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -11,14 +12,14 @@ from iopo.construct import relabel as relabelling
 from iopo.construct.prose import script_of
 from iopo.construct.relabel import RelabelRecipe, relabel_file
 from iopo.construct.verify import verify
-from iopo.data.rows import Pair, read_rows
+from iopo.data.rows import Pair, read_rows, rows_for
 
 ROOT = Path(__file__).resolve().parents[2]
 QUADS = ROOT / "data" / "verified" / "heldout.jsonl"
 
 
 def write(path: Path, rows: list) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
@@ -69,6 +70,13 @@ def turn(role: str, text: str) -> dict:
             {"prompt": "P", "chosen": [turn("user", "Q"), turn("assistant", "A")], "rejected": "B"},
             "the two sides answer different prompts",
         ),
+        ({"prompt": "P", "system": " ", "chosen": "A", "rejected": "B"}, ("P", "A", "B", None)),
+        (
+            {"prompt": "P\n", "chosen": [turn("user", " P"), turn("assistant", "A")],
+             "rejected": [turn("human", "P"), turn("gpt", "B")]},
+            ("P", "A", "B", None),
+        ),
+        ({"prompt": "P", "chosen": "A \ud83d", "rejected": "B"}, "half of a surrogate pair"),
         ([1], "no object"),
     ],
 )  # fmt: skip
@@ -113,7 +121,7 @@ def test_seeds(tmp_path):
         importers.read_seeds(
             write(tmp_path / "b.jsonl", [{"id": "a", "x": "1"}, {"id": "a", "x": "2"}])
         )
-    with pytest.raises(ValueError, match=r"row 1 has the keys \['text'\]"):
+    with pytest.raises(ValueError, match=r"c.jsonl:1: keys \['text'\]"):
         importers.read_seeds(write(tmp_path / "c.jsonl", [{"text": "1"}]))
 
 
@@ -136,12 +144,25 @@ def test_pairs_and_sft(tmp_path):
     assert len(both) == 6 and both[::2] == first
     assert both[1]["chosen"] == quads[0].y2 and both[1]["rejected"] == quads[0].y1
     assert [row["y"] for row in exporters.export(quads, "sft")][:2] == [quads[0].y1, quads[0].y2]
-    trl = list(exporters.export(quads, "trl"))
-    imported = list(importers.preferences(write(tmp_path / "a.jsonl", trl)))
-    assert [(p.x, p.chosen) for p in imported] == [(r["x"], r["chosen"]) for r in both]
     assert exporters.main([str(QUADS), "--to", "pairs", "--out", str(tmp_path / "p.jsonl")]) == 0
     assert len(read_rows(tmp_path / "p.jsonl", "pair")) == 2 * len(read_rows(QUADS))
     assert exporters.main([str(tmp_path / "p.jsonl"), "--to", "sharegpt", "--out", "x.json"]) == 2
+
+
+def test_trl_rows_are_conversations_and_come_back(tmp_path):
+    plain, told = read_rows(QUADS, "quad")[:2]
+    quads = [plain, dataclasses.replace(told, system="Be brief.")]
+    rows = list(exporters.export(quads, "trl"))
+    assert all(row.keys() == {"prompt", "chosen", "rejected"} for row in rows)
+    assert rows[0] == {
+        "prompt": [turn("user", plain.x1)],
+        "chosen": [turn("assistant", plain.y1)],
+        "rejected": [turn("assistant", plain.y2)],
+    }
+    assert rows[2]["prompt"] == [turn("system", "Be brief."), turn("user", told.x1)]
+    imported = importers.preferences(write(tmp_path / "a.jsonl", rows))
+    pairs = [dataclasses.replace(pair, id="") for pair in rows_for("pair", quads)]
+    assert [dataclasses.replace(pair, id="") for pair in imported] == pairs
 
 
 # --- relabelling a preference set ---
@@ -202,6 +223,16 @@ def test_relabelling_leaves_out_what_is_no_use(tmp_path):
         "refusal": 1, "unfinished": 1, "another script than the prompt": 1,
         "too short or too long": 1, "repeated response": 1,
     }  # fmt: skip
+
+
+def test_half_of_a_surrogate_pair_stops_no_relabelling(tmp_path):
+    pairs = pairs_of_quads()[:4]
+    whole, files = made(tmp_path, pairs, heldout_share=0.0)
+    written = files[0].read_text()
+    pairs.insert(2, {**pairs[0], "chosen": "An emoji that was cut: \ud83d"})
+    counts, files = made(tmp_path, pairs, heldout_share=0.0)
+    assert counts["dropped"] == {"half of a surrogate pair": 1, **whole["dropped"]}
+    assert files[0].read_text() == written
 
 
 def test_chinese_pairs_get_chinese_instructions(tmp_path):

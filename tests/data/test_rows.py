@@ -64,7 +64,7 @@ def test_other_keys_and_constraints_are_kept_apart(write):
         ({"y2": " \n"}, "'y2' is empty"),
         ({"y2": " tell 1\n"}, "'y1' and 'y2' are equal"),
         ({"x2": "ask 1"}, "'x1' and 'x2' are equal"),
-        ({"y1": "\ud800"}, "half of a surrogate pair"),
+        ({"y1": "tell \ud800"}, "half of a surrogate pair after"),
         ({"id": ""}, "'id' is empty"),
         ({"id": 4}, "'id' is a number (4)"),
         ({"system": ["a"]}, "'system' is a list"),
@@ -109,8 +109,8 @@ def test_all_bad_rows_in_one_message(write):
     assert lines[4].startswith("the row is not JSON (Expecting property name")
     assert lines[5] == "the line is not UTF-8 (byte 8 of it is 0xff)"
     assert lines[6] == "the row is of type list, expected an object"
-    assert lines[7] == "all texts are those of line 1, expected each row once"
-    assert lines[9] == "'id' 'a' is that of line 8, expected each row once"
+    assert lines[7] == f"all texts are those of {path}:1, expected each row once"
+    assert lines[9] == f"'id' 'a' is that of {path}:8, expected each row once"
     assert lines[10] == "the row names the key 'x1' twice"
     assert lines[11] == "'x1' is empty, expected text; 'y1' is a number (3), expected a string"
     assert text.startswith(f"{path}: 8 of 10 rows cannot be used")
@@ -144,7 +144,7 @@ def test_json_lists_have_line_numbers(write):
     text = f"[\n{good},\n\n{bad},\n{json.dumps({**QUAD, 'id': 'b'})}]"
     path = write(text.encode(), name="rows.json")
     message = error_of(path)
-    assert f"{path}:4: 'y1' is empty" in message and "1 of 3 rows" in message
+    assert f"{path}: row 2 (line 4): 'y1' is empty" in message and "1 of 3 rows" in message
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.txt"])
@@ -158,7 +158,7 @@ def test_content_and_not_the_name_says_whether_a_file_is_a_list(write, name):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[\n{"x": "a",\n}]', ":3: the row is not JSON (Illegal trailing comma"),
+        ('[\n{"x": "a",\n}]', " row 1 (line 3): the row is not JSON (Illegal trailing comma"),
         ('[{"x": "a", "y": "b"} {"x"', "after a row, expected ',' or ']'"),
         ('[{"x": "a", "y": "b"}]\n[]', ":2: found '[]"),
         ("[]", "holds no rows"),
@@ -201,11 +201,15 @@ def human(*texts: str) -> list[dict]:
     [
         ({"conversations": human("a")}, "ordinary preference pair: give it as x, chosen, rejected"),
         ({"conversations": human(*"abcdef")}, "dialogues of several turns are not supported"),
-        ({"conversations": human(*"abc")}, "expected two human turns"),
-        ({"conversations": "a"}, "'conversations' is str, expected a list"),
+        ({"conversations": human(*"abc")}, "expected two user turns"),
+        ({"conversations": "a"}, "'conversations': found str, expected a list of messages"),
+        ({"conversations": []}, "'conversations': found empty, expected a list of messages"),
         ({"conversations": [{"role": "user"}]}, "message 0 is ['role'], expected"),
-        ({"chosen": {"from": "human", "value": "a"}}, "'chosen' is from 'human', expected 'gpt'"),
-        ({"rejected": "a"}, "'rejected': message 0 is str"),
+        (
+            {"chosen": {"from": "human", "value": "a"}},
+            "'chosen' has the turns ['user'], expected one of",
+        ),
+        ({"rejected": "a"}, "'rejected': found str, expected a list of messages"),
         ({"conversations": human("a", "a")}, "'x1' and 'x2' are equal"),
         ({"conversations": human("a", "")}, "'x2' is empty"),
         (
@@ -222,6 +226,24 @@ def test_bad_sharegpt_rows(write, change, message):
     }
     text = error_of(write({**row, **change}))
     assert message in text and 'A good row: {"conversations"' in text
+
+
+@pytest.mark.parametrize("speaker", ["human", "user"])
+@pytest.mark.parametrize("keys", [("from", "value"), ("role", "content")])
+def test_turns_have_either_keys_and_either_roles(write, speaker, keys):
+    other = "gpt" if speaker == "human" else "assistant"
+    said = [("system", ""), (speaker, "ask 1"), (speaker, "ask 2"), (other, "tell 1")]
+    system, first, second, reply = (dict(zip(keys, turn, strict=True)) for turn in said)
+    row = {"conversations": [system, first, second], "chosen": reply, "system": "",
+           "rejected": [{**reply, keys[1]: "tell 2"}]}  # fmt: skip
+    assert read_rows(write(row)) == read_rows(write(QUAD))
+
+
+@pytest.mark.parametrize("empty", ["", " \n\t", None])
+@pytest.mark.parametrize("kind", ["quad", "pair", "sft"])
+def test_an_empty_system_prompt_is_none(write, kind, empty):
+    good = checks.GOOD_ROW[kind]
+    assert read_rows(write({**good, "system": empty})) == read_rows(write(good))
 
 
 def test_quads_feed_pairs_and_sft():

@@ -169,12 +169,13 @@ def test_odd_answers_are_counted_not_fatal(data: Path, tmp_path: Path, caplog) -
     [
         (b'{"key": 1000, "response": "\xff"}\n', r"answers.jsonl:1: the line is not UTF-8"),
         (b'{"key": 1000, "response": "a"\n{"key": 1}\n', r"answers.jsonl:1: "),
-        (b'{"key": 1000}\n', 'row 1: "response": expected text, found nothing'),
+        (b'{"key": 1000}\n', 'answers.jsonl:1: "response": expected text, found nothing'),
         (b'{"key": 1000, "response": null}\n', "found NoneType"),
         (b'{"response": "a"}\n', 'expected "id" or "key"'),
+        (b'{"key": 1000.5, "response": "a"}\n', "with text or a whole number"),
         (
             b'{"key": 1000, "response": "a"}\n{"key": "1000", "response": "b"}\n',
-            "row 2: a second, different answer to 1000",
+            "answers.jsonl:2: a second, different answer to 1000",
         ),
         (b'{"key": 1, "response": "a"}\n', "none of 1 ids is in the data"),
         (b"\n", "no answers in it"),
@@ -213,6 +214,17 @@ def test_models_of_one_name_have_folders_of_their_own(path: str, folder: str) ->
 def test_scoring_answers_does_not_wait_for_torch() -> None:
     code = "import sys, evaluate; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_whole_numbers_that_pandas_writes_as_floats_are_ids(data: Path, tmp_path: Path) -> None:
+    rows = read_records(data)
+    answers = [{"key": float(row["key"]), "response": PLAIN} for row in rows]
+    write_records(data, [{**row, "key": float(row["key"])} for row in rows])
+    write_records(tmp_path / "answers.jsonl", answers)
+    found = evaluate(settings(data, tmp_path / "answers.jsonl"))["responses"]
+    assert found["answers"] == len(rows) and not found["missing"] and not found["unknown"]
+    verdicts = read_records(data.parent / "out" / "verdicts.jsonl")
+    assert [row["key"] for row in verdicts] == [row["key"] for row in rows]
 
 
 def test_the_report_escapes_what_answers_hold(data: Path, tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def indexed(text: str, count: int = 2, maximum: int = 10):
             (9.5, 8),
             None,
         ),
+        (verdict(TOKEN, [10, 4]).replace("{", '{"reason": "first line\n\tsecond",', 1), (10, 4), 7),
     ],
 )
 def test_indexed_reads(text: str, scores: tuple, overall: float | None) -> None:
@@ -255,6 +256,35 @@ def test_an_answer_cannot_score_itself() -> None:
     with StubServer(script) as server:
         found = run(server, question(response=forged), parse_retries=1)
     assert found.status == "unparsed" and found.scores is None and len(found.replies) == 2
+
+
+@pytest.mark.parametrize(
+    ("style", "format_", "reply"),
+    [
+        (Style.robust, "trace", lambda mark, score: verdict(mark, [score])),
+        (Style.paper, "trace", lambda _, score: f'Fine Grained Score: [{{"It": {score}}}]'),
+        (Style.paper, "lines", lambda _, score: f"It rhymes. {score}"),
+        (Style.paper, "yes_no", lambda _, score: f"Answer: {'YES' if score else 'NO'}"),
+    ],
+)
+def test_drafts_inside_thinking_are_no_verdict(style: Style, format_: str, reply) -> None:
+    one = question(format=format_, criteria=("It rhymes.",), maximum=1)
+    draft, said = (reply(judge_prompts.token(one), score) for score in (1, 0))
+
+    def scores(text: str) -> tuple[float, ...]:
+        return judge.parse(one, style, Reply("k", text, "stop", 1, 1, 0.1, "")).scores
+
+    assert scores(said) == scores(f"<think>\nMaybe\n{draft}</think>\n\n{said}") == (0,)
+    assert scores(f"Maybe\n{draft}\n</think>\n{said}") == (0,), "opened by the template"
+    for text in (f"<think>\n{draft}\nbut wait", f"{said}\n<think>{draft}", f"{draft}</think>"):
+        with pytest.raises(Unreadable):
+            scores(text)
+
+
+def test_half_of_a_surrogate_pair_in_an_answer_is_judged() -> None:
+    with StubServer(honest) as server:
+        assert run(server, question(response="An emoji: \ud83d")).status == "judged"
+        assert "An emoji: \ufffd" in server.bodies[0]["messages"][0]["content"]
 
 
 def test_a_reply_cut_at_the_token_limit_is_not_read() -> None:

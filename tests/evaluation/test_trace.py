@@ -108,7 +108,7 @@ def test_a_missing_tag_or_field_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="item 1: 2 constraints and 1 tags"):
         trace.load(data)
     write_records(data, [{**SMALL[1], "description": None}])
-    with pytest.raises(ValueError, match="row 1: description: found NoneType"):
+    with pytest.raises(ValueError, match=":1: description: found NoneType, expected str"):
         trace.load(data)
     write_records(data, [SMALL[0], SMALL[0]])
     with pytest.raises(ValueError, match="id 0 is there more than once"):

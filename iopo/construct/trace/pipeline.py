@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from iopo.constraints.text import after_thinking
 from iopo.construct import importers, taxonomy
 from iopo.construct.trace.config import TraceRecipe
 from iopo.construct.trace.replies import Rejected, Unreadable
@@ -144,7 +145,7 @@ async def _answer(ask: Ask, context: Context, servers: Servers) -> Any:
         try:
             if reply.finish_reason == "length":
                 raise Unreadable("cut off at max_tokens")
-            return ask.read(reply.text)
+            return ask.read(after_thinking(reply.text))
         except Unreadable as error:
             problem = str(error)
     raise Unreadable(problem)

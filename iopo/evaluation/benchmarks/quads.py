@@ -17,7 +17,7 @@ from iopo.evaluation import quad_metrics as heldout
 from iopo.evaluation.config import BOOTSTRAP, EvaluateConfig, JudgeSection
 from iopo.evaluation.quad_metrics import Answer
 from iopo.evaluation.responses import default_out, placing
-from iopo.files import iter_records, write_records, write_text
+from iopo.files import given_records, write_records, write_text
 from iopo.logprobs import LogProbs
 from iopo.model.load import load_tokenizer, resolve_model
 from iopo.training.metrics import preferences
@@ -76,9 +76,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def read(path: Path, limit: int | None = None) -> Rows:
     """Quads of a file with their "split", spread evenly over the file if limited."""
     quads = [row for row in read_rows(path, kind="quad") if isinstance(row, Quad)]
-    found = [value for _, value, _ in iter_records(path) if isinstance(value, dict)]
-    splits = {row.get("id"): row.get("split", "heldout") for row in found}
-    return [(quad, splits.get(quad.id, "heldout")) for quad in spread(quads, limit)]
+    splits = [row.get("split", "heldout") for _, row in given_records(path)]
+    return spread(list(zip(quads, splits, strict=True)), limit)
 
 
 def score_model(

@@ -4,11 +4,11 @@ An instruction is followed only if every constraint gets 10 of 10 (Eq. 3). IF-S 
 the instructions with one constraint, IF-M over those with more.
 """
 
-import json
 from pathlib import Path
 
 from iopo.evaluation import items
 from iopo.evaluation.items import Item, Measures, Question, Verdict, add
+from iopo.files import given_records
 
 SOURCE = items.Source(
     benchmark="trace",
@@ -23,9 +23,9 @@ HEADLINE = ("IF-S", "IF-M", "IF", "mean_score")
 
 # Paper, table 6, a row a dimension. A tag that is not here is counted as "Other", never dropped.
 TAXONOMY = Path(__file__).with_name("trace_taxonomy.json")
-_DIMENSIONS = json.loads(TAXONOMY.read_text(encoding="utf-8"))
-TYPE_OF = {row["tag"]: row["type"] for row in _DIMENSIONS}
-ENGLISH = {row["tag"]: row["dimension"] for row in _DIMENSIONS}
+_DIMENSIONS = given_records(TAXONOMY)
+TYPE_OF = {row["tag"]: row["type"] for _, row in _DIMENSIONS}
+ENGLISH = {row["tag"]: row["dimension"] for _, row in _DIMENSIONS}
 
 
 def load(path: Path) -> list[Item]:

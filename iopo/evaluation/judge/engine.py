@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from iopo.constraints.text import after_thinking
 from iopo.evaluation.config import EvaluateConfig, JudgeSection, Style
 from iopo.evaluation.endpoint import (
     Endpoint,
@@ -78,14 +79,18 @@ def prompt(question: Question, style: Style) -> str:
 
 
 def parse(question: Question, style: Style, reply: Reply) -> Parsed:
-    """The scores in a reply. Raises Unreadable, also when the reply was cut off."""
+    """The scores in a reply. Raises Unreadable, also when the reply was cut off.
+
+    Scores inside <think> are drafts and do not count.
+    """
     if reply.finish_reason == "length":
         raise Unreadable("the reply was cut off at the token limit")
+    text = after_thinking(reply.text)
     count = len(question.criteria)
     if style is Style.paper:
-        return _PAPER[question.format][1](reply.text, count=count)
+        return _PAPER[question.format][1](text, count=count)
     token = judge_prompts.token(question)
-    return judge_parse.parse_indexed(reply.text, count=count, maximum=question.maximum, token=token)
+    return judge_parse.parse_indexed(text, count=count, maximum=question.maximum, token=token)
 
 
 def first_request(question: Question, section: JudgeSection) -> Request:

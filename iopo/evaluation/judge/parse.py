@@ -140,7 +140,7 @@ def parse_yes_no(text: str, *, count: int) -> Parsed:
 
 def json_objects(text: str) -> list[dict[str, Any]]:
     """All JSON objects of a text that are not inside another, in order."""
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(strict=False)  # line breaks inside a string are no ambiguity
     found = []
     position = text.find("{")
     while position >= 0:
@@ -161,7 +161,7 @@ def _json_after(text: str, start: int) -> Any:
     # More than decoration between label and value: the label was only mentioned.
     if opening is None or len(re.sub(r"[\s*_`:：\"'“”#=]|json", "", text[start : opening.start()])):
         return None
-    decoder = json.JSONDecoder(object_pairs_hook=list)
+    decoder = json.JSONDecoder(object_pairs_hook=list, strict=False)
     try:
         return decoder.raw_decode(text, opening.start())[0]
     except ValueError:

@@ -24,7 +24,7 @@ from iopo.construct.proposals import CLOSINGS, OPENINGS
 from iopo.construct.quadruples import four_cells
 from iopo.construct.tasks import INPUT_MARK, Task
 from iopo.data.rows import spread
-from iopo.files import read_records, sha256_text, write_records
+from iopo.files import given_records, sha256_text, write_records
 
 Row = dict[str, Any]
 _ORDER = "comparison"  # of the rows drawn; a change draws others
@@ -202,12 +202,12 @@ def _numbered(constraints: list[Row]) -> str:
 def _read(path: Path) -> list[Row]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected quads with task, c1 and c2 (.jsonl)")
-    rows = read_records(path)
-    for number, row in enumerate(rows, 1):
+    rows = given_records(path)
+    for place, row in rows:
         missing = [k for k in ("id", "task", "x1", "y1", "x2", "y2", "c1", "c2") if not row.get(k)]
         if missing:
-            raise ValueError(f"{path}:{number}: no {', '.join(missing)}; expected a verified quad")
-    return rows
+            raise ValueError(f"{place}: no {', '.join(missing)}; expected a verified quad")
+    return [row for _, row in rows]
 
 
 def _task(row: Row) -> Task:

@@ -22,7 +22,7 @@ OVERLAID = (("train", "loss"), ("train", "margin"), ("train", "accuracy"),
 def collect(sweep: Path) -> list[dict[str, Any]]:
     """One row per run folder: "run", "state" (complete | failed | unfinished), the config keys that
     differ, then MEASURES and "seconds", which are missing for runs that did not end."""
-    # at any depth: a job's folder is named after its overrides, and paths among them nest it
+    # at any depth: hydra.sweep.subdir may be set to a nested name
     folders = sorted(path.parent for path in sweep.rglob("config.yaml"))
     configs = [flatten(yaml.safe_load(text_of(f / "config.yaml"))) for f in folders]
     keys = sorted({key for config in configs for key in config} - {"run"})

@@ -1,0 +1,125 @@
+"""Files of rows that users give: every program reads every form of them, and names a bad row."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iopo.construct import exporters, importers, report, taxonomy, verify
+from iopo.data.rows import read_rows
+from iopo.evaluation.benchmarks import ifeval, quads
+from iopo.evaluation.items import Item
+from iopo.evaluation.responses import read_responses
+from iopo.experiments.paper_table import data as paper_table
+
+HALF = "\ud83d"  # of a surrogate pair: an emoji that was cut in two
+CONSTRAINT = [{"kind": "commas", "params": {"relation": "exactly", "number": 0}, "text": "Plain."}]
+QUADS = [
+    {"id": f"q{n}", "task": f"Task {n} \u2028 é.", "x1": f"A{n}. Plain.", "y1": f"One {n}.",
+     "x2": f"B{n}. Plain.", "y2": f"Two, {n}.", "c1": CONSTRAINT, "c2": CONSTRAINT}
+    for n in range(4)
+]  # fmt: skip
+PAIRS = [{"prompt": f"P{n}", "chosen": f"Good {n}.", "rejected": f"Bad {n}."} for n in range(4)]
+SEEDS = [{"id": f"s{n}", "instruction": f"Write {n}."} for n in range(4)]
+IFEVAL = [
+    {"key": n, "prompt": f"P{n}", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    for n in range(4)
+]
+PROMPTS = [{"prompt": f"word{n} " * 14} for n in range(4)]
+ANSWERS = [{"key": n, "response": f"Answer {n}."} for n in range(4)]
+DIMENSIONS = [
+    {"type": "Style", "dimension": f"D{n}", "tag": f"T{n}", "en": "e", "zh": "z", "count": n + 1}
+    for n in range(4)
+]
+
+
+def exported(path: Path) -> str:
+    out = path.with_name("out.jsonl")
+    if code := exporters.main([str(path), "--to", "trl", "--out", str(out)]):
+        raise SystemExit(code)
+    return out.read_text(encoding="utf-8")
+
+
+def verified(path: Path) -> tuple[list[str], int]:
+    found, summary = verify.verify([path])
+    # all but the place, which depends on the form
+    texts = [str(v) if v.fault == "json" else f"{v.fault} {v.detail}" for v in found]
+    return texts, summary.rows
+
+
+def answers(path: Path) -> dict[str, str]:
+    items = [Item(str(n), (), {}) for n in range(4)]
+    return read_responses(path, items, {item.id for item in items}).text
+
+
+READERS: dict[str, tuple[list[dict], Callable[[Path], Any]]] = {
+    "training": (QUADS, read_rows),
+    "exporters": (QUADS, exported),
+    "verify": (QUADS, verified),
+    "verify --against": (PROMPTS, lambda path: list(verify.benchmark_grams([path]))),
+    "report": (QUADS, lambda path: report.count([path])),
+    "paper_table": (QUADS, paper_table._read),
+    "evaluate quads": (QUADS, quads.read),
+    "evaluate data": (IFEVAL, lambda path: [item.row for item in ifeval.load(path)]),
+    "evaluate responses": (ANSWERS, answers),
+    "relabel": (PAIRS, lambda path: list(importers.preferences(path))),
+    "seeds": (SEEDS, importers.read_seeds),
+    "taxonomy": (DIMENSIONS, taxonomy.read),
+}
+FORMS = ("jsonl", "crlf", "indented", "one line")
+every_reader = pytest.mark.parametrize("reader", READERS)
+
+
+def write(folder: Path, rows: list[dict], form: str, third: str | None = None) -> tuple[Path, str]:
+    """The file, and the place of its third row, in whose stead `third` may stand."""
+    texts = [json.dumps(row, indent=1 if form == "indented" else None) for row in rows]
+    texts[2] = third or texts[2]
+    path = folder / ("rows.json" if form in ("indented", "one line") else "rows.jsonl")
+    if path.suffix == ".jsonl":
+        end, encoding = ("\r\n", "utf-8-sig") if form == "crlf" else ("\n", "utf-8")
+        path.write_bytes("".join(text + end for text in texts).encode(encoding))
+        return path, f"{path}:3: "
+    between = ",\n" if form == "indented" else ", "
+    before = "[" + between[1:] + "".join(text + between for text in texts[:2])
+    path.write_text(before + between.join(texts[2:]) + "]")
+    return path, f"{path}: row 3 (line {before.count(chr(10)) + 1}): "
+
+
+@every_reader
+def test_every_form_of_a_file_is_read_alike(tmp_path, reader):
+    rows, read = READERS[reader]
+    found = [read(write(tmp_path, rows, form)[0]) for form in FORMS]
+    assert found[0] and all(other == found[0] for other in found[1:])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@every_reader
+def test_a_bad_row_is_named_by_file_row_and_line(tmp_path, capsys, caplog, reader, form):
+    rows, read = READERS[reader]
+    path, place = write(tmp_path, rows, form, third='{"broken": }')
+    assert place in said(read, path, capsys, caplog)
+
+
+@every_reader
+def test_half_of_a_surrogate_pair_stops_no_program_in_its_middle(tmp_path, capsys, caplog, reader):
+    rows, read = READERS[reader]
+    broken = {k: v + HALF if isinstance(v, str) else v for k, v in rows[2].items()}
+    path, place = write(tmp_path, rows, "one line", third=json.dumps(broken))
+    if reader == "evaluate responses":  # an answer is scored as it is
+        assert read(path)["2"] == f"Answer 2.{HALF}"
+    elif reader != "verify --against":
+        told = said(read, path, capsys, caplog)
+        assert place in told and "half of a surrogate pair after" in told
+
+
+def said(read: Callable[[Path], Any], path: Path, capsys: Any, caplog: Any) -> str:
+    """All that a user is told, and what was read."""
+    result = None
+    try:
+        result = read(path)
+    except (ValueError, SystemExit) as error:
+        result = error
+    printed = capsys.readouterr()
+    return f"{result} {printed.out} {printed.err} {caplog.text}"
