@@ -6,6 +6,7 @@ attention and the log-prob head cannot do is refused here, by name.
 """
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,14 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.logging import disable_progress_bar
 
 from iopo.files import cache_root, sha256_file, sha256_text, write_text
 from iopo.model.demo_model import fetch_demo_model
+from iopo.model.headers import read_headers
 
 DEMO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CHATML = (
@@ -93,20 +98,23 @@ def load_causal_lm(
         a frozen base (LoRA), a reference and generation load in the dtype of the computation.
     attention: SHARED of iopo.model.attention, or one of transformers' own (sdpa, eager, ...).
     Raises ValueError, naming the model and the reason, for pickled weights, code in the model
-    folder, quantised weights and architectures that are not supported.
+    folder, quantised weights, architectures that are not supported, and weights that are missing:
+    transformers would draw them at random.
     """
     require_safetensors(path)
     disable_progress_bar()  # transformers draws one per load, on every rank
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     check_config(config, where=str(path))
-    model = AutoModelForCausalLM.from_pretrained(
+    model, loaded = AutoModelForCausalLM.from_pretrained(
         str(path),
         config=config,
         dtype=dtype,
         attn_implementation=attention,
         use_safetensors=True,
         trust_remote_code=False,
+        output_loading_info=True,
     )
+    _refuse_missing(loaded["missing_keys"], where=str(path))
     return _finish(model, where=str(path))
 
 
@@ -166,10 +174,45 @@ def architecture(path: str | Path) -> PretrainedConfig:
         ) from error
 
 
-def meta_causal_lm(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """A model without values, on the meta device: its operators compute shapes only."""
-    with torch.device("meta"):
-        return _from_config(config, dtype, attention, where="model.path")
+def meta_causal_lm(
+    config: PretrainedConfig, dtype: torch.dtype, attention: str, *, where: str = "model.path"
+) -> PreTrainedModel:
+    """A model without values, on the meta device: its operators compute shapes only.
+
+    Raises ValueError for a config that is not supported or that transformers cannot build.
+    """
+    try:
+        with torch.device("meta"):
+            return _from_config(config, dtype, attention, where=where)
+    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError) as error:
+        kind = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{where}: transformers cannot build its config ({kind})") from error
+
+
+def check_weights(model: PreTrainedModel, folder: Path) -> list[str]:
+    """Compare the files' headers with a model on the meta device, which is changed.
+
+    Returns names of tensors that the model does not use. Raises ValueError for files that are
+    missing or damaged, and for tensors that are missing or have another shape.
+    """
+    disable_progress_bar()
+    meta = torch.device("meta")
+    state = {n: torch.empty(h.shape, device=meta) for n, h in read_headers(folder).items()}
+    # What from_pretrained does with values, done with shapes: it renames and merges tensors, too.
+    options = LoadStateDictConfig(
+        device_map={"": meta}, dtype=model.dtype, weight_mapping=get_model_conversion_mapping(model)
+    )
+    found, _ = convert_and_load_state_dict_in_model(model, state, options)
+    model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
+    model._adjust_missing_and_unexpected_keys(found)
+    _refuse_missing(found.missing_keys, where=str(folder))
+    if found.mismatched_keys:
+        name, has, expected = sorted(found.mismatched_keys)[0]
+        raise ValueError(
+            f"{folder}: {len(found.mismatched_keys)} tensors have other shapes than config.json "
+            f"says, among them {name}: found {list(has)}, expected {list(expected)}"
+        )
+    return sorted(found.unexpected_keys)
 
 
 def _from_config(
@@ -217,6 +260,14 @@ def check_config(config: PretrainedConfig, *, where: str) -> None:
     for key, value in fields.items():
         if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
             setattr(config, key, 0.0)
+
+
+def _refuse_missing(names: Collection[str], *, where: str) -> None:
+    if names:
+        raise ValueError(
+            f"{where}: no file holds {len(names)} weights that the model needs, among them "
+            f"{', '.join(sorted(names)[:3])}; is the download complete, and is config.json its own?"
+        )
 
 
 def _finish(model: PreTrainedModel, *, where: str) -> PreTrainedModel:

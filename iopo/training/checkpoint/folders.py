@@ -139,6 +139,15 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
+def discard(run_dir: Path, step: int) -> None:
+    """Remove the checkpoint of `step`, if there is one, and the folder of checkpoints if empty."""
+    folder = folder_of(run_dir, step)
+    if folder.exists():
+        remove(folder)
+    if folder.parent.exists() and not any(folder.parent.iterdir()):
+        folder.parent.rmdir()
+
+
 def _sync_folder(folder: Path) -> None:
     """Force a rename to disk: it is the folder's change, not the file's."""
     descriptor = os.open(folder, os.O_RDONLY)
