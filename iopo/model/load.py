@@ -6,12 +6,14 @@ attention and the log-prob head cannot do is refused here, by name.
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -48,6 +50,9 @@ UNSUPPORTED = {
     ("vision_config", "audio_config"): "it is multimodal; use the text-only model of the family",
     ("attn_logit_softcapping",): "its attention logits are soft-capped (Gemma 2)",
 }
+
+# what transformers raises, beside ValueError, for files that it cannot use
+FAULTS = (AssertionError, AttributeError, KeyError, OSError, RuntimeError, TypeError)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -86,7 +91,23 @@ def resolve_model(path: str | Path) -> Path:
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a model folder; Chat (iopo/data/chat.py) checks it."""
-    return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    with _refused(path):
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+
+
+def read_config(path: str | Path) -> PretrainedConfig:
+    """config.json of a model folder. Raises ValueError for one that transformers cannot read."""
+    with _refused(path):
+        return AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+
+
+@contextmanager
+def _refused(path: str | Path) -> Iterator[None]:
+    """What is wrong with a user's folder is a ValueError, whatever transformers makes of it."""
+    try:
+        yield
+    except (StrictDataclassError, *FAULTS) as error:
+        raise ValueError(f"{path}: transformers cannot use it: {error}") from error
 
 
 def load_causal_lm(
@@ -103,7 +124,7 @@ def load_causal_lm(
     """
     require_safetensors(path)
     disable_progress_bar()  # transformers draws one per load, on every rank
-    config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+    config = read_config(path)
     check_config(config, where=str(path))
     model, loaded = AutoModelForCausalLM.from_pretrained(
         str(path),
@@ -126,14 +147,20 @@ def tiny_causal_lm(
     config: must hold `model_type`; the rest overrides that type's defaults. The random numbers
     are drawn on the CPU in fp32, so all dtypes hold the same weights up to rounding.
     """
-    if "model_type" not in config:
-        raise ValueError("model.tiny: 'model_type' is missing; add for example model_type: llama")
-    made = AutoConfig.for_model(**config)
+    made = config_of_tiny(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _from_config(made, torch.float32, attention, where="model.tiny")
     nn.Module.to(model, dtype)
     return model
+
+
+def config_of_tiny(config: dict[str, Any]) -> PretrainedConfig:
+    """The transformers config of keys such as model.tiny. Raises ValueError if there is none."""
+    if "model_type" not in config:
+        raise ValueError("model.tiny: 'model_type' is missing; add for example model_type: llama")
+    with _refused("model.tiny"):
+        return AutoConfig.for_model(**config)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -181,12 +208,8 @@ def meta_causal_lm(
 
     Raises ValueError for a config that is not supported or that transformers cannot build.
     """
-    try:
-        with torch.device("meta"):
-            return _from_config(config, dtype, attention, where=where)
-    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError) as error:
-        kind = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{where}: transformers cannot build its config ({kind})") from error
+    with _refused(where), torch.device("meta"):
+        return _from_config(config, dtype, attention, where=where)
 
 
 def check_weights(model: PreTrainedModel, folder: Path) -> list[str]:

@@ -116,10 +116,10 @@ def choose(model: PreTrainedModel, targets: str) -> list[str]:
     head = model.get_output_embeddings()
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
     if not linear:
-        kinds = {type(m).__name__ for m in model.modules() if hasattr(m, "weight")}
         raise ValueError(
-            f"model.lora.rank: model type '{model.config.model_type}' has no nn.Linear to adapt, "
-            f"only {', '.join(sorted(kinds))}; train all weights (model.lora.rank=0)"
+            f"model.lora.rank: the layers of model type '{model.config.model_type}' are no "
+            "nn.Linear (GPT-2's are Conv1D), and nothing else is adapted; train all weights "
+            "(model.lora.rank=0)"
         )
     if targets == "all-linear":
         return linear

@@ -18,7 +18,7 @@ from iopo.data.rows import Quad, read_rows, rows_for, spread
 from iopo.data.tokenize import Encoder, Limits, Report, tokenize_rows, tokenizer_hash
 from iopo.files import cache_root, sha256_file
 from iopo.model.load import byte_tokenizer, load_tokenizer, resolve_model
-from iopo.training.prechecks import check_model, check_precision, check_rows, check_samples
+from iopo.training.prechecks import check_policy, check_precision, check_rows, check_samples
 
 
 @dataclass
@@ -73,10 +73,10 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
         )
 
     model_path = None if cfg.model.tiny is not None else resolve_model(str(cfg.model.path))
+    check_precision(cfg.model.dtype, data.layout, cfg.parallel.device)
+    policy, notes = check_policy(cfg.model, model_path)
     tokenizer = byte_tokenizer() if model_path is None else load_tokenizer(model_path)
     chat = Chat(tokenizer, cfg.model.system)
-    check_precision(cfg.model.dtype, data.layout, cfg.parallel.device)
-    policy, notes = check_model(cfg.model, model_path)
     limits = Limits(data.max_prompt_tokens, data.max_response_tokens, data.on_overlong.value)
     # One process per core where there is work for them: starting one costs seconds.
     many = len(train_rows) > 20_000

@@ -8,12 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from iopo.config import Device, Dtype, Layout, ModelConfig
 from iopo.data.chat import Chat
@@ -29,33 +24,47 @@ from iopo.model.parallel import blocks
 Rows = Mapping[str, Sequence[Example]]  # file -> its examples
 
 
-def check_model(cfg: ModelConfig, path: Path | None) -> tuple[LogProbs, list[str]]:
-    """The policy as policy.load_model and adapt would make it, on the meta device in bf16 and
-    without new adapters; and what its user should know, in sentences.
+def check_model(path: Path, adapter: str | None) -> tuple[PreTrainedModel, list[str]]:
+    """The model of a folder on the meta device in bf16, with its adapter merged; and remarks.
 
-    path: of the weights; None for model.tiny. Raises ValueError for a model, an adapter or
-    model.lora.targets that cannot be used.
+    Raises ValueError for a model, weight files or an adapter that cannot be loaded.
     """
-    where = "model.tiny" if path is None else str(path)
-    config = AutoConfig.for_model(**cfg.tiny) if cfg.tiny else AutoConfig.from_pretrained(where)
-    model = load.meta_causal_lm(config, torch.bfloat16, SHARED, where=where)
-    notes = []
-    if path is not None and (unused := load.check_weights(model, path)):
-        names = ", ".join(unused[:3])
-        notes.append(f"{path}: {len(unused)} tensors are not used by the model, such as {names}")
-    if cfg.adapter is not None:
-        lora.load_adapter(model, cfg.adapter)
-        lora.merge_lora(model)
+    config = load.read_config(path)
+    model = load.meta_causal_lm(config, torch.bfloat16, SHARED, where=str(path))
+    unused = load.check_weights(model, path)
+    _merge(model, adapter)
+    count, names = f"{len(unused)} tensors in the files are not the model's", ", ".join(unused[:3])
+    return model, [f"{path}: {count}, such as {names}"] if unused else []
+
+
+def check_policy(cfg: ModelConfig, path: Path | None) -> tuple[LogProbs, list[str]]:
+    """The starting weights' model without values, and what the user should know of it.
+
+    path: of the weights; None for model.tiny. Raises ValueError as check_model does, and for
+    model.lora.targets that fit nothing.
+    """
+    if path is None:
+        config, remarks = load.config_of_tiny(cfg.tiny or {}), list[str]()
+        model = load.meta_causal_lm(config, torch.bfloat16, SHARED, where="model.tiny")
+        _merge(model, cfg.adapter)
+    else:
+        model, remarks = check_model(path, cfg.adapter)
     if cfg.lora.rank > 0:
-        notes.append(lora.describe(model, cfg.lora.targets, cfg.lora.rank))
+        remarks.append(lora.describe(model, cfg.lora.targets, cfg.lora.rank))
     blocks(model)
-    return LogProbs(model), notes
+    return LogProbs(model), remarks
+
+
+def _merge(model: PreTrainedModel, adapter: str | None) -> None:
+    if adapter is not None:
+        lora.load_adapter(model, adapter)
+        lora.merge_lora(model)
 
 
 def check_rows(policy: LogProbs, chat: Chat, rows: Rows, *, shared: bool) -> list[str]:
     """Whether the model can take every row: its token ids, and its length.
 
-    policy: from check_model. shared: whether data.layout is. Returns remarks. Raises ValueError,
+    policy: from check_policy. shared: whether data.layout is. Returns remarks. Raises ValueError,
     naming the file, the row and its length, for ids without an embedding, for rows longer than a
     table of positions, and in the shared layout for rows longer than a sliding window.
     """
@@ -110,10 +119,10 @@ def _check_ids(model: PreTrainedModel, chat: Chat, rows: Rows) -> None:
         return
     for file, examples in rows.items():
         for example in examples:
-            top = int(np.concatenate([*_token_arrays(example)]).max())
-            if top >= embeddings:
+            ids = np.concatenate([*_token_arrays(example)])
+            if (beyond := ids[ids >= embeddings]).size:
                 which = f"{file}: row {example.id} holds"
-                raise ValueError(_too_few(which, tokenizer, top, embeddings))
+                raise ValueError(_too_few(which, tokenizer, int(beyond[0]), embeddings))
 
 
 def _token_arrays(example: Example) -> Iterator[np.ndarray]:
