@@ -126,7 +126,7 @@ def load_causal_lm(
     disable_progress_bar()  # transformers draws one per load, on every rank
     config = read_config(path)
     check_config(config, where=str(path))
-    model, loaded = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         str(path),
         config=config,
         dtype=dtype,
@@ -135,7 +135,8 @@ def load_causal_lm(
         trust_remote_code=False,
         output_loading_info=True,
     )
-    _refuse_missing(loaded["missing_keys"], where=str(path))
+    model, report = loaded
+    _refuse_missing(report["missing_keys"], where=str(path))
     return _finish(model, where=str(path))
 
 
@@ -222,9 +223,8 @@ def check_weights(model: PreTrainedModel, folder: Path) -> list[str]:
     meta = torch.device("meta")
     state = {n: torch.empty(h.shape, device=meta) for n, h in read_headers(folder).items()}
     # What from_pretrained does with values, done with shapes: it renames and merges tensors, too.
-    options = LoadStateDictConfig(
-        device_map={"": meta}, dtype=model.dtype, weight_mapping=get_model_conversion_mapping(model)
-    )
+    renames: Any = get_model_conversion_mapping(model)
+    options = LoadStateDictConfig(device_map={"": meta}, dtype=model.dtype, weight_mapping=renames)
     found, _ = convert_and_load_state_dict_in_model(model, state, options)
     model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
     model._adjust_missing_and_unexpected_keys(found)

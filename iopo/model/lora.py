@@ -140,7 +140,9 @@ def describe(model: PreTrainedModel, targets: str, rank: int) -> str:
     such as experts that are one tensor and no nn.Linear."""
     chosen = choose(model, targets)
     layers = [model.get_submodule(name) for name in chosen]
-    trained = sum(rank * (m.in_features + m.out_features) for m in layers)  # type: ignore[operator]
+    trained = sum(
+        rank * (m.in_features + m.out_features) for m in layers if isinstance(m, nn.Linear)
+    )
     apart = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     apart |= {id(p) for m in layers for p in m.parameters()}
     apart |= {id(p) for p in model.get_output_embeddings().parameters()}

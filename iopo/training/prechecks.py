@@ -2,7 +2,8 @@
 weight files and the tokenised rows. Nothing is written, and no value of a weight is read."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -82,9 +83,7 @@ def check_rows(policy: LogProbs, chat: Chat, rows: Rows, *, shared: bool) -> lis
     return remarks
 
 
-def check_samples(
-    policy: LogProbs, chat: Chat, quads: Sequence[Quad], max_new_tokens: int
-) -> None:
+def check_samples(policy: LogProbs, chat: Chat, quads: Sequence[Quad], max_new_tokens: int) -> None:
     """Raises ValueError if a prompt that training will answer leaves no room for the answer."""
     prompts = [chat.prompt_ids(chat.messages(quad.x1, quad.system)) for quad in quads]
     try:
@@ -109,8 +108,9 @@ def _length(example: Example) -> int:
 
 
 def _check_ids(model: PreTrainedModel, chat: Chat, rows: Rows) -> None:
-    embeddings = model.get_input_embeddings().num_embeddings
-    tokenizer = chat.tokenizer
+    tokenizer, embedding = chat.tokenizer, model.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    embeddings = embedding.num_embeddings
     named = {"end of turn": chat.end_of_turn(), "eos_token": tokenizer.eos_token_id}
     for what, token in named.items():
         if token is not None and token >= embeddings:
@@ -119,16 +119,10 @@ def _check_ids(model: PreTrainedModel, chat: Chat, rows: Rows) -> None:
         return
     for file, examples in rows.items():
         for example in examples:
-            ids = np.concatenate([*_token_arrays(example)])
+            ids = np.concatenate([*example.prompts, *chain(*example.responses)])
             if (beyond := ids[ids >= embeddings]).size:
                 which = f"{file}: row {example.id} holds"
                 raise ValueError(_too_few(which, tokenizer, int(beyond[0]), embeddings))
-
-
-def _token_arrays(example: Example) -> Iterator[np.ndarray]:
-    yield from example.prompts
-    for responses in example.responses:
-        yield from responses
 
 
 def _too_few(which: str, tokenizer: PreTrainedTokenizerBase, token: int, embeddings: int) -> str:
@@ -142,12 +136,10 @@ def _too_few(which: str, tokenizer: PreTrainedTokenizerBase, token: int, embeddi
 def _check_length(model: PreTrainedModel, length: int, which: str) -> list[str]:
     """Rotary positions are computed and have no end, only a length that was trained; others are
     rows of a table, which is an embedding beside that of the tokens."""
-    config = model.config.get_text_config()
-    trained = _trained_positions(config)
-    if trained is None or length <= trained:
+    trained = _trained_positions(model.config.get_text_config())
+    if length <= trained:
         return []
-    rotary = any(name.endswith("inv_freq") for name, _ in model.named_buffers())
-    if rotary:
+    if any(name.endswith("inv_freq") for name, _ in model.named_buffers()):
         return [f"{which}, more than the {trained} positions that the model was made for"]
     tokens = model.get_input_embeddings()
     if any(isinstance(m, nn.Embedding) and m is not tokens for m in model.modules()):
@@ -158,16 +150,13 @@ def _check_length(model: PreTrainedModel, length: int, which: str) -> list[str]:
     return []
 
 
-def _trained_positions(config: PretrainedConfig) -> int | None:
+def _trained_positions(config: PretrainedConfig) -> float:
     """max_position_embeddings, or the length that scaled rotary positions reach, if it is more."""
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
     rope = getattr(config, "rope_parameters", None) or {}
-    scaled = [0.0]
-    for part in (rope, *rope.values()):  # some models have one for each kind of layer
-        if limit is not None and isinstance(part, dict) and part.get("factor"):
-            original = part.get("original_max_position_embeddings") or limit
-            scaled.append(original * part["factor"])
-    return limit if limit is None else max(limit, int(max(scaled)))
+    parts = [part for part in (rope, *rope.values()) if isinstance(part, dict)]  # or one per kind
+    scaled = ((p.get("original_max_position_embeddings") or limit, p.get("factor")) for p in parts)
+    return max([limit, *(int(original * (factor or 0)) for original, factor in scaled)])
 
 
 def _check_window(policy: LogProbs, longest: Example, which: str) -> None:

@@ -1,11 +1,6 @@
-"""What is known before the weights load is refused before they load; the weights outlive an export
-that fails."""
+"""What is known before the weights load is refused before they load, and nothing is written."""
 
 import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +17,6 @@ from iopo.model.load import byte_tokenizer
 from iopo.training import prechecks
 from iopo.training.inputs import load_inputs
 
-ROOT = Path(__file__).resolve().parents[2]
 ROWS = [
     {"id": f"q{i}", "x1": "Say it in lower case.", "x2": "Say it in upper case.",
      "y1": "rain " * i, "y2": "RAIN " * i}
@@ -134,7 +128,8 @@ def test_a_model_folder_is_refused_from_its_config_and_headers(folder, tmp_path,
 LONG = [ROWS[0], ROWS[1] | {"id": "long", "y1": "rain " * 60}]
 # model type and keys of its config, options of the run, and the words
 ROWS_REFUSED = {
-    "token": (("llama", {"vocab_size": 258}), {"rows": [*ROWS, ROWS[0] | {"id": "a1", "y2": "<tool>"}]},
+    "token": (("llama", {"vocab_size": 258}),
+              {"rows": [*ROWS, ROWS[0] | {"id": "a1", "y2": "<tool>"}]},
               ["train.jsonl: row a1 holds <tool> (id 258)", "258 embeddings", "resize"]),
     "end of turn": (("llama", {"vocab_size": 257}), {}, ["<|im_end|> (id 257)", "257 embeddings"]),
     "learned": (("gpt2", {"max_position_embeddings": 256}), {"rows": LONG},
@@ -234,15 +229,3 @@ def test_tensors_that_the_model_does_not_use_are_told(folder, tmp_path):
     edit(folder, num_hidden_layers=1)
     (note,) = load_inputs(config(tmp_path, folder)).notes
     assert "9 tensors" in note and "model.layers.1" in note
-
-
-def run_training(tmp_path: Path, code: str, *overrides: str) -> subprocess.CompletedProcess:
-    """train.py after `code`, in this process's place: its worker is adopted and sees the patch."""
-    command = [sys.executable, "-c", code, "+experiment=tiny_random", f"run={tmp_path}/run",
-               "evaluation.samples=0", "data.heldout=null", "optim.max_steps=2", *overrides]  # fmt: skip
-    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    environment = os.environ | rank | place | {"XDG_CACHE_HOME": f"{tmp_path}/cache"}
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240
-    )

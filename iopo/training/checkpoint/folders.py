@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def discard(run_dir: Path, step: int) -> None:
     folder = folder_of(run_dir, step)
     if folder.exists():
         remove(folder)
-    if folder.parent.exists() and not any(folder.parent.iterdir()):
+    with suppress(OSError):
         folder.parent.rmdir()
 
 
