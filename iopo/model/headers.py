@@ -1,7 +1,6 @@
-"""The weight files of a model folder, known by their headers: names, shapes, dtypes; no values."""
+"""The weight files of a model folder, known by their headers: no value is read."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -11,39 +10,32 @@ LFS_POINTER = b"version https://git-lfs"
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
-@dataclass(frozen=True)
-class Header:
-    """A tensor in a file. dtype: safetensors' name of it, such as BF16."""
-
-    shape: list[int]
-    dtype: str
-
-
-def read_headers(folder: Path) -> dict[str, Header]:
-    """Tensors by name, of the files that transformers reads from a folder.
+def read_headers(folder: Path) -> dict[str, list[int]]:
+    """Shapes of the tensors by name, in the files that transformers reads from a folder.
 
     Raises ValueError, with all files in one message: missing, truncated, or a git-lfs pointer; and
     for quantised weights.
     """
-    found: dict[str, Header] = {}
-    faults = []
+    shapes: dict[str, list[int]] = {}
+    quantised, faults = [], []
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as opened:  # compares the offsets with the size
-                slices = {name: opened.get_slice(name) for name in opened.keys()}
-                found |= {n: Header(s.get_shape(), s.get_dtype()) for n, s in slices.items()}
+                for name in opened.keys():
+                    tensor = opened.get_slice(name)
+                    shapes[name] = tensor.get_shape()
+                    if name.endswith("weight") and tensor.get_dtype() not in FLOATS:
+                        quantised.append(f"{name} ({tensor.get_dtype()})")
         except (SafetensorError, OSError) as error:
             faults.append(f"{file.name}: {_fault(file, error)}")
     if faults:
         raise ValueError(f"{folder}: weights that cannot be read:\n  " + "\n  ".join(faults))
-    quantised = [n for n, h in found.items() if n.endswith("weight") and h.dtype not in FLOATS]
     if quantised:
-        name = quantised[0]
         raise ValueError(
-            f"{folder}: {len(quantised)} weights are quantised, among them {name} "
-            f"({found[name].dtype}); use the bf16 or fp32 original"
+            f"{folder}: {len(quantised)} weights are quantised, among them {quantised[0]}; use the "
+            "bf16 or fp32 original"
         )
-    return found
+    return shapes
 
 
 def weight_files(folder: Path) -> list[Path]:

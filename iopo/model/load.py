@@ -123,6 +123,7 @@ def load_causal_lm(
     transformers would draw them at random.
     """
     require_safetensors(path)
+    read_headers(Path(path))  # names the file that cannot be read
     disable_progress_bar()  # transformers draws one per load, on every rank
     config = read_config(path)
     check_config(config, where=str(path))
@@ -221,7 +222,7 @@ def check_weights(model: PreTrainedModel, folder: Path) -> list[str]:
     """
     disable_progress_bar()
     meta = torch.device("meta")
-    state = {n: torch.empty(h.shape, device=meta) for n, h in read_headers(folder).items()}
+    state = {n: torch.empty(shape, device=meta) for n, shape in read_headers(folder).items()}
     # What from_pretrained does with values, done with shapes: it renames and merges tensors, too.
     renames: Any = get_model_conversion_mapping(model)
     options = LoadStateDictConfig(device_map={"": meta}, dtype=model.dtype, weight_mapping=renames)

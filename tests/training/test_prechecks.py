@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from iopo.config import DataConfig, EvaluationConfig, Layout, LoraConfig, ModelConfig, TrainConfig
 from iopo.evaluation import responses
-from iopo.evaluation.config import ModelSection
+from iopo.evaluation.config import BenchmarkSection, EvaluateConfig, ModelSection
+from iopo.evaluation.run import evaluate
 from iopo.model import load, lora
 from iopo.model.load import byte_tokenizer
 from iopo.training import prechecks
@@ -223,6 +224,15 @@ def test_a_model_that_loads_passes_and_so_do_its_weights(tmp_path, kind):
     loaded = load.load_causal_lm(model, torch.float32)
     shapes = {n: p.shape for n, p in loaded.named_parameters()}
     assert {n: p.shape for n, p in skeleton.named_parameters()} == shapes
+
+
+def test_an_evaluation_in_process_refuses_before_it_makes_its_folder(folder, tmp_path):
+    damage(folder, POINTER)
+    quads, model = BenchmarkSection("quads"), ModelSection(str(folder))
+    asked = EvaluateConfig(benchmark=quads, model=model, out=str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="git-lfs pointer"):
+        evaluate(asked)
+    assert not (tmp_path / "out").exists()
 
 
 def test_tensors_that_the_model_does_not_use_are_told(folder, tmp_path):
