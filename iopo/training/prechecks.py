@@ -1,5 +1,5 @@
 """What would fail after the weights are loaded, found before: from config.json, the headers of the
-weight files and the tokenised rows. Nothing is written, and no value of a weight is read."""
+weight files and the tokenised rows. Nothing is written, and no weight of a model is read."""
 
 import math
 from collections.abc import Mapping, Sequence
