@@ -23,6 +23,7 @@ from iopo.data.batching import plan_steps
 from iopo.model.host_memory import trim_malloc
 from iopo.training import export, loop, report, samples, setup
 from iopo.training.checkpoint import resume
+from iopo.training.checkpoint.folders import discard
 from iopo.training.checkpoint.tensors import gather_state
 from iopo.training.checkpoint.writer import Checkpoints
 from iopo.training.inputs import batching, load_inputs
@@ -166,19 +167,25 @@ def train(cfg: TrainConfig, folder: Path, ranks: RankInfo, control: Control) -> 
                 measured = loop.evaluate(job, model.model, reference)
                 logger.heldout(done, measured)
             stop = control.should_stop()
-            if every(c.save_every_steps, done) or stop or (last and c.save_every_steps is not None):
+            asked = last and c.save_every_steps is not None
+            asked = asked or stop or every(c.save_every_steps, done)
+            if asked or (last and cfg.export.any):
                 logger.flush()
                 state = gather_state(model.parameters, run.optimizer, ranks.rank)
-                checkpoints.save(done, state, fingerprint | {"metrics": measured})
+                # An export may fail, and is read back into memory: the weights are safe before it.
+                save = checkpoints.save if asked else checkpoints.secure
+                save(done, state, fingerprint | {"metrics": measured})
             if stop and not last:
                 return
     # The export comes first: it is what the run was for.
-    export.export(run, folder, cfg.model, cfg.export, ranks)
+    export.export_run(run, folder, cfg.model, cfg.export, ranks)
     if ranks.is_main:
         samples.after(folder, cfg.evaluation, run.inputs, model)
         report.write_summary(folder)
         report.write_report(folder)
         mark_complete(folder, fingerprint | {"step": done})
+        if c.save_every_steps is None:
+            discard(folder, done)  # what was saved for the export alone
 
 
 def every(period: int | None, step: int) -> bool:

@@ -219,6 +219,10 @@ class ExportConfig:
     model: bool = True
     merged: bool = False
 
+    @property
+    def any(self) -> bool:
+        return self.model or self.merged
+
 
 @dataclass
 class PlanConfig:

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers_models import tiny_llama
+
+from iopo.model.load import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = "rain wind sun moon tree river stone bird cloud light grass road".split()
@@ -144,6 +147,17 @@ def test_bad_input_is_refused_with_a_message(tiny, tmp_path, case):
         assert word in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists(), "a half-made run folder is left"
+
+
+def test_weights_that_are_not_there_are_refused_before_anything_is_written(tiny, tmp_path):
+    model = tmp_path / "model"
+    tiny_llama().save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    done = tiny("model.tiny=null", f"model.path={model}")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "model.safetensors: 43 bytes, a git-lfs pointer" in done.stderr
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache" / "iopo" / "tokens").exists()
 
 
 def test_the_file_without_a_row_left_is_named(tiny, tmp_path):

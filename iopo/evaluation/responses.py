@@ -279,6 +279,14 @@ def placing(section: ModelSection) -> tuple[str, Any]:
     return device, compute_dtype(section.dtype, torch.device(device).type)
 
 
+def require_model(section: ModelSection) -> None:
+    """Raises ValueError, before anything is written, for a model that load_model would refuse."""
+    from iopo.model.load import resolve_model
+    from iopo.training.prechecks import check_model
+
+    check_model(resolve_model(section.path or ""), section.adapter)
+
+
 def load_model(section: ModelSection) -> tuple[Any, Any]:
     """(model, tokenizer) ready to generate, the adapter on it if one is named."""
     import torch

@@ -53,6 +53,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         return plan(config, benchmark, items, None if answers is None else answers.text)
     if benchmark.judged:
         require_judge(config.judge, name)
+    if answers is None and config.generate.base_url is None:
+        responses.require_model(config.model)
     out = Path(config.out or responses.default_out(config))
     out.mkdir(parents=True, exist_ok=True)
     data = sha256_file(path)

@@ -71,14 +71,7 @@ def generate(
     afterwards. Raises ValueError on a prompt that is empty or longer than the model takes.
     """
     prompts = [chat.prompt_ids(conversation) for conversation in conversations]
-    limit = model.config.get_text_config().max_position_embeddings
-    for i, prompt in enumerate(prompts):
-        if not 0 < len(prompt) <= limit - decoding.max_new_tokens:
-            raise ValueError(
-                f"generate: conversation {i} has {len(prompt)} tokens, expected 1 or more that "
-                f"leave room for {decoding.max_new_tokens} new ones in the model's {limit} "
-                "positions; shorten the prompt or lower max_new_tokens"
-            )
+    check_room(model, prompts, decoding.max_new_tokens)
     stops = end_of_turn_ids(model, chat.tokenizer)
     # Long prompts first: the first batch is the largest, so memory runs out at once or never.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -94,6 +87,20 @@ def generate(
                 if on_progress is not None:
                     on_progress(len(answers), len(prompts))
     return [answers[i] for i in range(len(prompts))]
+
+
+def check_room(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> None:
+    """Raise ValueError unless every prompt leaves room for its answer in the model's positions."""
+    limit = model.config.get_text_config().max_position_embeddings
+    for i, prompt in enumerate(prompts):
+        if not 0 < len(prompt) <= limit - max_new_tokens:
+            raise ValueError(
+                f"generate: conversation {i} has {len(prompt)} tokens, expected 1 or more that "
+                f"leave room for {max_new_tokens} new ones in the model's {limit} "
+                "positions; shorten the prompt or lower max_new_tokens"
+            )
 
 
 def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

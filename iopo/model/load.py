@@ -6,11 +6,14 @@ attention and the log-prob head cannot do is refused here, by name.
 """
 
 import json
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -23,10 +26,14 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.logging import disable_progress_bar
 
 from iopo.files import cache_root, sha256_file, sha256_text, write_text
 from iopo.model.demo_model import fetch_demo_model
+from iopo.model.headers import read_headers
 
 DEMO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CHATML = (
@@ -43,6 +50,9 @@ UNSUPPORTED = {
     ("vision_config", "audio_config"): "it is multimodal; use the text-only model of the family",
     ("attn_logit_softcapping",): "its attention logits are soft-capped (Gemma 2)",
 }
+
+# what transformers raises, beside ValueError, for files that it cannot use
+FAULTS = (AssertionError, AttributeError, KeyError, OSError, RuntimeError, TypeError)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -81,7 +91,23 @@ def resolve_model(path: str | Path) -> Path:
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a model folder; Chat (iopo/data/chat.py) checks it."""
-    return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    with _refused(path):
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+
+
+def read_config(path: str | Path) -> PretrainedConfig:
+    """config.json of a model folder. Raises ValueError for one that transformers cannot read."""
+    with _refused(path):
+        return AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+
+
+@contextmanager
+def _refused(path: str | Path) -> Iterator[None]:
+    """What is wrong with a user's folder is a ValueError, whatever transformers makes of it."""
+    try:
+        yield
+    except (StrictDataclassError, *FAULTS) as error:
+        raise ValueError(f"{path}: transformers cannot use it: {error}") from error
 
 
 def load_causal_lm(
@@ -93,20 +119,25 @@ def load_causal_lm(
         a frozen base (LoRA), a reference and generation load in the dtype of the computation.
     attention: SHARED of iopo.model.attention, or one of transformers' own (sdpa, eager, ...).
     Raises ValueError, naming the model and the reason, for pickled weights, code in the model
-    folder, quantised weights and architectures that are not supported.
+    folder, quantised weights, architectures that are not supported, and weights that are missing:
+    transformers would draw them at random.
     """
     require_safetensors(path)
+    read_headers(Path(path))  # names the file that cannot be read
     disable_progress_bar()  # transformers draws one per load, on every rank
-    config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+    config = read_config(path)
     check_config(config, where=str(path))
-    model = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         str(path),
         config=config,
         dtype=dtype,
         attn_implementation=attention,
         use_safetensors=True,
         trust_remote_code=False,
+        output_loading_info=True,
     )
+    model, report = loaded
+    _refuse_missing(report["missing_keys"], where=str(path))
     return _finish(model, where=str(path))
 
 
@@ -118,14 +149,20 @@ def tiny_causal_lm(
     config: must hold `model_type`; the rest overrides that type's defaults. The random numbers
     are drawn on the CPU in fp32, so all dtypes hold the same weights up to rounding.
     """
-    if "model_type" not in config:
-        raise ValueError("model.tiny: 'model_type' is missing; add for example model_type: llama")
-    made = AutoConfig.for_model(**config)
+    made = config_of_tiny(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _from_config(made, torch.float32, attention, where="model.tiny")
     nn.Module.to(model, dtype)
     return model
+
+
+def config_of_tiny(config: dict[str, Any]) -> PretrainedConfig:
+    """The transformers config of keys such as model.tiny. Raises ValueError if there is none."""
+    if "model_type" not in config:
+        raise ValueError("model.tiny: 'model_type' is missing; add for example model_type: llama")
+    with _refused("model.tiny"):
+        return AutoConfig.for_model(**config)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -166,10 +203,40 @@ def architecture(path: str | Path) -> PretrainedConfig:
         ) from error
 
 
-def meta_causal_lm(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """A model without values, on the meta device: its operators compute shapes only."""
-    with torch.device("meta"):
-        return _from_config(config, dtype, attention, where="model.path")
+def meta_causal_lm(
+    config: PretrainedConfig, dtype: torch.dtype, attention: str, *, where: str = "model.path"
+) -> PreTrainedModel:
+    """A model without values, on the meta device: its operators compute shapes only.
+
+    Raises ValueError for a config that is not supported or that transformers cannot build.
+    """
+    with _refused(where), torch.device("meta"):
+        return _from_config(config, dtype, attention, where=where)
+
+
+def check_weights(model: PreTrainedModel, folder: Path) -> list[str]:
+    """Compare the files' headers with a model on the meta device, which is changed.
+
+    Returns names of tensors that the model does not use. Raises ValueError for files that are
+    missing or damaged, and for tensors that are missing or have another shape.
+    """
+    disable_progress_bar()
+    meta = torch.device("meta")
+    state = {n: torch.empty(shape, device=meta) for n, shape in read_headers(folder).items()}
+    # What from_pretrained does with values, done with shapes: it renames and merges tensors, too.
+    renames: Any = get_model_conversion_mapping(model)
+    options = LoadStateDictConfig(device_map={"": meta}, dtype=model.dtype, weight_mapping=renames)
+    found, _ = convert_and_load_state_dict_in_model(model, state, options)
+    model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
+    model._adjust_missing_and_unexpected_keys(found)
+    _refuse_missing(found.missing_keys, where=str(folder))
+    if found.mismatched_keys:
+        name, has, expected = sorted(found.mismatched_keys)[0]
+        raise ValueError(
+            f"{folder}: {len(found.mismatched_keys)} tensors have other shapes than config.json "
+            f"says, among them {name}: found {list(has)}, expected {list(expected)}"
+        )
+    return sorted(found.unexpected_keys)
 
 
 def _from_config(
@@ -217,6 +284,14 @@ def check_config(config: PretrainedConfig, *, where: str) -> None:
     for key, value in fields.items():
         if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
             setattr(config, key, 0.0)
+
+
+def _refuse_missing(names: Collection[str], *, where: str) -> None:
+    if names:
+        raise ValueError(
+            f"{where}: no file holds {len(names)} weights that the model needs, among them "
+            f"{', '.join(sorted(names)[:3])}; is the download complete, and is config.json its own?"
+        )
 
 
 def _finish(model: PreTrainedModel, *, where: str) -> PreTrainedModel:

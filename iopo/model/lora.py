@@ -10,6 +10,8 @@ small updates are not lost, and their products run at the speed of the base's.
 
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,7 +99,7 @@ def add_lora(
     Raises ValueError if a name fits no layer.
     """
     assert not adapters(model)
-    chosen = _choose(model, targets)
+    chosen = choose(model, targets)
     model.requires_grad_(False)
     for name in chosen:
         base = model.get_submodule(name)
@@ -109,9 +111,16 @@ def add_lora(
         model.set_submodule(name, layer)
 
 
-def _choose(model: PreTrainedModel, targets: str) -> list[str]:
+def choose(model: PreTrainedModel, targets: str) -> list[str]:
+    """Names of the linear layers that `targets` means. Raises ValueError if it means none."""
     head = model.get_output_embeddings()
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    if not linear:
+        raise ValueError(
+            f"model.lora.rank: the layers of model type '{model.config.model_type}' are no "
+            "nn.Linear (GPT-2's are Conv1D), and nothing else is adapted; train all weights "
+            "(model.lora.rank=0)"
+        )
     if targets == "all-linear":
         return linear
     wanted = [target.strip() for target in targets.split(",")]
@@ -124,6 +133,29 @@ def _choose(model: PreTrainedModel, targets: str) -> list[str]:
             f"or some of {', '.join(leaves)}"
         )
     return [n for n in linear if any(n in names for names in fits.values())]
+
+
+def describe(model: PreTrainedModel, targets: str, rank: int) -> str:
+    """What adapters of this rank would train, and the matrices beside them that stay as they are,
+    such as experts that are one tensor and no nn.Linear."""
+    chosen = choose(model, targets)
+    layers = [model.get_submodule(name) for name in chosen]
+    trained = sum(
+        rank * (m.in_features + m.out_features) for m in layers if isinstance(m, nn.Linear)
+    )
+    apart = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    apart |= {id(p) for m in layers for p in m.parameters()}
+    apart |= {id(p) for p in model.get_output_embeddings().parameters()}
+    frozen = Counter(
+        re.sub(r"\d+", "*", name)
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1 and id(parameter) not in apart
+    )
+    text = f"LoRA: {trained:,} parameters in {len(chosen)} layers train"
+    if frozen:
+        names = ", ".join(f"{name} ({count})" for name, count in frozen.items())
+        text += f"; NOT adapted, and frozen: {names}"
+    return text
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from iopo.files import replacing
 from iopo.logprobs import LogProbs
 from iopo.model import lora
 from iopo.model.parallel import TrainModel, language_model
-from iopo.training.checkpoint.folders import complete_folders, step_of
+from iopo.training.checkpoint.folders import complete_folders, latest, step_of
 from iopo.training.checkpoint.resume import load_checkpoint
 from iopo.training.launch.placement import RankInfo
 from iopo.training.launch.signals import Control, heartbeat
@@ -44,7 +44,7 @@ class ExportError(RuntimeError):
 
 def export(run: Run, folder: Path, model: ModelConfig, cfg: ExportConfig, ranks: RankInfo) -> None:
     """Write what `cfg` asks for into `folder`. Every rank calls it; rank 0 writes."""
-    if not (cfg.model or cfg.merged):
+    if not cfg.any:
         return
     # The adapter's base is model.path, unless the run changed or drew it: then it is written too.
     path, base = run.inputs.model_path, None
@@ -53,6 +53,23 @@ def export(run: Run, folder: Path, model: ModelConfig, cfg: ExportConfig, ranks:
         hub = model.path != "demo" and not Path(str(model.path)).expanduser().is_dir()
         base = str(model.path) if hub else str(path.resolve())
     write_exports(run.model, folder, cfg, run.inputs.chat.tokenizer, base, ranks)
+
+
+def export_run(
+    run: Run, folder: Path, model: ModelConfig, cfg: ExportConfig, ranks: RankInfo
+) -> None:
+    """As `export`, at the end of the run in `folder`; an error says how to export again."""
+    try:
+        export(run, folder, model, cfg, ranks)
+    except Exception as error:
+        newest, _ = latest(folder)
+        why = f"the export failed: {type(error).__name__}: {error}"
+        if newest is None or (step := step_of(newest)) < run.job.steps:
+            raise ExportError(f"{why}\nNo checkpoint of the last step could be written") from error
+        raise ExportError(
+            f"{why}\nThe trained weights are in {newest}. To export them, without training again: "
+            f"the same command, or python train.py run={folder} export_step={step}"
+        ) from error
 
 
 def export_step(cfg: TrainConfig, scratch: Path, ranks: RankInfo, control: Control) -> None:

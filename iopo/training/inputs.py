@@ -18,6 +18,7 @@ from iopo.data.rows import Quad, read_rows, rows_for, spread
 from iopo.data.tokenize import Encoder, Limits, Report, tokenize_rows, tokenizer_hash
 from iopo.files import cache_root, sha256_file
 from iopo.model.load import byte_tokenizer, load_tokenizer, resolve_model
+from iopo.training.prechecks import check_policy, check_precision, check_rows, check_samples
 
 
 @dataclass
@@ -32,17 +33,25 @@ class Inputs:
     reports: dict[str, Report]
     data_hash: str
     tokenizer_hash: str
+    notes: list[str]  # on the model, and on the model and the rows
 
     def report_lines(self) -> list[str]:
-        """What was kept and dropped, for people: one text per file."""
-        return [f"{name}: " + "\n  ".join(r.lines()) for name, r in self.reports.items()]
+        """What was kept and dropped, for people: one text per file; then the notes."""
+        files = [f"{name}: " + "\n  ".join(r.lines()) for name, r in self.reports.items()]
+        return files + self.notes
+
+    def samples(self, count: int) -> list[Quad]:
+        """At most so many held-out quads, spread over the file, to answer before and after."""
+        quads = self.heldout_quads
+        return quads[:: max(1, len(quads) // count)][:count] if count else []
 
 
 def load_inputs(cfg: TrainConfig) -> Inputs:
     """Read, check and tokenise the rows of `cfg`.
 
     Raises ValueError for missing files and bad rows (all of them in one message), rows that break
-    the template's prefix property, and held-out rows that are not quads.
+    the template's prefix property, held-out rows that are not quads, and whatever is known of the
+    model before its weights load (prechecks.py).
     """
     data = cfg.data
     if data.train is None:
@@ -64,6 +73,8 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
         )
 
     model_path = None if cfg.model.tiny is not None else resolve_model(str(cfg.model.path))
+    check_precision(cfg.model.dtype, data.layout, cfg.parallel.device)
+    policy, notes = check_policy(cfg.model, model_path)
     tokenizer = byte_tokenizer() if model_path is None else load_tokenizer(model_path)
     chat = Chat(tokenizer, cfg.model.system)
     limits = Limits(data.max_prompt_tokens, data.max_response_tokens, data.on_overlong.value)
@@ -79,10 +90,17 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
         heldout, reports["heldout"] = tokenize(heldout_quads, encoder, source=source)
         kept = {example.id for example in heldout}
         heldout_quads = [quad for quad in heldout_quads if quad.id in kept]
+    files = {data.train: train, str(data.heldout): heldout}
+    notes += check_rows(policy, chat, files, shared=data.layout is Layout.shared)
     data_hash = " ".join(sha256_file(file) for file in (data.train, data.heldout) if file)
-    return Inputs(
-        model_path, chat, train, heldout, heldout_quads, reports, data_hash, tokenizer_hash(chat)
+    inputs = Inputs(
+        *(model_path, chat, train, heldout, heldout_quads, reports, data_hash),
+        *(tokenizer_hash(chat), notes),
     )
+    check_samples(
+        policy, chat, inputs.samples(cfg.evaluation.samples), cfg.evaluation.max_new_tokens
+    )
+    return inputs
 
 
 def batching(cfg: OptimConfig, layout: Layout, seed: int, world_size: int) -> Batching:

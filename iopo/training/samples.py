@@ -22,9 +22,8 @@ def before(run: Path, cfg: EvaluationConfig, inputs: Inputs, train_model: TrainM
     Nothing without held-out quads, and for sharded weights, which cannot generate here:
     `evaluate.py` does it from the export.
     """
-    quads = inputs.heldout_quads
-    if cfg.samples and quads and not train_model.sharded:
-        few = quads[:: max(1, len(quads) // cfg.samples)][: cfg.samples]
+    few = inputs.samples(cfg.samples)
+    if few and not train_model.sharded:
         answers = answer(cfg, inputs.chat, few, train_model)
         rows = [{"id": a["id"], "prompt": a["prompt"], "before": a} for a in answers]
         write_records(run / FILE, rows)

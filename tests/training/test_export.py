@@ -1,10 +1,16 @@
 """Exports read back, by stock transformers and by PEFT, as the model that was trained."""
 
 import json
+import os
+import signal
+from contextlib import contextmanager
+from pathlib import Path
 
 import peft
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from helpers_fork import finish, run_train, start_ranks
 from helpers_models import tiny_llama, tiny_qwen2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -14,6 +20,7 @@ from iopo.model import lora
 from iopo.model.load import byte_tokenizer
 from iopo.model.parallel import prepare
 from iopo.training import export
+from iopo.training.checkpoint.folders import latest
 from iopo.training.launch.placement import RankInfo
 
 CPU = torch.device("cpu")
@@ -97,3 +104,87 @@ def test_an_export_that_reads_back_differently_is_refused(tmp_path, monkeypatch)
         write(train_model, tmp_path)
     assert (tmp_path / "export" / "model.safetensors").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["export"]
+
+
+FAILURES = {
+    "check": lambda: (_ for _ in ()).throw(export.ExportError("does not read back")),
+    "disk": lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+}
+
+
+def run_with_failing_export(arguments: list[str], folder: Path, how: str) -> None:
+    """Be train.py, whose export fails once it is written, where it is read back."""
+    replacing = export.replacing
+    if how == "no checkpoint":
+        dcp.save = lambda *_, **__: FAILURES["disk"]()
+        return run_train(arguments, folder / "cache", folder / "output.txt")
+
+    @contextmanager
+    def failing(target):
+        with replacing(target) as new:
+            yield new
+            FAILURES[how]()
+
+    export.replacing = failing
+    run_train(arguments, folder / "cache", folder / "output.txt")
+
+
+def train(world: int, folder: Path, *overrides: str, how: str | None = None) -> int | None:
+    arguments = ["+experiment=tiny_random", f"run={folder}/run", "optim.epochs=2",
+                 "optim.global_batch_quads=2", "data.heldout=null", *overrides]  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    if how is None:
+        ranks = start_ranks(world, run_train, arguments, folder / "cache", folder / "output.txt")
+    else:
+        ranks = start_ranks(world, run_with_failing_export, arguments, folder, how)
+    return finish(ranks)[0]
+
+
+def exported(folder: Path) -> dict[str, bytes]:
+    """All files, but for an adapter's config, which names its run's base."""
+    names = sorted({file.name for file in folder.iterdir()} - {"adapter_config.json"})
+    assert any(name.endswith(".safetensors") for name in names)
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+@pytest.mark.parametrize(
+    ("how", "world", "options"),
+    [
+        ("check", 1, ()),
+        pytest.param(
+            "disk", 1, ("model.lora.rank=2", "export.merged=true"), marks=pytest.mark.slow
+        ),
+        pytest.param("kill", 1, ("checkpoint.asynchronous=false",), marks=pytest.mark.slow),
+        pytest.param("check", 2, (), marks=pytest.mark.slow),
+    ],
+)
+def test_weights_outlive_an_export_that_fails(tmp_path, how, world, options):
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    assert train(world, good, *options) == 0, (good / "output.txt").read_text()[-2000:]
+    assert not (good / "run" / "checkpoints").exists()  # none was asked for
+    assert train(world, bad, *options, how=how) == (-signal.SIGKILL if how == "kill" else 1)
+    run, newest = bad / "run", latest(bad / "run")[0]
+    assert newest is not None and not (run / "export").exists()
+    steps = (run / "metrics.jsonl").read_text()
+    if how != "kill":
+        message = (run / "FAILED").read_text()
+        assert str(newest) in message and "the same command" in message
+        (step,) = {int(word.split("=")[1]) for word in message.split() if "export_step=" in word}
+        assert train(world, bad, f"export_step={step}") == 0
+        assert exported(run / "exported" / newest.name / "export") == exported(
+            good / "run" / "export"
+        )
+    assert train(world, bad, *options) == 0, (bad / "output.txt").read_text()[-2000:]
+    assert (run / "metrics.jsonl").read_text() == steps  # no step was made again
+    for name in ("export", *(["export-merged"] if "export.merged=true" in options else [])):
+        assert exported(run / name) == exported(good / "run" / name)
+    assert (run / "COMPLETE").exists() and not (run / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_does_not_fit_on_the_disk_does_not_keep_from_exporting(tmp_path):
+    assert train(1, tmp_path / "full", how="no checkpoint") == 0
+    assert (tmp_path / "full" / "run" / "export" / "model.safetensors").exists()
+    assert not list((tmp_path / "full" / "run").rglob("*.partial"))
+    assert "could not be written" in (tmp_path / "full" / "output.txt").read_text()

@@ -16,7 +16,7 @@ from iopo.data.tokenize import Chat, Encoder, Limits, tokenize_rows
 from iopo.evaluation import quad_metrics as heldout
 from iopo.evaluation.config import BOOTSTRAP, EvaluateConfig, JudgeSection
 from iopo.evaluation.quad_metrics import Answer
-from iopo.evaluation.responses import default_out, placing
+from iopo.evaluation.responses import default_out, placing, require_model
 from iopo.files import given_records, write_records, write_text
 from iopo.logprobs import LogProbs
 from iopo.model.load import load_tokenizer, resolve_model
@@ -56,6 +56,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if found.get("config", settings) != settings:
         raise ValueError(f"{out}: holds scores made with other settings; choose another out=")
+    require_model(config.model)
     out.mkdir(parents=True, exist_ok=True)
     scores, answers = score_model(config, rows, details=out)
     if not answers:

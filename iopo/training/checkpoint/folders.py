@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,15 @@ def remove(folder: Path) -> None:
     """Remove a checkpoint; a crash on the way leaves it incomplete, never damaged."""
     (folder / COMPLETE_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder)
+
+
+def discard(run_dir: Path, step: int) -> None:
+    """Remove the checkpoint of `step`, if there is one, and the folder of checkpoints if empty."""
+    folder = folder_of(run_dir, step)
+    if folder.exists():
+        remove(folder)
+    with suppress(OSError):
+        folder.parent.rmdir()
 
 
 def _sync_folder(folder: Path) -> None:

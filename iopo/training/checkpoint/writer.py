@@ -5,6 +5,7 @@ comes last. See folders.py for the layout.
 """
 
 import json
+import logging
 import os
 import shutil
 import threading
@@ -25,6 +26,8 @@ from iopo.config import CheckpointConfig
 from iopo.files import sha256_file, write_text
 from iopo.redact import redact
 from iopo.training.checkpoint import folders
+
+log = logging.getLogger(__name__)
 
 
 class CheckpointError(OSError):
@@ -68,6 +71,17 @@ class Checkpoints:
             self._pending = self._thread.submit(self._write, step, self._stager.stage(state))
         else:
             self._write(step, state)
+
+    def secure(self, step: int, state: dict[str, Tensor], description: dict[str, Any]) -> None:
+        """As `save`, but complete when it returns, and a failure is a warning: its part is removed,
+        for what comes after needs the disk."""
+        try:
+            self.save(step, state, description)
+            self.wait()
+        except CheckpointError as error:
+            log.warning(str(error))
+            if self._rank == 0:
+                shutil.rmtree(folders.partial_of(self.run_dir, step), ignore_errors=True)
 
     def wait(self) -> None:
         """Return when nothing is being written any more; raises the error of that write."""

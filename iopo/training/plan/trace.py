@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from transformers import AutoConfig
 
 from iopo.config import ModelConfig, ParallelConfig
 from iopo.data.example import Example
@@ -61,8 +60,7 @@ class Trace:
 
 def meta_policy(cfg: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TrainModel:
     """The policy as policy.make_policy makes it on one rank, without values and not sharded."""
-    tiny = cfg.tiny
-    config = AutoConfig.for_model(**tiny) if tiny else load.architecture(str(cfg.path))
+    config = load.config_of_tiny(cfg.tiny) if cfg.tiny else load.architecture(str(cfg.path))
     loaded = dtype if cfg.lora.rank > 0 else torch.promote_types(dtype, torch.float32)
     policy = LogProbs(load.meta_causal_lm(config, loaded, SHARED))
     adapt(policy, cfg.lora, seed=0)
