@@ -97,7 +97,7 @@ def load_causal_lm(
     """
     require_safetensors(path)
     disable_progress_bar()  # transformers draws one per load, on every rank
-    config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+    config = model_config(None, Path(path))
     check_config(config, where=str(path))
     model = AutoModelForCausalLM.from_pretrained(
         str(path),
@@ -118,14 +118,21 @@ def tiny_causal_lm(
     config: must hold `model_type`; the rest overrides that type's defaults. The random numbers
     are drawn on the CPU in fp32, so all dtypes hold the same weights up to rounding.
     """
-    if "model_type" not in config:
-        raise ValueError("model.tiny: 'model_type' is missing; add for example model_type: llama")
-    made = AutoConfig.for_model(**config)
+    made = model_config(config, None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _from_config(made, torch.float32, attention, where="model.tiny")
     nn.Module.to(model, dtype)
     return model
+
+
+def model_config(tiny: dict[str, Any] | None, folder: Path | None) -> PretrainedConfig:
+    """The config of a tiny model (see tiny_causal_lm) or of a model folder, as it stands there."""
+    if folder is not None:
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    if tiny is None or "model_type" not in tiny:
+        raise ValueError("model.tiny: 'model_type' is missing; add for example model_type: llama")
+    return AutoConfig.for_model(**tiny)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from iopo import objectives
+from iopo.agreement import check_family
 from iopo.config import Layout, OptimConfig, TrainConfig
 from iopo.data.batching import Batching
 from iopo.data.chat import Chat
@@ -17,7 +18,8 @@ from iopo.data.example import Example
 from iopo.data.rows import Quad, read_rows, rows_for, spread
 from iopo.data.tokenize import Encoder, Limits, Report, tokenize_rows, tokenizer_hash
 from iopo.files import cache_root, sha256_file
-from iopo.model.load import byte_tokenizer, load_tokenizer, resolve_model
+from iopo.model.attention import SHARED
+from iopo.model.load import byte_tokenizer, load_tokenizer, model_config, resolve_model
 
 
 @dataclass
@@ -42,7 +44,8 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
     """Read, check and tokenise the rows of `cfg`.
 
     Raises ValueError for missing files and bad rows (all of them in one message), rows that break
-    the template's prefix property, and held-out rows that are not quads.
+    the template's prefix property, held-out rows that are not quads, and models that are not
+    supported.
     """
     data = cfg.data
     if data.train is None:
@@ -64,6 +67,11 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
         )
 
     model_path = None if cfg.model.tiny is not None else resolve_model(str(cfg.model.path))
+    attention = SHARED if data.layout is Layout.shared else "sdpa"
+    check_family(
+        model_config(cfg.model.tiny, model_path), where=str(model_path or "model.tiny"),
+        attention=attention,
+    )  # fmt: skip
     tokenizer = byte_tokenizer() if model_path is None else load_tokenizer(model_path)
     chat = Chat(tokenizer, cfg.model.system)
     limits = Limits(data.max_prompt_tokens, data.max_response_tokens, data.on_overlong.value)

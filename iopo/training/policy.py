@@ -4,27 +4,32 @@ from pathlib import Path
 
 import torch
 
+from iopo.agreement import check_weights
 from iopo.config import Checkpointing, Layout, LoraConfig, ModelConfig, ParallelConfig, TrainConfig
 from iopo.logprobs import LogProbs
 from iopo.model import load, lora
 from iopo.model.attention import SHARED
 from iopo.model.parallel import BlockOptions, TrainModel, make_mesh, prepare
+from iopo.training.inputs import Inputs
 from iopo.training.launch.placement import RankInfo
 from iopo.training.seeds import stream_seed
 
 
 def make_policy(
-    cfg: TrainConfig, model_path: Path | None, ranks: RankInfo, *, frozen: bool = False
+    cfg: TrainConfig, inputs: Inputs, ranks: RankInfo, *, frozen: bool = False
 ) -> TrainModel:
     """The policy at its starting weights, adapted, placed and sharded as configured.
 
     frozen: the starting weights alone, without adapters and gradients.
+    Raises ValueError if the model's log-probs are not those of its own logits (iopo.agreement).
     """
     dtype, p = load.compute_dtype(cfg.model.dtype, ranks.device.type), cfg.parallel
     loaded = dtype
     if cfg.model.lora.rank == 0 and not frozen:  # what trains is kept in fp32 at least
         loaded = torch.promote_types(dtype, torch.float32)
-    policy = load_model(cfg.model, model_path, cfg.data.layout, loaded)
+    policy = load_model(cfg.model, inputs.model_path, cfg.data.layout, loaded)
+    if ranks.is_main and not frozen:
+        check_weights(policy.causal_lm, inputs.train, where=str(inputs.model_path or "model.tiny"))
     if frozen:
         policy.requires_grad_(False).eval()
     else:
