@@ -106,7 +106,10 @@ def small_model(config: PretrainedConfig) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(
-            small_config(config), dtype=torch.float32, attn_implementation="eager"
+            small_config(config),
+            dtype=torch.float32,
+            attn_implementation="eager",
+            experts_implementation="eager",
         )
         with torch.no_grad():
             for parameter in model.parameters():
@@ -119,6 +122,7 @@ def small_model(config: PretrainedConfig) -> PreTrainedModel:
     return model.eval()
 
 
+@torch.no_grad()
 def own_log_probs(model: PreTrainedModel, examples: Sequence[Example]) -> Tensor:
     """[examples, members] from the model's own logits, one member at a time, eager attention."""
     sums = []
@@ -162,7 +166,7 @@ def check_family(config: PretrainedConfig, *, where: str, attention: str = SHARE
     """
     check_config(config, where=where)
     fields = {"model_type": config.model_type, **config.to_dict()}
-    found, reason = family_difference(json.dumps(fields), attention)
+    found, reason = family_difference(json.dumps(fields, default=str), attention)
     if reason is not None:
         raise _refusal(where, config, f"its log-probs cannot be computed: {reason}")
     if found is None:
@@ -193,9 +197,9 @@ def family_difference(config: str, attention: str) -> tuple[float | None, str | 
 def check_weights(model: PreTrainedModel, examples: Sequence[Example], *, where: str) -> None:
     """Raise ValueError if the first layers of a loaded model score a short quad in another way.
 
-    model: on the CPU, whole, in the run's attention; narrow weights are widened to fp32 for the
-    moment, layer by layer's share only. It is left as it was. examples: whose first tokens make the
-    quad, whatever the objective's rows are.
+    model: on the CPU, not sharded, in the run's attention. Of what is compared, narrow weights are
+    in fp32 for the moment; the model is left as it was. examples: give the tokens of the quad,
+    whatever the rows of the objective are.
     """
     first, last = examples[0], examples[-1]
     x1, x2 = first.prompts[0][-PROMPT:], last.prompts[-1][-PROMPT:]

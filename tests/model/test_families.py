@@ -10,12 +10,15 @@ import re
 import sys
 from datetime import date
 
+import numpy as np
+import pytest
 import torch
 import transformers
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from iopo import agreement
+from iopo.data.example import Example
 from iopo.model.attention import SHARED
 
 FAMILIES = dict(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()))
@@ -23,9 +26,9 @@ PAGE = """# Model families
 
 Before a run loads weights, a small random model of its config is scored twice: through the
 project's path in the run's layout and, one member at a time, through the model's own forward with
-eager attention in fp32. A difference above {tolerance:g} nats in any response refuses the model: exit code
-2, nothing written. The first {layers} layers of the real weights are then compared in the same way, on
-tokens of the data, before any step. No list of families decides
+eager attention in fp32. A difference above {tolerance:g} nats in any response refuses the
+model: exit code 2, nothing written. The first {layers} layers of the real weights are then compared
+in the same way, on tokens of the data, before any step. No list of families decides
 ([iopo/agreement.py](../iopo/agreement.py)).
 
 The table is the first check of every decoder family of transformers, shared layout, default
@@ -77,12 +80,48 @@ def table() -> str:
         results.append(result)
         rows.append(f"| {family} | {name} | {result} | {detail.replace('|', '/')} |")
         print(rows[-1], file=sys.stderr, flush=True)
+    supported, refused, unchecked = map(results.count, ("supported", "refused", "not small"))
     return PAGE.format(
-        tolerance=agreement.TOLERANCE, layers=agreement.LAYERS, supported=results.count("supported"),
-        refused=results.count("refused"), unchecked=results.count("not small"),
-        today=date.today(), version=transformers.__version__, torch=torch.__version__,
-        rows="\n".join(rows),
+        tolerance=agreement.TOLERANCE, layers=agreement.LAYERS, supported=supported,
+        refused=refused, unchecked=unchecked, today=date.today(), version=transformers.__version__,
+        torch=torch.__version__, rows="\n".join(rows),
     )  # fmt: skip
+
+
+WINDOWS = "sliding_window|attention_chunk_size|window_size"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_agrees_or_is_refused(family):
+    """What passes the check agrees on other weights and longer rows, and no window is ignored."""
+    try:
+        config = config_of(family)
+        agreement.check_family(config, where=family)
+    except ValueError:
+        return  # refused by name
+    try:
+        model = agreement.small_model(config)
+        agreement.own_log_probs(model, agreement.random_quads(agreement.VOCABULARY))
+    except Exception:
+        pytest.skip("no small model")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.flip(0))
+    draw = np.random.default_rng(1)
+    x1, x2, y1, y2 = (draw.integers(agreement.VOCABULARY, size=n) for n in (41, 35, 23, 17))
+    quads = [Example("long", (x1, x2), ((y1, y2), (y2, y1)))]
+    assert agreement.difference(model, quads, SHARED) <= agreement.TOLERANCE
+    keys = [k for k in config.to_dict() if re.fullmatch(WINDOWS, k)]
+    for key in keys:
+        switch = {k: True for k in config.to_dict() if k == "use_sliding_window"}
+        short = agreement.small_model(config_of(family, **{key: 8}, **switch))
+        try:
+            found = agreement.difference(short, quads, SHARED)
+        except ValueError as error:
+            assert "window of 8 tokens" in str(error)
+        else:
+            assert found <= agreement.TOLERANCE, f"{key} is ignored"
 
 
 if __name__ == "__main__":
