@@ -67,11 +67,8 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
         )
 
     model_path = None if cfg.model.tiny is not None else resolve_model(str(cfg.model.path))
-    attention = SHARED if data.layout is Layout.shared else "sdpa"
-    check_family(
-        model_config(cfg.model.tiny, model_path), where=str(model_path or "model.tiny"),
-        attention=attention,
-    )  # fmt: skip
+    where, config = str(model_path or "model.tiny"), model_config(cfg.model.tiny, model_path)
+    check_family(config, where=where, attention=attention_of(data.layout))
     tokenizer = byte_tokenizer() if model_path is None else load_tokenizer(model_path)
     chat = Chat(tokenizer, cfg.model.system)
     limits = Limits(data.max_prompt_tokens, data.max_response_tokens, data.on_overlong.value)
@@ -91,6 +88,12 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
     return Inputs(
         model_path, chat, train, heldout, heldout_quads, reports, data_hash, tokenizer_hash(chat)
     )
+
+
+def attention_of(layout: Layout) -> str:
+    """The attention function that the model runs with: in the plain layout the stock one, as of a
+    plain trainer."""
+    return SHARED if layout is Layout.shared else "sdpa"
 
 
 def batching(cfg: OptimConfig, layout: Layout, seed: int, world_size: int) -> Batching:

@@ -8,9 +8,8 @@ from iopo.agreement import check_weights
 from iopo.config import Checkpointing, Layout, LoraConfig, ModelConfig, ParallelConfig, TrainConfig
 from iopo.logprobs import LogProbs
 from iopo.model import load, lora
-from iopo.model.attention import SHARED
 from iopo.model.parallel import BlockOptions, TrainModel, make_mesh, prepare
-from iopo.training.inputs import Inputs
+from iopo.training.inputs import Inputs, attention_of
 from iopo.training.launch.placement import RankInfo
 from iopo.training.seeds import stream_seed
 
@@ -47,18 +46,16 @@ def make_policy(
 
 def load_model(cfg: ModelConfig, path: Path | None, layout: Layout, dtype: torch.dtype) -> LogProbs:
     """The starting weights: those in `path` (None: of model.tiny) with model.adapter merged in."""
+    attention = attention_of(layout)
     if path is None:
         assert cfg.tiny is not None
-        model = load.tiny_causal_lm(cfg.tiny, seed=0, dtype=dtype, attention=SHARED)
+        model = load.tiny_causal_lm(cfg.tiny, seed=0, dtype=dtype, attention=attention)
     else:
-        model = load.load_causal_lm(path, dtype, attention=SHARED)
+        model = load.load_causal_lm(path, dtype, attention=attention)
     if cfg.adapter is not None:
         lora.load_adapter(model, cfg.adapter)
         lora.merge_lora(model)
         model.requires_grad_(True)  # loading an adapter froze them
-    # A layout without shared segments runs the model's stock attention, as a plain trainer does.
-    if layout is Layout.plain:
-        model.set_attn_implementation("sdpa")
     return LogProbs(model)
 
 
