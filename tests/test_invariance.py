@@ -34,7 +34,7 @@ def worker(cfg, run, ranks, control):
     """One step on every rank; rank 0 writes the gradients, unclipped."""
     inputs = load_inputs(cfg)
     job = make_job(cfg, inputs, ranks)
-    train_model = make_policy(cfg, inputs.model_path, ranks)
+    train_model = make_policy(cfg, inputs, ranks)
     for name, parameter in train_model.parameters.items():
         if name.endswith("lora_B"):  # at zero it would leave no gradient for A
             with torch.no_grad():

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # A file imports only from its own part and from those that stand before it.
 ORDER = [
     "files", "redact", "stats", "page", "objectives", "config", "constraints", "data", "kernels",
-    "model", "logprobs", "training", "evaluation", "construct", "rounds", "experiments",
+    "model", "logprobs", "agreement", "training", "evaluation", "construct", "rounds",
+    "experiments",
 ]  # fmt: skip
 ENTRY_POINTS = ("train.py", "evaluate.py")
 HYDRA_ONLY_IN = {

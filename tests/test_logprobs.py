@@ -33,6 +33,8 @@ FAMILIES = {
     "qwen3": dict(model_type="qwen3", head_dim=16),
     "gemma3": dict(model_type="gemma3_text", head_dim=16, sliding_window=64, layer_types=
                    ["sliding_attention", "full_attention"], final_logit_softcapping=5.0),
+    "granite": dict(model_type="granite", logits_scaling=0.3, attention_multiplier=0.2,
+                    residual_multiplier=0.7, embedding_multiplier=3.0),
 }  # fmt: skip
 
 
@@ -181,8 +183,9 @@ def test_pairs_single_responses_and_three_members():
         assert_same(gradients(model, logp), gradients(stock, expected), 1e-10)
 
 
-def test_a_head_with_bias():
-    model, stock = tiny("llama"), tiny("llama", "sdpa")
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_a_head_with_bias(family):
+    model, stock = tiny(family), tiny(family, "sdpa")
     for each in (model, stock):
         each.lm_head = torch.nn.Linear(32, V, dtype=torch.float64)
         torch.nn.init.normal_(each.lm_head.weight, generator=torch.Generator().manual_seed(1))

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iopo import constraints, stats
+from iopo.agreement import check_family, check_weights, random_quads
 from iopo.constraints.text import repeats
 from iopo.data.batching import Batching, pass_micro_batches, token_counts
 from iopo.data.chat import Chat
@@ -32,7 +33,7 @@ from iopo.files import sha256_text
 from iopo.logprobs import LogProbs
 from iopo.model.attention import SHARED
 from iopo.model.generate import Decoding, generate
-from iopo.model.load import load_causal_lm
+from iopo.model.load import load_causal_lm, read_config
 from iopo.model.lora import load_adapter, merge_lora
 from iopo.objectives import MEMBERS, iopo_margin
 from iopo.stats import Estimate
@@ -48,10 +49,13 @@ BLOCK_CHARACTERS = 8 * BLOCK_TOKENS  # more than 512 tokens of English are ever 
 
 def load_for_scoring(path: Path, adapter: str | None, device: str, dtype: torch.dtype) -> LogProbs:
     """A model folder, with the adapter merged if one is named, for `score`."""
+    check_family(read_config(path), where=str(path))
     model = load_causal_lm(path, dtype, attention=SHARED)
     if adapter is not None:
         load_adapter(model, adapter)
         merge_lora(model)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    check_weights(model, random_quads(vocabulary), where=str(path))
     torch.nn.Module.to(model, device)
     return LogProbs(model.eval())
 

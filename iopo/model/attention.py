@@ -23,6 +23,9 @@ from iopo.model.attention_cpu import segment_attention
 
 SHARED = "shared"
 
+# What transformers may hand on to any attention function and what has no say in the result here.
+WITHOUT_EFFECT = {"position_ids", "output_attentions", "output_router_logits", "use_cache"}
+
 # varlen_attn's switch for key heads that serve several query heads. (A TorchVersion, not a text.)
 VARLEN_GROUPS_HEADS = torch.__version__ >= "2.12"
 
@@ -52,23 +55,36 @@ def shared_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **kwargs: Any,
+    is_causal: bool | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention by segments if `segments` is given, else transformers' "sdpa".
 
     query [1, H, T, E], key and value [1, K, T, E], after rotary embedding and norms; H is a
     multiple of K. scaling defaults to E ** -0.5.
     Returns (output [1, T, H, E] in query's dtype, None).
-    Segments support no dropout, soft-capped scores, key/value cache and mask.
-    Raises ValueError for a sliding window shorter than the longest path and for float32 on CUDA.
+    Segments support no dropout, key/value cache and mask.
+    Raises ValueError, with the model's layer, for keyword arguments that are not known here, and
+    with segments for soft-capped scores, attention that is not causal, values of another width than
+    keys, a sliding window shorter than the longest path and for float32 on CUDA.
     """
+    unknown = [k for k, v in others.items() if v is not None and k not in WITHOUT_EFFECT]
+    if unknown:
+        raise _refusal(module, f"the attention keyword {', '.join(unknown)}")
     if segments is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
-            sliding_window=sliding_window, softcap=softcap, **kwargs,
+            is_causal=is_causal, sliding_window=sliding_window, softcap=softcap,
         )  # fmt: skip
-    # Members that share a prompt would share its dropped scores; load.py refuses soft caps.
-    assert not dropout and softcap is None
+    if softcap is not None:
+        raise _refusal(module, "soft-capped attention scores (softcap)")
+    if is_causal is False:
+        raise _refusal(module, "attention that is not causal (is_causal=False)")
+    if value.shape[-1] != key.shape[-1]:
+        widths = f"{key.shape[-1]} and {value.shape[-1]}"
+        raise _refusal(module, f"keys and values of different width ({widths})")
+    # Members that share a prompt would share its dropped scores.
+    assert not dropout
     assert key.shape[2] == query.shape[2], "as many keys as queries: use_cache=False"
     assert attention_mask is not None and not attention_mask.numel(), "see forward_arguments"
     if sliding_window is not None and sliding_window < segments.max_k:
@@ -86,6 +102,10 @@ def shared_attention(
     else:
         out, _ = segment_attention(q, k, v, segments.ranges_N4, scale)
     return out.unsqueeze(0), None
+
+
+def _refusal(module: nn.Module, what: str) -> ValueError:
+    return ValueError(f"{type(module).__name__} needs {what}, which attention {SHARED!r} lacks")
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, segments: SharedSegments, scale: float) -> Tensor:

@@ -1,8 +1,8 @@
 """Load a transformers causal LM and its tokenizer, and name its weights by their content.
 
 Weights come from safetensors only; code that ships inside a model folder is never run; every
-dropout is off, so that a policy and its reference are the same function at step 0. What the
-attention and the log-prob head cannot do is refused here, by name.
+dropout is off, so that a policy and its reference are the same function at step 0. What can never
+work is refused here, by name; iopo/agreement.py tries the rest.
 """
 
 import json
@@ -48,7 +48,6 @@ UNSUPPORTED = {
     ("quantization_config",): "its weights are quantised; use the bf16 or fp32 original",
     ("is_encoder_decoder",): "it is an encoder-decoder, not a causal LM",
     ("vision_config", "audio_config"): "it is multimodal; use the text-only model of the family",
-    ("attn_logit_softcapping",): "its attention logits are soft-capped (Gemma 2)",
 }
 
 # what transformers raises, beside ValueError, for files that it cannot use
@@ -214,7 +213,7 @@ def meta_causal_lm(
         return _from_config(config, dtype, attention, where=where)
 
 
-def check_weights(model: PreTrainedModel, folder: Path) -> list[str]:
+def check_tensors(model: PreTrainedModel, folder: Path) -> list[str]:
     """Compare the files' headers with a model on the meta device, which is changed.
 
     Returns names of tensors that the model does not use. Raises ValueError for files that are

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from iopo import objectives
+from iopo.agreement import check_family
 from iopo.config import Layout, OptimConfig, TrainConfig
 from iopo.data.batching import Batching
 from iopo.data.chat import Chat
@@ -17,6 +18,7 @@ from iopo.data.example import Example
 from iopo.data.rows import Quad, read_rows, rows_for, spread
 from iopo.data.tokenize import Encoder, Limits, Report, tokenize_rows, tokenizer_hash
 from iopo.files import cache_root, sha256_file
+from iopo.model.attention import SHARED
 from iopo.model.load import byte_tokenizer, load_tokenizer, resolve_model
 from iopo.training.prechecks import check_policy, check_precision, check_rows, check_samples
 
@@ -75,6 +77,8 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
     model_path = None if cfg.model.tiny is not None else resolve_model(str(cfg.model.path))
     check_precision(cfg.model.dtype, data.layout, cfg.parallel.device)
     policy, notes = check_policy(cfg.model, model_path)
+    where = str(model_path or "model.tiny")
+    check_family(policy.causal_lm.config, where=where, attention=attention_of(data.layout))
     tokenizer = byte_tokenizer() if model_path is None else load_tokenizer(model_path)
     chat = Chat(tokenizer, cfg.model.system)
     limits = Limits(data.max_prompt_tokens, data.max_response_tokens, data.on_overlong.value)
@@ -101,6 +105,12 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
         policy, chat, inputs.samples(cfg.evaluation.samples), cfg.evaluation.max_new_tokens
     )
     return inputs
+
+
+def attention_of(layout: Layout) -> str:
+    """The attention function that the model runs with: in the plain layout the stock one, as of a
+    plain trainer."""
+    return SHARED if layout is Layout.shared else "sdpa"
 
 
 def batching(cfg: OptimConfig, layout: Layout, seed: int, world_size: int) -> Batching:

@@ -4,27 +4,31 @@ from pathlib import Path
 
 import torch
 
+from iopo.agreement import check_weights
 from iopo.config import Checkpointing, Layout, LoraConfig, ModelConfig, ParallelConfig, TrainConfig
 from iopo.logprobs import LogProbs
 from iopo.model import load, lora
-from iopo.model.attention import SHARED
 from iopo.model.parallel import BlockOptions, TrainModel, make_mesh, prepare
+from iopo.training.inputs import Inputs, attention_of
 from iopo.training.launch.placement import RankInfo
 from iopo.training.seeds import stream_seed
 
 
 def make_policy(
-    cfg: TrainConfig, model_path: Path | None, ranks: RankInfo, *, frozen: bool = False
+    cfg: TrainConfig, inputs: Inputs, ranks: RankInfo, *, frozen: bool = False
 ) -> TrainModel:
     """The policy at its starting weights, adapted, placed and sharded as configured.
 
     frozen: the starting weights alone, without adapters and gradients.
+    Raises ValueError if the model's log-probs are not those of its own logits (iopo.agreement).
     """
     dtype, p = load.compute_dtype(cfg.model.dtype, ranks.device.type), cfg.parallel
     loaded = dtype
     if cfg.model.lora.rank == 0 and not frozen:  # what trains is kept in fp32 at least
         loaded = torch.promote_types(dtype, torch.float32)
-    policy = load_model(cfg.model, model_path, cfg.data.layout, loaded)
+    policy = load_model(cfg.model, inputs.model_path, cfg.data.layout, loaded)
+    if ranks.is_main and not frozen:
+        check_weights(policy.causal_lm, inputs.train, where=str(inputs.model_path or "model.tiny"))
     if frozen:
         policy.requires_grad_(False).eval()
     else:
@@ -42,18 +46,16 @@ def make_policy(
 
 def load_model(cfg: ModelConfig, path: Path | None, layout: Layout, dtype: torch.dtype) -> LogProbs:
     """The starting weights: those in `path` (None: of model.tiny) with model.adapter merged in."""
+    attention = attention_of(layout)
     if path is None:
         assert cfg.tiny is not None
-        model = load.tiny_causal_lm(cfg.tiny, seed=0, dtype=dtype, attention=SHARED)
+        model = load.tiny_causal_lm(cfg.tiny, seed=0, dtype=dtype, attention=attention)
     else:
-        model = load.load_causal_lm(path, dtype, attention=SHARED)
+        model = load.load_causal_lm(path, dtype, attention=attention)
     if cfg.adapter is not None:
         lora.load_adapter(model, cfg.adapter)
         lora.merge_lora(model)
         model.requires_grad_(True)  # loading an adapter froze them
-    # A layout without shared segments runs the model's stock attention, as a plain trainer does.
-    if layout is Layout.plain:
-        model.set_attn_implementation("sdpa")
     return LogProbs(model)
 
 

@@ -32,7 +32,7 @@ def check_model(path: Path, adapter: str | None) -> tuple[PreTrainedModel, list[
     """
     config = load.read_config(path)
     model = load.meta_causal_lm(config, torch.bfloat16, SHARED, where=str(path))
-    unused = load.check_weights(model, path)
+    unused = load.check_tensors(model, path)
     _merge(model, adapter)
     count, names = f"{len(unused)} tensors in the files are not the model's", ", ".join(unused[:3])
     return model, [f"{path}: {count}, such as {names}"] if unused else []

@@ -44,13 +44,13 @@ def build_run(cfg: TrainConfig, ranks: RankInfo, *, with_reference: bool = True)
     inputs = load_inputs(cfg)
     job = make_job(cfg, inputs, ranks)
     cfg = resolve_checkpointing(cfg, inputs, ranks, Path(cfg.run))
-    model = make_policy(cfg, inputs.model_path, ranks)
+    model = make_policy(cfg, inputs, ranks)
     reference = None
     if with_reference and objectives.OBJECTIVES[cfg.objective.name].reference:
         if cfg.reference.source is ReferenceSource.adapter_off:
             reference = adapter_off(model)
         elif cfg.reference.source is ReferenceSource.live:
-            reference = live(make_policy(cfg, inputs.model_path, ranks, frozen=True))
+            reference = live(make_policy(cfg, inputs, ranks, frozen=True))
         else:
             names = manifest(cfg.model, cfg.data, inputs, ranks.device.type)
             cache = Cache(cache_folder(cfg.reference), names)

@@ -126,7 +126,7 @@ def call(**changes):
     query, key, value = (x.detach().transpose(0, 1)[None] for x in inputs(6, 2))
     config = SimpleNamespace(_attn_implementation=attention.SHARED)
     arguments = forward_arguments(config, segments(RANGES), CPU) | {"key": key} | changes
-    return shared_attention(torch.nn.Identity(), query, value=value, **arguments)
+    return shared_attention(torch.nn.Identity(), query, **{"value": value} | arguments)
 
 
 def test_the_function_takes_transformers_shapes():
@@ -145,7 +145,6 @@ def test_a_window_shorter_than_the_longest_path_is_refused():
     "changes",
     [
         {"dropout": 0.1},
-        {"softcap": 50.0},
         {"key": torch.zeros(1, 2, T + 1, 16)},
         {"attention_mask": None},
         {"attention_mask": torch.ones(1, 1, T, T)},
@@ -154,6 +153,27 @@ def test_a_window_shorter_than_the_longest_path_is_refused():
 def test_what_segments_cannot_do_is_refused(changes):
     with pytest.raises(AssertionError):
         call(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"s_aux": torch.zeros(6)}, "Identity needs the attention keyword s_aux"),
+        ({"temperature": 0.0}, "keyword temperature"),
+        ({"softcap": 50.0}, "soft-capped"),
+        ({"is_causal": False}, "not causal"),
+        ({"value": torch.zeros(1, 2, T, 8)}, "different width .16 and 8"),
+    ],
+)
+def test_what_a_model_asks_for_and_is_not_known_is_named(changes, named):
+    with pytest.raises(ValueError, match=named):
+        call(**changes)
+
+
+def test_unknown_keywords_are_refused_without_segments_too():
+    with pytest.raises(ValueError, match="keyword s_aux"):
+        call(segments=None, attention_mask=None, s_aux=torch.zeros(6))
+    call(s_aux=None, position_ids=torch.arange(T)[None])
 
 
 def test_float32_is_refused_on_cuda():

@@ -66,7 +66,6 @@ def test_missing_folder_config_and_weights(tmp_path):
 @pytest.mark.parametrize(
     ("model_type", "fields", "reason"),
     [
-        ("gemma2", {}, "soft-capped"),
         ("t5", {}, "encoder-decoder"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantised"),
         ("llama", {"auto_map": {"AutoModel": "code.Model"}}, "never run"),

@@ -43,7 +43,7 @@ def one_step(ranks: RankInfo, *overrides: str):
     )  # fmt: skip
     inputs = load_inputs(cfg)
     job = make_job(cfg, inputs, ranks)
-    train_model = make_policy(cfg, inputs.model_path, ranks)
+    train_model = make_policy(cfg, inputs, ranks)
     norms_in_own_dtype(train_model.model)
     for name, parameter in train_model.parameters.items():
         if name.endswith("lora_B"):  # at zero it would leave no gradient for A

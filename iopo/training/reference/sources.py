@@ -16,15 +16,14 @@ from torch import Tensor
 
 import iopo
 from iopo import objectives
-from iopo.config import DataConfig, Layout, ModelConfig, ReferenceConfig
+from iopo.config import DataConfig, ModelConfig, ReferenceConfig
 from iopo.data.layout import Batch
 from iopo.data.tokenize import Example
 from iopo.files import cache_root
 from iopo.model import load, lora
-from iopo.model.attention import SHARED
 from iopo.model.parallel import TrainModel
 from iopo.objectives import MEMBERS
-from iopo.training.inputs import Inputs
+from iopo.training.inputs import Inputs, attention_of
 from iopo.training.loop import Job, Reference
 from iopo.training.reference.cache import Cache, fill, look_up, recheck
 
@@ -51,7 +50,7 @@ def manifest(
         "truncation": f"{data.max_prompt_tokens} {data.max_response_tokens} {data.on_overlong}",
         "dtype": str(load.compute_dtype(model.dtype, device_type)),
         "layout": data.layout.value,
-        "attention": SHARED if data.layout is Layout.shared else "sdpa",
+        "attention": attention_of(data.layout),
         "kernel": f"linear_logprob {device_type}",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
