@@ -15,7 +15,7 @@ from iopo.data.batching import Batching
 from iopo.data.chat import Chat
 from iopo.data.example import Example
 from iopo.data.rows import Quad, read_rows, rows_for, spread
-from iopo.data.tokenize import Encoder, Limits, Report, tokenize_rows, tokenizer_hash
+from iopo.data.tokenize import Encoder, Limits, Report, tokenize_rows
 from iopo.files import cache_root, sha256_file
 from iopo.model.load import byte_tokenizer, load_tokenizer, resolve_model
 
@@ -31,7 +31,6 @@ class Inputs:
     heldout_quads: list[Quad]
     reports: dict[str, Report]
     data_hash: str
-    tokenizer_hash: str
 
     def report_lines(self) -> list[str]:
         """What was kept and dropped, for people: one text per file."""
@@ -80,9 +79,7 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
         kept = {example.id for example in heldout}
         heldout_quads = [quad for quad in heldout_quads if quad.id in kept]
     data_hash = " ".join(sha256_file(file) for file in (data.train, data.heldout) if file)
-    return Inputs(
-        model_path, chat, train, heldout, heldout_quads, reports, data_hash, tokenizer_hash(chat)
-    )
+    return Inputs(model_path, chat, train, heldout, heldout_quads, reports, data_hash)
 
 
 def batching(cfg: OptimConfig, layout: Layout, seed: int, world_size: int) -> Batching:
