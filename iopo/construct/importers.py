@@ -9,19 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from iopo.construct.tasks import digest
+from iopo.data import checks
 from iopo.data.rows import Pair
 from iopo.files import iter_records, read_records
 
 log = logging.getLogger(__name__)
 
 PROMPT_KEYS = ("prompt", "instruction", "question", "x")
+FURTHER_KEYS = ("input", "query")  # Alpaca's, on a line below; alone, they are the prompt
+DIALOGUES = ("conversations", "messages")
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}  # names of others for ours
 
 
 def preferences(path: Path) -> Iterator[Pair | str]:
     """Rows of a preference set (prompt, chosen, rejected), or why a row cannot be used.
 
-    Without a prompt, it is taken from the first turn of `chosen`. Dialogues of several turns are
+    Alpaca's `input` is joined to its instruction. Without a prompt, it is taken from `conversations`
+    or from the first turn of `chosen`. Dialogues of several turns are
     skipped: a member is one prompt and one response.
     """
     for line, row, fault in iter_records(path):
@@ -38,8 +42,8 @@ def _pair(row: Mapping[str, Any]) -> Pair | str:
         return "no chosen or no rejected"
     asked: str | None = None
     system: str | None = None
-    prompt = next((row[key] for key in PROMPT_KEYS if row.get(key)), None)
-    if prompt is not None:
+    prompt = _prompt(row) or next((row[key] for key in DIALOGUES if row.get(key)), None)
+    if prompt:
         turns = _turns(prompt, "user") or []
         if [role for role, _ in turns if role != "system"] != ["user"]:
             return "several turns"
@@ -60,12 +64,23 @@ def _pair(row: Mapping[str, Any]) -> Pair | str:
     if asked is None:
         return "no prompt"
     right, wrong = answers
+    if unread := checks.lost(row, ["\n".join((asked, system or "", right, wrong))]):
+        return f"{unread[0]!r} is part of the prompt"
     if not (asked.strip() and right and wrong):
         return "empty text"
     if right == wrong:
         return "chosen = rejected"
     row_id = str(row.get("id") or digest(asked, right, wrong))
     return Pair(row_id, asked.strip(), right, wrong, system)
+
+
+def _prompt(row: Mapping[str, Any]) -> Any:
+    """A row's text, or messages, under any of its names; two texts become two lines."""
+    prompt = next((row[key] for key in PROMPT_KEYS if row.get(key)), None)
+    more = [row[key] for key in FURTHER_KEYS if isinstance(row.get(key), str) and row[key].strip()]
+    if prompt is not None and not isinstance(prompt, str):
+        return prompt
+    return "\n".join(text for text in (prompt, *more) if text)
 
 
 def _turns(value: object, speaker: str) -> list[tuple[str, str]] | None:
@@ -91,7 +106,7 @@ def read_seeds(path: str | Path) -> list[dict[str, Any]]:
     """Simple instructions for the TRACE pipeline, as {"id", "instruction"}.
 
     A .txt file holds one a line; other files hold rows with `instruction` (or `prompt`,
-    `question`, `x`) and maybe `id`, which else is made from the text and, on repetition, the row.
+    `question`, `x`), Alpaca's `input` joined to it, and maybe `id`, which else is made from the text and, on repetition, the row.
     Raises ValueError on a row without text and on an id given twice.
     """
     path = Path(path)
@@ -102,10 +117,16 @@ def read_seeds(path: str | Path) -> list[dict[str, Any]]:
         rows = read_records(path)
     found: dict[str, dict[str, Any]] = {}
     for number, row in enumerate(rows, 1):
-        text = next((row[key] for key in PROMPT_KEYS if isinstance(row.get(key), str)), "").strip()
+        text = _prompt(row)
+        text = text.strip() if isinstance(text, str) else ""
         if not text:
             raise ValueError(
                 f"{path}: row {number} has the keys {sorted(row)}; expected text in 'instruction'"
+            )
+        if unread := checks.lost(row, [text]):
+            raise ValueError(
+                f"{path}: row {number}: {unread[0]!r} is part of the prompt and would be lost: "
+                f"{checks.PROMPT_PARTS[unread[0]]}, or delete it"
             )
         row_id = str(row["id"]) if row.get("id") is not None else digest(text)
         if row_id in found:
