@@ -1,4 +1,4 @@
-"""Misspelt keys are refused by every program, however they are given, before anything is written."""
+"""Misspelt keys are refused by every program, however they are given, and nothing is written."""
 
 import importlib
 import sys
@@ -30,7 +30,8 @@ def refusal(monkeypatch, capsys, program: str, *arguments: str) -> str:
     """What a program says before it exits with code 2."""
     module = importlib.import_module(program)
     known = getattr(module, "KEYS", None) or entry.keys(module.SCHEMAS["relabel"], "recipe.")
-    monkeypatch.setattr(sys, "argv", [program, "--config-path", str(CONF), *arguments])
+    words = sorted(arguments, key=lambda word: not word.startswith("-"))
+    monkeypatch.setattr(sys, "argv", [program, f"--config-path={CONF}", *words])
     GlobalHydra.instance().clear()
     with pytest.raises(SystemExit) as stopped:
         entry.run(module.main, known)
@@ -50,7 +51,7 @@ def test_a_misspelt_key_is_refused_with_the_right_one(
         text = "".join(" " * i + f"{name}:\n" for i, name in enumerate(path))
         text = f"# @package _global_\n{text}{' ' * len(path)}{last}: 7\n"
         (tmp_path / "own" / "overlay" / "bad.yaml").write_text(text)
-        given = ["--config-dir", "own", "+overlay=bad"]
+        given = ["--config-dir=own", "+overlay=bad"]
         if program == "iopo.construct.__main__":  # its base has no schema: checked once composed
             with initialize_config_dir(str(CONF), version_base=None):
                 composed = compose("construct", ["+recipe=relabel", f"+{wrong}=7"])
@@ -106,9 +107,9 @@ def checked(*overrides: str) -> None:
 def test_what_a_free_dict_holds_is_left_open(capsys):
     checked("+experiment=tiny_random", "+model.tiny.rope_scaling={rope_type: linear, factor: 2}")
     with pytest.raises(SystemExit):
-        checked("+objective={x: {y: 1}}", "+wurst=1")
-    objective, wurst = capsys.readouterr().err.splitlines()
-    assert objective.startswith("refused: objective.x.y is no key; expected one of link, beta")
+        checked("+data.zz={y: 1}", "+wurst=1")
+    data, wurst = capsys.readouterr().err.splitlines()
+    assert data.startswith("refused: data.zz.y is no key; expected one of train, heldout")
     assert wurst.startswith("wurst is no key; expected one of run, seed")
 
 

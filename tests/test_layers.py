@@ -11,8 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # A file imports only from its own part and from those that stand before it.
 ORDER = [
-    "files", "redact", "stats", "page", "objectives", "config", "entry", "constraints", "data", "kernels",
-    "model", "logprobs", "training", "evaluation", "construct", "rounds", "experiments",
+    "files", "redact", "stats", "page", "objectives", "config", "entry", "constraints", "data",
+    "kernels", "model", "logprobs", "training", "evaluation", "construct", "rounds", "experiments",
 ]  # fmt: skip
 ENTRY_POINTS = ("train.py", "evaluate.py")
 HYDRA_ONLY_IN = {"entry.py", "construct/__main__.py", "training/reference/__main__.py"}

@@ -24,9 +24,9 @@ ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}  # names of 
 def preferences(path: Path) -> Iterator[Pair | str]:
     """Rows of a preference set (prompt, chosen, rejected), or why a row cannot be used.
 
-    Alpaca's `input` is joined to its instruction. Without a prompt, it is taken from `conversations`
-    or from the first turn of `chosen`. Dialogues of several turns are
-    skipped: a member is one prompt and one response.
+    Alpaca's `input` is joined to its instruction. Without a prompt, it is taken from the
+    dialogue or the first turn of `chosen`. Dialogues of several turns, and rows that hold more of a prompt
+    (history, tools, images), are skipped: a member is one prompt and one response.
     """
     for line, row, fault in iter_records(path):
         if fault is not None:
@@ -106,8 +106,9 @@ def read_seeds(path: str | Path) -> list[dict[str, Any]]:
     """Simple instructions for the TRACE pipeline, as {"id", "instruction"}.
 
     A .txt file holds one a line; other files hold rows with `instruction` (or `prompt`,
-    `question`, `x`), Alpaca's `input` joined to it, and maybe `id`, which else is made from the text and, on repetition, the row.
-    Raises ValueError on a row without text and on an id given twice.
+    `question`, `x`), Alpaca's `input` joined to it, and maybe `id`, which else is made from the
+    text and, on repetition, the row. Raises ValueError on a row without text, on one that holds
+    more of a prompt, and on an id given twice.
     """
     path = Path(path)
     if path.suffix == ".txt":

@@ -88,7 +88,7 @@ def check_row(row: Mapping[str, object], kind: str) -> list[str]:
     faults += [
         f"{key!r} ({_short(row[key])}) is part of the prompt and would be lost: "
         f"{PROMPT_PARTS[key]}, or delete it"
-        for key in lost(row, used)
+        for key in lost(row, used or [""])
         if key not in typos
     ]
     for key in (*REQUIRED[kind], "id", "system"):

@@ -40,7 +40,9 @@ def identity(folder: Path | None, chat: Chat, adapter: str | Path | None) -> dic
         parts[stops.name] = json.dumps(read)
     if adapter is not None:
         parts["adapter weights"] = weights_hash(adapter)
-        parts["adapter_config.json"] = _hash_without(Path(adapter) / "adapter_config.json", NO_EFFECT)
+        parts["adapter_config.json"] = _hash_without(
+            Path(adapter) / "adapter_config.json", NO_EFFECT
+        )
     return parts
 
 

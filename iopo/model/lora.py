@@ -237,7 +237,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     # null and {} both mean "none" in files of different PEFT versions
     known = ("r", "lora_alpha", *NO_EFFECT)
-    odd = {k: v for k, v in config.items() if k not in known and (v or None) != (FIXED.get(k) or None)}
+    odd = {
+        k: v for k, v in config.items() if k not in known and (v or None) != (FIXED.get(k) or None)
+    }
     if odd:
         raise ValueError(
             f"{folder}: not supported in adapter_config.json: {odd}; merge the adapter into its "

@@ -12,7 +12,6 @@ from helpers_tokenizer import tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from test_configs import config
 
-from iopo.config import Resume
 from iopo.evaluation import responses
 from iopo.evaluation.config import BenchmarkSection, EvaluateConfig, ModelSection
 from iopo.model import lora
@@ -80,7 +79,11 @@ CHANGES = {
     "stops": (STOPS, lambda f: set_key(f, eos_token_id=[2, 7]), STOPS),
     "no generation config: config.json names the stops": (STOPS, Path.unlink, STOPS),
     "sampling: our config decides": (STOPS, lambda f: set_key(f, temperature=0.1), None),
-    "vocabulary": ("tokenizer.json", lambda f: swap(f, '"Ġthe"', '"Ġthx"'), TOKENS),
+    "normalisation": (
+        "tokenizer.json",
+        lambda f: swap(f, '"normalizer": null', '"normalizer": {"type": "Lowercase"}'),
+        TOKENS,
+    ),
     "special token": (
         "tokenizer_config.json",
         lambda f: set_key(f, eos_token="<|endoftext|>"),
@@ -101,11 +104,15 @@ CHANGES = {
         lambda f: set_key(f, padding_side="left"),
         None,
     ),
-    "template": ("chat_template.jinja", lambda f: swap(f, "assistant", "helper"), TOKENS),
-    "special_tokens_map, which this transformers reads no more": (
+    "template": (
+        "chat_template.jinja",
+        lambda f: swap(f, "['content']", "['content'] | trim"),
+        TOKENS,
+    ),
+    "map of special tokens": (
         "special_tokens_map.json",
         lambda f: f.write_text('{"eos_token": "<|endoftext|>"}'),
-        None,
+        TOKENS,
     ),
     "weights": ("model.safetensors", shift, "weights"),
     "index of shards": (
@@ -162,7 +169,9 @@ def test_a_changed_file_is_noticed_everywhere_or_changes_no_number(made, monkeyp
             file.unlink()
         else:
             file.write_bytes(kept)
-    found = {key for key in reference | reference_now if reference.get(key) != reference_now.get(key)}
+    found = {
+        key for key in reference | reference_now if reference.get(key) != reference_now.get(key)
+    }
     assert found == ({part} if part else set())
     root, told = made / "reference", made / "answers.manifest.json"
     old = Cache(root, reference)

@@ -69,7 +69,9 @@ def check_resume(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[s
     refused: list[str] = []
     began, is_now = saved["identity"], current["identity"]
     if began.keys() >= OLD_IDENTITY:
-        refused.append("an earlier version of iopo saved it, and did not name config.json and others")
+        refused.append(
+            "an earlier version of iopo saved it, and did not name config.json and others"
+        )
     else:
         refused += [
             f"the {what} is not the one the run began with: {began.get(what)} -> {is_now.get(what)}"

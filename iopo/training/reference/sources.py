@@ -41,17 +41,21 @@ def manifest(
     """Everything that determines a reference log-prob of a given example, by name."""
     # of model.tiny; a folder's weights take its place
     tiny = {"weights": "tiny " + repr(sorted((model.tiny or {}).items()))}
-    return tiny | identity(inputs.model_path, inputs.chat, model.adapter) | {
-        "data": inputs.data_hash,
-        "truncation": f"{data.max_prompt_tokens} {data.max_response_tokens} {data.on_overlong}",
-        "dtype": str(load.compute_dtype(model.dtype, device_type)),
-        "layout": data.layout.value,
-        "attention": SHARED if data.layout is Layout.shared else "sdpa",
-        "kernel": f"linear_logprob {device_type}",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "iopo": iopo.__version__,
-    }
+    return (
+        tiny
+        | identity(inputs.model_path, inputs.chat, model.adapter)
+        | {
+            "data": inputs.data_hash,
+            "truncation": f"{data.max_prompt_tokens} {data.max_response_tokens} {data.on_overlong}",
+            "dtype": str(load.compute_dtype(model.dtype, device_type)),
+            "layout": data.layout.value,
+            "attention": SHARED if data.layout is Layout.shared else "sdpa",
+            "kernel": f"linear_logprob {device_type}",
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "iopo": iopo.__version__,
+        }
+    )
 
 
 def cache_folder(cfg: ReferenceConfig) -> Path:
