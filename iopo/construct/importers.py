@@ -24,9 +24,9 @@ ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}  # names of 
 def preferences(path: Path) -> Iterator[Pair | str]:
     """Rows of a preference set (prompt, chosen, rejected), or why a row cannot be used.
 
-    Alpaca's `input` is joined to its instruction. Without a prompt, it is taken from the
-    dialogue or the first turn of `chosen`. Dialogues of several turns, and rows that hold more of a prompt
-    (history, tools, images), are skipped: a member is one prompt and one response.
+    Alpaca's `input` is joined to its instruction. Without a prompt, it is taken from the dialogue
+    or from the first turn of `chosen`. Dialogues of several turns, and rows that hold more of a
+    prompt (history, tools, images), are skipped: a member is one prompt and one response.
     """
     for line, row, fault in iter_records(path):
         if fault is not None:
