@@ -16,18 +16,21 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from iopo import entry
 from iopo.evaluation.config import EvaluateConfig
 from iopo.evaluation.endpoint import EndpointError
 from iopo.evaluation.run import evaluate, names
 from iopo.model.host_memory import tune_malloc
 
 ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
+KEYS = entry.keys(EvaluateConfig)
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(composed: DictConfig) -> None:
     """Compose, check, run."""
+    entry.check_keys(composed, KEYS)
     log = logging.getLogger("iopo")
     log.addHandler(logging.StreamHandler(sys.stdout))
     log.setLevel(logging.INFO)
@@ -51,4 +54,4 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main, KEYS)

@@ -18,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from iopo import entry
 from iopo.config import TrainConfig, plain
 from iopo.data.batching import plan_steps
 from iopo.model.host_memory import trim_malloc
@@ -38,12 +39,14 @@ from iopo.training.replay import replay
 from iopo.training.seeds import seed_process
 
 ConfigStore.instance().store(name="base_config", node=TrainConfig)
+KEYS = entry.keys(TrainConfig)
 log = logging.getLogger("iopo.train")
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(composed: DictConfig) -> float | None:
     """Compose, check and launch; returns the held-out metric that a sweeper may optimise."""
+    entry.check_keys(composed, KEYS)
     hydra_config = HydraConfig.get()
     multirun = hydra_config.mode == RunMode.MULTIRUN
     if multirun:
@@ -194,4 +197,4 @@ def every(period: int | None, step: int) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main, KEYS)

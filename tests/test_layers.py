@@ -11,13 +11,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # A file imports only from its own part and from those that stand before it.
 ORDER = [
-    "files", "redact", "stats", "page", "objectives", "config", "constraints", "data", "kernels",
-    "model", "logprobs", "agreement", "training", "evaluation", "construct", "rounds",
+    "files", "redact", "stats", "page", "objectives", "config", "entry", "constraints", "data",
+    "kernels", "model", "logprobs", "agreement", "training", "evaluation", "construct", "rounds",
     "experiments",
 ]  # fmt: skip
 ENTRY_POINTS = ("train.py", "evaluate.py")
 HYDRA_ONLY_IN = {
-    *("construct/__main__.py", "training/reference/__main__.py"),
+    *("entry.py", "construct/__main__.py", "training/reference/__main__.py"),
     "training/launch/sweep_names.py",  # a callback, which Hydra calls
 }
 OPERATORS = ("iopo.kernels", "iopo.model.attention")  # their arguments are given from outside

@@ -9,34 +9,38 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from iopo import entry
 from iopo.construct.relabel import RelabelRecipe, relabel_file
+from iopo.construct.trace.config import TraceRecipe
 from iopo.construct.verified import VerifiedRecipe, build_verified
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-RECIPES = ("relabel", "trace", "verified")
+SCHEMAS: dict[str, Any] = {
+    "relabel": RelabelRecipe,
+    "trace": TraceRecipe,
+    "verified": VerifiedRecipe,
+}
 
 
-def make(name: str | None, given: DictConfig | None) -> None:
-    """Run a recipe. Raises on an unknown name, on unknown keys and on wrong values."""
-
-    def settings(schema: type) -> Any:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
-
-    if name == "relabel":
-        relabel_file(settings(RelabelRecipe))
-    elif name == "verified":
-        recipe = settings(VerifiedRecipe)
-        print(build_verified(recipe, recipe.sampler()))
-    elif name == "trace":  # needs the extra `eval`, other recipes do not
-        from iopo.construct.trace.config import TraceRecipe
-        from iopo.construct.trace.pipeline import run
-
-        run(settings(TraceRecipe))
-    else:
+def make(cfg: DictConfig) -> None:
+    """Run a recipe. Raises on an unknown name and on wrong values; exits on unknown keys."""
+    name = cfg.recipe.name if "recipe" in cfg else None
+    if name not in SCHEMAS:
         raise ValueError(
-            f"the recipe is {name!r}; expected one of {list(RECIPES)}, as in "
+            f"the recipe is {name!r}; expected one of {list(SCHEMAS)}, as in "
             "`python -m iopo.construct +recipe=relabel recipe.source=FILE.jsonl`"
         )
+    schema = SCHEMAS[name]
+    entry.check_keys(cfg, entry.keys(schema, "recipe."))
+    recipe: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg.recipe))
+    if name == "relabel":
+        relabel_file(recipe)
+    elif name == "verified":
+        print(build_verified(recipe, recipe.sampler()))
+    else:  # needs the extra `eval`, other recipes do not
+        from iopo.construct.trace.pipeline import run
+
+        run(recipe)
 
 
 @hydra.main(version_base=None, config_path=str(CONF), config_name="construct")
@@ -44,10 +48,10 @@ def main(cfg: DictConfig) -> None:
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logging.getLogger("iopo").setLevel(logging.INFO)
     try:
-        make(cfg.recipe.name if "recipe" in cfg else None, cfg.get("recipe"))
+        make(cfg)
     except (ValueError, OmegaConfBaseException, RuntimeError, OSError) as error:
         sys.exit(f"construct: {error}")
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main, [key for of in SCHEMAS.values() for key in entry.keys(of, "recipe.")])

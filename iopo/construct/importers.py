@@ -9,19 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from iopo.construct.tasks import digest
+from iopo.data import checks
 from iopo.data.rows import Pair, read_turns
 from iopo.files import Place, given_records, iter_records
 
 log = logging.getLogger(__name__)
 
 PROMPT_KEYS = ("prompt", "instruction", "question", "x")
+FURTHER_KEYS = ("input", "query")  # Alpaca's, on a line below; alone, they are the prompt
+DIALOGUES = ("conversations", "messages")
 
 
 def preferences(path: Path) -> Iterator[Pair | str]:
     """Rows of a preference set (prompt, chosen, rejected), or why a row cannot be used.
 
-    Without a prompt, it is taken from the first turn of `chosen`. Dialogues of several turns are
-    skipped: a member is one prompt and one response.
+    Alpaca's `input` is joined to its instruction. Without a prompt, it is taken from the dialogue
+    or from the first turn of `chosen`. Dialogues of several turns, and rows that hold more of a
+    prompt (history, tools, images), are skipped: a member is one prompt and one response.
     """
     for place, row, fault in iter_records(path):
         if fault is None and isinstance(row, dict):
@@ -40,8 +44,8 @@ def _pair(row: Mapping[str, Any]) -> Pair | str:
         return "no chosen or no rejected"
     asked: str | None = None
     system: str | None = None
-    prompt = next((row[key] for key in PROMPT_KEYS if row.get(key)), None)
-    if prompt is not None:
+    prompt = _prompt(row) or next((row[key] for key in DIALOGUES if row.get(key)), None)
+    if prompt:
         turns = _turns(prompt, "user")
         if [role for role, _ in turns if role != "system"] != ["user"]:
             return "several turns"
@@ -62,6 +66,8 @@ def _pair(row: Mapping[str, Any]) -> Pair | str:
     if asked is None:
         return "no prompt"
     right, wrong = answers
+    if unread := checks.lost(row, ["\n".join((asked, system or "", right, wrong))]):
+        return f"{unread[0]!r} is part of the prompt"
     if not (asked and right and wrong):
         return "empty text"
     if right == wrong:
@@ -75,12 +81,22 @@ def _turns(value: object, speaker: str) -> list[tuple[str, str]]:
     return [(role, text.strip()) for role, text in read_turns(value, speaker)[0]]
 
 
+def _prompt(row: Mapping[str, Any]) -> Any:
+    """A row's text, or messages, under any of its names; two texts become two lines."""
+    prompt = next((row[key] for key in PROMPT_KEYS if row.get(key)), None)
+    more = [row[key] for key in FURTHER_KEYS if isinstance(row.get(key), str) and row[key].strip()]
+    if prompt is not None and not isinstance(prompt, str):
+        return prompt
+    return "\n".join(text for text in (prompt, *more) if text)
+
+
 def read_seeds(path: str | Path) -> list[dict[str, Any]]:
     """Simple instructions for the TRACE pipeline, as {"id", "instruction"}.
 
     A .txt file holds one a line; other files hold rows with `instruction` (or `prompt`,
-    `question`, `x`) and maybe `id`, which else is made from the text and, on repetition, the row.
-    Raises ValueError on a row that cannot be read or has no text, and on an id given twice.
+    `question`, `x`), Alpaca's `input` joined to it, and maybe `id`, which else is made from the
+    text and, on repetition, the row. Raises ValueError on a row that cannot be read, has no text or
+    holds more of a prompt, and on an id given twice.
     """
     path = Path(path)
     if path.suffix == ".txt":
@@ -94,9 +110,15 @@ def read_seeds(path: str | Path) -> list[dict[str, Any]]:
         rows = given_records(path)
     found: dict[str, dict[str, Any]] = {}
     for number, (place, row) in enumerate(rows, 1):
-        text = next((row[key] for key in PROMPT_KEYS if isinstance(row.get(key), str)), "").strip()
+        text = _prompt(row)
+        text = text.strip() if isinstance(text, str) else ""
         if not text:
             raise ValueError(f"{place}: keys {sorted(row)}; expected text in 'instruction'")
+        if unread := checks.lost(row, [text]):
+            raise ValueError(
+                f"{place}: {unread[0]!r} is part of the prompt and would be lost: "
+                f"{checks.PROMPT_PARTS[unread[0]]}, or delete it"
+            )
         row_id = str(row["id"]) if row.get("id") is not None else digest(text)
         if row_id in found:
             if row.get("id") is not None:

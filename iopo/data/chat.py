@@ -17,6 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from iopo.files import sha256_text
 
 ASKS_DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+BEHAVIOUR = (  # attributes of a tokenizer that its backend does not hold
+    *("split_special_tokens", "clean_up_tokenization_spaces"),
+    "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
+)
 TODAY = date(2024, 7, 26)  # what Llama 3.1's template writes when it is told no date
 
 
@@ -145,12 +149,14 @@ def special_texts(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 
 def tokenizer_hash(chat: Chat) -> str:
-    """sha256 (hex) of what turns text into ids: vocabulary, merges, normalisation, template,
-    system prompt and options. Padding and truncation settings, which a call changes, do not count.
+    """sha256 (hex) of what turns text into ids and back: vocabulary, merges, normalisation, special
+    tokens, blanks taken out of decoded text, template, system prompt and options. Padding and
+    truncation settings, which a call changes, do not count.
     """
     backend = json.loads(chat.tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
     for changing in ("padding", "truncation"):
         backend.pop(changing, None)
     tokens = {key: str(value) for key, value in chat.tokenizer.special_tokens_map.items()}
     parts = [backend, chat.template, tokens, chat.system, chat.options]
+    parts += [getattr(chat.tokenizer, name, None) for name in BEHAVIOUR]
     return sha256_text(json.dumps(parts, sort_keys=True))

@@ -1,8 +1,9 @@
 """What a row must look like, as a list of faults: one sentence each, without file or line."""
 
 import difflib
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 OPTIONAL = {
     "quad": ("id", "system", "c1", "c2"), "pair": ("id", "system"), "sft": ("id", "system"),
@@ -28,6 +29,38 @@ ALIASES = {
     "c1": ("constraints1",),
     "c2": ("constraints2",),
 }
+# Keys of other formats (Alpaca, ShareGPT, TRL) that hold part of the prompt, and what to do.
+_JOIN, _TURNS, _TEXT = "join it to the prompt", "write its turns into the prompt", "text only here"
+_WRITE = "write it into the prompt or 'system'"
+PROMPT_PARTS = {
+    **dict.fromkeys(("prompt", "instruction", "question", "input", "query", "context"), _JOIN),
+    **dict.fromkeys(("history", "messages", "conversations"), _TURNS),
+    **dict.fromkeys(("tools", "functions", "documents", "chat_template_kwargs"), _WRITE),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _TEXT),
+}
+
+
+def lost(row: Mapping[str, object], used: Sequence[str]) -> list[str]:
+    """The keys of PROMPT_PARTS whose texts would be dropped.
+
+    used: for each prompt, all texts of the row that are used with it; a key that only repeats some
+    of them, or is empty, is not lost.
+    """
+    return [
+        key
+        for key in PROMPT_PARTS
+        if any(text not in all_of_it for text in _texts(row.get(key)) for all_of_it in used)
+    ]
+
+
+def _texts(value: object) -> list[str]:
+    """The texts in a value: of messages their contents; anything else as its JSON."""
+    if isinstance(value, list):
+        return [text for part in value for text in _texts(part)]
+    if isinstance(value, dict) and {"role", "from"} & value.keys():
+        value = value.get("content", value.get("value"))
+    text = value.strip() if isinstance(value, str) else json.dumps(value) if value else ""
+    return [text] if text else []
 
 
 def kind_of(row: Mapping[str, object]) -> str | None:
@@ -49,6 +82,15 @@ def check_row(row: Mapping[str, object], kind: str) -> list[str]:
     missing = [key for key in REQUIRED[kind] if key not in row and key not in typos.values()]
     keys = ", ".join([*sorted(row)[:12], *(["..."] if len(row) > 12 else [])]) or "(none)"
     faults += [f"{key!r} is missing; found the keys {keys}" for key in missing]
+    texts = {key: value for key in wanted if isinstance(value := row.get(key), str)}
+    beside = [text for key, text in texts.items() if not key.startswith("x")]
+    used = ["\n".join((text, *beside)) for key, text in texts.items() if key.startswith("x")]
+    faults += [
+        f"{key!r} ({_short(row[key])}) is part of the prompt and would be lost: "
+        f"{PROMPT_PARTS[key]}, or delete it"
+        for key in lost(row, used or [""])
+        if key not in typos
+    ]
     for key in (*REQUIRED[kind], "id", "system"):
         if key in row and (row[key] is not None or key in REQUIRED[kind]):
             faults += _text_faults(key, row[key])

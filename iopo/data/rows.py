@@ -155,7 +155,8 @@ def _from_sharegpt(row: Mapping[str, object]) -> tuple[dict[str, object], list[s
     A leading turn from `system` becomes the system prompt of both instructions. Dialogues of
     several turns (2(2T-1) messages for T turns) are refused: a member is one prompt, one response.
     """
-    quad = {key: row[key] for key in ("id", "system", "c1", "c2") if key in row}
+    moved = ("conversations", "chosen", "rejected")
+    quad = {key: value for key, value in row.items() if key not in moved}
     turns, fault = read_turns(row["conversations"])
     if fault is not None:
         return quad, [f"'conversations': {fault}"]

@@ -155,18 +155,18 @@ def _by_id(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def manifest(config: EvaluateConfig, data: str) -> dict[str, Any]:
     """All that the answers depend on; batch size and concurrency are not meant to matter."""
-    section, adapter = config.generate, config.model.adapter
+    section = config.generate
     names = ("temperature", "max_new_tokens", "system_prompt", "seed")
     settings = {"data": data} | {name: getattr(section, name) for name in names}
     if section.base_url is not None:
         return settings | {"model": section.model, "extra": section.extra}
-    from iopo.model.load import resolve_model, weights_hash
+    from iopo.data.chat import Chat
+    from iopo.model.identity import identity
+    from iopo.model.load import load_tokenizer, resolve_model
 
-    return settings | {
-        "weights": weights_hash(resolve_model(config.model.path or "")),
-        "adapter": None if adapter is None else weights_hash(adapter),
-        "dtype": config.model.dtype,
-    }
+    folder = resolve_model(config.model.path or "")
+    of_model = identity(folder, Chat(load_tokenizer(folder)), config.model.adapter)
+    return settings | of_model | {"dtype": config.model.dtype}
 
 
 def check_manifest(path: Path, wanted: dict[str, Any]) -> None:

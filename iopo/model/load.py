@@ -1,4 +1,4 @@
-"""Load a transformers causal LM and its tokenizer, and name its weights by their content.
+"""Load a transformers causal LM and its tokenizer.
 
 Weights come from safetensors only; code that ships inside a model folder is never run; every
 dropout is off, so that a policy and its reference are the same function at step 0. What can never
@@ -31,7 +31,6 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.logging import disable_progress_bar
 
-from iopo.files import cache_root, sha256_file, sha256_text, write_text
 from iopo.model.demo_model import fetch_demo_model
 from iopo.model.headers import read_headers
 
@@ -299,28 +298,3 @@ def _finish(model: PreTrainedModel, *, where: str) -> PreTrainedModel:
         raise ValueError(f"{where}: dropout is still on in {', '.join(on[:3])}")
     model.config.use_cache = False  # generation asks for it explicitly
     return model
-
-
-def weights_hash(path: str | Path) -> str:
-    """sha256 (64 hex digits) over names and content of a folder's safetensors files.
-
-    The digest of each file is kept in the user's cache under its path, size and modification
-    time, so that 15 GB are read once. Sharding differently gives another hash.
-    """
-    files = sorted(Path(path).glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{path}: no *.safetensors to hash; a hub id must be downloaded first")
-    return sha256_text("".join(f"{file.name}\0{_file_hash(file)}\n" for file in files))
-
-
-def _file_hash(file: Path) -> str:
-    """sha256_file, remembered in the cache under (path, size, modification time in ns)."""
-    stat = file.stat()
-    identity = f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
-    folder = cache_root() / "hashes"
-    note = folder / (sha256_text(identity) + ".json")
-    if not note.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        digest = sha256_file(file)
-        write_text(note, json.dumps({"file": str(file.resolve()), "sha256": digest}))
-    return json.loads(note.read_text())["sha256"]

@@ -37,6 +37,15 @@ FIXED = {
     "alpha_pattern": {},
     "trainable_token_indices": None,
 }
+# Keys that change no number here, whatever they hold; the tensors name the adapted layers.
+NO_EFFECT = (
+    *("task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"),
+    *("inference_mode", "target_modules", "exclude_modules", "layers_to_transform"),
+    *("layers_pattern", "megatron_core", "qalora_group_size", "eva_config", "runtime_config"),
+    "lora_dropout",  # an adapter that is loaded is merged or only evaluated
+)
+# How A and B began does not matter once they are trained, unless the base was changed with them.
+PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 class LoRALinear(nn.Linear):
@@ -251,8 +260,21 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "save it again with a recent peft)"
         )
     config = json.loads((folder / "adapter_config.json").read_text())
+    start = config.pop("init_lora_weights", True)
+    if start not in PLAIN_STARTS:
+        raise ValueError(
+            f"{folder}: not supported in adapter_config.json: init_lora_weights={start!r}, which "
+            "changes the base model too; save it as plain LoRA, with peft's "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
     # null and {} both mean "none" in files of different PEFT versions
-    odd = {k: config[k] for k in FIXED if k in config and (config[k] or None) != (FIXED[k] or None)}
+    known = ("r", "lora_alpha", *NO_EFFECT)
+    odd = {
+        k: v for k, v in config.items() if k not in known and (v or None) != (FIXED.get(k) or None)
+    }
     if odd:
-        raise ValueError(f"{folder}: not supported in adapter_config.json: {odd}")
+        raise ValueError(
+            f"{folder}: not supported in adapter_config.json: {odd}; merge the adapter into its "
+            "base with peft's merge_and_unload(), and give the merged model"
+        )
     return config

@@ -16,7 +16,7 @@ from iopo.data.batching import Batching
 from iopo.data.chat import Chat
 from iopo.data.example import Example
 from iopo.data.rows import Quad, read_rows, rows_for, spread
-from iopo.data.tokenize import Encoder, Limits, Report, tokenize_rows, tokenizer_hash
+from iopo.data.tokenize import Encoder, Limits, Report, tokenize_rows
 from iopo.files import cache_root, sha256_file
 from iopo.model.attention import SHARED
 from iopo.model.load import byte_tokenizer, load_tokenizer, resolve_model
@@ -34,7 +34,6 @@ class Inputs:
     heldout_quads: list[Quad]
     reports: dict[str, Report]
     data_hash: str
-    tokenizer_hash: str
     notes: list[str]  # on the model, and on the model and the rows
 
     def report_lines(self) -> list[str]:
@@ -97,10 +96,7 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
     files = {data.train: train, str(data.heldout): heldout}
     notes += check_rows(policy, chat, files, shared=data.layout is Layout.shared)
     data_hash = " ".join(sha256_file(file) for file in (data.train, data.heldout) if file)
-    inputs = Inputs(
-        *(model_path, chat, train, heldout, heldout_quads, reports, data_hash),
-        *(tokenizer_hash(chat), notes),
-    )
+    inputs = Inputs(model_path, chat, train, heldout, heldout_quads, reports, data_hash, notes)
     check_samples(
         policy, chat, inputs.samples(cfg.evaluation.samples), cfg.evaluation.max_new_tokens
     )

@@ -250,8 +250,8 @@ def check_start(job: Job, policy: nn.Module, reference: Reference) -> None:
         raise ValueError(
             f"step 0: loss {loss:.8f}, expected {expected:.8f} (policy equal to the reference) "
             f"within {reference.tolerance:g}; largest |log-ratio| {worst:.3g} nats. The reference "
-            f"({reference.where}) does not belong to these starting weights: delete the cache, or "
-            "check model.path"
+            f"({reference.where}) was not computed as this policy is: set reference.source=live, "
+            "or reference.cache_dir to a folder of this run's own"
         )
     log.info(f"step 0: loss {loss:.7f}, largest |log-ratio| to the reference {worst:.2g} nats")
 

@@ -5,9 +5,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers_tokenizer import tiny_tokenizer
 from test_configs import config
 
 from iopo.config import Resume
+from iopo.data.chat import Chat
 from iopo.training.checkpoint.folders import folder_of
 from iopo.training.checkpoint.resume import (
     check_resume,
@@ -75,6 +77,10 @@ def test_harmless_changes_are_reported(change, note):
         ({"identity__data": "d1"}, "the data is not the one"),
         ({"identity__reference": "r1"}, "the reference is not the one"),
         ({"identity__tokenizer": "t"}, "the tokenizer is not the one"),
+        (
+            {"identity": {"data": "d0"}},
+            "the reference is not the one the run began with: r0",
+        ),
     ],
 )
 def test_what_alters_the_experiment_is_refused_by_name(change, name):
@@ -92,7 +98,7 @@ def test_all_refused_keys_are_named_at_once():
 def test_a_fingerprint_holds_no_secret_and_what_json_changes_is_no_change(monkeypatch):
     monkeypatch.setenv("HUB_TOKEN", "very-secret-1")
     overrides = ["objective.link=hinge", "optim.clip_norm=inf", "tracker.project=very-secret-1"]
-    inputs = SimpleNamespace(data_hash="d", tokenizer_hash="t", model_path=None)
+    inputs = SimpleNamespace(data_hash="d", chat=Chat(tiny_tokenizer()), model_path=None)
     now = fingerprint(config("+experiment=tiny_random", *overrides), inputs, 1)
     saved = json.loads(json.dumps(now))
     assert saved["config"]["objective"]["link"] == "hinge" and "very-secret" not in str(saved)

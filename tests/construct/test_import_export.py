@@ -78,6 +78,35 @@ def turn(role: str, text: str) -> dict:
         ),
         ({"prompt": "P", "chosen": "A \ud83d", "rejected": "B"}, "half of a surrogate pair"),
         ([1], "no object"),
+        # Alpaca
+        ({"instruction": "P", "input": "I", "chosen": "A", "rejected": "B"},
+         ("P\nI", "A", "B", None)),
+        ({"instruction": "P", "input": " ", "history": [], "chosen": "A", "rejected": "B"},
+         ("P", "A", "B", None)),
+        ({"system": "S", "input": "I", "chosen": "A", "rejected": "B"}, ("I", "A", "B", "S")),
+        ({"instruction": "P", "history": [["Q", "R"]], "chosen": "A", "rejected": "B"},
+         "'history' is part of the prompt"),
+        ({"prompt": [turn("user", "P")], "input": "I", "chosen": "A", "rejected": "B"},
+         "'input' is part of the prompt"),
+        ({"prompt": "P", "question": "Q", "chosen": "A", "rejected": "B"},
+         "'question' is part of the prompt"),
+        # ShareGPT
+        ({"conversations": [{"from": "human", "value": "P"}], "tools": "",
+          "chosen": {"from": "gpt", "value": "A"}, "rejected": {"from": "gpt", "value": "B"}},
+         ("P", "A", "B", None)),
+        ({"conversations": [{"from": "human", "value": "P"}], "tools": "[search]",
+          "chosen": {"from": "gpt", "value": "A"}, "rejected": {"from": "gpt", "value": "B"}},
+         "'tools' is part of the prompt"),
+        ({"prompt": "P", "chosen": "A", "rejected": "B", "images": ["a.png"]},
+         "'images' is part of the prompt"),
+        # TRL, and sets that repeat the prompt in `messages`
+        ({"prompt": [turn("user", "P")], "chosen": [turn("assistant", "A")],
+          "rejected": [turn("assistant", "B")], "tools": [{"name": "search"}]},
+         "'tools' is part of the prompt"),
+        ({"prompt": "P", "messages": [turn("user", "P"), turn("assistant", "A")],
+          "chosen": "A", "rejected": "B"}, ("P", "A", "B", None)),
+        ({"prompt": "P", "messages": [turn("user", "O"), turn("assistant", "A")],
+          "chosen": "A", "rejected": "B"}, "'messages' is part of the prompt"),
     ],
 )  # fmt: skip
 def test_preferences(tmp_path, row, expected):
@@ -121,6 +150,14 @@ def test_seeds(tmp_path):
         importers.read_seeds(
             write(tmp_path / "b.jsonl", [{"id": "a", "x": "1"}, {"id": "a", "x": "2"}])
         )
+    alpaca = [{"instruction": "Sum up.", "input": "A text."}]
+    assert importers.read_seeds(write(tmp_path / "d.jsonl", alpaca))[0]["instruction"] == (
+        "Sum up.\nA text."
+    )
+    with pytest.raises(
+        ValueError, match=r"e.jsonl:1: 'tools' is part of the prompt"
+    ):
+        importers.read_seeds(write(tmp_path / "e.jsonl", [alpaca[0] | {"tools": "[search]"}]))
     with pytest.raises(ValueError, match=r"c.jsonl:1: keys \['text'\]"):
         importers.read_seeds(write(tmp_path / "c.jsonl", [{"text": "1"}]))
 

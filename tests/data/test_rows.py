@@ -81,6 +81,54 @@ def test_one_fault(write, change, message):
     assert "A good row: {" in text
 
 
+PAIR = {"x": "Describe a stall.", "chosen": "It sells tea.", "rejected": "A dog."}
+TURNS = [{"role": "user", "content": PAIR["x"]}, {"role": "assistant", "content": PAIR["chosen"]}]
+SHAREGPT = {
+    "conversations": [{"from": "human", "value": "ask 1"}, {"from": "human", "value": "ask 2"}],
+    "chosen": {"from": "gpt", "value": "tell 1"},
+    "rejected": {"from": "gpt", "value": "tell 2"},
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (PAIR | {"input": "Tea only."}, "'input' ('Tea only.') is part of the prompt and would be "
+         "lost: join it to the prompt, or delete it"),
+        (PAIR | {"query": "Tea only."}, "join it to the prompt"),
+        (PAIR | {"prompt": "Another."}, "'prompt' ('Another.') is part of the prompt"),
+        (PAIR | {"history": [["Who are you?", "A shop."]]}, "write its turns into the prompt"),
+        (PAIR | {"messages": [{"role": "user", "content": "Hi."}, *TURNS]}, "write its turns"),
+        (PAIR | {"tools": [{"name": "search"}]}, "write it into the prompt or 'system'"),
+        (PAIR | {"tools": '[{"name": "search"}]'}, "write it into the prompt or 'system'"),
+        (PAIR | {"images": ["a.png"]}, "text only here"),
+        (PAIR | {"videos": [{"bytes": None}]}, "text only here"),
+        ({"x": "Describe.", "y": "A stall.", "input": "Tea only."}, "'input' ('Tea only.')"),
+        ({"instruction": "Describe.", "input": "Tea.", "output": "A stall."}, "neither quad"),
+        ({"instruction": "Describe.", "input": "Tea.", "y": "A stall."}, "'input' ('Tea.')"),
+        (QUAD | {"input": "ask 1"}, "'input' ('ask 1')"),  # x2 lacks it
+        (SHAREGPT | {"tools": "[search]"}, "'tools' ('[search]')"),
+        (SHAREGPT | {"images": ["a.png"]}, "text only here"),
+    ],
+)  # fmt: skip
+def test_a_key_that_holds_part_of_the_prompt_is_never_dropped(write, row, message):
+    assert message in error_of(write(row))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        dict.fromkeys(("input", "history", "tools", "images", "messages")),
+        {"input": " ", "history": [], "tools": "", "images": [[]], "functions": {}},
+        {"prompt": PAIR["x"], "messages": TURNS, "input": "a stall."},  # used already
+        {"conversations": [{"from": "human", "value": PAIR["x"]}], "source": "s", "turn": 1},
+    ],
+)
+def test_a_key_that_is_empty_or_only_repeats_is_fine(write, more):
+    (row,) = read_rows(write(PAIR | more), kind="pair")
+    assert row.x == PAIR["x"]
+
+
 def test_a_misspelt_key_is_not_also_missing(write):
     row = {"x1": "ask 1", "y_1": "tell 1", "x2": "ask 2", "y2": "tell 2"}
     text = error_of(write(row))

@@ -1,8 +1,6 @@
 """Loading: what is refused and how, content hashes, tiny models, the demo model."""
 
-import hashlib
 import json
-import os
 import subprocess
 import sys
 import zipfile
@@ -97,26 +95,6 @@ def test_tiny_models_depend_on_the_seed_only():
     torch.random.set_rng_state(state)
     tiny_qwen2(seed=1)
     assert torch.equal(torch.random.get_rng_state(), state)
-
-
-def test_weights_hash_follows_content(folder):
-    before = load.weights_hash(folder)
-    assert before == load.weights_hash(folder)
-    file = folder / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    os.utime(file, ns=(1, 1))
-    assert load.weights_hash(folder) != before
-
-
-def test_remembered_hash_is_the_hash(folder):
-    file = folder / "model.safetensors"
-    load.weights_hash(folder)
-    expected = hashlib.sha256(
-        f"{file.name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode()
-    ).hexdigest()
-    assert load.weights_hash(folder) == expected
 
 
 def test_demo_model_says_how_to_bring_the_wheel(tmp_path, monkeypatch):

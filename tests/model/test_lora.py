@@ -1,5 +1,6 @@
 """LoRA: starts as the base, equals its definition, and trades files with PEFT."""
 
+import dataclasses
 import json
 
 import peft
@@ -158,4 +159,65 @@ def test_adapters_that_we_would_compute_wrongly_are_refused(tmp_path, change):
         lora.load_adapter(tiny_qwen2(), tmp_path)
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
     with pytest.raises(ValueError, match="pickled"):
+        lora.load_adapter(tiny_qwen2(), tmp_path)
+
+
+# For each field of peft's LoraConfig, values that are not its default.
+VALUES = {
+    "task_type": ["FEATURE_EXTRACTION"], "peft_type": ["IA3"], "peft_version": ["0.1"],
+    "auto_mapping": [{"base_model_class": "x"}], "base_model_name_or_path": ["x"],
+    "revision": ["x"], "inference_mode": [True], "r": [2], "lora_alpha": [3],
+    "lora_dropout": [0.5], "target_modules": [["down_proj"], "all-linear", ["embed_tokens"]],
+    "exclude_modules": [["v_proj"]], "layers_to_transform": [[0]], "layers_pattern": ["layers"],
+    "bias": ["all", "lora_only"], "modules_to_save": [["lm_head"]],
+    "init_lora_weights": [
+        False, "gaussian", "orthogonal", "eva", "pissa", "pissa_niter_4", "olora", "loftq", "corda",
+        "lora_ga", "mica",
+    ],
+    "rank_pattern": [{"q_proj": 2}], "alpha_pattern": [{"q_proj": 2}],
+    "megatron_config": [{"x": 1}], "megatron_core": ["x"], "trainable_token_indices": [[1]],
+    "loftq_config": [{"loftq_bits": 4}], "eva_config": [{"rho": 1.5}], "qalora_group_size": [8],
+    "layer_replication": [[[0, 2], [0, 2]]], "runtime_config": [{"ephemeral_gpu_offload": True}],
+    "alora_invocation_tokens": [[3, 4]], "target_parameters": [["q_proj.weight"]],
+}  # fmt: skip
+CASES = [
+    (field.name, value)
+    for field in dataclasses.fields(peft.LoraConfig)
+    for value in VALUES.get(field.name, [True])  # also a field that a later peft adds
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("field", "value"), CASES)
+def test_every_setting_of_peft_gives_its_logits_or_is_refused(tmp_path, field, value):
+    plain = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    if field == "layers_pattern":  # which peft takes with these only
+        plain["layers_to_transform"] = [0]
+    torch.manual_seed(3)
+    try:
+        theirs = peft.get_peft_model(tiny_qwen2(), peft.LoraConfig(**plain | {field: value}))
+    except Exception:  # needs more than a value: a folder that merely says so
+        theirs = peft.get_peft_model(tiny_qwen2(), peft.LoraConfig(**plain))
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    if field not in ("target_modules", "r"):  # the files that were written stand for these
+        file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    model = tiny_qwen2()
+    try:
+        lora.load_adapter(model, tmp_path)
+    except ValueError as refusal:
+        assert field in str(refusal) or value == ["embed_tokens"], refusal
+        return
+    expected = logits(peft.PeftModel.from_pretrained(tiny_qwen2(), str(tmp_path)).eval())
+    torch.testing.assert_close(logits(model.eval()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_start_that_changes_the_base_is_refused_with_the_way_out(tmp_path):
+    save_adapter(adapted(), tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": "pissa"}))
+    with pytest.raises(ValueError, match="'pissa'.*path_initial_model_for_weight_conversion"):
         lora.load_adapter(tiny_qwen2(), tmp_path)

@@ -126,8 +126,9 @@ def test_recheck_finds_foreign_numbers(tmp_path):
     found, again = look_up(rows, examples, WHERE), score(examples)
     assert recheck(found, again, 1e-4, cache.folder) == 0
     for wrong in (again + 0.01, again * float("nan")):
-        with pytest.raises(ValueError, match="differ from recomputed"):
+        with pytest.raises(ValueError, match="differ from recomputed") as caught:
             recheck(found, wrong, 1e-3, cache.folder)
+        assert "reference.cache_dir" in str(caught.value) and "delete" not in str(caught.value)
 
 
 def test_a_killed_fill_goes_on_where_it_was(tmp_path, monkeypatch):

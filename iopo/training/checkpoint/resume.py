@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from iopo.config import Resume, TrainConfig, plain
+from iopo.model.identity import differing
 from iopo.model.parallel import TrainModel
 from iopo.redact import redact
 from iopo.training import setup
@@ -24,7 +25,6 @@ from iopo.training.checkpoint.folders import (
 from iopo.training.checkpoint.tensors import load_state
 from iopo.training.inputs import Inputs
 from iopo.training.launch.run_folder import read_complete
-from iopo.training.reference.cache import manifest_hash
 from iopo.training.reference.sources import manifest
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ HARMLESS = (
     *("parallel", "checkpoint", "evaluation", "tracker", "export"),
     *("data.cache_dir", "data.workers", "reference.cache_dir", "reference.recheck_rows"),
 )
+OLD_IDENTITY = {"reference and starting weights"}  # before its parts were named
 # Harmless to what is learned, but not without a trace.
 CONSEQUENCES = dict.fromkeys(
     ("optim.epochs", "optim.max_steps"), "the learning-rate schedule now ends elsewhere"
@@ -46,18 +47,13 @@ CONSEQUENCES = dict.fromkeys(
 
 
 def fingerprint(cfg: TrainConfig, inputs: Inputs, world_size: int) -> dict[str, Any]:
-    """What a checkpoint must agree with: the config, and hashes of what the run stands on.
+    """What a checkpoint must agree with: the config, and what the run stands on, part by part.
 
-    {"config": nested dict, "identity": {what: hash}, "world_size": int}, as JSON holds it, without
-    secrets.
+    {"config": nested dict, "identity": the reference's manifest, "world_size": int}, as JSON holds
+    it, without secrets.
     """
     device = "cuda" if setup.backend(cfg.parallel) == "nccl" else "cpu"
-    reference = manifest_hash(manifest(cfg.model, cfg.data, inputs, device))
-    identity = {
-        "data": inputs.data_hash,
-        "tokenizer": inputs.tokenizer_hash,
-        "reference and starting weights": reference,
-    }
+    identity = manifest(cfg.model, cfg.data, inputs, device)
     whole = {"config": plain(cfg), "identity": identity, "world_size": world_size}
     return json.loads(redact(json.dumps(whole)))
 
@@ -71,10 +67,16 @@ def check_resume(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[s
     """
     notes: list[str] = []
     refused: list[str] = []
-    for what, now in current["identity"].items():
-        before = saved["identity"].get(what)
-        if before != now:
-            refused.append(f"the {what} is not the one the run began with: {before} -> {now}")
+    began, is_now = saved["identity"], current["identity"]
+    if began.keys() >= OLD_IDENTITY:
+        refused.append(
+            "an earlier version of iopo saved it, and did not name config.json and others"
+        )
+    else:
+        refused += [
+            f"the {what} is not the one the run began with: {began.get(what)} -> {is_now.get(what)}"
+            for what in differing(began, is_now)
+        ]
     old, new = flatten(saved["config"]), flatten(current["config"])
     for key in sorted(old.keys() | new.keys()):
         before, now = old.get(key), new.get(key)

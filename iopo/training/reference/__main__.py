@@ -13,7 +13,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from iopo import objectives
+from iopo import entry, objectives
 from iopo.config import Checkpointing, ReferenceSource, TrainConfig
 from iopo.training import setup
 from iopo.training.inputs import load_inputs
@@ -26,12 +26,14 @@ from iopo.training.reference.sources import cache_folder
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 ConfigStore.instance().store(name="base_config", node=TrainConfig)
+KEYS = entry.keys(TrainConfig)
 log = logging.getLogger("iopo.training.reference")
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(composed: DictConfig) -> None:
     """Compose, check what needs no weights, and fill on every rank."""
+    entry.check_keys(composed, KEYS)
     # By the module's name: spawned ranks cannot import `__main__`.
     from iopo.training.reference.__main__ import fill as worker
 
@@ -67,4 +69,4 @@ def fill(cfg: TrainConfig, scratch: Path, ranks: RankInfo, control: Control) -> 
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main, KEYS)

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from iopo.data.batching import Batching, pass_micro_batches, token_counts
 from iopo.data.example import Example, content_key
-from iopo.files import replacing, sha256_text
+from iopo.files import replacing, sha256_text, write_text
+from iopo.model.identity import differing
 from iopo.training.launch.placement import from_rank_0
 from iopo.training.launch.signals import heartbeat
 
@@ -49,6 +50,14 @@ class Cache:
     def __init__(self, root: Path, manifest: dict[str, str]):
         self.folder = root / manifest_hash(manifest)
         self.manifest = manifest
+
+    def nearest(self) -> list[str]:
+        """What a new cache does not share with the one that shares most; [] if it is not new."""
+        if self.folder.exists():
+            return []
+        files = self.folder.parent.glob("*/manifest.json")
+        others = [differing(json.loads(file.read_text()), self.manifest) for file in files]
+        return min(others, key=len, default=[])
 
     def path(self, members: int) -> Path:
         return self.folder / f"logps-{members}.npz"
@@ -109,7 +118,7 @@ class Cache:
         if not np.isfinite(logps).all():
             raise ValueError("reference log-probs: non-finite values; nothing was written")
         checksum = np.frombuffer(_checksum(keys, logps), dtype=np.uint8)
-        (self.folder / "manifest.json").write_text(json.dumps(self.manifest, indent=2))
+        write_text(self.folder / "manifest.json", json.dumps(self.manifest, indent=2))
         with replacing(self.path(members)) as new:
             np.savez(new, keys=keys, logps=logps, checksum=checksum)
 
@@ -197,13 +206,16 @@ def _compute(
 def recheck(cached_EM: Tensor, again_EM: Tensor, tolerance: float, where: Path) -> float:
     """The largest difference of cached log-probs from those scored again, in nats.
 
-    Raises ValueError above `tolerance`: the cache is of other weights, or the numbers are not
-    reproducible on this machine.
+    Raises ValueError above `tolerance`: the cache was made with this model and these versions, so
+    the machine computes otherwise than the one that made it.
     """
     difference = (again_EM.float().cpu() - cached_EM).abs().max().item()
     if not difference <= tolerance:
         raise ValueError(
             f"{where}: cached log-probs differ from recomputed ones by {difference:.3g} nats "
-            f"(tolerance {tolerance:.3g}); delete the cache, or use reference.source=live"
+            f"(tolerance {tolerance:.3g}). Its manifest is this run's (weights, config, tokenizer, "
+            "data, versions), so the machine that filled it computes otherwise. Set "
+            "reference.cache_dir to a folder of this run's own, or reference.source=live; leave "
+            "this cache to the runs that share it"
         )
     return difference

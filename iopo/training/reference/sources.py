@@ -21,6 +21,7 @@ from iopo.data.layout import Batch
 from iopo.data.tokenize import Example
 from iopo.files import cache_root
 from iopo.model import load, lora
+from iopo.model.identity import identity
 from iopo.model.parallel import TrainModel
 from iopo.objectives import MEMBERS
 from iopo.training.inputs import Inputs, attention_of
@@ -37,25 +38,23 @@ def manifest(
     model: ModelConfig, data: DataConfig, inputs: Inputs, device_type: str
 ) -> dict[str, str]:
     """Everything that determines a reference log-prob of a given example, by name."""
-    if inputs.model_path is None:
-        weights = "tiny " + repr(sorted((model.tiny or {}).items()))
-    else:
-        weights = load.weights_hash(inputs.model_path)
-    if model.adapter is not None:
-        weights += " adapter " + load.weights_hash(model.adapter)
-    return {
-        "weights": weights,
-        "tokenizer": inputs.tokenizer_hash,
-        "data": inputs.data_hash,
-        "truncation": f"{data.max_prompt_tokens} {data.max_response_tokens} {data.on_overlong}",
-        "dtype": str(load.compute_dtype(model.dtype, device_type)),
-        "layout": data.layout.value,
-        "attention": attention_of(data.layout),
-        "kernel": f"linear_logprob {device_type}",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "iopo": iopo.__version__,
-    }
+    # of model.tiny; a folder's weights take its place
+    tiny = {"weights": "tiny " + repr(sorted((model.tiny or {}).items()))}
+    return (
+        tiny
+        | identity(inputs.model_path, inputs.chat, model.adapter)
+        | {
+            "data": inputs.data_hash,
+            "truncation": f"{data.max_prompt_tokens} {data.max_response_tokens} {data.on_overlong}",
+            "dtype": str(load.compute_dtype(model.dtype, device_type)),
+            "layout": data.layout.value,
+            "attention": attention_of(data.layout),
+            "kernel": f"linear_logprob {device_type}",
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "iopo": iopo.__version__,
+        }
+    )
 
 
 def cache_folder(cfg: ReferenceConfig) -> Path:
@@ -98,6 +97,8 @@ def cached(cache: Cache, job: Job, model: TrainModel, recheck_rows: int) -> Refe
     def score(rows: Sequence[Example]) -> Tensor:
         return model.model(job.build(rows))
 
+    if others := cache.nearest():
+        log.info(f"reference: a new cache; the nearest one is of another {', '.join(others)}")
     members = objectives.OBJECTIVES[job.objective].members
     rows = fill(cache, job.examples, members, score, batching)
     rows = rows | fill(cache, job.heldout, len(MEMBERS), score, batching)
