@@ -9,6 +9,7 @@ import re
 from functools import lru_cache
 from typing import Any
 
+THINK_START, THINK_END = "<think>", "</think>"  # Qwen3, DeepSeek-R1, SmolLM3 and others
 CJK = "\u3400-\u4dbf\u4e00-\u9fff"
 _WORD = re.compile(r"\w+")
 _HAN = re.compile(f"[{CJK}]")
@@ -45,6 +46,21 @@ def letter_words(text: str) -> list[str]:
 def han_characters(text: str) -> int:
     """Number of Chinese characters, punctuation not counted."""
     return len(_HAN.findall(text))
+
+
+def after_thinking(text: str) -> str:
+    """What a reasoning model's text says to its reader: all after the last </think>, without
+    leading blanks; nothing where a <think> is not closed. Other texts are returned as they are.
+
+    >>> after_thinking("<think>plan</think>\\n\\nNile"), after_thinking(" Nile")
+    ('Nile', ' Nile')
+    >>> after_thinking("<think>cut at the token lim")
+    ''
+    """
+    _, closed, rest = text.rpartition(THINK_END)
+    if THINK_START in rest:
+        return ""
+    return rest.lstrip() if closed else text
 
 
 def repeats(text: str, n: int = 4) -> bool:
