@@ -35,7 +35,8 @@ class Inputs:
 
     def report_lines(self) -> list[str]:
         """What was kept and dropped, for people: one text per file."""
-        return [f"{name}: " + "\n  ".join(r.lines()) for name, r in self.reports.items()]
+        reports = [f"{name}: " + "\n  ".join(r.lines()) for name, r in self.reports.items()]
+        return [*reports, *self.chat.notes()]
 
 
 def load_inputs(cfg: TrainConfig) -> Inputs:
@@ -65,7 +66,7 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
 
     model_path = None if cfg.model.tiny is not None else resolve_model(str(cfg.model.path))
     tokenizer = byte_tokenizer() if model_path is None else load_tokenizer(model_path)
-    chat = Chat(tokenizer, cfg.model.system)
+    chat = Chat(tokenizer, cfg.model.system, cfg.model.template_options)
     limits = Limits(data.max_prompt_tokens, data.max_response_tokens, data.on_overlong.value)
     # One process per core where there is work for them: starting one costs seconds.
     many = len(train_rows) > 20_000

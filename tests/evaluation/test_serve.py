@@ -37,7 +37,7 @@ CONVERSATIONS: list[list[dict[str, str]]] = [
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[tuple[str, int]]:
-    server = make_server(Served("tiny", MODEL, TOKENIZER), "127.0.0.1", 0)
+    server = make_server(Served("tiny", MODEL, Chat(TOKENIZER)), "127.0.0.1", 0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server.server_address[0], server.server_address[1]
     server.shutdown()
@@ -205,13 +205,14 @@ def test_a_template_that_asks_for_the_date_gets_the_one_of_training() -> None:
     messages = [{"role": "user", "content": "ask"}]
     prompt = Chat(dated).prompt("ask")
     assert prompt.startswith("26 Jul 2024")
-    served = Served("dated", MODEL, dated)
-    assert served.prompt_tokens(messages) == len(dated(prompt)["input_ids"])
+    served = Served("dated", MODEL, Chat(dated))
     seen: list[list[int]] = []
     hook = MODEL.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
     )
     body = {"messages": messages, "max_tokens": 1, "temperature": 0}
-    served.answer(ChatRequest.model_validate(body))
+    request = ChatRequest.model_validate(body)
+    assert served.prompt_tokens(request) == len(dated(prompt)["input_ids"])
+    served.answer(request)
     hook.remove()
     assert seen == [dated(prompt)["input_ids"]]

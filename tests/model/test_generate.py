@@ -50,7 +50,7 @@ def one_by_one(model, tokenizer, conversation, max_new_tokens, choose):
         with torch.no_grad():
             logits_V = model(torch.tensor([ids + out])).logits[0, -1]
         out.append(choose(logits_V, step))
-        if out[-1] in end_of_turn_ids(model, tokenizer):
+        if out[-1] in end_of_turn_ids(model, Chat(tokenizer)):
             return tokenizer.decode(out[:-1], skip_special_tokens=True), "stop", len(out)
     return tokenizer.decode(out, skip_special_tokens=True), "length", len(out)
 
@@ -92,7 +92,7 @@ def test_sampling_depends_on_seed_and_place_only(model, tokenizer, batch_size):
 
 def test_stops_are_reported_and_cut(tokenizer):
     model = tiny_llama(vocab=len(tokenizer))
-    stops = end_of_turn_ids(model, tokenizer)
+    stops = end_of_turn_ids(model, Chat(tokenizer))
     with torch.no_grad():  # every token leads to the end of turn
         model.lm_head.weight.zero_()
         model.lm_head.weight[tokenizer.eos_token_id] = 0.0

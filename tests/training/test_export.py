@@ -9,6 +9,7 @@ from helpers_models import tiny_llama, tiny_qwen2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from iopo.config import ExportConfig
+from iopo.data.chat import Chat
 from iopo.logprobs import LogProbs
 from iopo.model import lora
 from iopo.model.load import byte_tokenizer
@@ -36,7 +37,7 @@ def trained(model, dtype=torch.float32):
 
 def write(train_model, run, *, base="org/base", merged=False):
     cfg, alone = ExportConfig(merged=merged), RankInfo(0, 1, 0, 1, CPU)
-    export.write_exports(train_model, run, cfg, byte_tokenizer(), base, alone)
+    export.write_exports(train_model, run, cfg, Chat(byte_tokenizer()), base, alone)
 
 
 def adapted(model):
