@@ -57,7 +57,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if found.get("config", settings) != settings:
         raise ValueError(f"{out}: holds scores made with other settings; choose another out=")
-    out.mkdir(parents=True, exist_ok=True)
     scores, answers = score_model(config, rows, details=out)
     if not answers:
         log.info("note: following is left out: some quads have constraints that code cannot check")
@@ -98,6 +97,8 @@ def score_model(
     path = resolve_model(config.model.path or "")
     device, dtype = placing(config.model)
     chat = load_chat(config.model, config.generate.system_prompt)
+    if details is not None:  # not before the template is known to be of use
+        details.mkdir(parents=True, exist_ok=True)
     limits = Limits(max_prompt_tokens=4096, max_response_tokens=4096, on_overlong="error")
     policy = heldout.load_for_scoring(path, config.model.adapter, device, dtype)
 
