@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 from helpers_models import tiny_llama
-from helpers_tokenizer import CHATML, tiny_tokenizer
+from helpers_tokenizer import CHATML, THINKING, tiny_tokenizer
 
 from iopo.data.chat import Chat
 from iopo.evaluation.config import (
@@ -198,6 +198,18 @@ def test_a_benchmark_gives_the_same_answers_in_process_and_over_http(address, tm
             model=ModelSection(str(folder), device="cpu"),
             generate=GenerateSection(max_new_tokens=13, batch_size=1),
         )
+
+
+def test_template_options_of_a_request_go_before_those_of_the_server() -> None:
+    served = Served("t", MODEL, Chat(tiny_tokenizer(THINKING), options={"enable_thinking": False}))
+    body: dict[str, Any] = {"messages": CONVERSATIONS[0]}
+    lengths = []
+    for options in ({}, {"enable_thinking": False}, {"enable_thinking": True}):
+        request = ChatRequest.model_validate(body | {"chat_template_kwargs": options})
+        lengths.append(served.prompt_tokens(request))
+    assert lengths[0] == lengths[1] > lengths[2]
+    with pytest.raises(ValueError, match="never reads tone; expected some of enable_thinking"):
+        served.answer(ChatRequest.model_validate(body | {"chat_template_kwargs": {"tone": 1}}))
 
 
 def test_a_template_that_asks_for_the_date_gets_the_one_of_training() -> None:

@@ -103,6 +103,20 @@ def test_stops_are_reported_and_cut(tokenizer):
         assert (answer.text, answer.finish_reason, answer.tokens) == ("", "stop", 1)
 
 
+def test_the_token_that_training_ends_with_stops_generation_too():
+    """A base model with a chat template: neither eos nor the generation config knows its end."""
+    base = tiny_tokenizer(CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}"))
+    base.eos_token = "<|endoftext|>"
+    model = tiny_llama(vocab=len(base))
+    model.generation_config.eos_token_id = base.eos_token_id
+    with torch.no_grad():  # every token leads to <|im_end|>
+        model.lm_head.weight.zero_()
+        model.lm_head.bias = torch.nn.Parameter(torch.eye(len(base))[2])
+    assert end_of_turn_ids(model, Chat(base)) == {0, 2}
+    for answer in answers(model, base, max_new_tokens=5):  # thinking that the prompt began
+        assert (answer.text, answer.finish_reason, answer.tokens) == ("<think>", "stop", 1)
+
+
 def test_progress_and_modes(tokenizer):
     model = tiny_llama(vocab=len(tokenizer))
     model.train()
