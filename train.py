@@ -138,6 +138,7 @@ def start(cfg: TrainConfig, config_text: str) -> int:
     environment = describe_environment(Path(__file__).resolve().parent)
     with open_run(folder, config_text=config_text, environment=environment):
         reports = {name: plain(report) for name, report in inputs.reports.items()}
+        reports["chat"] = inputs.chat.record()
         (folder / "data.json").write_text(json.dumps(reports, indent=1) + "\n")
         return launch(worker, cfg, folder, **ranks)
 

@@ -62,6 +62,7 @@ class ModelConfig:
     tiny: dict[str, Any] | None = None
     dtype: Dtype = Dtype.auto
     system: str | None = None
+    template_options: dict[str, Any] = field(default_factory=dict)
     adapter: str | None = None
     lora: LoraConfig = field(default_factory=LoraConfig)
 

@@ -12,6 +12,7 @@ from typing import Any
 from iopo.constraints import ifeval  # it imports all files of kinds, which join KINDS
 from iopo.constraints.base import KINDS, Constraint
 from iopo.constraints.ifeval import IFEVAL_IDS, from_ifeval
+from iopo.constraints.text import after_thinking
 
 __all__ = [
     "IFEVAL_IDS",
@@ -72,7 +73,8 @@ def compatible(constraints: Iterable[Constraint]) -> bool:
 
 
 def follows(constraints: Iterable[Constraint], text: str) -> list[bool]:
-    """Strict verdicts by position; an empty text follows nothing."""
+    """Strict verdicts by position on what stands after thinking; an empty text follows nothing."""
+    text = after_thinking(text)
     filled = bool(text.strip())
     return [filled and constraint.check(text) for constraint in constraints]
 
@@ -89,6 +91,6 @@ def loose_variants(text: str) -> list[str]:
 
 
 def follows_loosely(constraints: Iterable[Constraint], text: str) -> list[bool]:
-    """Loose verdicts by position: some variant of the text follows the constraint."""
-    variants = loose_variants(text)
+    """Loose verdicts by position: some variant of what stands after thinking follows it."""
+    variants = loose_variants(after_thinking(text))
     return [any(map(constraint.check, variants)) for constraint in constraints]

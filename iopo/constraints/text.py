@@ -6,6 +6,7 @@ Every cut takes time linear in the text, whatever the text is: a benchmark score
 
 import importlib.util
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -61,6 +62,15 @@ def after_thinking(text: str) -> str:
     if THINK_START in rest:
         return ""
     return rest.lstrip() if closed else text
+
+
+def thinking_note(texts: Iterable[str]) -> str | None:
+    """What `after_thinking` takes from these texts, for a report; None if nothing."""
+    thinking = [text for text in texts if THINK_START in text or THINK_END in text]
+    unclosed = sum(THINK_START in text.rpartition(THINK_END)[2] for text in thinking)
+    if not thinking:
+        return None
+    return f"thinking removed from {len(thinking)} answers, {unclosed} unclosed, which are empty"
 
 
 def repeats(text: str, n: int = 4) -> bool:

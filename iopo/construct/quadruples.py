@@ -158,7 +158,8 @@ def follow_jobs(candidate: Candidate, sample: int) -> dict[str, str]:
 
 def followed(candidate: Candidate, responses: Mapping[str, str], samples: int) -> Candidate | str:
     """The candidate with the first pair of sampled responses that passes all four cells."""
-    texts = [[responses[key].strip() for key in follow_jobs(candidate, n)] for n in range(samples)]
+    said = [[responses[key] for key in follow_jobs(candidate, n)] for n in range(samples)]
+    texts = [[cut.after_thinking(text).strip() for text in two] for two in said]
     pairs = product(*zip(*texts, strict=True))
     results = [follow(candidate, first, second) for first, second in pairs]
     return next((r for r in results if isinstance(r, Candidate)), results[0])

@@ -10,7 +10,7 @@ import logging
 import random
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,12 @@ class Relabeller:
     def row(self, pair: Pair, task: Task, split: str) -> dict[str, Any] | str:
         """The quad of a pair whose prompt is this task; a str says why there is none."""
         language = LANGUAGE.get(script_of(pair.x))
-        fault = unusable(pair, language, self.recipe.most_words)
+        said = replace(
+            pair,
+            chosen=cut.after_thinking(pair.chosen),
+            rejected=cut.after_thinking(pair.rejected),
+        )
+        fault = unusable(said, language, self.recipe.most_words)
         if fault is not None or language is None:
             return fault or "script we cannot write"
         digests = {_digest(pair.chosen), _digest(pair.rejected)}
@@ -101,15 +106,17 @@ class Relabeller:
         rng = random.Random(f"{self.recipe.seed}/{pair.id}")
         kinds = self.recipe.kinds(split, language)
         orders = [self.balances[split].order(kinds, rng) for _ in range(2)]
-        found = tell_apart(pair.chosen, pair.rejected, unmentioned(orders[0], pair.x), rng)
+        found = tell_apart(said.chosen, said.rejected, unmentioned(orders[0], pair.x), rng)
         if found is None:
             return "nothing tells the responses apart"
-        y1, y2 = pair.chosen, pair.rejected
         numbers = [draw_number(rng, self.recipe.most_constraints) for _ in (1, 2)]
         sides = [
             fill(first, text, unmentioned(order, pair.x), number, rng)
-            for first, text, order, number in zip(found, (y1, y2), orders, numbers, strict=True)
+            for first, text, order, number in zip(
+                found, (said.chosen, said.rejected), orders, numbers, strict=True
+            )
         ]
+        y1, y2 = pair.chosen, pair.rejected
         if rng.random() < 0.5:
             sides, y1, y2 = sides[::-1], y2, y1
         written = [[(c, c.render(language, rng)) for c in side] for side in sides]

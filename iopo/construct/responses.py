@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from iopo.files import Journal, read_records
@@ -54,7 +55,11 @@ def sample_all(
 
 
 def model_sampler(
-    model_path: str | None, max_new_tokens: int, temperature: float, top_p: float
+    model_path: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    template_options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Sampler:
     """A sampler over a causal LM in process: a folder, a hub id or `demo` (resolve_model).
 
@@ -70,8 +75,9 @@ def model_sampler(
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         folder = resolve_model(path)
+        chat = Chat(load_tokenizer(folder), options=dict(template_options))
         model = load_causal_lm(folder, default_dtype(device))
-        return torch.nn.Module.to(model, device), Chat(load_tokenizer(folder))
+        return torch.nn.Module.to(model, device), chat
 
     def sampler(prompts: Sequence[str], seed: int) -> list[tuple[str, str]]:
         if model_path is None:

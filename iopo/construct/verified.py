@@ -9,7 +9,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations, product, zip_longest
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ class VerifiedRecipe:
     max_new_tokens: int = 64
     temperature: float = 0.7
     top_p: float = 0.95
+    template_options: dict[str, Any] = field(default_factory=dict)
     train_quads: int = 1700
     heldout_quads: int = 200
     heldout_kinds_quads: int = 100
@@ -70,7 +71,8 @@ class VerifiedRecipe:
 
     def sampler(self) -> Sampler:
         """The model at model_path."""
-        return model_sampler(self.model_path, self.max_new_tokens, self.temperature, self.top_p)
+        how = (self.max_new_tokens, self.temperature, self.top_p, self.template_options)
+        return model_sampler(self.model_path, *how)
 
 
 def build_verified(recipe: VerifiedRecipe, sampler: Sampler) -> str:
@@ -145,7 +147,7 @@ def whole_text(text: str) -> tuple[str, str | None]:
     >>> whole_text("Bees make honey from nectar. They also dance. Then they")
     ('Bees make honey from nectar. They also dance.', None)
     """
-    text = text.translate(PLAIN).strip()
+    text = cut.after_thinking(text).translate(PLAIN).strip()
     text = re.sub(r"[ \t]+\n", "\n", re.sub(r"\n{3,}", "\n\n", text))
     if not text.isascii():
         return text, "not ascii"

@@ -9,11 +9,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, meta
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from iopo.constraints.text import THINK_START
 from iopo.files import sha256_text
 
 ASKS_DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
@@ -22,6 +25,8 @@ BEHAVIOUR = (  # attributes of a tokenizer that its backend does not hold
     "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
 )
 TODAY = date(2024, 7, 26)  # what Llama 3.1's template writes when it is told no date
+# what apply_chat_template gives to a template by itself
+GIVEN = {"messages", "add_generation_prompt", "tools", "documents"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,8 @@ class Chat:
     options: further variables of the template, such as {"enable_thinking": False} for Qwen3.
     Templates that ask for the current date get TODAY: with the real one, prompts, caches and
     resumed runs would change at midnight.
-    Raises ValueError for a tokenizer without a template, or with a date that cannot be fixed.
+    Raises ValueError for a tokenizer without a template, a date that cannot be fixed, and options
+    that the template never reads.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -55,12 +61,61 @@ class Chat:
             )
         asking = self.tokenizer.get_chat_template()
         template = ASKS_DATE.sub(lambda call: json.dumps(TODAY.strftime(call[2])), asking)
+        given = GIVEN | {*self.tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
+        reads = sorted(_variables(template) - given)
+        if unknown := sorted(self.options.keys() - reads):
+            raise ValueError(
+                f"model.template_options: the chat template never reads {', '.join(unknown)}; "
+                f"expected {'some of ' + ', '.join(reads) if reads else 'none, as it reads none'}"
+            )
         if "strftime_now(" in template:
             raise ValueError(
                 "the chat template asks for the current date in a format that is not a plain string"
                 ", so its text changes from day to day: replace strftime_now(...) by a fixed date"
             )
         object.__setattr__(self, "template", template)
+
+    def record(self) -> dict[str, Any]:
+        """What is fixed, for manifests and reports; date: None where the template writes none."""
+        dated = self.template != self.tokenizer.get_chat_template()
+        end = self.end_of_turn()
+        return {
+            "date": TODAY.isoformat() if dated else None,
+            "template_options": self.options,
+            "system": self.system,
+            "end_of_turn": None if end is None else self.tokenizer.convert_ids_to_tokens(end),
+        }
+
+    def notes(self) -> list[str]:
+        """What a person must know before training on it."""
+        prompt = self.prompt("Question")
+        header = self.response(prompt, "Question", "Answer").partition("Answer")[0]
+        notes = []
+        if date := self.record()["date"]:
+            notes.append(f"chat: the template asks for the date: always {date}, in the export too")
+        if header.strip():
+            notes.append(f"chat: the template puts {header!r} before responses, which is trained")
+        return notes
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer with this chat's template: the date fixed, the options as defaults.
+
+        A server that renders it asks with the text that the model was trained on.
+        """
+        # The line breaks vanish, as transformers and vLLM trim them after a tag.
+        defaults = "".join(
+            f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}\n"
+            for name, value in self.options.items()
+        )
+        kept = self.tokenizer.chat_template
+        template = defaults + self.template
+        self.tokenizer.chat_template = (
+            {**kept, "default": template} if isinstance(kept, dict) else template
+        )
+        try:
+            self.tokenizer.save_pretrained(folder)
+        finally:
+            self.tokenizer.chat_template = kept
 
     def prompt(self, x: str, system: str | None = None) -> str:
         """The text up to where the response begins."""
@@ -88,6 +143,10 @@ class Chat:
         assert isinstance(text, str)  # tokenize=False
         return text
 
+    def opens_thinking(self) -> bool:
+        """Whether the prompt ends with a <think>, which answers then close without opening it."""
+        return self.prompt("Question").rstrip().endswith(THINK_START)
+
     def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation up to where the answer begins."""
         text = self.render(messages, add_generation_prompt=True)
@@ -109,19 +168,29 @@ class Chat:
                 "the template's text of the whole conversation does not begin with that of the "
                 f"prompt: at character {at} the prompt has {prompt[at : at + 30]!r} and the "
                 f"conversation {whole[at : at + 30]!r}, so the model would be trained on a prompt "
-                "that it is never asked with; use another template"
+                "that it is never asked with; use another template, or model.template_options"
             )
         text = whole[len(prompt) :]
         if (y := y.strip()) not in text:
             raise ValueError(f"the template changes the response {y[:60]!r} to {text[:60]!r}")
         return text
 
-    def end_of_turn(self) -> int:
+    def end_of_turn(self) -> int | None:
         """Id of the token that ends a response: the first special token that the template writes
-        after it. Not always the eos token (Gemma: <end_of_turn>).
+        after it, if any. Not always the eos token (Gemma: <end_of_turn>).
+        """
+        messages = [*self.messages("Question"), {"role": "assistant", "content": "Answer"}]
+        whole = self.render(messages, add_generation_prompt=False)
+        _, found, tail = whole.rpartition("Answer")
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        ids = self.tokenizer(tail if found else "", add_special_tokens=False)["input_ids"]
+        return next((token for token in ids if token in special), None)
 
-        Raises ValueError when the template writes none, as the model could not learn to stop, and
-        when the prompt ends before the header of the response, which would then be scored.
+    def trained_end_of_turn(self) -> int:
+        """`end_of_turn` of a template that can be trained on.
+
+        Raises ValueError when it writes none, as the model could not learn to stop, and when the
+        prompt ends before the header of the response, which would then be scored.
         """
         prompt = self.prompt("Question")
         header, _, tail = self.response(prompt, "Question", "Answer").partition("Answer")
@@ -132,14 +201,19 @@ class Chat:
                 f"{prompt[-20:]!r} and the response begins with the header {header!r}: write the "
                 "header at the end of the template under {% if add_generation_prompt %}"
             )
-        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
-        for token in self.tokenizer(tail, add_special_tokens=False)["input_ids"]:
-            if token in special:
-                return token
-        raise ValueError(
-            f"the chat template writes no special token after a response, only {tail!r}: end the "
-            "assistant turn of the template with {{ eos_token }}"
-        )
+        if (end := self.end_of_turn()) is None:
+            raise ValueError(
+                f"the chat template writes no special token after a response, only {tail!r}: end "
+                "the assistant turn of the template with {{ eos_token }}"
+            )
+        return end
+
+
+def _variables(template: str) -> set[str]:
+    """Names that a template reads and does not set itself."""
+    # transformers' own environment: it knows tags that jinja does not, such as {% generation %}
+    environment = _compile_jinja_template(template).environment
+    return meta.find_undeclared_variables(environment.parse(template))
 
 
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> set[str]:
@@ -150,8 +224,8 @@ def special_texts(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 def tokenizer_hash(chat: Chat) -> str:
     """sha256 (hex) of what turns text into ids and back: vocabulary, merges, normalisation, special
-    tokens, blanks taken out of decoded text, template, system prompt and options. Padding and
-    truncation settings, which a call changes, do not count.
+    tokens, blanks taken out of decoded text, template, system prompt, date and options, hence also
+    where a turn ends. Padding and truncation settings, which a call changes, do not count.
     """
     backend = json.loads(chat.tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
     for changing in ("padding", "truncation"):

@@ -50,8 +50,8 @@ def content_key(example: Example) -> str:
 class Report:
     """What became of the rows; nothing is dropped or cut that is not listed here by its row id.
 
-    dropped, truncated: reason -> ids. joint_differences: kept rows for which tokenising prompt and
-    response together would give other tokens than tokenising them apart, as generation does.
+    dropped, truncated: reason -> ids. joint_differences: kept rows in which the tokens of prompt
+    and response together do not begin with those of the prompt, which generation goes on from.
     prompt_tokens, response_tokens: percentiles over the kept rows, empty when none was kept.
     """
 
@@ -74,6 +74,11 @@ class Report:
                 f"kept, but tokens differ when prompt and response are tokenised together: "
                 f"{len(self.joint_differences)} ({_some(self.joint_differences)})"
             )
+            if 2 * len(self.joint_differences) > self.kept:
+                lines.append(
+                    "  most rows: the tokenizer merges the end of the template's prompt with the "
+                    "start of responses; end the prompt with a special token or a line break"
+                )
         for what, numbers in (("prompt", self.prompt_tokens), ("response", self.response_tokens)):
             if numbers:
                 values = ", ".join(f"{name} {value}" for name, value in numbers.items())

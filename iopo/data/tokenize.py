@@ -1,12 +1,15 @@
 """Rows to token ids, once: in several processes, kept on disk, and with an account of it all.
 
 The boundary. The prompt's text is the template's with the generation prompt; the response's text
-is the rest of the template's text for the whole conversation. They are tokenised apart and joined,
-as generation does it. A response is scored up to and including the first end-of-turn token; what
-the template writes after it (a line break, mostly) is not part of the example.
+is the rest of the template's text for the whole conversation. Generation goes on from the prompt's
+tokens, so where these are the first of the whole text's tokens, the response is the others. (Llama
+2's tokenizer puts a blank before every text: a response tokenised alone would get one too many.)
+Where the boundary merges there are none: the response is tokenised alone, and the row counted.
+A response is scored up to and including the first end-of-turn token; what the template writes after
+it (a line break, mostly) is not part of the example.
 
 The limits. A prompt's tokens are the same for both of its responses, and a response's for both of
-its prompts, because each text is tokenised and cut once.
+its prompts, because each text gets its tokens and its cut once.
 """
 
 import json
@@ -80,7 +83,7 @@ class Encoder:
 
     def __init__(self, chat: Chat, limits: Limits, columns: tuple[int, ...] = ALL_MEMBERS):
         self.chat, self.limits, self.columns = chat, limits, columns
-        self.end_of_turn = chat.end_of_turn()
+        self.end_of_turn = chat.trained_end_of_turn()
         end = str(chat.tokenizer.convert_ids_to_tokens(self.end_of_turn))
         forbidden = {*special_texts(chat.tokenizer), end}
         self.special = re.compile("|".join(map(re.escape, sorted(forbidden, reverse=True))))
@@ -117,7 +120,7 @@ class Encoder:
         return _Tree(x, prompt, tuple(self.chat.response(prompt, x, y, system) for y in ys))
 
     def _tokenize(self, trees: Iterable[_Tree]) -> None:
-        """All texts of the rows at once, and those that the joint comparison needs."""
+        """All texts of the rows at once: prompts, and responses alone and after their header."""
         texts: dict[str, None] = {}
         for tree in trees:
             header = self._header(tree.prompt)
@@ -134,16 +137,25 @@ class Encoder:
         last = max((found.start() for found in self.special.finditer(prompt)), default=0)
         return prompt[last:]
 
-    def _joint_differs(self, tree: _Tree) -> bool:
-        header = self._header(tree.prompt)
-        apart = [np.concatenate((self.ids[header], self.ids[y])) for y in tree.responses]
-        joined = [self.ids[header + y] for y in tree.responses]
-        return not all(map(np.array_equal, apart, joined))
+    def _follows(self, text: str, trees: Sequence[_Tree]) -> tuple[np.ndarray, bool]:
+        """A response's tokens, the same under all its prompts, and whether a boundary merges."""
+        rests: list[np.ndarray] = []
+        for header in {self._header(tree.prompt) for tree in trees if text in tree.responses}:
+            before, whole = self.ids[header], self.ids[header + text]
+            rest = whole[len(before) :]
+            same_before = np.array_equal(whole[: len(before)], before)
+            if not same_before or not all(np.array_equal(rest, other) for other in rests):
+                return self.ids[text], True
+            rests.append(rest)
+        return rests[0], False
 
     def _finish(self, row: Row, trees: list[_Tree], outcome: Outcome) -> None:
         """Cut at the end of turn, apply the limits, and book the row under what became of it."""
         prompts = [self.ids[tree.prompt] for tree in trees]
-        responses = [[self._until_end(text) for text in tree.responses] for tree in trees]
+        texts = {text for tree in trees for text in tree.responses}
+        found = {text: self._follows(text, trees) for text in texts}
+        cut = {text: self._until_end(ids, text) for text, (ids, _) in found.items()}
+        responses = [[cut[text] for text in tree.responses] for tree in trees]
         longest = max(map(len, prompts)), max(len(ids) for ys in responses for ids in ys)
         most_x, most_y = self.limits.max_prompt_tokens, self.limits.max_response_tokens
         too_long = [(PROMPT_TOO_LONG, longest[0])] if longest[0] > most_x else []
@@ -158,19 +170,18 @@ class Encoder:
         if too_long:
             prompts = [self._cut_prompt(*cut) for cut in zip(prompts, trees, strict=True)]
             responses = [[ids[:most_y] for ids in ys] for ys in responses]
-            for reason, texts in ((EQUAL_PROMPTS, prompts), (EQUAL_RESPONSES, responses[0])):
-                if len(texts) == 2 and np.array_equal(texts[0], texts[1]):
+            for reason, both in ((EQUAL_PROMPTS, prompts), (EQUAL_RESPONSES, responses[0])):
+                if len(both) == 2 and np.array_equal(both[0], both[1]):
                     outcome.dropped.append((reason, row.id))
                     return
             outcome.truncated += [(reason, row.id) for reason, _ in too_long]
-        if any(map(self._joint_differs, trees)):
+        if any(merges for _, merges in found.values()):
             outcome.joint.append(row.id)
         forest = tuple(map(tuple, responses))
         outcome.examples.append(Example(row.id, tuple(prompts), forest, _differing(row)))
 
-    def _until_end(self, text: str) -> np.ndarray:
+    def _until_end(self, ids: np.ndarray, text: str) -> np.ndarray:
         """Tokens of a response up to and including the first end-of-turn token."""
-        ids = self.ids[text]
         ends = np.flatnonzero(ids == self.end_of_turn)
         if len(ends) == 0:
             name = self.chat.tokenizer.convert_ids_to_tokens(self.end_of_turn)

@@ -56,6 +56,8 @@ class ModelSection:
     adapter: str | None = None  # folder of a PEFT adapter on that model
     dtype: str = "auto"  # auto: bf16 on CUDA and on CPUs with AMX tiles, else fp32
     device: str = "auto"  # auto, cpu, cuda, cuda:1
+    # variables of the chat template, such as {enable_thinking: false}; a server is sent them too
+    template_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -153,5 +155,16 @@ class EvaluateConfig:
             raise ValueError(f"nothing to score; set one of {', '.join(sources)}")
         if self.model.adapter is not None and self.model.path is None:
             raise ValueError("model.adapter is set without model.path; set the model it belongs to")
+        options = self.model.template_options
+        if options and self.responses.path is not None:
+            raise ValueError("model.template_options has no effect with responses.path; remove it")
+        if options and self.generate.base_url is not None:
+            extra = self.generate.extra
+            if "chat_template_kwargs" in extra:
+                raise ValueError(
+                    "model.template_options would replace generate.extra.chat_template_kwargs; "
+                    "remove one"
+                )
+            self.generate.extra = extra | {"chat_template_kwargs": options}
         if self.generate.base_url is not None and self.generate.model is None:
             raise ValueError("generate.base_url is set without generate.model; name the model")

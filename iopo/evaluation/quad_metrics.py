@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iopo import constraints, stats
 from iopo.agreement import check_family, check_weights, random_quads
-from iopo.constraints.text import repeats
+from iopo.constraints.text import after_thinking, repeats
 from iopo.data.batching import Batching, pass_micro_batches, token_counts
 from iopo.data.chat import Chat
 from iopo.data.layout import build_shared
@@ -127,6 +127,7 @@ class Answer:
     kinds: tuple[str, ...]
     follows: tuple[bool, ...]
     texts: tuple[str, ...]
+    raw: str | None = None  # the text with its thinking, if it had any
 
     @property
     def all_followed(self) -> bool:
@@ -135,7 +136,7 @@ class Answer:
 
 def answer_prompts(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    chat: Chat,
     quads: Sequence[Quad],
     splits: Sequence[str],
     section: GenerateSection,
@@ -143,25 +144,26 @@ def answer_prompts(
     """Greedy answers to x1 and x2 of every quad, judged by code. Two answers per quad, in order.
 
     quads: all `checkable`. splits: what each is held out for (seen | unseen_params | unseen_kinds).
-    section: its max_new_tokens, batch_size, and system_prompt, for quads without their own.
+    section: its max_new_tokens and batch_size. A chat's system prompt is for quads without one.
     """
     sides = [
         (f"{quad.id}/{side}", prompt, rows or [], quad.system, split)
         for quad, split in zip(quads, splits, strict=True)
         for side, prompt, rows in ((1, quad.x1, quad.c1), (2, quad.x2, quad.c2))
     ]
-    chat = Chat(tokenizer, section.system_prompt)
     conversations = [chat.messages(prompt, system) for _, prompt, _, system, _ in sides]
     show = progress(len(sides), "answers")
     decoding = Decoding(section.max_new_tokens, batch_size=section.batch_size)
     generations = generate(model, chat, conversations, decoding, lambda done, _: show(done))
     answers = []
     for (name, prompt, rows, _, split), generation in zip(sides, generations, strict=True):
-        checks, text = [constraints.from_dict(row) for row in rows], generation.text.strip()
+        checks, raw = [constraints.from_dict(row) for row in rows], generation.text.strip()
+        text = after_thinking(raw)
         follows = tuple(constraints.follows(checks, text))
         kinds, texts = (tuple(row[key] for row in rows) for key in ("kind", "text"))
         reason = generation.finish_reason
-        answers.append(Answer(name, prompt, text, reason, split, kinds, follows, texts))
+        thought = None if raw == text else raw
+        answers.append(Answer(name, prompt, text, reason, split, kinds, follows, texts, thought))
     return answers
 
 

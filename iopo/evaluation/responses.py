@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from iopo.constraints.text import after_thinking, thinking_note
 from iopo.evaluation.config import EvaluateConfig, GenerateSection, ModelSection
 from iopo.evaluation.endpoint import Endpoint, Request, RequestFailed, run_together
 from iopo.evaluation.items import Item, whole
@@ -26,17 +27,21 @@ log = logging.getLogger(__name__)
 class Responses:
     """Answers by item id, and what is odd about them. An item without an answer is not in it."""
 
-    text: dict[str, str] = field(default_factory=dict)
+    text: dict[str, str] = field(default_factory=dict)  # as it came
+    said: dict[str, str] = field(init=False)  # what is scored: the text after thinking
     missing: list[str] = field(default_factory=list)  # scored as not following anything
     unknown: list[str] = field(default_factory=list)  # ids in the file that the data lacks
     repeated: int = 0  # rows that give an answer once more, word for word
     failed: dict[str, str] = field(default_factory=dict)  # the server gave no answer, and why
     cut: int = 0  # ended at the token limit
 
+    def __post_init__(self) -> None:
+        self.said = {name: after_thinking(text) for name, text in self.text.items()}
+
     def counts(self) -> dict[str, int]:
         return {
             "answers": len(self.text),
-            "empty": sum(not text.strip() for text in self.text.values()),
+            "empty": sum(not text.strip() for text in self.said.values()),
             "missing": len(self.missing),
             "unknown": len(self.unknown),
             "repeated": self.repeated,
@@ -61,7 +66,8 @@ class Responses:
             f"{empty} empty answers: {nothing}": empty,
             f"{self.cut} answers ended at the token limit": self.cut,
         }
-        return [note for note, found in notes.items() if found]
+        thinking = thinking_note(self.text.values())
+        return [*filter(None, [thinking]), *(note for note, found in notes.items() if found)]
 
 
 def row_key(item: Item) -> dict[str, Any]:
@@ -126,10 +132,14 @@ def conversation(item: Item, section: GenerateSection) -> list[dict[str, str]]:
 def make_responses(config: EvaluateConfig, items: list[Item], data: str, out: Path) -> Responses:
     """Answers from the server or the model in the config; finished ones are read, not made again.
 
-    data: sha256 of the data file. Raises ValueError when `out` holds answers made otherwise, and
-    EndpointError when the server cannot be used; what was answered stays in responses.jsonl.
+    data: sha256 of the data file. out: the folder, made once the chat template is known to be of
+    use. Raises ValueError when `out` holds answers made otherwise, and EndpointError when the
+    server cannot be used; what was answered stays in responses.jsonl.
     """
-    check_manifest(out / "responses.manifest.json", manifest(config, data))
+    chat = None if config.generate.base_url is not None else load_chat(config.model)
+    settings = manifest(config, data) | ({} if chat is None else {"chat": chat.record()})
+    out.mkdir(parents=True, exist_ok=True)
+    check_manifest(out / "responses.manifest.json", settings)
     with Journal(out / "responses.jsonl") as journal:
         done = _by_id(journal.rows)
         pending = [item for item in items if item.id not in done]
@@ -138,7 +148,7 @@ def make_responses(config: EvaluateConfig, items: list[Item], data: str, out: Pa
         if pending and config.generate.base_url is not None:
             failed = asyncio.run(_ask_server(config.generate, pending, journal))
         elif pending:
-            _in_process(config, items, set(done), journal)
+            _in_process(config, chat, items, set(done), journal)
     rows = _by_id(read_records(out / "responses.jsonl"))
     found = {item.id: rows[item.id] for item in items if item.id in rows}
     return Responses(
@@ -220,15 +230,13 @@ async def _ask_server(
 
 
 def _in_process(
-    config: EvaluateConfig, items: list[Item], done: set[str], journal: Journal
+    config: EvaluateConfig, chat: Any, items: list[Item], done: set[str], journal: Journal
 ) -> None:
     """Batches of similar length. They are the same whatever is done already, so a resumed run
     gives the answers that an uninterrupted one would have given."""
-    from iopo.data.chat import Chat
     from iopo.model.generate import Decoding, generate
 
-    model, tokenizer = load_model(config.model)
-    chat, section = Chat(tokenizer), config.generate
+    model, section = load_model(config.model), config.generate
     order = sorted(items, key=lambda item: -sum(len(m["content"]) for m in item.messages))
     made, show = len(done), progress(len(items), "answers")
     for start in range(0, len(order), section.batch_size):
@@ -287,11 +295,22 @@ def require_model(section: ModelSection) -> None:
     check_model(resolve_model(section.path or ""), section.adapter)
 
 
-def load_model(section: ModelSection) -> tuple[Any, Any]:
-    """(model, tokenizer) ready to generate, the adapter on it if one is named."""
+def load_chat(section: ModelSection, system: str | None = None) -> Any:
+    """The Chat of a model, or of its adapter where that brings the template it was trained with."""
+    from iopo.data.chat import Chat
+    from iopo.model.load import load_tokenizer, resolve_model
+
+    folder = resolve_model(section.path or "")
+    if section.adapter and (Path(section.adapter) / "chat_template.jinja").is_file():
+        folder = Path(section.adapter)
+    return Chat(load_tokenizer(folder), system, section.template_options)
+
+
+def load_model(section: ModelSection) -> Any:
+    """The model ready to generate, the adapter on it if one is named."""
     import torch
 
-    from iopo.model.load import load_causal_lm, load_tokenizer, resolve_model
+    from iopo.model.load import load_causal_lm, resolve_model
     from iopo.model.lora import load_adapter
 
     folder = resolve_model(section.path or "")
@@ -300,4 +319,4 @@ def load_model(section: ModelSection) -> tuple[Any, Any]:
     if section.adapter is not None:
         load_adapter(model, section.adapter)  # not merged: that would round it to the dtype
     torch.nn.Module.to(model, device)
-    return model.eval(), load_tokenizer(folder)
+    return model.eval()

@@ -50,13 +50,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         known = {item.id for item in everything}
         answers = responses.read_responses(config.responses.path, items, known)
     if config.plan:
-        return plan(config, benchmark, items, None if answers is None else answers.text)
+        return plan(config, benchmark, items, None if answers is None else answers.said)
     if benchmark.judged:
         require_judge(config.judge, name)
     if answers is None and config.generate.base_url is None:
         responses.require_model(config.model)
     out = Path(config.out or responses.default_out(config))
-    out.mkdir(parents=True, exist_ok=True)
     data = sha256_file(path)
     if answers is None:
         answers = responses.make_responses(config, items, data, out)
@@ -64,6 +63,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise ValueError(f"{out}: holds answers that were made there; choose another out=")
     elif (out / "responses.jsonl").resolve() == Path(config.responses.path or "").resolve():
         raise ValueError(f"{out}: responses.path would be overwritten; choose another out=")
+    out.mkdir(parents=True, exist_ok=True)
     known_file = benchmark.source.sha256 in (None, data)
     notes = answers.notes()
     if not known_file:
@@ -72,9 +72,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         log.info("note: %s", line)
     judged: dict[str, Any] = {}  # what the judge was asked and used
     if benchmark.judged:
-        verdicts, judged = judge_items(config.judge, benchmark, items, answers.text, out)
+        verdicts, judged = judge_items(config.judge, benchmark, items, answers.said, out)
     else:
-        verdicts = [benchmark.by_code(item, answers.text.get(item.id, "")) for item in items]
+        verdicts = [benchmark.by_code(item, answers.said.get(item.id, "")) for item in items]
     scores = {
         "benchmark": name,
         "headline": list(benchmark.headline),
@@ -89,7 +89,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "versions": {"iopo": iopo.__version__, "python_openai": version("openai")},
         "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    _write(out, benchmark, items, verdicts, answers.text, scores)
+    _write(out, benchmark, items, verdicts, answers, scores)
     report.log_scores(scores)
     log.info("written: %s/scores.json, verdicts.jsonl, measures.jsonl, report.html", out)
     return scores
@@ -100,17 +100,17 @@ def _write(
     benchmark: Benchmark,
     items: list[Item],
     verdicts: list[Verdict],
-    texts: dict[str, str],
+    answers: responses.Responses,
     scores: dict[str, Any],
 ) -> None:
     """verdicts.jsonl, measures.jsonl, report.html, scores.json, and responses.jsonl if read."""
     write_records(out / "verdicts.jsonl", verdicts)
     write_records(out / "measures.jsonl", scoring.to_rows(benchmark.measures(items, verdicts)))
     if not (out / "responses.manifest.json").exists():  # read from elsewhere: keep a copy
-        answered = [item for item in items if item.id in texts]
-        rows = [{**responses.row_key(item), "response": texts[item.id]} for item in answered]
+        answered = [item for item in items if item.id in answers.text]
+        rows = [{**responses.row_key(i), "response": answers.text[i.id]} for i in answered]
         write_records(out / "responses.jsonl", rows)
-    samples = report.samples(items, verdicts, texts, benchmark.maximum)
+    samples = report.samples(items, verdicts, answers.said, benchmark.maximum)
     write_text(out / "report.html", report.page(scores, samples))
     # last: who finds it takes the evaluation for done
     write_text(out / "scores.json", json.dumps(scores, ensure_ascii=False, indent=1))

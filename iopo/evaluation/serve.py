@@ -12,16 +12,17 @@ import sys
 import threading
 import time
 import uuid
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from iopo.data.chat import Chat
 from iopo.evaluation.config import DTYPES, ModelSection
-from iopo.evaluation.responses import load_model
+from iopo.evaluation.responses import load_chat, load_model
 from iopo.model.generate import Decoding, Generation, generate
 
 MAX_BODY_BYTES = 8 * 2**20
@@ -51,6 +52,7 @@ class ChatRequest(BaseModel):
     n: Literal[1] | None = None
     stop: None = None
     tools: None = None
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)  # as vLLM's
 
     @property
     def conversation(self) -> list[dict[str, str]]:
@@ -60,15 +62,20 @@ class ChatRequest(BaseModel):
 class Served:
     """A model that answers one conversation at a time."""
 
-    def __init__(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, name: str, model: PreTrainedModel, chat: Chat):
         self.name = name
         self.started = int(time.time())
         self._model = model
-        self._chat = Chat(tokenizer)
+        self._chat = chat
         self._lock = threading.Lock()  # one forward at a time: threads only wait
 
-    def prompt_tokens(self, messages: list[dict[str, str]]) -> int:
-        return len(self._chat.prompt_ids(messages))
+    def chat(self, request: ChatRequest) -> Chat:
+        """The chat with the request's template options. Raises ValueError for unknown ones."""
+        options = self._chat.options | request.chat_template_kwargs
+        return replace(self._chat, options=options)
+
+    def prompt_tokens(self, request: ChatRequest) -> int:
+        return len(self.chat(request).prompt_ids(request.conversation))
 
     def answer(self, request: ChatRequest) -> Generation:
         """The whole answer. Raises ValueError if another model is asked or the prompt is too
@@ -76,7 +83,7 @@ class Served:
         if request.model not in (None, self.name):
             raise ValueError(f"model {request.model!r} is not served here; expected {self.name!r}")
         positions = self._model.config.get_text_config().max_position_embeddings
-        room = positions - self.prompt_tokens(request.conversation)
+        room = positions - self.prompt_tokens(request)
         if room < 1:
             raise ValueError(f"the conversation fills all {positions} positions of the model")
         decoding = Decoding(
@@ -87,7 +94,7 @@ class Served:
             seed=request.seed or 0,
         )
         with self._lock:
-            return generate(self._model, self._chat, [request.conversation], decoding)[0]
+            return generate(self._model, self.chat(request), [request.conversation], decoding)[0]
 
 
 def make_server(served: Served, host: str, port: int) -> ThreadingHTTPServer:
@@ -150,7 +157,7 @@ def _completion(served: Served, request: ChatRequest) -> dict[str, Any]:
     found = served.answer(request)
     message = {"role": "assistant", "content": found.text}
     field = "delta" if request.stream else "message"
-    prompt = served.prompt_tokens(request.conversation)
+    prompt = served.prompt_tokens(request)
     return {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion.chunk" if request.stream else "chat.completion",
@@ -178,16 +185,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--dtype", choices=DTYPES, default="auto")
     parser.add_argument("--device", default="auto")
+    options = "variables of the chat template as JSON, such as '{\"enable_thinking\": false}'"
+    parser.add_argument("--template-options", type=json.loads, default={}, help=options)
     args = parser.parse_args(arguments)
     try:
-        model, tokenizer = load_model(
-            ModelSection(args.path, args.adapter, args.dtype, args.device)
+        section = ModelSection(
+            args.path, args.adapter, args.dtype, args.device, args.template_options
         )
+        chat = load_chat(section)
+        model = load_model(section)
     except ValueError as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
     name = args.name or Path(args.adapter or args.path).name
-    server = make_server(Served(name, model, tokenizer), args.host, args.port)
+    server = make_server(Served(name, model, chat), args.host, args.port)
     print(f"serving {name} on http://{args.host}:{server.server_port}/v1", flush=True)
     try:
         server.serve_forever()

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from iopo.constraints.text import THINK_START
 from iopo.data.chat import Chat
 
 Conversation = Sequence[dict[str, str]]  # [{"role": ..., "content": ...}, ...], last turn: user
@@ -22,7 +23,9 @@ Conversation = Sequence[dict[str, str]]  # [{"role": ..., "content": ...}, ...],
 class Generation:
     """One answer. `finish_reason` is "stop" (end of turn) or "length" (cut at max_new_tokens)."""
 
-    text: str  # as decoded, blanks at its ends included: a benchmark may count lines
+    # As decoded, blanks at its ends included, for a benchmark may count lines; it begins with the
+    # <think> that the prompt ended with, if it did, so that thinking is whole.
+    text: str
     finish_reason: str
     tokens: int  # generated tokens, the end-of-turn token included
 
@@ -72,7 +75,8 @@ def generate(
     """
     prompts = [chat.prompt_ids(conversation) for conversation in conversations]
     check_room(model, prompts, decoding.max_new_tokens)
-    stops = end_of_turn_ids(model, chat.tokenizer)
+    stops = end_of_turn_ids(model, chat)
+    opening = THINK_START if chat.opens_thinking() else ""
     # Long prompts first: the first batch is the largest, so memory runs out at once or never.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: dict[int, Generation] = {}
@@ -82,7 +86,7 @@ def generate(
             for i, tokens in _decode(model, prompts, batch, stops, decoding):
                 stopped = tokens[-1] in stops
                 said = tokens[:-1] if stopped else tokens
-                text = str(chat.tokenizer.decode(said, skip_special_tokens=True))
+                text = opening + str(chat.tokenizer.decode(said, skip_special_tokens=True))
                 answers[i] = Generation(text, "stop" if stopped else "length", len(tokens))
                 if on_progress is not None:
                     on_progress(len(answers), len(prompts))
@@ -103,15 +107,17 @@ def check_room(
             )
 
 
-def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end an answer: the tokenizer's end token and the generation config's."""
+def end_of_turn_ids(model: PreTrainedModel, chat: Chat) -> frozenset[int]:
+    """Tokens that end an answer: the one that training ends a response with, the tokenizer's end
+    token and the generation config's."""
     config = model.generation_config
     named = config.eos_token_id if config is not None else None
-    found = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+    ends = named if isinstance(named, list) else [named]
+    found = {chat.end_of_turn(), chat.tokenizer.eos_token_id, *ends} - {None}
     if not found:
         raise ValueError(
-            "generate: neither the tokenizer nor the generation config names an end-of-turn token; "
-            "set tokenizer.eos_token"
+            "generate: neither the chat template, nor the tokenizer, nor the generation config "
+            "names an end-of-turn token; set tokenizer.eos_token"
         )
     return frozenset(found)
 

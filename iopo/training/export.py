@@ -13,15 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from iopo.config import Checkpointing, ExportConfig, ModelConfig, TrainConfig
+from iopo.data.chat import Chat
 from iopo.data.layout import Batch, build_plain
 from iopo.data.tokenize import Example
-from iopo.files import replacing
+from iopo.files import replacing, write_text
 from iopo.logprobs import LogProbs
 from iopo.model import lora
+from iopo.model.generate import end_of_turn_ids
 from iopo.model.parallel import TrainModel, language_model
 from iopo.training.checkpoint.folders import complete_folders, latest, step_of
 from iopo.training.checkpoint.resume import load_checkpoint
@@ -52,7 +54,7 @@ def export(run: Run, folder: Path, model: ModelConfig, cfg: ExportConfig, ranks:
         # Others find a model by its id on the hub, or in its folder, wherever they look from.
         hub = model.path != "demo" and not Path(str(model.path)).expanduser().is_dir()
         base = str(model.path) if hub else str(path.resolve())
-    write_exports(run.model, folder, cfg, run.inputs.chat.tokenizer, base, ranks)
+    write_exports(run.model, folder, cfg, run.inputs.chat, base, ranks)
 
 
 def export_run(
@@ -101,7 +103,7 @@ def write_exports(
     train_model: TrainModel,
     run: Path,
     cfg: ExportConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    chat: Chat,
     base: str | None,
     ranks: RankInfo,
 ) -> None:
@@ -109,9 +111,11 @@ def write_exports(
 
     base: what the adapter names as its base model; None writes the base to export-base/ first.
     Weights are saved in the dtype that the model computes in, so the export computes the same.
+    Each comes with the chat that was trained on: the template with its date and options fixed, and
+    the token that ends a response among the ends of generation_config.json.
     Raises ExportError if a written model does not read back as the one in training.
     """
-    ids = np.asarray(tokenizer.encode(PROBE, add_special_tokens=False), dtype=np.int32)
+    ids = np.asarray(chat.tokenizer.encode(PROBE, add_special_tokens=False), dtype=np.int32)
     half = len(ids) // 2
     example = Example(id="probe", prompts=(ids[:half],), responses=((ids[half:],),))
     probe = build_plain([example]).to(ranks.device)
@@ -122,8 +126,8 @@ def write_exports(
 
     def write(folder: Path, weights: dict[str, Tensor], *, trained: bool = True) -> None:
         with replacing(folder) as partial:
-            tokenizer.save_pretrained(partial)
             reloaded = _save(train_model, partial, weights)
+            _save_chat(train_model, partial, chat)
             if not trained:
                 return
             found = _score(LogProbs(reloaded), probe.to("cpu"))
@@ -148,7 +152,7 @@ def write_exports(
             named = {n: t for n, t in tensors.items() if ".lora_" in n}
             config = lora.adapter_config(language_model(train_model.model), base)
             lora.write_adapter(partial, config, named)
-            tokenizer.save_pretrained(partial)
+            _save_chat(train_model, partial, chat)
     if cfg.merged:
         for name, layer in layers.items():
             weight, a, b = (tensors[f"{name}.{part}"] for part in ("weight", "lora_A", "lora_B"))
@@ -199,6 +203,15 @@ def _save(train_model: TrainModel, folder: Path, tensors: dict[str, Tensor]) -> 
             f"{folder}: {len(wrong)} tensors do not read back as saved, among them {wrong[:3]}"
         )
     return model
+
+
+def _save_chat(train_model: TrainModel, folder: Path, chat: Chat) -> None:
+    """The tokenizer with the template as it was trained on, and where generation must stop."""
+    chat.save(folder)
+    model = language_model(train_model.model)
+    config = (model.generation_config or GenerationConfig()).to_diff_dict()
+    config["eos_token_id"] = sorted(end_of_turn_ids(model, chat))
+    write_text(folder / "generation_config.json", json.dumps(config, indent=2) + "\n")
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ class Inputs:
     def report_lines(self) -> list[str]:
         """What was kept and dropped, for people: one text per file; then the notes."""
         files = [f"{name}: " + "\n  ".join(r.lines()) for name, r in self.reports.items()]
-        return files + self.notes
+        return [*files, *self.chat.notes(), *self.notes]
 
     def samples(self, count: int) -> list[Quad]:
         """At most so many held-out quads, spread over the file, to answer before and after."""
@@ -79,7 +79,7 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
     where = str(model_path or "model.tiny")
     check_family(policy.causal_lm.config, where=where, attention=attention_of(data.layout))
     tokenizer = byte_tokenizer() if model_path is None else load_tokenizer(model_path)
-    chat = Chat(tokenizer, cfg.model.system)
+    chat = Chat(tokenizer, cfg.model.system, cfg.model.template_options)
     limits = Limits(data.max_prompt_tokens, data.max_response_tokens, data.on_overlong.value)
     # One process per core where there is work for them: starting one costs seconds.
     many = len(train_rows) > 20_000

@@ -154,9 +154,7 @@ def test_seeds(tmp_path):
     assert importers.read_seeds(write(tmp_path / "d.jsonl", alpaca))[0]["instruction"] == (
         "Sum up.\nA text."
     )
-    with pytest.raises(
-        ValueError, match=r"e.jsonl:1: 'tools' is part of the prompt"
-    ):
+    with pytest.raises(ValueError, match=r"e.jsonl:1: 'tools' is part of the prompt"):
         importers.read_seeds(write(tmp_path / "e.jsonl", [alpaca[0] | {"tools": "[search]"}]))
     with pytest.raises(ValueError, match=r"c.jsonl:1: keys \['text'\]"):
         importers.read_seeds(write(tmp_path / "c.jsonl", [{"text": "1"}]))

@@ -32,6 +32,10 @@ NEVER_TRAINED = {"numbered_items", "highlights", "sections", "closing_note"}
             "Bees make honey from nectar. They also dance.",
         ),
         (
+            "<think>\nHow do BEES live?\n</think>\n\nBees make honey from nectar. They also dance.",
+            "Bees make honey from nectar. They also dance.",
+        ),
+        (
             "- Bees make honey every day.\n- They also dance.\n- ",
             "- Bees make honey every day.\n- They also dance.",
         ),

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from helpers_judge import PLAIN, Answer, StubServer, ifeval_rows
+from helpers_models import tiny_llama
+from helpers_tokenizer import THINKING, tiny_tokenizer
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException
@@ -17,6 +19,7 @@ from iopo.evaluation.config import (
     DataSection,
     EvaluateConfig,
     GenerateSection,
+    ModelSection,
     ResponsesSection,
 )
 from iopo.evaluation.endpoint import EndpointError
@@ -96,6 +99,16 @@ def test_unknown_keys_and_types_fail_by_name(override: str, message: str) -> Non
         (["model.path=x", "benchmark.scored=0"], "no log-probs for benchmark.controls"),
         (["model.path=x", "judge.concurrency=0"], "concurrency is 0"),
         (["model.path=x", "generate.temperature=-1"], "temperature is -1"),
+        (["responses.path=x", "model.template_options={a: 1}"], "no effect with responses.path"),
+        (
+            [
+                "generate.base_url=x",
+                "generate.model=m",
+                "model.template_options={a: 1}",
+                "+generate.extra={chat_template_kwargs: {}}",
+            ],
+            "would replace generate.extra.chat_template_kwargs",
+        ),
     ],
 )
 def test_impossible_settings_are_refused(overrides: list[str], message: str) -> None:
@@ -162,6 +175,50 @@ def test_odd_answers_are_counted_not_fatal(data: Path, tmp_path: Path, caplog) -
     ):
         assert part in text
     assert (data.parent / "out" / "report.html").stat().st_size < 200_000
+
+
+def test_thinking_is_not_scored(data: Path, tmp_path: Path, caplog) -> None:
+    caplog.set_level("INFO")
+    answers = tmp_path / "answers.jsonl"
+    said = {1000: PLAIN, 1001: "Now, capitals", 1005: PLAIN, 1012: ""}
+    thinking = dict.fromkeys(said, "<think>\nSo, PLAN.\n</think>\n\n") | {1012: "<think>\n" + PLAIN}
+    for before in ({}, thinking):
+        rows = [{"key": key, "response": before.get(key, "") + said[key]} for key in said]
+        write_records(answers, rows)
+        out = tmp_path / f"out{len(before)}"
+        scores = evaluate(settings(data, answers, out=str(out)))
+        assert scores["scores"]["prompt_strict"]["value"] == 0.5
+        assert scores["responses"]["empty"] == 1
+        assert read_records(out / "responses.jsonl") == rows, "as they came"
+        note = "thinking removed from 4 answers, 1 unclosed, which are empty"
+        assert (note in scores["notes"]) == (f"note: {note}" in caplog.text) == bool(before)
+
+
+def test_template_options_are_known_to_the_template_or_refused(data: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    tiny_llama().save_pretrained(model)
+    tiny_tokenizer(THINKING).save_pretrained(model)
+    (model / "model.safetensors").write_bytes(b"never read")
+    for name in ("ifeval", "quads"):
+        config = settings(
+            data,
+            benchmark=BenchmarkSection(name),
+            data=DataSection(str(data) if name == "ifeval" else None),
+            model=ModelSection(str(model), template_options={"tone": 1}),
+        )
+        with pytest.raises(ValueError, match="never reads tone; expected some of enable_thinking"):
+            evaluate(config)
+        assert not Path(config.out or "").exists()
+
+
+def test_a_server_is_sent_the_template_options(data: Path) -> None:
+    with StubServer(lambda body, before: Answer(PLAIN)) as server:
+        section = GenerateSection(base_url=server.base_url, model="m")
+        options = {"enable_thinking": False}
+        evaluate(settings(data, generate=section, model=ModelSection(template_options=options)))
+        assert all(body["chat_template_kwargs"] == options for body in server.bodies)
+    manifest = json.loads((data.parent / "out" / "responses.manifest.json").read_text())
+    assert manifest["extra"] == {"chat_template_kwargs": options}
 
 
 @pytest.mark.parametrize(

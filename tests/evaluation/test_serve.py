@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 from helpers_models import tiny_llama
-from helpers_tokenizer import CHATML, tiny_tokenizer
+from helpers_tokenizer import CHATML, THINKING, tiny_tokenizer
 
 from iopo.data.chat import Chat
 from iopo.evaluation.config import (
@@ -37,7 +37,7 @@ CONVERSATIONS: list[list[dict[str, str]]] = [
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[tuple[str, int]]:
-    server = make_server(Served("tiny", MODEL, TOKENIZER), "127.0.0.1", 0)
+    server = make_server(Served("tiny", MODEL, Chat(TOKENIZER)), "127.0.0.1", 0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server.server_address[0], server.server_address[1]
     server.shutdown()
@@ -200,18 +200,31 @@ def test_a_benchmark_gives_the_same_answers_in_process_and_over_http(address, tm
         )
 
 
+def test_template_options_of_a_request_go_before_those_of_the_server() -> None:
+    served = Served("t", MODEL, Chat(tiny_tokenizer(THINKING), options={"enable_thinking": False}))
+    body: dict[str, Any] = {"messages": CONVERSATIONS[0]}
+    lengths = []
+    for options in ({}, {"enable_thinking": False}, {"enable_thinking": True}):
+        request = ChatRequest.model_validate(body | {"chat_template_kwargs": options})
+        lengths.append(served.prompt_tokens(request))
+    assert lengths[0] == lengths[1] > lengths[2]
+    with pytest.raises(ValueError, match="never reads tone; expected some of enable_thinking"):
+        served.answer(ChatRequest.model_validate(body | {"chat_template_kwargs": {"tone": 1}}))
+
+
 def test_a_template_that_asks_for_the_date_gets_the_one_of_training() -> None:
     dated = tiny_tokenizer("{{ strftime_now('%d %b %Y') }}" + CHATML)
     messages = [{"role": "user", "content": "ask"}]
     prompt = Chat(dated).prompt("ask")
     assert prompt.startswith("26 Jul 2024")
-    served = Served("dated", MODEL, dated)
-    assert served.prompt_tokens(messages) == len(dated(prompt)["input_ids"])
+    served = Served("dated", MODEL, Chat(dated))
     seen: list[list[int]] = []
     hook = MODEL.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
     )
     body = {"messages": messages, "max_tokens": 1, "temperature": 0}
-    served.answer(ChatRequest.model_validate(body))
+    request = ChatRequest.model_validate(body)
+    assert served.prompt_tokens(request) == len(dated(prompt)["input_ids"])
+    served.answer(request)
     hook.remove()
     assert seen == [dated(prompt)["input_ids"]]

@@ -50,7 +50,7 @@ def one_by_one(model, tokenizer, conversation, max_new_tokens, choose):
         with torch.no_grad():
             logits_V = model(torch.tensor([ids + out])).logits[0, -1]
         out.append(choose(logits_V, step))
-        if out[-1] in end_of_turn_ids(model, tokenizer):
+        if out[-1] in end_of_turn_ids(model, Chat(tokenizer)):
             return tokenizer.decode(out[:-1], skip_special_tokens=True), "stop", len(out)
     return tokenizer.decode(out, skip_special_tokens=True), "length", len(out)
 
@@ -92,7 +92,7 @@ def test_sampling_depends_on_seed_and_place_only(model, tokenizer, batch_size):
 
 def test_stops_are_reported_and_cut(tokenizer):
     model = tiny_llama(vocab=len(tokenizer))
-    stops = end_of_turn_ids(model, tokenizer)
+    stops = end_of_turn_ids(model, Chat(tokenizer))
     with torch.no_grad():  # every token leads to the end of turn
         model.lm_head.weight.zero_()
         model.lm_head.weight[tokenizer.eos_token_id] = 0.0
@@ -101,6 +101,20 @@ def test_stops_are_reported_and_cut(tokenizer):
     assert tokenizer.eos_token_id in stops
     for answer in answers(model, tokenizer, max_new_tokens=5):
         assert (answer.text, answer.finish_reason, answer.tokens) == ("", "stop", 1)
+
+
+def test_the_token_that_training_ends_with_stops_generation_too():
+    """A base model with a chat template: neither eos nor the generation config knows its end."""
+    base = tiny_tokenizer(CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}"))
+    base.eos_token = "<|endoftext|>"
+    model = tiny_llama(vocab=len(base))
+    model.generation_config.eos_token_id = base.eos_token_id
+    with torch.no_grad():  # every token leads to <|im_end|>
+        model.lm_head.weight.zero_()
+        model.lm_head.bias = torch.nn.Parameter(torch.eye(len(base))[2])
+    assert end_of_turn_ids(model, Chat(base)) == {0, 2}
+    for answer in answers(model, base, max_new_tokens=5):  # thinking that the prompt began
+        assert (answer.text, answer.finish_reason, answer.tokens) == ("<think>", "stop", 1)
 
 
 def test_progress_and_modes(tokenizer):

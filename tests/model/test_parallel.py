@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from iopo.config import ExportConfig, ParallelConfig
+from iopo.data.chat import Chat
 from iopo.logprobs import LogProbs
 from iopo.model import lora, parallel
 from iopo.model.load import byte_tokenizer
@@ -152,7 +153,7 @@ def worker(rank, folder):
         mesh=parallel.make_mesh("cpu"),
     )
     ranks = RankInfo(rank, 2, rank, 2, CPU)
-    write_exports(exported, Path(folder), ExportConfig(), byte_tokenizer(), None, ranks)
+    write_exports(exported, Path(folder), ExportConfig(), Chat(byte_tokenizer()), None, ranks)
     torch.save(results, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 

@@ -12,9 +12,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from helpers_fork import finish, run_train, start_ranks
 from helpers_models import tiny_llama, tiny_qwen2
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from helpers_tokenizer import THINKING, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from iopo.config import ExportConfig
+from iopo.data.chat import Chat
 from iopo.logprobs import LogProbs
 from iopo.model import lora
 from iopo.model.load import byte_tokenizer
@@ -43,7 +45,7 @@ def trained(model, dtype=torch.float32):
 
 def write(train_model, run, *, base="org/base", merged=False):
     cfg, alone = ExportConfig(merged=merged), RankInfo(0, 1, 0, 1, CPU)
-    export.write_exports(train_model, run, cfg, byte_tokenizer(), base, alone)
+    export.write_exports(train_model, run, cfg, Chat(byte_tokenizer()), base, alone)
 
 
 def adapted(model):
@@ -77,6 +79,23 @@ def test_adapter_and_merged_model_give_the_same_logits(tmp_path):
     assert config["base_model_name_or_path"] == "org/base"
     # the model in training is untouched
     assert lora.adapters(train_model.model.causal_lm) and train_model.model.causal_lm.training
+
+
+def test_exports_carry_the_chat_of_training(tmp_path):
+    """Stock transformers, as vLLM, renders the text of training and reads where to stop."""
+    tokenizer = tiny_tokenizer("{{ strftime_now('%d %b %Y') }}" + THINKING)
+    tokenizer.eos_token = "<|endoftext|>"  # the template ends turns with <|im_end|>
+    chat = Chat(tokenizer, options={"enable_thinking": False})
+    train_model = trained(adapted(tiny_qwen2(eos_token_id=5)))
+    cfg, alone = ExportConfig(merged=True), RankInfo(0, 1, 0, 1, CPU)
+    export.write_exports(train_model, tmp_path, cfg, chat, None, alone)
+    for name in ("export", "export-merged", "export-base"):
+        assert GenerationConfig.from_pretrained(tmp_path / name).eos_token_id == [0, 2, 5]
+        stock = AutoTokenizer.from_pretrained(tmp_path / name)
+        asked = stock.apply_chat_template(
+            chat.messages("ask"), tokenize=False, add_generation_prompt=True
+        )
+        assert asked == chat.prompt("ask") and asked.endswith("</think>\n\n")
 
 
 def test_base_without_a_name_is_written_too(tmp_path):

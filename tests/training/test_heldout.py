@@ -21,6 +21,7 @@ from iopo.evaluation.config import (
     ModelSection,
 )
 from iopo.files import read_records, write_records
+from iopo.model.generate import Generation
 from iopo.model.load import byte_tokenizer, load_causal_lm, load_tokenizer
 from iopo.training import samples
 
@@ -103,6 +104,22 @@ def test_evaluate_folder_scores_everything(model, tmp_path):
     assert [row["id"] for row in logps] == ["q0", "q1", "q2"]
     right = [a + c > b + d for a, b, c, d in (row["logps"] for row in logps)]
     assert sum(right) / 3 == pytest.approx(scores["group_accuracy"]["value"])
+
+
+def test_following_is_judged_after_thinking(model, monkeypatch, tmp_path, caplog):
+    said = ["<think>A PLAN</think>\nlower", "<think>A PLAN", "lower", "UPPER"]
+    made = [Generation(text, "stop", 3) for text in said]
+    monkeypatch.setattr(heldout, "generate", lambda *_: made)
+    monkeypatch.setattr(quads, "read", lambda *_: [(quad(i), "seen") for i in range(2)])
+    caplog.set_level("INFO")
+    asked = config(model, scored=0, controls=False)
+    scores = quads.evaluate(dataclasses.replace(asked, out=str(tmp_path / "out")))
+    rows = read_records(tmp_path / "out" / "verdicts.jsonl")
+    assert [row["follows"] for row in rows] == [[True], [False], [True], [True]]
+    assert [row["text"] for row in rows] == ["lower", "", "lower", "UPPER"]
+    assert [row["raw"] for row in rows] == [*said[:2], None, None]
+    assert scores["degeneration"]["empty"] == 0.25
+    assert scores["notes"] == ["thinking removed from 2 answers, 1 unclosed, which are empty"]
 
 
 def test_constraints_that_need_a_judge_are_left_out_before_any_answer(model, monkeypatch):

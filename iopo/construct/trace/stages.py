@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from iopo.constraints.text import han_characters
+from iopo.constraints.text import after_thinking, han_characters
 from iopo.construct import taxonomy
 from iopo.construct.tasks import Task, instruction, quad_row
 from iopo.construct.taxonomy import Dimension
@@ -174,7 +174,11 @@ def _finish_check(row: Row, answers: list[Any], context: Context) -> Row:
 
 
 def _ask_response(x: str) -> Callable[[Row, Context], list[Ask]]:
-    return lambda row, context: [context.prompt(row[x], replies.filled, 400)]
+    return lambda row, context: [context.prompt(row[x], _said, 400)]
+
+
+def _said(reply: str) -> str:
+    return replies.filled(after_thinking(reply))
 
 
 def _finish_response(y: str, other: str | None) -> Callable[[Row, list[Any], Context], Row]:
@@ -216,7 +220,7 @@ def _finish_score(key: str) -> Callable[[Row, list[Any], Context], Row]:
 
 def _ask_worse(row: Row, context: Context) -> list[Ask]:
     text = fill("worse", row["language"], **_fields(row), answer=row["y1"])
-    return [context.prompt(text, replies.filled, 400)]
+    return [context.prompt(text, _said, 400)]
 
 
 def _finish_worse(row: Row, answers: list[Any], context: Context) -> Row:

@@ -50,8 +50,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     path = locate(ifeval.SOURCE, config.data.path)
     items = ifeval.load(path)
     answers = responses.read_responses(config.responses.path, items, {item.id for item in items})
-    chosen = spread([item for item in items if item.id in answers.text], config.limit)
-    cases = [case for item in chosen for case in variants(item, answers.text[item.id])]
+    chosen = spread([item for item in items if item.id in answers.said], config.limit)
+    cases = [case for item in chosen for case in variants(item, answers.said[item.id])]
     texts = {case.id: case.row["response"] for case in cases}
     benchmark = replace(ifeval.BENCHMARK, question=question)
     if config.plan:

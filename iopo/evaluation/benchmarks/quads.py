@@ -11,15 +11,16 @@ from typing import Any
 import torch
 
 from iopo import stats
+from iopo.constraints.text import thinking_note
 from iopo.data.rows import Quad, read_rows, spread
-from iopo.data.tokenize import Chat, Encoder, Limits, tokenize_rows
+from iopo.data.tokenize import Encoder, Limits, tokenize_rows
 from iopo.evaluation import quad_metrics as heldout
 from iopo.evaluation.config import BOOTSTRAP, EvaluateConfig, JudgeSection
 from iopo.evaluation.quad_metrics import Answer
-from iopo.evaluation.responses import default_out, placing, require_model
+from iopo.evaluation.responses import default_out, load_chat, placing, require_model
 from iopo.files import given_records, write_records, write_text
 from iopo.logprobs import LogProbs
-from iopo.model.load import load_tokenizer, resolve_model
+from iopo.model.load import resolve_model
 from iopo.training.metrics import preferences
 
 Rows = Sequence[tuple[Quad, str]]  # a quad and what it is held out for ("heldout" if it says not)
@@ -57,10 +58,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if found.get("config", settings) != settings:
         raise ValueError(f"{out}: holds scores made with other settings; choose another out=")
     require_model(config.model)
-    out.mkdir(parents=True, exist_ok=True)
     scores, answers = score_model(config, rows, details=out)
     if not answers:
         log.info("note: following is left out: some quads have constraints that code cannot check")
+    if note := thinking_note(a.raw for a in answers if a.raw is not None):
+        log.info("note: %s", note)
+        scores["notes"] = [note]
     scores["config"] = settings
     scores["made_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     write_records(out / "verdicts.jsonl", [asdict(answer) for answer in answers])
@@ -93,7 +96,9 @@ def score_model(
     quads = [quad for quad, _ in rows]
     path = resolve_model(config.model.path or "")
     device, dtype = placing(config.model)
-    chat = Chat(load_tokenizer(path), config.generate.system_prompt)
+    chat = load_chat(config.model, config.generate.system_prompt)
+    if details is not None:  # not before the template is known to be of use
+        details.mkdir(parents=True, exist_ok=True)
     limits = Limits(max_prompt_tokens=4096, max_response_tokens=4096, on_overlong="error")
     policy = heldout.load_for_scoring(path, config.model.adapter, device, dtype)
 
@@ -125,7 +130,7 @@ def score_model(
     if not all(heldout.checkable(quad) for quad in quads):
         return out, []
     splits = [split for _, split in rows]
-    answers = heldout.answer_prompts(model, chat.tokenizer, quads, splits, config.generate)
+    answers = heldout.answer_prompts(model, chat, quads, splits, config.generate)
     shares = heldout.following(answers)
     out["constraint_accuracy"] = shares.pop("all")
     out |= {f"constraint_accuracy_{split}": share for split, share in shares.items()}
