@@ -161,9 +161,9 @@ class Encoder:
         too_long = [(PROMPT_TOO_LONG, longest[0])] if longest[0] > most_x else []
         too_long += [(RESPONSE_TOO_LONG, longest[1])] if longest[1] > most_y else []
         if too_long and self.limits.on_overlong == "error":
-            found = " and ".join(f"{reason} ({length} tokens)" for reason, length in too_long)
+            named = " and ".join(f"{reason} ({length} tokens)" for reason, length in too_long)
             what_to_do = "raise the limit, or set data.on_overlong to drop or truncate"
-            raise ValueError(f"{found}: {what_to_do}")
+            raise ValueError(f"{named}: {what_to_do}")
         if too_long and self.limits.on_overlong == "drop":
             outcome.dropped.append((too_long[0][0], row.id))
             return

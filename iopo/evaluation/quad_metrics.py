@@ -54,8 +54,9 @@ def load_for_scoring(path: Path, adapter: str | None, device: str, dtype: torch.
     if adapter is not None:
         load_adapter(model, adapter)
         merge_lora(model)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    check_weights(model, random_quads(vocabulary), where=str(path))
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, torch.nn.Embedding)
+    check_weights(model, random_quads(embedding.num_embeddings), where=str(path))
     torch.nn.Module.to(model, device)
     return LogProbs(model.eval())
 
