@@ -61,7 +61,8 @@ def keys(schema: type, prefix: str = "") -> list[str]:
     """The dotted keys of a dataclass of dataclasses. What a free dict holds is not looked at."""
     found: list[str] = []
     for name, kind in get_type_hints(schema).items():
-        found += keys(kind, f"{prefix}{name}.") if is_dataclass(kind) else [prefix + name]
+        section = isinstance(kind, type) and is_dataclass(kind)
+        found += keys(kind, f"{prefix}{name}.") if section else [prefix + name]
     return found
 
 
