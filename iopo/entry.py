@@ -95,16 +95,17 @@ def _flat(value: Any, prefix: str = "") -> list[str]:
 
 def _unknown(key: str, known: list[str]) -> str:
     """The sentence on an unknown key: by the name others give it, by its place, by its letters."""
-    section, dot, name = key.rpartition(".")
-    beside = [k for k in known if k.startswith(section + dot)]
-    same_name = [k for k in known if k.rpartition(".")[2] == name]
-    near = (
-        difflib.get_close_matches(key, same_name, 1, cutoff=0)
-        or difflib.get_close_matches(key, beside, 1)
-        or difflib.get_close_matches(key, known, 1)
-    )
-    for meant in (SYNONYMS.get(name, ""), *near):
-        if meant in known:
-            return f"{key} is no key; did you mean {meant}?"
-    names = dict.fromkeys(k.removeprefix(section + dot).partition(".")[0] for k in beside or known)
+    name = key.rpartition(".")[2]
+    place = key.removesuffix(name)
+    below = [k.removeprefix(place) for k in known if k.startswith(place)]
+    beside = list(dict.fromkeys(k.partition(".")[0] for k in below))
+    anywhere = {k.rpartition(".")[2]: k for k in known}
+    same = [k for k in known if k.rpartition(".")[2] == name]
+    meant = [k for k in [SYNONYMS.get(name)] if k in known]
+    meant += difflib.get_close_matches(key, same, 1, cutoff=0)
+    meant += [place + k for k in difflib.get_close_matches(name, beside, 1)]
+    meant += [anywhere[k] for k in difflib.get_close_matches(name, anywhere, 1, cutoff=0.75)]
+    if meant:
+        return f"{key} is no key; did you mean {meant[0]}?"
+    names = beside or dict.fromkeys(k.partition(".")[0] for k in known)
     return f"{key} is no key; expected one of {', '.join(names)}"

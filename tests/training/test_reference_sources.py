@@ -115,5 +115,5 @@ def test_rounding_under_a_steep_objective_is_no_wrong_reference(monkeypatch, cap
     with caplog.at_level("INFO"):
         check(0.5)
     assert "step 0: loss 21.0000000, largest |log-ratio| to the reference 0.01 nats" in caplog.text
-    with pytest.raises(ValueError, match="does not belong to these starting weights"):
+    with pytest.raises(ValueError, match="not computed as this policy is: set reference.source="):
         check(1e-4)
