@@ -50,7 +50,8 @@ made of the default config; such a model is checked at start, with its weights.
 # what default configs leave open and every real one has
 HEAD, EXPERTS = {"head_dim": 128}, {"n_routed_experts": 8, "num_experts_per_tok": 2}
 OPEN = {
-    "ministral": HEAD, "nemotron": HEAD | {"num_key_value_heads": 8}, "hunyuan_v1_dense": HEAD, "hunyuan_v1_moe": HEAD,
+    "ministral": HEAD, "hunyuan_v1_dense": HEAD, "hunyuan_v1_moe": HEAD,
+    "nemotron": HEAD | {"num_key_value_heads": 8},
     "dots1": EXPERTS | {"n_shared_experts": 1}, "deepseek_v2": EXPERTS,
 }  # fmt: skip
 
