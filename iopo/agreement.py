@@ -45,7 +45,7 @@ def small_config(config: PretrainedConfig) -> PretrainedConfig:
     fields, text = config.to_dict(), config.get_text_config()
     width, layers = text.hidden_size, text.num_hidden_layers
     counts = [fields[k] for k in fields if _kind(k) == "heads" and (fields[k] or 0) > 1]
-    head = getattr(text, "head_dim", None) or width // max([1, *counts])
+    head = fields.get("head_dim") or width // max([1, *counts])
     fewer = narrower = 1
     while not any(n % (2 * fewer) for n in (*counts, width)) and (
         counts and min(counts) >= 4 * fewer and max(counts) >= 8 * fewer
@@ -263,7 +263,7 @@ def _refuse_above(found: float, where: str, config: PretrainedConfig, what: str)
             config,
             f"log-probs of {what} differ from those of its own logits by {found:.3g} nats a "
             f"response, expected at most {TOLERANCE:g}: its layers mix packed responses, or more "
-            "than a scale or a soft cap follows its head",
+            "than a scale, a linear head and a soft cap follows",
         )
 
 

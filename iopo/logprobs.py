@@ -82,12 +82,13 @@ class LogProbs(nn.Module):
 
 @torch.no_grad()
 def end_of(causal_lm: PreTrainedModel) -> tuple[float, float | None]:
-    """(scale, softcap): what the model's forward makes of its head's output z before it returns it.
+    """(scale, softcap): what the model's forward does beside its decoder and its head.
 
-    logits = scale * z if softcap is None, else softcap * tanh(scale * z / softcap). Measured, for
-    the keys of configs have many names: the model's own forward runs with its decoder and its head
-    put aside, and z = 1 and a very large z in place of the head's output.
-    Raises ValueError if the logits are another function of z.
+    logits = scale * z if softcap is None, else softcap * tanh(scale * z / softcap), where z is the
+    head's output for the decoder's hidden state. Measured, for the keys of configs have many names:
+    the model's own forward runs with its decoder and its head put aside, ones in place of hidden
+    states, and 1 and a very large number in place of the head's output.
+    Raises ValueError if it does anything else.
     """
     body, head = causal_lm.get_decoder(), causal_lm.get_output_embeddings()
     hidden = torch.ones(1, 2, head.in_features, dtype=torch.float64)
@@ -105,19 +106,25 @@ def end_of(causal_lm: PreTrainedModel) -> tuple[float, float | None]:
     try:
         body.forward, head.forward = in_place_of_body, in_place_of_head
         low_V, high_V = causal_lm(input_ids=torch.zeros(1, 2, dtype=torch.long)).logits[0].double()
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{type(causal_lm).__name__}: its end cannot be measured: {error}"
+        ) from error
     finally:
         for module, forward in kept.items():
             del module.forward
             if forward is not None:
                 module.forward = forward
     low, high = low_V[0].item(), high_V[0].item()
+    before = received[0].flatten()[0].item()
     capped = high < math.sqrt(LARGE)
     scale = float(f"{high * math.atanh(low / high):.6g}") if capped else low
     as_expected = low > 0 and bool((low_V == low).all() and (high_V == high).all())
-    as_expected &= len(received) == 1 and torch.equal(received[0].double(), hidden)
+    as_expected &= len(received) == 1 and torch.equal(received[0].double(), hidden * before)
+    as_expected &= before == 1 or head.bias is None
     if not as_expected or not (capped or math.isclose(high, scale * LARGE, rel_tol=1e-6)):
         raise ValueError(
-            f"{type(causal_lm).__name__}: its logits are not a scale, or a soft cap, of the output "
-            f"of its head (1 became {low:g}, {LARGE:g} became {high:g})"
+            f"{type(causal_lm).__name__}: between its last hidden state and its logits stands more "
+            "than a scale, a linear head and a soft cap"
         )
-    return scale, high if capped else None
+    return before * scale, high if capped else None

@@ -47,6 +47,15 @@ made of the default config; such a model is checked at start, with its weights.
 """
 
 
+# what default configs leave open and every real one has
+HEAD, EXPERTS = {"head_dim": 128}, {"n_routed_experts": 8, "num_experts_per_tok": 2}
+OPEN = {
+    "ministral": HEAD, "hunyuan_v1_dense": HEAD, "hunyuan_v1_moe": HEAD,
+    "nemotron": HEAD | {"num_key_value_heads": 8},
+    "dots1": EXPERTS | {"n_shared_experts": 1}, "deepseek_v2": EXPERTS,
+}  # fmt: skip
+
+
 def config_of(family: str, **changes):
     """The default config, in which every scale that is 1 becomes 0.7."""
     fields = AutoConfig.for_model(family).to_dict()
@@ -54,7 +63,7 @@ def config_of(family: str, **changes):
         k: 0.7 for k, v in fields.items()
         if type(v) in (int, float) and v == 1 and re.search("scal|multiplier", k)
     }  # fmt: skip
-    return AutoConfig.for_model(family, **scales | changes)
+    return AutoConfig.for_model(family, **scales | OPEN.get(family, {}) | changes)
 
 
 def result_of(family: str) -> tuple[str, str]:
