@@ -200,11 +200,11 @@ def test_template_options_are_known_to_the_template_or_refused(data: Path, tmp_p
     tiny_llama().save_pretrained(model)
     tiny_tokenizer(THINKING).save_pretrained(model)
     (model / "model.safetensors").write_bytes(b"never read")
-    for name in ("ifeval", "quads"):
+    for name, file in (("ifeval", data), ("quads", ROOT / "data/verified/heldout.jsonl")):
         config = settings(
-            data,
+            file,
+            out=str(tmp_path / name),
             benchmark=BenchmarkSection(name),
-            data=DataSection(str(data) if name == "ifeval" else None),
             model=ModelSection(str(model), template_options={"tone": 1}),
             bootstrap=BOOTSTRAP,
         )
