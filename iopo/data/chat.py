@@ -91,8 +91,8 @@ class Chat:
         prompt = self.prompt("Question")
         header = self.response(prompt, "Question", "Answer").partition("Answer")[0]
         notes = []
-        if date := self.record()["date"]:
-            notes.append(f"chat: the template asks for the date: always {date}, in the export too")
+        if day := self.record()["date"]:
+            notes.append(f"chat: the template asks for the date: always {day}, in the export too")
         if header.strip():
             notes.append(f"chat: the template puts {header!r} before responses, which is trained")
         return notes

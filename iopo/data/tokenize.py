@@ -153,9 +153,9 @@ class Encoder:
         """Cut at the end of turn, apply the limits, and book the row under what became of it."""
         prompts = [self.ids[tree.prompt] for tree in trees]
         texts = {text for tree in trees for text in tree.responses}
-        found = {text: self._follows(text, trees) for text in texts}
-        cut = {text: self._until_end(ids, text) for text, (ids, _) in found.items()}
-        responses = [[cut[text] for text in tree.responses] for tree in trees]
+        after = {text: self._follows(text, trees) for text in texts}
+        whole = {text: self._until_end(ids, text) for text, (ids, _) in after.items()}
+        responses = [[whole[text] for text in tree.responses] for tree in trees]
         longest = max(map(len, prompts)), max(len(ids) for ys in responses for ids in ys)
         most_x, most_y = self.limits.max_prompt_tokens, self.limits.max_response_tokens
         too_long = [(PROMPT_TOO_LONG, longest[0])] if longest[0] > most_x else []
@@ -175,7 +175,7 @@ class Encoder:
                     outcome.dropped.append((reason, row.id))
                     return
             outcome.truncated += [(reason, row.id) for reason, _ in too_long]
-        if any(merges for _, merges in found.values()):
+        if any(merges for _, merges in after.values()):
             outcome.joint.append(row.id)
         forest = tuple(map(tuple, responses))
         outcome.examples.append(Example(row.id, tuple(prompts), forest, _differing(row)))

@@ -160,7 +160,7 @@ class EvaluateConfig:
             raise ValueError("model.template_options has no effect with responses.path; remove it")
         if options and self.generate.base_url is not None:
             extra = self.generate.extra
-            if "chat_template_kwargs" in extra:
+            if extra.get("chat_template_kwargs", options) != options:
                 raise ValueError(
                     "model.template_options would replace generate.extra.chat_template_kwargs; "
                     "remove one"

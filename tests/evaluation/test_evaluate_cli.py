@@ -15,6 +15,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from iopo.evaluation.config import (
+    BOOTSTRAP,
     BenchmarkSection,
     DataSection,
     EvaluateConfig,
@@ -99,12 +100,12 @@ def test_unknown_keys_and_types_fail_by_name(override: str, message: str) -> Non
         (["model.path=x", "benchmark.scored=0"], "no log-probs for benchmark.controls"),
         (["model.path=x", "judge.concurrency=0"], "concurrency is 0"),
         (["model.path=x", "generate.temperature=-1"], "temperature is -1"),
-        (["responses.path=x", "model.template_options={a: 1}"], "no effect with responses.path"),
+        (["responses.path=x", "+model.template_options={a: 1}"], "no effect with responses.path"),
         (
             [
                 "generate.base_url=x",
                 "generate.model=m",
-                "model.template_options={a: 1}",
+                "+model.template_options={a: 1}",
                 "+generate.extra={chat_template_kwargs: {}}",
             ],
             "would replace generate.extra.chat_template_kwargs",
@@ -199,12 +200,13 @@ def test_template_options_are_known_to_the_template_or_refused(data: Path, tmp_p
     tiny_llama().save_pretrained(model)
     tiny_tokenizer(THINKING).save_pretrained(model)
     (model / "model.safetensors").write_bytes(b"never read")
-    for name in ("ifeval", "quads"):
+    for name, file in (("ifeval", data), ("quads", ROOT / "data/verified/heldout.jsonl")):
         config = settings(
-            data,
+            file,
+            out=str(tmp_path / name),
             benchmark=BenchmarkSection(name),
-            data=DataSection(str(data) if name == "ifeval" else None),
             model=ModelSection(str(model), template_options={"tone": 1}),
+            bootstrap=BOOTSTRAP,
         )
         with pytest.raises(ValueError, match="never reads tone; expected some of enable_thinking"):
             evaluate(config)

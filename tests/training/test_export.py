@@ -86,7 +86,7 @@ def test_exports_carry_the_chat_of_training(tmp_path):
     tokenizer = tiny_tokenizer("{{ strftime_now('%d %b %Y') }}" + THINKING)
     tokenizer.eos_token = "<|endoftext|>"  # the template ends turns with <|im_end|>
     chat = Chat(tokenizer, options={"enable_thinking": False})
-    train_model = trained(adapted(tiny_qwen2(eos_token_id=5)))
+    train_model = trained(adapted(tiny_qwen2(vocab=400, eos_token_id=5)))
     cfg, alone = ExportConfig(merged=True), RankInfo(0, 1, 0, 1, CPU)
     export.write_exports(train_model, tmp_path, cfg, chat, None, alone)
     for name in ("export", "export-merged", "export-base"):
