@@ -137,7 +137,7 @@ def make_responses(config: EvaluateConfig, items: list[Item], data: str, out: Pa
     server cannot be used; what was answered stays in responses.jsonl.
     """
     chat = None if config.generate.base_url is not None else load_chat(config.model)
-    settings = manifest(config, data) | ({} if chat is None else {"chat": chat.record()})
+    settings = manifest(config, data, chat)
     out.mkdir(parents=True, exist_ok=True)
     check_manifest(out / "responses.manifest.json", settings)
     with Journal(out / "responses.jsonl") as journal:
@@ -163,20 +163,20 @@ def _by_id(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {str(row.get("id", row.get("key"))): row for row in rows}
 
 
-def manifest(config: EvaluateConfig, data: str) -> dict[str, Any]:
-    """All that the answers depend on; batch size and concurrency are not meant to matter."""
+def manifest(config: EvaluateConfig, data: str, chat: Any) -> dict[str, Any]:
+    """All that the answers depend on; batch size and concurrency are not meant to matter.
+
+    chat: of the model in process; None for a server's."""
     section = config.generate
     names = ("temperature", "max_new_tokens", "system_prompt", "seed")
     settings = {"data": data} | {name: getattr(section, name) for name in names}
     if section.base_url is not None:
         return settings | {"model": section.model, "extra": section.extra}
-    from iopo.data.chat import Chat
     from iopo.model.identity import identity
-    from iopo.model.load import load_tokenizer, resolve_model
+    from iopo.model.load import resolve_model
 
-    folder = resolve_model(config.model.path or "")
-    of_model = identity(folder, Chat(load_tokenizer(folder)), config.model.adapter)
-    return settings | of_model | {"dtype": config.model.dtype}
+    of_model = identity(resolve_model(config.model.path or ""), chat, config.model.adapter)
+    return settings | of_model | {"dtype": config.model.dtype, "chat": chat.record()}
 
 
 def check_manifest(path: Path, wanted: dict[str, Any]) -> None:

@@ -199,7 +199,6 @@ def test_template_options_are_known_to_the_template_or_refused(data: Path, tmp_p
     model = tmp_path / "model"
     tiny_llama().save_pretrained(model)
     tiny_tokenizer(THINKING).save_pretrained(model)
-    (model / "model.safetensors").write_bytes(b"never read")
     for name, file in (("ifeval", data), ("quads", ROOT / "data/verified/heldout.jsonl")):
         config = settings(
             file,

@@ -122,11 +122,6 @@ CHANGES = {
     ),
     "adapter weights": ("adapter/adapter_model.safetensors", shift, "adapter weights"),
     "alpha": (ADAPTER, lambda f: set_key(f, lora_alpha=8.0), "adapter_config.json"),
-    "start of an adapter": (
-        ADAPTER,
-        lambda f: set_key(f, init_lora_weights="pissa"),
-        "adapter_config.json",
-    ),
     "base of an adapter": (ADAPTER, lambda f: set_key(f, base_model_name_or_path="y"), None),
     "order of targets: tensors name them": (
         ADAPTER,
@@ -150,7 +145,7 @@ def states(folder: Path):
     return (
         resume.fingerprint(cfg, inputs, 1),
         manifest(cfg.model, cfg.data, inputs, "cpu"),
-        responses.manifest(asked, "hash of the data"),
+        responses.manifest(asked, "hash of the data", responses.load_chat(model)),
     )
 
 
