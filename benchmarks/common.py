@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import transformers
 
+from iopo.kernels.tiled import bf16_speed
+
 ROOT = Path(__file__).parent.parent
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # 10^12 dense bfloat16 operations a second, from the data sheets
@@ -48,7 +50,7 @@ def facts(model: Path, dtype: str, threads: int) -> dict[str, Any]:
         "command": "python -m benchmarks." + " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]]),
         "machine": processor(),
         "threads": threads,
-        "amx": torch.cpu._is_amx_tile_supported(),
+        "bf16_speed": round(bf16_speed(), 2),
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -163,7 +163,7 @@ def manifest(config: EvaluateConfig, data: str) -> dict[str, Any]:
     return settings | {
         "weights": weights_hash(resolve_model(config.model.path or "")),
         "adapter": None if adapter is None else weights_hash(adapter),
-        "dtype": config.model.dtype,
+        "dtype": str(placing(config.model)[1]),
     }
 
 
@@ -281,11 +281,12 @@ def load_model(section: ModelSection) -> tuple[Any, Any]:
     """(model, tokenizer) ready to generate, the adapter on it if one is named."""
     import torch
 
-    from iopo.model.load import load_causal_lm, load_tokenizer, resolve_model
+    from iopo.model.load import dtype_line, load_causal_lm, load_tokenizer, resolve_model
     from iopo.model.lora import load_adapter
 
     folder = resolve_model(section.path or "")
     device, dtype = placing(section)
+    log.info(dtype_line(section.dtype, torch.device(device).type))
     model = load_causal_lm(folder, dtype)
     if section.adapter is not None:
         load_adapter(model, section.adapter)  # not merged: that would round it to the dtype

@@ -295,10 +295,10 @@ def test_opcheck(wants):
     for tensor in (weight, bias):
         tensor.requires_grad_(wants == "all")
     ops, in_forward = torch.ops.iopo, wants == "hidden"
-    torch.library.opcheck(ops.linear_logprob, (hidden, weight, targets, bias, 3.0, in_forward))
-    torch.library.opcheck(ops.linear_logprob, (hidden, weight, targets, None, None, in_forward))
+    torch.library.opcheck(ops.linear_logprob, (hidden, weight, targets, bias, 3.0, False, in_forward))
+    torch.library.opcheck(ops.linear_logprob, (hidden, weight, targets, None, None, False, in_forward))
     hidden, weight, bias = (x.detach() for x in (hidden, weight, bias))
-    *saved, _ = ops.linear_logprob(hidden, weight, targets, bias, 3.0, False)
+    *saved, _, _ = ops.linear_logprob(hidden, weight, targets, bias, 3.0, False, False)
     for need in ((True, True), (False, False)):
         torch.library.opcheck(
             ops.linear_logprob_backward,

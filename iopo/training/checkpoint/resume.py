@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from iopo.config import Resume, TrainConfig, plain
+from iopo.model.load import dtype_name
 from iopo.model.parallel import TrainModel
 from iopo.redact import redact
 from iopo.training import setup
@@ -58,7 +59,9 @@ def fingerprint(cfg: TrainConfig, inputs: Inputs, world_size: int) -> dict[str, 
         "tokenizer": inputs.tokenizer_hash,
         "reference and starting weights": reference,
     }
-    whole = {"config": plain(cfg), "identity": identity, "world_size": world_size}
+    config = plain(cfg)  # with the dtype that auto stands for here: another machine may differ
+    config["model"]["dtype"] = dtype_name(cfg.model.dtype, device)
+    whole = {"config": config, "identity": identity, "world_size": world_size}
     return json.loads(redact(json.dumps(whole)))
 
 
