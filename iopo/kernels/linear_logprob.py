@@ -61,8 +61,8 @@ def linear_logprob(
 
 def keeps(hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> bool:
     """Whether a trained head keeps its errors, R V numbers, for the gradient of its weight."""
-    few = tiled.kept_elements(len(hidden_RD), len(weight_VD), _wide(hidden_RD)) > 0
-    return few and bias_V is None and hidden_RD.device.type == "cpu"
+    size = tiled.kept_bytes(len(hidden_RD), len(weight_VD), hidden_RD.dtype)
+    return size > 0 and bias_V is None and hidden_RD.device.type == "cpu"
 
 
 def _check(inputs: Inputs) -> None:
@@ -187,6 +187,19 @@ def _(grad_R, hidden_RD, weight_VD, targets_R, logp_R, shift_R, scale_R, bias_V,
     )
 
 
+@torch.library.custom_op("iopo::linear_logprob_weight_gradient", mutates_args=())
+def _weight_gradient(
+    kept: Tensor, hidden_RD: Tensor, grad_R: Tensor, scale_R: Tensor, words: int
+) -> Tensor:
+    """The weight's gradient from what the forward pass kept."""
+    return tiled.weight_gradient(kept, hidden_RD, grad_R, scale_R, words)
+
+
+@_weight_gradient.register_fake
+def _(kept, hidden_RD, grad_R, scale_R, words):
+    return hidden_RD.new_empty(words, hidden_RD.shape[1])
+
+
 def _save_for_backward(ctx, inputs, output) -> None:
     hidden_RD, weight_VD, targets_R, bias_V, ctx.softcap, ctx.keep, ctx.with_gradient = inputs
     *per_row, unit_RD, kept = output
@@ -207,7 +220,7 @@ def _differentiate(ctx, grad_R, *_):
         hidden, weight = (unit_RD * grad_R[:, None]).to(unit_RD.dtype), None
         if ctx.keep:
             kept, hidden_RD, scale_R = of_weight
-            weight = tiled.weight_gradient(kept, hidden_RD, grad_R, scale_R, ctx.words)
+            weight = _weight_gradient(kept, hidden_RD, grad_R, scale_R, ctx.words)
         return hidden, weight, *[None] * 5
     _, need_weight, _, need_bias, *_ = ctx.needs_input_grad
     wanted = need_weight, need_bias

@@ -2,9 +2,10 @@
 
 Shapes: R response rows, r rows of one chunk, D width, V vocabulary, v entries of one tile.
 Logits exist one r x v tile at a time, in the accumulation dtype ("wide": float32, float64 for
-float64 inputs). The gradient of the weight needs the errors of all rows: where all R x V of them
-are at most KEPT_BYTES, the forward pass keeps them; else R x v are computed again at a time. The vocabulary is the outer loop, so that a bfloat16 tile of the weight is widened once for
-all rows and a tile of its gradient is finished before the next one begins.
+float64 inputs). The gradient of the weight needs the errors of all rows: if all R x V of them take
+at most KEPT_BYTES, the forward pass keeps them; otherwise R x v at a time are computed again. The
+vocabulary is the outer loop, so that a bfloat16 tile of the weight is widened once for all rows and
+a tile of its gradient is finished before the next one begins.
 Tiles live in buffers that are allocated once: fresh memory costs a CPU more than the exponentials.
 
 The target is kept out of the sum over the vocabulary. With `others` the sum of exp(z_v - shift)
@@ -51,10 +52,14 @@ def narrow(dtype: torch.dtype) -> torch.dtype:
     return dtype if fast else torch.promote_types(dtype, torch.float32)
 
 
-def kept_elements(rows: int, words: int, wide: torch.dtype) -> int:
-    """The errors that a forward pass keeps for `weight_gradient`; 0 if they are too many."""
-    elements = rows * words
-    return elements if elements * wide.itemsize <= KEPT_BYTES else 0
+def kept_bytes(rows: int, words: int, dtype: torch.dtype) -> int:
+    """Of the errors that a forward pass keeps for `weight_gradient`; 0 if it had better not.
+
+    They are too many, or bfloat16 products are so fast that a second one costs no more than
+    writing and reading them (docs/performance.md).
+    """
+    size = rows * words * torch.promote_types(dtype, torch.float32).itemsize
+    return size if size <= KEPT_BYTES and narrow(dtype) != torch.bfloat16 else 0
 
 
 def forward(
@@ -131,21 +136,13 @@ def weight_gradient(
 ) -> Tensor:
     """The gradient [V, D] of sum(grad_R * logp_R) by the weight, in hidden's dtype.
 
-    kept, scale_R: of `forward`. Sums are wide and rounded once, and errors as in `backward`.
+    kept, scale_R: of `forward`. Sums are wide and rounded once.
     """
-    (rows, width), dtype, wide = hidden_RD.shape, hidden_RD.dtype, kept.dtype
-    gradient_VD, errors = hidden_RD.new_empty(words, width), narrow(dtype)
-    magnitude_R, factor_R = grad_R.abs() * scale_R, -grad_R.sign()
-    if errors == wide:
-        factor_R = factor_R * magnitude_R
-    scaled_RD = (hidden_RD * factor_R[:, None]).to(errors)
-    buffer = hidden_RD.new_empty(rows * VOCAB if errors != wide else 0, dtype=errors)
+    gradient_VD = hidden_RD.new_empty(words, hidden_RD.shape[1])
+    scaled_RD = hidden_RD * (-grad_R * scale_R)[:, None]
     for vocab in _spans(words, VOCAB):
-        errors_Rv = _tile(kept, vocab, rows)
-        if errors != wide:
-            narrow_Rv = buffer[: errors_Rv.numel()].view(errors_Rv.shape)
-            errors_Rv = torch.mul(errors_Rv, magnitude_R[:, None], out=narrow_Rv)
-        if errors == dtype:
+        errors_Rv = _tile(kept, vocab, len(hidden_RD))
+        if kept.dtype == hidden_RD.dtype:
             torch.mm(errors_Rv.t(), scaled_RD, out=gradient_VD[vocab])
         else:
             gradient_VD[vocab] = errors_Rv.t() @ scaled_RD
@@ -257,7 +254,7 @@ def bf16_speed() -> float:
 
 
 def _measured_speed() -> float:
-    """In turn, on one thread, in processor time, the fastest of each: other programs matter less."""
+    """In turn, on one thread, in processor time, the fastest of each: others matter little."""
     squares = [torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
     seconds, threads = [[], []], torch.get_num_threads()
     torch.set_num_threads(1)

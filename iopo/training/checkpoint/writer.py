@@ -4,13 +4,15 @@ Every rank writes its own shard into a `.partial` folder, which is then renamed;
 comes last. See folders.py for the layout.
 """
 
+import hashlib
 import json
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,6 +21,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from iopo.config import CheckpointConfig
@@ -108,11 +111,11 @@ class Checkpoints:
         written: dict[str, Any] = {}
 
         def write_shard() -> None:
-            dcp.save(state, checkpoint_id=partial, process_group=self._group)
-            own = list(partial.glob(f"__{self._rank}_*"))
+            to = dcp.FileSystemWriter(partial)
+            to.fs = _HashedFiles(written)
+            dcp.save(state, storage_writer=to, process_group=self._group)
             if self._rank == 0:
-                own += [partial / ".metadata", partial / folders.STATE_FILE]
-            for path in own:
+                path = partial / folders.STATE_FILE
                 written[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
         def complete() -> None:
@@ -143,3 +146,36 @@ class Checkpoints:
                 f"the checkpoint of step {step} could not be written to {self.run_dir}: {first}; "
                 f"{last}. Make room or make the folder writable, then start the run again"
             )
+
+
+class _HashedFiles(FileSystem):
+    """Files as torch writes them, from first byte to last, hashed on the way.
+
+    written: gets the size and sha256 of each, by the name that it has in the end.
+    """
+
+    def __init__(self, written: dict[str, Any]) -> None:
+        self.written = written
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        with open(path, mode) as file:
+            stream = _HashedFile(file)
+            yield stream
+        entry = {"bytes": stream.size, "sha256": stream.sha256.hexdigest()}
+        self.written[Path(path).name.removesuffix(".tmp")] = entry
+
+
+class _HashedFile:
+    """A file that is written in order; all but `write` is the file's own."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.sha256, self.size = file, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        self.size += (count := self.file.write(data))
+        return count
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
