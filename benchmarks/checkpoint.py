@@ -29,6 +29,7 @@ from omegaconf import OmegaConf
 from benchmarks.faults import ROOT, read_rows
 from benchmarks.throughput import facts
 from iopo.config import CheckpointConfig, TrainConfig
+from iopo.model.load import dtype_name
 from iopo.training import loop, setup
 from iopo.training.checkpoint.folders import latest
 from iopo.training.checkpoint.resume import fingerprint
@@ -177,7 +178,9 @@ def main() -> None:
     if restarts is not None:
         print(f"restart to first step {restarts['median_s']:.1f} s, of {restarts['restart_s']}")
     if arguments.json is not None:
-        config_facts = facts(Path("SmolLM2-135M-Instruct"), "float32", os.cpu_count() or 1)
+        config_facts = facts(
+            Path("SmolLM2-135M-Instruct"), dtype_name("auto", "cpu"), os.cpu_count() or 1
+        )
         text = json.dumps(config_facts | {"saves": saves, "restarts": restarts}, indent=1)
         arguments.json.write_text(text + "\n")
 

@@ -45,9 +45,10 @@ def _field(name: str) -> float:
 
 def facts(model: Path, dtype: str, threads: int) -> dict[str, Any]:
     """What a number needs to be repeated."""
+    program = sys.modules["__main__"].__spec__  # of `python -m benchmarks.NAME`
     return {
         "date": date.today().isoformat(),
-        "command": "python -m benchmarks." + " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        "command": " ".join(["python -m", program.name if program else "", *sys.argv[1:]]),
         "machine": processor(),
         "threads": threads,
         "bf16_speed": round(bf16_speed(), 2),

@@ -1,6 +1,6 @@
 """Steps in bf16, in fp32, and in fp32 whose products alone are in bf16: time, memory, noise.
 
-    python -m benchmarks.dtypes [--tuning lora,full] [--quads 16] [--json FILE]
+    python -m benchmarks.cpu.dtypes [--tuning lora,full] [--quads 16] [--json FILE]
 
 Each in a process of its own, on one thread: processor seconds of a step of the demo's lengths with
 nothing recomputed, its peak memory less what the process held before the model, and how far the
@@ -34,7 +34,7 @@ from iopo.model.load import load_tokenizer, resolve_model
 
 PRODUCTS = "float32, bf16 products"
 DTYPES = ("bfloat16", PRODUCTS, "float32")
-BETA, STEPS = 0.1, 3
+BETA, STEPS = 0.1, 2
 
 
 def measure(dtype: str, full: bool, quads: int) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def main() -> None:
     report = common.facts(Path("SmolLM2-135M-Instruct"), ", ".join(DTYPES), 1)
     for tuning in args.tuning.split(","):
         for dtype in DTYPES:
-            command = [sys.executable, "-m", "benchmarks.dtypes", "--quads", str(args.quads)]
+            command = [sys.executable, "-m", "benchmarks.cpu.dtypes", "--quads", str(args.quads)]
             found = common.run_child([*command, "--child", dtype, tuning], **EXACT)
             report.setdefault(tuning, {})[dtype] = found
             print(f"{tuning}, {dtype}: {json.dumps(found)}", flush=True)

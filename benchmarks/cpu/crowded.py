@@ -1,6 +1,6 @@
 """How much a busy program on one core slows a training step down, by how OpenMP's threads wait.
 
-    python -m benchmarks.crowded [--steps 3] [--quads 2] [--json FILE]
+    python -m benchmarks.cpu.crowded [--steps 3] [--quads 2] [--json FILE]
 
 Threads of a product wait for each other at its end. By default they spin for a while, and take the
 time of the thread that they wait for if another program left one core for both. Every way to wait
@@ -22,10 +22,10 @@ from pathlib import Path
 from benchmarks.common import facts, run_child, write_json
 
 WAYS = {
-    "default": {},
+    "libgomp's own": {"GOMP_SPINCOUNT": "300000"},
     "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
     "GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
-    "OMP_PROC_BIND=true": {"OMP_PROC_BIND": "true"},
+    "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 BESIDE = {"nothing": None, "a busy program": 0, "a busy program, nice 19": 19}
@@ -84,7 +84,7 @@ def main() -> None:
     if args.child:
         print(json.dumps(step_seconds(args.quads, args.steps)))
         return
-    command = [sys.executable, "-m", "benchmarks.crowded", "--child"]
+    command = [sys.executable, "-m", "benchmarks.cpu.crowded", "--child"]
     command += ["--quads", str(args.quads), "--steps", str(args.steps)]
     threads = str(len(os.sched_getaffinity(0)))
     report = facts(Path("SmolLM2-135M-Instruct"), "default", int(threads)) | {"seconds": {}}
