@@ -89,6 +89,7 @@ def noise(trainer: Trainer, quads: Sequence[Example]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tuning", default="lora,full", help="lora, full or both")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--quads", type=int, default=16, help="for the noise")
     parser.add_argument("--json", type=Path, help="also write the results here")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -100,7 +101,7 @@ def main() -> None:
         return
     report = common.facts(Path("SmolLM2-135M-Instruct"), ", ".join(DTYPES), 1)
     for tuning in args.tuning.split(","):
-        for dtype in DTYPES:
+        for dtype in args.dtypes:
             command = [sys.executable, "-m", "benchmarks.cpu.dtypes", "--quads", str(args.quads)]
             found = common.run_child([*command, "--child", dtype, tuning], **EXACT)
             report.setdefault(tuning, {})[dtype] = found

@@ -32,6 +32,7 @@ from iopo.files import cache_root, sha256_text, write_text
 
 FAST = 1.3  # times as fast as float32: bfloat16 products that are worth their rounding
 ROWS, VOCAB = 2048, 1024  # a tile of float32 is 8 MB at most and stays in the caches
+FAST_VOCAB = 512  # where products are fast, passes over a tile count, and want nearer caches
 KEPT_BYTES = 2**30  # a choice by size alone: equal inputs, equal bits
 SLACK = 16.0  # the reference of the exponentials moves only if a logit passes it by this much
 
@@ -50,6 +51,11 @@ def narrow(dtype: torch.dtype) -> torch.dtype:
     """The dtype of errors: bfloat16 where this CPU multiplies it fast, with float32 sums."""
     fast = dtype == torch.bfloat16 and bf16_speed() > FAST
     return dtype if fast else torch.promote_types(dtype, torch.float32)
+
+
+def tile_words(dtype: torch.dtype) -> int:
+    """Entries of the vocabulary in a tile; measured for each (docs/performance.md)."""
+    return FAST_VOCAB if narrow(dtype) == torch.bfloat16 else VOCAB
 
 
 def kept_bytes(rows: int, words: int, dtype: torch.dtype) -> int:
@@ -80,9 +86,9 @@ def forward(
     reference_R = hidden_RD.new_full(targets_R.shape, torch.finfo(wide).min)
     sum_R, target_R, slope_R = (torch.zeros_like(reference_R) for _ in range(3))
     mean_RD = torch.zeros_like(hidden_RD) if with_gradient else None
-    logits_buffer, weight_buffer = _buffers(hidden_RD, weight_VD)
+    logits_buffer, weight_buffer = _buffers(hidden_RD, weight_VD, tile_words(dtype))
     with _products_of(dtype):
-        for vocab in _spans(weight_VD.shape[0], VOCAB):
+        for vocab in _spans(weight_VD.shape[0], tile_words(dtype)):
             weight_vD = _widened(weight_VD[vocab], weight_buffer)
             for rows in _spans(hidden_RD.shape[0], ROWS):
                 tile = logits_buffer if kept is None else _tile(kept, vocab, len(hidden_RD))[rows]
@@ -184,13 +190,13 @@ def backward(
     grad_hidden_RD = torch.zeros_like(hidden_RD)
     grad_weight_VD = torch.empty_like(weight_VD) if need_weight else None
     grad_bias_V = torch.zeros_like(weight_VD[:, 0], dtype=wide) if need_bias else None
-    logits_buffer, weight_buffer = _buffers(hidden_RD, weight_VD)
+    logits_buffer, weight_buffer = _buffers(hidden_RD, weight_VD, tile_words(dtype))
     kept_rows = len(hidden_RD) if need_weight else 0  # dW needs all rows of a tile: one product
     in_place = need_weight and errors == wide
     errors_buffer = hidden_RD.new_empty(kept_rows * len(weight_buffer), dtype=errors)
     scaled_RD = (hidden_RD * factor_R[:, None]).to(errors) if need_weight else hidden_RD
     with _products_of(dtype):
-        for vocab in _spans(weight_VD.shape[0], VOCAB):
+        for vocab in _spans(weight_VD.shape[0], tile_words(dtype)):
             weight_vD = _widened(weight_VD[vocab], weight_buffer)
             errors_Rv = errors_buffer[: kept_rows * len(weight_vD)].view(kept_rows, len(weight_vD))
             for rows in _spans(hidden_RD.shape[0], ROWS):
@@ -292,9 +298,9 @@ def _spans(total: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
-def _buffers(hidden_RD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
+def _buffers(hidden_RD: Tensor, weight_VD: Tensor, words: int) -> tuple[Tensor, Tensor]:
     """Memory for the logits of one tile and for its weights, in hidden's (wide) dtype."""
-    vocab = min(VOCAB, weight_VD.shape[0])
+    vocab = min(words, weight_VD.shape[0])
     logits = hidden_RD.new_empty(min(ROWS, hidden_RD.shape[0]) * vocab)
     return logits, hidden_RD.new_empty(vocab, weight_VD.shape[1])
 

@@ -16,6 +16,7 @@ from iopo.kernels.linear_logprob import linear_logprob
 def small_tiles(monkeypatch):
     monkeypatch.setattr(tiled, "ROWS", 4)
     monkeypatch.setattr(tiled, "VOCAB", 16)
+    monkeypatch.setattr(tiled, "FAST_VOCAB", 8)
 
 
 def problem(rows, width, words, dtype=torch.float64, *, scale=1.0, bias=False, seed=0):

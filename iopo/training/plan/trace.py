@@ -161,7 +161,7 @@ def head_workspace(op: Any, args: tuple[Any, ...], device_type: str) -> int:
         return min(rows * hidden_RD.element_size(), CHUNK_BYTES_PER_WORD) * words
     accum_bytes = max(4, hidden_RD.element_size())
     copies = 2 if accum_bytes > hidden_RD.element_size() else 1  # of [R, D]
-    tiles = tiled.VOCAB * (tiled.ROWS + 2 * width)
+    tiles = tiled.tile_words(hidden_RD.dtype) * (tiled.ROWS + 2 * width)
     if not (op is OPS.linear_logprob_backward and args[9]):
         return accum_bytes * (rows * width * copies + tiles)
     kept = kept_bytes(hidden_RD, weight_VD, device_type)
