@@ -54,7 +54,7 @@ def narrow(dtype: torch.dtype) -> torch.dtype:
 
 
 def tile_words(dtype: torch.dtype) -> int:
-    """Entries of the vocabulary in a tile; measured for each (docs/performance.md)."""
+    """Entries of the vocabulary in a tile, as measured (docs/log/2026-11-performance.md)."""
     return FAST_VOCAB if narrow(dtype) == torch.bfloat16 else VOCAB
 
 
@@ -62,7 +62,7 @@ def kept_bytes(rows: int, words: int, dtype: torch.dtype) -> int:
     """Of the errors that a forward pass keeps for `weight_gradient`; 0 if it had better not.
 
     They are too many, or bfloat16 products are so fast that a second one costs no more than
-    writing and reading them (docs/performance.md).
+    writing and reading them (docs/log/2026-11-performance.md).
     """
     size = rows * words * torch.promote_types(dtype, torch.float32).itemsize
     return size if size <= KEPT_BYTES and narrow(dtype) != torch.bfloat16 else 0
