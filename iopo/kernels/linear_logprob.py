@@ -8,7 +8,7 @@ A row's upstream gradient is one number, so it commutes with the rest: d logp / 
 computed in the forward pass, while the logits are there, and multiplied afterwards. That is exact
 for any upstream, and 4RDV operations instead of 6RDV with the logits computed again. The gradient
 of the weight sums over rows and must wait for the upstream. A trained head on a CPU keeps the
-errors until then, if they are few enough (tiled.py), and others compute their logits again.
+errors until then, if they are few and not bfloat16 (tiled.py); others compute their logits again.
 """
 
 from importlib.util import find_spec

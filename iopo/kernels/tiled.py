@@ -61,11 +61,11 @@ def tile_words(dtype: torch.dtype) -> int:
 def kept_bytes(rows: int, words: int, dtype: torch.dtype) -> int:
     """Of the errors that a forward pass keeps for `weight_gradient`; 0 if it had better not.
 
-    They are too many, or bfloat16 products are so fast that a second one costs no more than
-    writing and reading them (docs/log/2026-11-performance.md).
+    They are too many, or bfloat16, whose products cost no more than writing and reading them where
+    they are fast (docs/log/2026-11-performance.md).
     """
     size = rows * words * torch.promote_types(dtype, torch.float32).itemsize
-    return size if size <= KEPT_BYTES and narrow(dtype) != torch.bfloat16 else 0
+    return size if size <= KEPT_BYTES and dtype != torch.bfloat16 else 0
 
 
 def forward(
@@ -129,9 +129,9 @@ def forward(
     mean_RD.addcmul_(weight_VD[targets_R].to(wide), miss_R[:, None])
     if kept is None:
         return logp_R, shift_R, scale_R, mean_RD
-    rows, first_R = len(hidden_RD), targets_R - targets_R % VOCAB  # of the target's tile
+    count, first_R = len(hidden_RD), targets_R - targets_R % VOCAB  # of the target's tile
     widths_R = (len(weight_VD) - first_R).clamp_max(VOCAB)
-    places_R = first_R * rows + torch.arange(rows) * widths_R + targets_R - first_R
+    places_R = first_R * count + torch.arange(count) * widths_R + targets_R - first_R
     # a scale of 0 belongs to a row that is certain of its target: nothing is missed there
     kept[places_R] = -miss_R / own_scale_R.clamp_min(torch.finfo(wide).tiny)
     return logp_R, reference_R, own_scale_R, mean_RD
@@ -262,7 +262,8 @@ def bf16_speed() -> float:
 def _measured_speed() -> float:
     """In turn, on one thread, in processor time, the fastest of each: others matter little."""
     squares = [torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
-    seconds, threads = [[], []], torch.get_num_threads()
+    seconds: tuple[list[float], list[float]] = ([], [])
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for _ in range(8):  # the first makes oneDNN's kernel
         for seen, square in zip(seconds, squares, strict=True):

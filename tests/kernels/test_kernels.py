@@ -330,7 +330,14 @@ def test_opcheck(wants):
     ops, in_forward = torch.ops.iopo, wants == "hidden"
     for options in ((bias, 3.0, False), (None, None, False)):
         torch.library.opcheck(ops.linear_logprob, (hidden, weight, targets, *options, in_forward))
+    if wants == "all":
+        keep = (hidden, weight, targets, None, 3.0, True, True)
+        torch.library.opcheck(ops.linear_logprob, keep)
     hidden, weight, bias = (x.detach() for x in (hidden, weight, bias))
+    *_, scale, _, kept = ops.linear_logprob(hidden, weight, targets, None, 3.0, True, True)
+    torch.library.opcheck(
+        ops.linear_logprob_weight_gradient, (kept, hidden, scale, scale, len(weight))
+    )
     *saved, _, _ = ops.linear_logprob(hidden, weight, targets, bias, 3.0, False, False)
     for need in ((True, True), (False, False)):
         torch.library.opcheck(
