@@ -129,12 +129,11 @@ def _forward(
     _check_targets(targets_R, weight_VD.shape[0])
     inputs = Inputs(hidden_RD, weight_VD, targets_R, bias_V, softcap)
     kept = _kept(hidden_RD, weight_VD, keep)
-    if keep:
-        *per_row, unit_RD = tiled.forward(inputs, with_gradient=True, kept=kept)
-    else:
-        *per_row, unit_RD = _backend(hidden_RD).forward(inputs, with_gradient=with_gradient)
+    options = {"kept": kept} if keep else {}  # of tiled.py alone
+    found = _backend(hidden_RD).forward(inputs, with_gradient=with_gradient, **options)
+    logp_R, shift_R, scale_R, unit_RD = found
     unit_RD = hidden_RD.new_empty(0) if unit_RD is None else unit_RD.to(hidden_RD.dtype)
-    return *per_row, unit_RD, kept
+    return logp_R, shift_R, scale_R, unit_RD, kept
 
 
 def _kept(hidden_RD: Tensor, weight_VD: Tensor, keep: bool) -> Tensor:
