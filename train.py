@@ -22,6 +22,7 @@ from iopo import entry
 from iopo.config import TrainConfig, plain
 from iopo.data.batching import plan_steps
 from iopo.model.host_memory import trim_malloc
+from iopo.model.load import dtype_line
 from iopo.training import export, loop, report, samples, setup
 from iopo.training.checkpoint import resume
 from iopo.training.checkpoint.folders import discard
@@ -129,7 +130,8 @@ def start(cfg: TrainConfig, config_text: str) -> int:
         return OK
     for note in resume.refuse_or_note(folder, fingerprint, resume=cfg.checkpoint.resume):
         log.info(f"resume: {note}")
-    for line in inputs.report_lines():
+    device = "cuda" if ranks["backend"] == "nccl" else "cpu"
+    for line in [dtype_line(cfg.model.dtype, device), *inputs.report_lines()]:
         log.info(line)
     log.info(f"{steps} steps of {cfg.optim.global_batch_quads} examples, {cfg.run}")
 

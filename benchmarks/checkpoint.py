@@ -4,7 +4,7 @@
 
 Saves: the same few optimizer steps are taken with and without an asynchronous save before them, in
 turn and in alternating order; they end when the upload has. Medians; the difference is what one
-save costs, and a save every N steps costs it once in N steps.
+save costs, in seconds and as a share of EVERY steps.
 Restarts: `python train.py` is killed with SIGKILL after a save and started again; the time runs
 from the start of the program to the start of its first step.
 """
@@ -29,6 +29,7 @@ from omegaconf import OmegaConf
 from benchmarks.faults import ROOT, read_rows
 from benchmarks.throughput import facts
 from iopo.config import CheckpointConfig, TrainConfig
+from iopo.model.load import dtype_name
 from iopo.training import loop, setup
 from iopo.training.checkpoint.folders import latest
 from iopo.training.checkpoint.resume import fingerprint
@@ -38,6 +39,7 @@ from iopo.training.launch.launcher import launch
 from iopo.training.launch.placement import RankInfo
 from iopo.training.launch.signals import Control, heartbeat
 
+EVERY = 50  # steps: an interval of saves that people use
 OVERRIDES = (
     *("data.heldout=null", "data.limit_rows=16", "parallel.device=cpu", "evaluation.samples=0"),
     *(
@@ -110,10 +112,10 @@ def measure_saves(folder: Path, rounds: int, steps: int) -> dict[str, Any]:
     times = json.loads((run / "times.json").read_text())
     median = {k: statistics.median(times[k]) for k in ("plain", "saving", "staging", "sync")}
     added = median["saving"] - median["plain"]
-    share = added * steps / median["plain"]  # of one step
+    share = added * steps / median["plain"] / EVERY
     return {"checkpoint_gb": times["checkpoint_gb"], "steps": steps, "median_s": median} | {
         "added_s": added,
-        "added_steps": share,
+        f"share_of_{EVERY}_steps": share,
         "seconds": {k: [round(x, 3) for x in v] for k, v in times.items() if isinstance(v, list)},
     }
 
@@ -163,17 +165,22 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         saves = measure_saves(Path(folder), arguments.rounds, arguments.steps)
-        restarts = measure_restarts(Path(folder), arguments.restarts)
-    s = saves["median_s"]
+        restarts = (
+            measure_restarts(Path(folder), arguments.restarts) if arguments.restarts else None
+        )
+    s, share = saves["median_s"], saves[f"share_of_{EVERY}_steps"]
     print(
         f"{arguments.steps} steps {s['plain']:.2f} s, with an async save {s['saving']:.2f} s: "
-        f"{saves['added_s']:.2f} s added, {100 * saves['added_steps']:.1f} % of a step, "
+        f"{saves['added_s']:.2f} s added, {100 * share:.2f} % of {EVERY} steps, "
         f"{s['staging']:.2f} s of it before the first; a synchronous save takes {s['sync']:.2f} s "
         f"({saves['checkpoint_gb']:.2f} GB)"
     )
-    print(f"restart to first step {restarts['median_s']:.1f} s, of {restarts['restart_s']}")
+    if restarts is not None:
+        print(f"restart to first step {restarts['median_s']:.1f} s, of {restarts['restart_s']}")
     if arguments.json is not None:
-        config_facts = facts(Path("SmolLM2-135M-Instruct"), "float32", os.cpu_count() or 1)
+        config_facts = facts(
+            Path("SmolLM2-135M-Instruct"), dtype_name("auto", "cpu"), os.cpu_count() or 1
+        )
         text = json.dumps(config_facts | {"saves": saves, "restarts": restarts}, indent=1)
         arguments.json.write_text(text + "\n")
 

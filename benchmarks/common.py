@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import transformers
 
+from iopo.kernels.tiled import bf16_speed
+
 ROOT = Path(__file__).parent.parent
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # 10^12 dense bfloat16 operations a second, from the data sheets
@@ -43,12 +45,13 @@ def _field(name: str) -> float:
 
 def facts(model: Path, dtype: str, threads: int) -> dict[str, Any]:
     """What a number needs to be repeated."""
+    program = sys.modules["__main__"].__spec__  # of `python -m benchmarks.NAME`
     return {
         "date": date.today().isoformat(),
-        "command": "python -m benchmarks." + " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        "command": " ".join(["python -m", program.name if program else "", *sys.argv[1:]]),
         "machine": processor(),
         "threads": threads,
-        "amx": torch.cpu._is_amx_tile_supported(),
+        "bf16_speed": round(bf16_speed(), 2),
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -27,6 +27,7 @@ import torch
 
 from benchmarks.common import peak_gb, processor, reset_peak, resident_gb, run_child
 from benchmarks.heads import NEEDED, OURS, WHOLE, errors, exact, heads, make_inputs, step
+from iopo.kernels.tiled import FAST, bf16_speed
 
 PASSES = ("forward", "frozen", "trainable")  # frozen, trainable: forward and backward
 TARGETS = {"forward": 1.1, "frozen": 1.0, "trainable": 1.0, "memory": 10.0}
@@ -64,7 +65,7 @@ def cases(quick: bool) -> list[Case]:
     for (width, words), all_rows in (QUICK if quick else SHAPES).items():
         for rows, dtype, name in itertools.product(all_rows, LARGEST_ERROR, PASSES):
             case = Case(rows, width, words, dtype, name)
-            emulated = dtype == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            emulated = dtype == "bfloat16" and bf16_speed() <= FAST
             if not emulated or (rows, width, words) == (256, 576, 49152):
                 chosen.append(case)
     return chosen
@@ -161,7 +162,7 @@ def machine(threads: int) -> dict:
         "date": time.strftime("%Y-%m-%d"),
         "cpu": processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "bf16_unit": torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        "bf16_unit": bf16_speed() > FAST,
         "threads": threads,
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -38,6 +38,7 @@ def counter() -> FlopCounterMode:
             ours.segment_attention_backward: _segments_backward,
             ours.linear_logprob: _head,
             ours.linear_logprob_backward: _head_backward,
+            ours.linear_logprob_weight_gradient: _head_weight,
         },
     )
 
@@ -88,6 +89,11 @@ def _head_backward(grad_R, hidden_RD, weight_VD, *args, **_: Any) -> int:
     return (6 if need_weight else 4) * hidden_RD.shape[0] * weight_VD.numel()
 
 
+@_raw
+def _head_weight(kept, hidden_RD, *_args, **_: Any) -> int:
+    return 2 * kept.numel() * hidden_RD.shape[1]
+
+
 @dataclass(frozen=True)
 class Weights:
     """Numbers of a model that multiply tokens: trunk and head in parameters, and attention."""
@@ -126,8 +132,8 @@ def ledger(
 
     Passes over the trunk: forward, the reference's forward if live, recomputation, gradients of
     the inputs and, under full fine-tuning, of the weights. The head meets every token in the stock
-    model and the response tokens in the fused one, which computes its logits twice if it is
-    trained.
+    model and the response tokens in the fused one. A trained head that is too large to keep its
+    errors (iopo/kernels/tiled.py) computes its logits once more; none here is.
     """
     w, live = weights, int(variant.live)
     again = 1 / variant.checkpoint_every if variant.checkpoint_every else 0.0
@@ -139,7 +145,7 @@ def ledger(
     trunk = w.trunk * (1 + live + 1 + full) + w.recomputed * again
     low = w.adapters * (1 + low_again + 2)
     head_tokens = scored if variant.fused else processed
-    head = w.head * (1 + live + 1 + full + (variant.fused and full))
+    head = w.head * (1 + live + 1 + full)
     attention = 4 * w.attention * (1 + live + again + ATTENTION_BACKWARD)
     return 2.0 * processed * (trunk + low) + 2.0 * head_tokens * head + pairs * attention
 

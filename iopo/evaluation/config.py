@@ -54,7 +54,7 @@ class DataSection:
 class ModelSection:
     path: str | None = None  # folder in Hugging Face's format
     adapter: str | None = None  # folder of a PEFT adapter on that model
-    dtype: str = "auto"  # auto: bf16 on CUDA and on CPUs with AMX tiles, else fp32
+    dtype: str = "auto"  # auto: bf16 on CUDA and on CPUs that multiply it fast, else fp32
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     # variables of the chat template, such as {enable_thinking: false}; a server is sent them too
     template_options: dict[str, Any] = field(default_factory=dict)

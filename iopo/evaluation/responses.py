@@ -176,7 +176,7 @@ def manifest(config: EvaluateConfig, data: str, chat: Any) -> dict[str, Any]:
     from iopo.model.load import resolve_model
 
     of_model = identity(resolve_model(config.model.path or ""), chat, config.model.adapter)
-    return settings | of_model | {"dtype": config.model.dtype, "chat": chat.record()}
+    return settings | of_model | {"dtype": str(placing(config.model)[1]), "chat": chat.record()}
 
 
 def check_manifest(path: Path, wanted: dict[str, Any]) -> None:
@@ -310,11 +310,12 @@ def load_model(section: ModelSection) -> Any:
     """The model ready to generate, the adapter on it if one is named."""
     import torch
 
-    from iopo.model.load import load_causal_lm, resolve_model
+    from iopo.model.load import dtype_line, load_causal_lm, resolve_model
     from iopo.model.lora import load_adapter
 
     folder = resolve_model(section.path or "")
     device, dtype = placing(section)
+    log.info(dtype_line(section.dtype, torch.device(device).type))
     model = load_causal_lm(folder, dtype)
     if section.adapter is not None:
         load_adapter(model, section.adapter)  # not merged: that would round it to the dtype

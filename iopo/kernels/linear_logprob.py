@@ -7,8 +7,8 @@ triton_gemm.py, elsewhere in tiled.py.
 A row's upstream gradient is one number, so it commutes with the rest: d logp / d hidden can be
 computed in the forward pass, while the logits are there, and multiplied afterwards. That is exact
 for any upstream, and 4RDV operations instead of 6RDV with the logits computed again. The gradient
-of the weight sums over rows and must wait for the upstream: a trained head computes its logits
-again.
+of the weight sums over rows and must wait for the upstream. A trained head on a CPU keeps the
+errors until then, if they are few and not bfloat16 (tiled.py); others compute their logits again.
 """
 
 from importlib.util import find_spec
@@ -53,8 +53,16 @@ def linear_logprob(
     """
     _check(Inputs(hidden_RD, weight_VD, targets_R, bias_V, softcap))
     trained = weight_VD.requires_grad or (bias_V is not None and bias_V.requires_grad)
-    in_forward = torch.is_grad_enabled() and hidden_RD.requires_grad and not trained
-    return _forward(hidden_RD, weight_VD, targets_R, bias_V, softcap, in_forward)[0]
+    in_forward = torch.is_grad_enabled() and hidden_RD.requires_grad
+    keep = in_forward and weight_VD.requires_grad and keeps(hidden_RD, weight_VD, bias_V)
+    in_forward = in_forward and (keep or not trained)
+    return _forward(hidden_RD, weight_VD, targets_R, bias_V, softcap, keep, in_forward)[0]
+
+
+def keeps(hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> bool:
+    """Whether a trained head keeps its errors, R V numbers, for the gradient of its weight."""
+    size = tiled.kept_bytes(len(hidden_RD), len(weight_VD), hidden_RD.dtype)
+    return size > 0 and bias_V is None and hidden_RD.device.type == "cpu"
 
 
 def _check(inputs: Inputs) -> None:
@@ -110,25 +118,39 @@ def _forward(
     targets_R: Tensor,
     bias_V: Tensor | None,
     softcap: float | None,
+    keep: bool,
     with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logp_R, shift_R, scale_R, unit_RD): softmax = scale * exp(z - shift).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp_R, shift_R, scale_R, unit_RD, kept): softmax = scale * exp(z - shift).
 
-    unit_RD is d logp_R / d hidden_RD in hidden's dtype, empty unless with_gradient.
+    unit_RD is d logp_R / d hidden_RD in hidden's dtype, empty unless with_gradient; kept, of
+    tiled.forward, is empty unless keep.
     """
     _check_targets(targets_R, weight_VD.shape[0])
     inputs = Inputs(hidden_RD, weight_VD, targets_R, bias_V, softcap)
-    *per_row, unit_RD = _backend(hidden_RD).forward(inputs, with_gradient=with_gradient)
+    kept = _kept(hidden_RD, weight_VD, keep)
+    options = {"kept": kept} if keep else {}  # of tiled.py alone
+    found = _backend(hidden_RD).forward(inputs, with_gradient=with_gradient, **options)
+    logp_R, shift_R, scale_R, unit_RD = found
     unit_RD = hidden_RD.new_empty(0) if unit_RD is None else unit_RD.to(hidden_RD.dtype)
-    return *per_row, unit_RD
+    return logp_R, shift_R, scale_R, unit_RD, kept
+
+
+def _kept(hidden_RD: Tensor, weight_VD: Tensor, keep: bool) -> Tensor:
+    elements = len(hidden_RD) * len(weight_VD) if keep else 0
+    return hidden_RD.new_empty(elements, dtype=_wide(hidden_RD))
+
+
+def _wide(hidden_RD: Tensor) -> torch.dtype:
+    return torch.promote_types(hidden_RD.dtype, torch.float32)
 
 
 @_forward.register_fake
-def _(hidden_RD, weight_VD, targets_R, bias_V, softcap, with_gradient):
-    wide = torch.promote_types(hidden_RD.dtype, torch.float32)
-    logp_R = hidden_RD.new_empty(hidden_RD.shape[0], dtype=wide)
+def _(hidden_RD, weight_VD, targets_R, bias_V, softcap, keep, with_gradient):
+    logp_R = hidden_RD.new_empty(hidden_RD.shape[0], dtype=_wide(hidden_RD))
     unit_RD = hidden_RD.new_empty(hidden_RD.shape if with_gradient else 0)
-    return logp_R, torch.empty_like(logp_R), torch.empty_like(logp_R), unit_RD
+    kept = _kept(hidden_RD, weight_VD, keep)
+    return logp_R, torch.empty_like(logp_R), torch.empty_like(logp_R), unit_RD, kept
 
 
 @torch.library.custom_op("iopo::linear_logprob_backward", mutates_args=())
@@ -164,11 +186,27 @@ def _(grad_R, hidden_RD, weight_VD, targets_R, logp_R, shift_R, scale_R, bias_V,
     )
 
 
+@torch.library.custom_op("iopo::linear_logprob_weight_gradient", mutates_args=())
+def _weight_gradient(
+    kept: Tensor, hidden_RD: Tensor, grad_R: Tensor, scale_R: Tensor, words: int
+) -> Tensor:
+    """The weight's gradient from what the forward pass kept."""
+    return tiled.weight_gradient(kept, hidden_RD, grad_R, scale_R, words)
+
+
+@_weight_gradient.register_fake
+def _(kept, hidden_RD, grad_R, scale_R, words):
+    return hidden_RD.new_empty(words, hidden_RD.shape[1])
+
+
 def _save_for_backward(ctx, inputs, output) -> None:
-    hidden_RD, weight_VD, targets_R, bias_V, ctx.softcap, ctx.with_gradient = inputs
-    *per_row, unit_RD = output
+    hidden_RD, weight_VD, targets_R, bias_V, ctx.softcap, ctx.keep, ctx.with_gradient = inputs
+    *per_row, unit_RD, kept = output
     ctx.mark_non_differentiable(*output[1:])
-    if ctx.with_gradient:
+    if ctx.keep:
+        ctx.words = len(weight_VD)
+        ctx.save_for_backward(unit_RD, kept, hidden_RD, per_row[2])
+    elif ctx.with_gradient:
         ctx.save_for_backward(unit_RD)
     else:
         ctx.save_for_backward(hidden_RD, weight_VD, targets_R, *per_row, bias_V)
@@ -177,12 +215,17 @@ def _save_for_backward(ctx, inputs, output) -> None:
 @once_differentiable
 def _differentiate(ctx, grad_R, *_):
     if ctx.with_gradient:
-        (unit_RD,) = ctx.saved_tensors
-        return (unit_RD * grad_R[:, None]).to(unit_RD.dtype), *[None] * 5
+        unit_RD, *of_weight = ctx.saved_tensors
+        hidden, weight = (unit_RD * grad_R[:, None]).to(unit_RD.dtype), None
+        if ctx.keep:
+            kept, hidden_RD, scale_R = of_weight
+            weight = _weight_gradient(kept, hidden_RD, grad_R, scale_R, ctx.words)
+        return hidden, weight, *[None] * 5
     _, need_weight, _, need_bias, *_ = ctx.needs_input_grad
     wanted = need_weight, need_bias
     hidden, weight, bias = _backward(grad_R, *ctx.saved_tensors, ctx.softcap, *wanted)
-    return hidden, weight if need_weight else None, None, bias if need_bias else None, None, None
+    given = weight if need_weight else None, None, bias if need_bias else None
+    return hidden, *given, *[None] * 3
 
 
 _forward.register_autograd(_differentiate, setup_context=_save_for_backward)

@@ -31,6 +31,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.logging import disable_progress_bar
 
+from iopo.kernels import tiled
 from iopo.model.demo_model import fetch_demo_model
 from iopo.model.headers import read_headers
 
@@ -61,9 +62,23 @@ def compute_dtype(name: str, device_type: str) -> torch.dtype:
 
 
 def default_dtype(device_type: str) -> torch.dtype:
-    """bf16 on CUDA and on CPUs with AMX tiles; fp32 on other CPUs, where bf16 is emulated."""
-    fast = device_type == "cuda" or torch.cpu._is_amx_tile_supported()
+    """bf16 on CUDA and on CPUs that multiply it faster than fp32; fp32 on others."""
+    fast = device_type == "cuda" or tiled.bf16_speed() > tiled.FAST
     return torch.bfloat16 if fast else torch.float32
+
+
+def dtype_name(name: str, device_type: str) -> str:
+    """The name in DTYPES of compute_dtype: model.dtype without auto."""
+    dtype = compute_dtype(name, device_type)
+    return next(key for key, value in DTYPES.items() if value is dtype)
+
+
+def dtype_line(name: str, device_type: str) -> str:
+    """What a run says about its dtype in its first lines."""
+    line = f"computes in {dtype_name(name, device_type)} (model.dtype={name})"
+    if device_type == "cuda":
+        return line
+    return f"{line}; this CPU multiplies bf16 {tiled.bf16_speed():.2g} times as fast as fp32"
 
 
 def resolve_model(path: str | Path) -> Path:

@@ -10,6 +10,7 @@ from test_configs import config
 
 from iopo.config import Resume
 from iopo.data.chat import Chat
+from iopo.kernels import tiled
 from iopo.training.checkpoint.folders import folder_of
 from iopo.training.checkpoint.resume import (
     check_resume,
@@ -103,6 +104,20 @@ def test_a_fingerprint_holds_no_secret_and_what_json_changes_is_no_change(monkey
     saved = json.loads(json.dumps(now))
     assert saved["config"]["objective"]["link"] == "hinge" and "very-secret" not in str(saved)
     assert check_resume(saved, now) == []
+
+
+def test_auto_is_saved_as_the_dtype_that_it_stood_for(monkeypatch):
+    inputs = SimpleNamespace(data_hash="d", tokenizer_hash="t", model_path=None)
+
+    def on(speed, dtype):
+        monkeypatch.setattr(tiled, "bf16_speed", lambda: speed)
+        overrides = ["+experiment=tiny_random", "parallel.device=cpu", f"model.dtype={dtype}"]
+        return fingerprint(config(*overrides), inputs, 1)
+
+    saved = on(2.2, "auto")
+    with pytest.raises(ValueError, match=r"model\.dtype: 'bf16' -> 'fp32'"):
+        check_resume(saved, on(0.6, "auto"))
+    assert check_resume(saved, on(0.6, "bf16")) == []
 
 
 def test_flatten():

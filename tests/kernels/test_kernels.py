@@ -16,6 +16,7 @@ from iopo.kernels.linear_logprob import linear_logprob
 def small_tiles(monkeypatch):
     monkeypatch.setattr(tiled, "ROWS", 4)
     monkeypatch.setattr(tiled, "VOCAB", 16)
+    monkeypatch.setattr(tiled, "FAST_VOCAB", 8)
 
 
 def problem(rows, width, words, dtype=torch.float64, *, scale=1.0, bias=False, seed=0):
@@ -86,7 +87,11 @@ def test_gradcheck():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1.0, 8.0])
-def test_error_is_below_that_of_log_softmax_in_the_same_dtype(dtype, scale):
+@pytest.mark.parametrize("kept_bytes", [2**30, 0])
+def test_error_is_below_that_of_log_softmax_in_the_same_dtype(
+    dtype, scale, kept_bytes, monkeypatch
+):
+    monkeypatch.setattr(tiled, "KEPT_BYTES", kept_bytes)
     hidden, weight, targets, _ = problem(64, 96, 500, dtype, scale=scale)
     upstream = torch.linspace(-1, 2, 64)
     wide = (hidden.double(), weight.double(), targets, None, upstream.double())
@@ -141,7 +146,13 @@ def test_bitwise_repeatable(dtype):
         assert_all_close(run, runs[0], rtol=0, atol=0)
 
 
-def test_large_reference_moves_do_not_lose_the_earlier_tiles():
+@pytest.fixture(params=["kept", "computed again"])
+def errors_of_a_trained_head(request, monkeypatch):
+    monkeypatch.setattr(tiled, "KEPT_BYTES", 2**30 if request.param == "kept" else 0)
+    return request.param
+
+
+def test_large_reference_moves_do_not_lose_the_earlier_tiles(errors_of_a_trained_head):
     """Logits that climb by 30 from tile to tile, and fall again, move the reference every time."""
     climb = torch.tensor([0.0, 30.0, 60.0, 45.0, 90.0, 10.0]).repeat_interleave(16).double()
     hidden, weight = torch.ones(3, 1).double(), climb[:, None]
@@ -152,6 +163,28 @@ def test_large_reference_moves_do_not_lose_the_earlier_tiles():
     assert_all_close(values_and_gradients(linear_logprob, *args), theirs)
     _, grad = frozen_head(hidden, weight, targets, None, upstream)
     torch.testing.assert_close(grad, theirs[1])
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_a_trained_head_is_the_definition_s(errors_of_a_trained_head, softcap, monkeypatch):
+    """Several tiles of rows and of entries, of which the last are narrower."""
+    hidden, weight, targets, _ = problem(9, 6, 45, scale=20.0)
+    args = (hidden, weight, targets, None, torch.linspace(-1, 2, 9), softcap)
+    kept = []
+    real = tiled.weight_gradient
+    monkeypatch.setattr(tiled, "weight_gradient", lambda k, *rest: kept.append(k) or real(k, *rest))
+    ours = values_and_gradients(linear_logprob, *args)
+    assert_all_close(ours, values_and_gradients(by_definition, *args), rtol=1e-9, atol=1e-9)
+    assert len(kept) == (errors_of_a_trained_head == "kept")
+
+
+def test_a_row_that_is_certain_of_its_target_has_no_gradient(errors_of_a_trained_head):
+    """Its logit is 200 above all others, further than the exponentials of float32 reach."""
+    hidden, weight = torch.ones(1, 1), torch.zeros(40, 1)
+    weight[20] = 200.0
+    args = (hidden, weight, torch.tensor([20]), None, torch.ones(1))
+    for value in values_and_gradients(linear_logprob, *args):
+        assert torch.equal(value, torch.zeros_like(value))
 
 
 @settings(max_examples=40, deadline=None)
@@ -295,10 +328,17 @@ def test_opcheck(wants):
     for tensor in (weight, bias):
         tensor.requires_grad_(wants == "all")
     ops, in_forward = torch.ops.iopo, wants == "hidden"
-    torch.library.opcheck(ops.linear_logprob, (hidden, weight, targets, bias, 3.0, in_forward))
-    torch.library.opcheck(ops.linear_logprob, (hidden, weight, targets, None, None, in_forward))
+    for options in ((bias, 3.0, False), (None, None, False)):
+        torch.library.opcheck(ops.linear_logprob, (hidden, weight, targets, *options, in_forward))
+    if wants == "all":
+        keep = (hidden, weight, targets, None, 3.0, True, True)
+        torch.library.opcheck(ops.linear_logprob, keep)
     hidden, weight, bias = (x.detach() for x in (hidden, weight, bias))
-    *saved, _ = ops.linear_logprob(hidden, weight, targets, bias, 3.0, False)
+    *_, scale, _, kept = ops.linear_logprob(hidden, weight, targets, None, 3.0, True, True)
+    torch.library.opcheck(
+        ops.linear_logprob_weight_gradient, (kept, hidden, scale, scale, len(weight))
+    )
+    *saved, _, _ = ops.linear_logprob(hidden, weight, targets, bias, 3.0, False, False)
     for need in ((True, True), (False, False)):
         torch.library.opcheck(
             ops.linear_logprob_backward,

@@ -1,6 +1,8 @@
 """Loading: what is refused and how, content hashes, tiny models, the demo model."""
 
 import json
+import os
+import platform
 import subprocess
 import sys
 import zipfile
@@ -11,6 +13,7 @@ import torch
 from helpers_models import tiny_llama, tiny_qwen2
 from transformers import AutoConfig
 
+from iopo.kernels import tiled
 from iopo.model import demo_model as demo
 from iopo.model import load
 
@@ -32,6 +35,34 @@ def test_loaded_model_equals_saved_one(folder):
     torch.testing.assert_close(loaded(ids).logits, tiny_llama()(ids).logits, rtol=0, atol=0)
     assert loaded.config.use_cache is False
     assert next(load.load_causal_lm(folder, torch.bfloat16).parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("speed", "expected"), [(0.6, "fp32"), (2.2, "bf16")])
+def test_auto_is_what_this_cpu_multiplies_fast(speed, expected, monkeypatch):
+    monkeypatch.setattr(tiled, "bf16_speed", lambda: speed)
+    assert load.dtype_name("auto", "cpu") == expected
+    assert f"computes in {expected} (model.dtype=auto)" in load.dtype_line("auto", "cpu")
+    assert f"bf16 {speed} times as fast" in load.dtype_line("auto", "cpu")
+    assert load.dtype_name("auto", "cuda") == "bf16" and load.dtype_name("fp64", "cpu") == "fp64"
+
+
+def test_the_speed_is_measured_once_on_a_machine(monkeypatch):
+    measured = []
+    monkeypatch.setattr(tiled, "_measured_speed", lambda: measured.append(0) or 2.5)
+    for _ in range(2):  # __wrapped__: without the memory of this process, as in another one
+        assert tiled.bf16_speed.__wrapped__() == 2.5
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # another machine, for oneDNN
+    tiled.bf16_speed.__wrapped__()
+    assert len(measured) == 2
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="oneDNN's limits are of x86-64")
+def test_emulated_bf16_is_not_fast():
+    """Whatever the processor's flags say: oneDNN may use AVX2 alone."""
+    code = "from iopo.kernels import tiled; print(tiled.bf16_speed() < 0.9 * tiled.FAST)"
+    env = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_dropout_is_off(folder):

@@ -12,6 +12,7 @@ import torch
 
 from iopo.config import Resume, TrainConfig, plain
 from iopo.model.identity import differing
+from iopo.model.load import dtype_name
 from iopo.model.parallel import TrainModel
 from iopo.redact import redact
 from iopo.training import setup
@@ -53,8 +54,10 @@ def fingerprint(cfg: TrainConfig, inputs: Inputs, world_size: int) -> dict[str, 
     it, without secrets.
     """
     device = "cuda" if setup.backend(cfg.parallel) == "nccl" else "cpu"
+    config = plain(cfg)  # with the dtype that auto stands for here: another machine may differ
+    config["model"]["dtype"] = dtype_name(cfg.model.dtype, device)
     identity = manifest(cfg.model, cfg.data, inputs, device)
-    whole = {"config": plain(cfg), "identity": identity, "world_size": world_size}
+    whole = {"config": config, "identity": identity, "world_size": world_size}
     return json.loads(redact(json.dumps(whole)))
 
 

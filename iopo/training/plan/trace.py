@@ -80,13 +80,14 @@ def trace(policy: TrainModel, examples: Sequence[Example], device_type: str) -> 
             parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
             own.append(parameter.grad)
     # The head computes the logits, in its backward again, and there the gradients of the rows and
-    # of a weight that trains; with a frozen weight that of the rows comes with the forward.
+    # of a weight that trains; with a frozen weight that of the rows comes with the forward. What a
+    # CPU keeps for a weight that trains it does not compute again.
     formulas = {
         OPS.segment_attention: lambda q, *_: 4 * pairs * q.shape[1] * q.shape[2],
         OPS.segment_attention_backward: lambda g, *_: 10 * pairs * g.shape[1] * g.shape[2],
         OPS.linear_logprob: lambda h, w, *rest: (4 if rest[-1] else 2) * h.shape[0] * w.numel(),
         OPS.linear_logprob_backward: lambda _, h, w, *rest: (
-            (6 if rest[-2] else 4) * h.shape[0] * w.numel()
+            (4 if not rest[-2] or kept_bytes(h, w, device_type) else 6) * h.shape[0] * w.numel()
         ),
     }
     watch = Watch(own, formulas, device_type)
@@ -158,9 +159,18 @@ def head_workspace(op: Any, args: tuple[Any, ...], device_type: str) -> int:
         return min(rows * hidden_RD.element_size(), CHUNK_BYTES_PER_WORD) * words
     accum_bytes = max(4, hidden_RD.element_size())
     copies = 2 if accum_bytes > hidden_RD.element_size() else 1  # of [R, D]
-    tiles = tiled.VOCAB * (tiled.ROWS + 2 * width)
-    need_weight = op is OPS.linear_logprob_backward and args[9]
-    return accum_bytes * (rows * width * (copies + int(need_weight)) + tiles)
+    tiles = tiled.tile_words(hidden_RD.dtype) * (tiled.ROWS + 2 * width)
+    if not (op is OPS.linear_logprob_backward and args[9]):
+        return accum_bytes * (rows * width * copies + tiles)
+    kept = kept_bytes(hidden_RD, weight_VD, device_type)
+    return accum_bytes * (rows * width * (copies + 1) + tiles) + kept
+
+
+def kept_bytes(hidden_RD: Tensor, weight_VD: Tensor, device_type: str) -> int:
+    """Of the errors that a trained head keeps; only a real CPU does, which meta stands for here."""
+    if device_type != "cpu":
+        return 0
+    return tiled.kept_bytes(len(hidden_RD), len(weight_VD), hidden_RD.dtype)
 
 
 def _parts(flops: Counter[Any]) -> dict[str, float]:
