@@ -62,7 +62,10 @@ def linear_logprob(
 def keeps(hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> bool:
     """Whether a trained head keeps its errors, R V numbers, for the gradient of its weight."""
     size = tiled.kept_bytes(len(hidden_RD), len(weight_VD), hidden_RD.dtype)
-    return size > 0 and bias_V is None and hidden_RD.device.type == "cpu"
+    ours = (
+        hidden_RD.device.type == "cpu" and _backend(hidden_RD) is tiled
+    )  # not Triton's interpreter
+    return size > 0 and bias_V is None and ours
 
 
 def _check(inputs: Inputs) -> None:

@@ -19,7 +19,13 @@ from iopo.data.rows import Quad, read_rows, rows_for, spread
 from iopo.data.tokenize import Encoder, Limits, Report, tokenize_rows
 from iopo.files import cache_root, sha256_file
 from iopo.model.attention import SHARED
-from iopo.model.load import byte_tokenizer, load_tokenizer, resolve_model
+from iopo.model.load import (
+    byte_tokenizer,
+    config_of_tiny,
+    load_tokenizer,
+    read_config,
+    resolve_model,
+)
 from iopo.training.prechecks import check_policy, check_precision, check_rows, check_samples
 
 
@@ -75,9 +81,10 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
 
     model_path = None if cfg.model.tiny is not None else resolve_model(str(cfg.model.path))
     check_precision(cfg.model.dtype, data.layout, cfg.parallel.device)
-    policy, notes = check_policy(cfg.model, model_path)
+    config = config_of_tiny(cfg.model.tiny or {}) if model_path is None else read_config(model_path)
     where = str(model_path or "model.tiny")
-    check_family(policy.causal_lm.config, where=where, attention=attention_of(data.layout))
+    check_family(config, where=where, attention=attention_of(data.layout))
+    policy, notes = check_policy(cfg.model, model_path)
     tokenizer = byte_tokenizer() if model_path is None else load_tokenizer(model_path)
     chat = Chat(tokenizer, cfg.model.system, cfg.model.template_options)
     limits = Limits(data.max_prompt_tokens, data.max_response_tokens, data.on_overlong.value)

@@ -107,7 +107,7 @@ def test_a_fingerprint_holds_no_secret_and_what_json_changes_is_no_change(monkey
 
 
 def test_auto_is_saved_as_the_dtype_that_it_stood_for(monkeypatch):
-    inputs = SimpleNamespace(data_hash="d", tokenizer_hash="t", model_path=None)
+    inputs = SimpleNamespace(data_hash="d", chat=Chat(tiny_tokenizer()), model_path=None)
 
     def on(speed, dtype):
         monkeypatch.setattr(tiled, "bf16_speed", lambda: speed)

@@ -1,5 +1,6 @@
 """The folders of a sweep's jobs, as Hydra makes them; no job is run."""
 
+import importlib
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
@@ -52,7 +53,8 @@ def test_a_name_holds_what_is_swept(tmp_path, monkeypatch, arguments, names):
         folders.append(Path(HydraConfig.get().runtime.output_dir))
 
     for module in ("core.utils", "_internal.hydra", "_internal.core_plugins.basic_launcher"):
-        monkeypatch.setattr(f"hydra.{module}.configure_log", lambda *_, **__: None)
+        found = importlib.import_module(f"hydra.{module}")
+        monkeypatch.setattr(found, "configure_log", lambda *_, **__: None)
     options = [*arguments.split(), f"hydra.sweep.dir={tmp_path}/sweep"]
     monkeypatch.setattr(sys, "argv", ["train.py", *options])
     job()
