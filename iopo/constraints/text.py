@@ -11,6 +11,9 @@ from typing import Any
 
 CJK = "\u3400-\u4dbf\u4e00-\u9fff"
 _WORD = re.compile(r"\w+")
+_UNSPACED = f"{CJK}\u3040-\u30ff"  # scripts without blanks between words: Chinese, Japanese
+_TOKEN = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
+_UNSPACED_CHARACTER = re.compile(f"[{_UNSPACED}]")
 _HAN = re.compile(f"[{CJK}]")
 _LETTERS = re.compile(rf"[^\W\d_{CJK}]+(?:['’][^\W\d_{CJK}]+)*")
 _ASCII_LETTERS = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)*")  # the same on ASCII text, twice as fast
@@ -45,6 +48,20 @@ def letter_words(text: str) -> list[str]:
 def han_characters(text: str) -> int:
     """Number of Chinese characters, punctuation not counted."""
     return len(_HAN.findall(text))
+
+
+def tokens(text: str) -> list[str]:
+    """Words, and Chinese and Japanese character by character.
+
+    >>> tokens("I like 苹果, too")
+    ['I', 'like', '苹', '果', 'too']
+    """
+    return _TOKEN.findall(text)
+
+
+def unspaced_characters(text: str) -> int:
+    """Number of Chinese and Japanese characters, punctuation not counted."""
+    return len(_UNSPACED_CHARACTER.findall(text))
 
 
 def repeats(text: str, n: int = 4) -> bool:

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from iopo.constraints import Constraint, from_dict
-from iopo.constraints.text import CJK, words
+from iopo.constraints.text import CJK, tokens, words
 from iopo.construct.prose import ends_a_sentence, script_of
 from iopo.construct.quadruples import CELLS, MATCH, four_cells, sign
 from iopo.files import iter_records
 
 TEXTS = ("x1", "y1", "x2", "y2")
 GRAM = 13  # words in a row that make an overlap with a benchmark
-_TOKEN = re.compile(rf"[{CJK}]|[^\W_{CJK}]+")
 _HAN = re.compile(f"[{CJK}]")
 JUDGED = "judged"  # the kind of a constraint that only a model can check
 # Asks for a script of its own, so that a response need not have its instruction's.
@@ -260,8 +259,8 @@ def benchmark_grams(files: Iterable[Path]) -> Grams:
 
 
 def _grams(text: str) -> Iterator[tuple[str, ...]]:
-    tokens = _TOKEN.findall(text.lower())  # words, and Chinese character by character
-    return (tuple(tokens[i : i + GRAM]) for i in range(len(tokens) - GRAM + 1))
+    found = tokens(text.lower())
+    return (tuple(found[i : i + GRAM]) for i in range(len(found) - GRAM + 1))
 
 
 def _strings(value: Any) -> Iterator[str]:

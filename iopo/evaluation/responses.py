@@ -31,7 +31,7 @@ class Responses:
     unknown: list[str] = field(default_factory=list)  # ids in the file that the data lacks
     repeated: int = 0  # rows that give an answer once more, word for word
     failed: dict[str, str] = field(default_factory=dict)  # the server gave no answer, and why
-    cut: int = 0  # ended at the token limit
+    cut: list[str] = field(default_factory=list)  # ended at the token limit
 
     def counts(self) -> dict[str, int]:
         return {
@@ -41,7 +41,7 @@ class Responses:
             "unknown": len(self.unknown),
             "repeated": self.repeated,
             "failed": len(self.failed),
-            "cut_at_token_limit": self.cut,
+            "cut_at_token_limit": len(self.cut),
         }
 
     def notes(self) -> list[str]:
@@ -59,7 +59,7 @@ class Responses:
             "ignored": self.unknown,
             f"{self.repeated} answers are there twice, word for word: counted once": self.repeated,
             f"{empty} empty answers: {nothing}": empty,
-            f"{self.cut} answers ended at the token limit": self.cut,
+            f"{len(self.cut)} answers ended at the token limit": self.cut,
         }
         return [note for note, found in notes.items() if found]
 
@@ -143,7 +143,7 @@ def make_responses(config: EvaluateConfig, items: list[Item], data: str, out: Pa
         text={name: row["response"] for name, row in found.items()},
         missing=[i.id for i in items if i.id not in rows and i.id not in failed],
         failed=failed,
-        cut=sum(row["finish_reason"] == "length" for row in found.values()),
+        cut=[name for name, row in found.items() if row["finish_reason"] == "length"],
     )
 
 

@@ -19,6 +19,7 @@ from iopo.evaluation.quad_metrics import Answer
 from iopo.evaluation.responses import default_out, placing
 from iopo.files import iter_records, write_records, write_text
 from iopo.logprobs import LogProbs
+from iopo.model.attention import SHARED
 from iopo.model.load import load_tokenizer, resolve_model
 from iopo.training.metrics import preferences
 
@@ -84,10 +85,11 @@ def read(path: Path, limit: int | None = None) -> Rows:
 def score_model(
     config: EvaluateConfig, rows: Rows, details: Path | None = None
 ) -> tuple[dict[str, Any], list[Answer]]:
-    """Preferences, their controls, margins against a reference, following by greedy answers.
+    """Preferences, their controls, margins against a reference; by greedy answers following and
+    answering.
 
-    Every share is {"value", "low", "high", "n"}. Following is left out for quads without
-    constraints that code can check. details: a folder that gets logps.jsonl, {"id", "logps"} with
+    Every share is {"value", "low", "high", "n"}. Answers are left out for quads without constraints
+    that code can check. details: a folder that gets logps.jsonl, {"id", "logps"} with
     nats in the order of MEMBERS; plain text is scored too, then.
     """
     quads = [quad for quad, _ in rows]
@@ -126,8 +128,12 @@ def score_model(
         return out, []
     splits = [split for _, split in rows]
     answers = heldout.answer_prompts(model, chat.tokenizer, quads, splits, config.generate)
-    shares = heldout.following(answers)
-    out["constraint_accuracy"] = shares.pop("all")
-    out |= {f"constraint_accuracy_{split}": share for split, share in shares.items()}
-    out["degeneration"] = heldout.degeneration(answers)
-    return out, answers
+    base, base_chat = policy, chat
+    if config.benchmark.base is None:
+        model.set_attn_implementation(SHARED)
+    else:
+        folder = resolve_model(config.benchmark.base)
+        base = heldout.load_for_scoring(folder, None, device, dtype)
+        base_chat = Chat(load_tokenizer(folder), config.generate.system_prompt)
+    answers = heldout.with_task_ranks(base, base_chat, answers)
+    return out | heldout.shares(answers) | {"degeneration": heldout.degeneration(answers)}, answers
