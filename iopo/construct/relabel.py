@@ -16,6 +16,7 @@ from typing import Any
 
 from iopo.constraints import Constraint
 from iopo.constraints import text as cut
+from iopo.constraints.answers import hollow
 from iopo.construct import importers, require
 from iopo.construct.contrast import KINDS, fill, tell_apart, unmentioned
 from iopo.construct.prose import REFUSAL, ends_a_sentence, script_of
@@ -30,7 +31,6 @@ log = logging.getLogger(__name__)
 SPLITS = ("train", "heldout", "heldout_kinds")
 Written = list[tuple[Constraint, str]]  # constraints of one side, each with its sentence
 LANGUAGE = {"latin": "en", "chinese": "zh"}  # a script that we can write instructions for
-_LEAST_WORDS = 5
 _REFUSED_BY = 300  # characters: a refusal comes first
 
 
@@ -151,8 +151,10 @@ def unusable(pair: Pair, language: str | None, most_words: int) -> str | None:
         if LANGUAGE.get(script_of(text)) != language:
             return "another script than the prompt"
         size = cut.han_characters(text) if language == "zh" else len(cut.words(text))
-        if not _LEAST_WORDS <= size <= most_words:
-            return "too short or too long"
+        if size > most_words:
+            return "too long"
+        if reasons := hollow(text, pair.x):
+            return f"no answer: {reasons[0]}"
         if not ends_a_sentence(text[-200:]) and text[-1] not in "。！？”』」）":
             return "unfinished"
         if REFUSAL.search(text, 0, _REFUSED_BY):

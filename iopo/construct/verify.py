@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from iopo.constraints import Constraint, from_dict
+from iopo.constraints.answers import hollow
 from iopo.constraints.text import CJK, tokens, words
 from iopo.construct.prose import ends_a_sentence, script_of
 from iopo.construct.quadruples import CELLS, MATCH, four_cells, sign
@@ -180,6 +181,9 @@ def _check_row(
         yield "match", f"says {row.get('match')}; a judged row must say [1, 0, 1, 0]"
     if not broken and not judged:
         yield from _cells(row, c1, c2)
+        for n, c in enumerate((c1, c2), 1):
+            if reasons := hollow(row[f"y{n}"], row[f"x{n}"], c):
+                yield "no answer", f"y{n} is hollow: {', '.join(reasons)}"
     for n, side in enumerate(sides, 1):
         for text in (constraint.get("text") for constraint in side):
             if not isinstance(text, str) or text not in row[f"x{n}"]:
@@ -259,7 +263,7 @@ def benchmark_grams(files: Iterable[Path]) -> Grams:
 
 
 def _grams(text: str) -> Iterator[tuple[str, ...]]:
-    found = tokens(text.lower())
+    found = tokens(text)
     return (tuple(found[i : i + GRAM]) for i in range(len(found) - GRAM + 1))
 
 
