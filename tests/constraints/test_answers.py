@@ -70,7 +70,7 @@ def test_constraints_allow_what_they_ask_for():
     assert (
         hollow("They need food.", TASK) == ("too_short",) != hollow("They need food.", TASK, [few])
     )
-    assert least_words([make("han_characters", relation="exactly", number=6)]) == 3
+    assert least_words([make("han_characters", relation="exactly", number=6)]) == 4
     assert hollow("My answer is yes.", TASK, [make("constrained_response")]) == ()
     again = make("repeat_prompt", phrase="Explain why birds migrate.")
     assert hollow(f"Explain why birds migrate.\n{GOOD}", TASK, [again]) == ()
