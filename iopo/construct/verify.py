@@ -1,4 +1,6 @@
-"""Re-check a file of quads: `python -m iopo.construct.verify FILE... [--against BENCHMARK...]`.
+"""Re-check a file of quads.
+
+`python -m iopo.construct.verify FILE... [--against BENCHMARK...] [--model MODEL]`
 
 Prints `file:line: [fault] what` for every violation, then a table by kind, and exits 1 if there was
 a violation. A row without c1, c2 is a violation too. Cells of rows with "judged" constraints, which
@@ -147,6 +149,40 @@ def verify(files: Sequence[Path], against: Sequence[Path] = ()) -> tuple[list[Vi
                 faults = _check_row(row, (index, f"{path}:{line}"), seen, grams, summary)
             found += [Violation(str(path), line, fault, detail) for fault, detail in faults]
     return found, summary
+
+
+def off_task(files: Sequence[Path], model_path: str) -> list[Violation]:
+    """Responses that a model finds likelier after another task of the files than after their own.
+
+    Rows that cannot be read are left to `verify`. Raises ValueError for a model that is not there.
+    """
+    # torch loads only for this
+    from iopo.data.chat import Chat
+    from iopo.evaluation import on_task
+    from iopo.evaluation.config import ModelSection
+    from iopo.evaluation.quad_metrics import bare, load_for_scoring
+    from iopo.evaluation.responses import placing
+    from iopo.model.load import load_tokenizer, resolve_model
+
+    places, tasks, texts = [], [], []
+    for path in files:
+        for line, row, fault in iter_records(path):
+            sides = row if fault is None and isinstance(row, dict) else {}
+            for n in (1, 2):
+                x, y = sides.get(f"x{n}"), sides.get(f"y{n}")
+                if isinstance(x, str) and isinstance(y, str) and y.strip():
+                    places.append((str(path), line, f"y{n}"))
+                    tasks.append(bare(x))
+                    texts.append(y)
+    folder = resolve_model(model_path)
+    base = load_for_scoring(folder, None, *placing(ModelSection()))
+    others = f"of {on_task.CANDIDATES - 1} other tasks"
+    ranks = on_task.task_ranks(base, Chat(load_tokenizer(folder)), tasks, texts) or []
+    return [
+        Violation(path, line, "off task", f"{key} is likelier after {rank - 1} {others}")
+        for (path, line, key), rank in zip(places, ranks, strict=False)
+        if rank > on_task.MOST_RANK
+    ]
 
 
 def _check_row(
@@ -313,15 +349,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m iopo.construct.verify", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="quads; files must not share tasks")
     parser.add_argument("--against", nargs="+", type=Path, default=[], help="benchmark files")
+    parser.add_argument("--model", help="a model folder, or demo: are responses on their task?")
     options = parser.parse_args(arguments)
     try:
         found, summary = verify(options.files, options.against)
+        if options.model is not None:
+            found += off_task(options.files, options.model)
     except (ValueError, OSError) as error:
         print(f"verify: {error}", file=sys.stderr)
         return 2
     for violation in found:
         print(violation)
     print(report(summary))
+    if options.model is None:
+        print("responses were read by code alone: --model MODEL says if they are on their task")
     print(f"{len(found)} violations")
     return 1 if found else 0
 
