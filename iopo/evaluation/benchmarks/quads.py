@@ -94,6 +94,7 @@ def score_model(
     """
     quads = [quad for quad, _ in rows]
     path = resolve_model(config.model.path or "")
+    base_path = resolve_model(config.benchmark.base) if config.benchmark.base else None
     device, dtype = placing(config.model)
     chat = Chat(load_tokenizer(path), config.generate.system_prompt)
     limits = Limits(max_prompt_tokens=4096, max_response_tokens=4096, on_overlong="error")
@@ -128,12 +129,11 @@ def score_model(
         return out, []
     splits = [split for _, split in rows]
     answers = heldout.answer_prompts(model, chat.tokenizer, quads, splits, config.generate)
-    base, base_chat = policy, chat
-    if config.benchmark.base is None:
+    if base_path is None or (base_path == path and config.model.adapter is None):
         model.set_attn_implementation(SHARED)
+        base = policy
     else:
-        folder = resolve_model(config.benchmark.base)
-        base = heldout.load_for_scoring(folder, None, device, dtype)
-        base_chat = Chat(load_tokenizer(folder), config.generate.system_prompt)
-    answers = heldout.with_task_ranks(base, base_chat, answers)
+        base = heldout.load_for_scoring(base_path, None, device, dtype)
+        chat = Chat(load_tokenizer(base_path), config.generate.system_prompt)
+    answers = heldout.with_task_ranks(base, chat, answers)
     return out | heldout.shares(answers) | {"degeneration": heldout.degeneration(answers)}, answers
