@@ -79,7 +79,8 @@ class Comparison:
         """Answers to, and log-probs of, data/{rows}.jsonl."""
         return self.evaluate(
             "quads", model, out, f"data.path={self.run}/data/{rows}.jsonl",
-            "benchmark.controls=false", f"benchmark.base={self.args.model}", f"generate.max_new_tokens={QUADS_TOKENS}", *more,
+            "benchmark.controls=false", f"benchmark.base={self.args.model}",
+            f"generate.max_new_tokens={QUADS_TOKENS}", *more,
         )  # fmt: skip
 
     def measure(self, model: str | Path, folder: Path) -> None:
