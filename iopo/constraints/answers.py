@@ -43,7 +43,7 @@ _FUNCTION_WORDS = tuple(
     for words in (
         "the of and to is are for with that this it you your by from be not have can their they or "
         "in on as my we our was has will".split(),
-        "的了是在和有不我你他她它这那就也都与为对会可以",
+        "的了是在和有不我你他她它这那就也都与为对会可以很一个于上下中到从用而及其之所着过得地吗呢吧",
         "のはをがにでとたすしてる",
     )
 )
@@ -73,15 +73,13 @@ def hollow(
     """
     if not text.strip():
         return ("empty",)
-    parts, written = [text], text  # written: without the phrases that are asked for
+    parts = [text]
     for rule in rules:
-        written = _without(written, getattr(rule, "phrase", ""))
         if isinstance(rule, RepeatPrompt):
-            parts = [_without(part, rule.phrase) for part in parts]
+            parts = [re.sub(re.escape(rule.phrase), "", part, flags=re.I) for part in parts]
         if isinstance(rule, TwoResponses):
             parts = [two for part in parts for two in part.split("******")]
     own = "\n".join(parts)
-    prose = written if size(written) >= LEAST_WORDS else own
     found = {
         "cut_off": not ended,
         "too_short": size(_HEADING.sub("", own)) < least_words(rules),
@@ -89,13 +87,9 @@ def hollow(
         "echo": echoed(own, prompt) > MOST_ECHOED,
         "restates": not any(isinstance(rule, ConstrainedResponse) for rule in rules)
         and len(_FORM_WORD.findall(own)) > MOST_FORM_WORDS * size(own),
-        "no_prose": not (_asks_for_a_language(rules) or reads_like(prose, prompt)),
+        "no_prose": not (_asks_for_a_language(rules) or reads_like(own, prompt)),
     }
     return tuple(name for name, is_so in found.items() if is_so)
-
-
-def _without(text: str, phrase: str) -> str:
-    return re.sub(re.escape(phrase), "", text, flags=re.IGNORECASE) if phrase else text
 
 
 def size(text: str) -> float:

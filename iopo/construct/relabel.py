@@ -121,10 +121,13 @@ class Relabeller:
         c1, c2 = ([c for c, _ in side] for side in written)
         if four_cells(c1, y1, c2, y2) != MATCH:
             return "four cells"
-        self.balances[split].add([c.kind for c in (*c1, *c2)], together)
-        self._seen |= digests
         rows = [constraint_rows(side) for side in written]
         row = quad_row(task, rows[0], y1, rows[1], y2, pair.system)
+        for n, c in enumerate((c1, c2), 1):
+            if reasons := hollow(row[f"y{n}"], row[f"x{n}"], c):
+                return f"no answer: {reasons[0]}"
+        self.balances[split].add([c.kind for c in (*c1, *c2)], together)
+        self._seen |= digests
         end = {"source": "relabel", "split": split, "match": [1, 0, 1, 0], "origin": pair.id}
         return row | end
 
