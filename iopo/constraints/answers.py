@@ -2,8 +2,8 @@
 
 A text can follow every constraint and say nothing: one word, the prompt's own lines, a phrase until
 the limit. The last part, whether it is about its task, needs log-probs: iopo/evaluation/on_task.py.
-The thresholds are chosen on one half of 150 answers that a person labelled and hold on the other
-(docs/evaluation.md).
+The thresholds were chosen on one half of 150 labelled answers and tested on the other
+(docs/log/2026-11-answers.md).
 """
 
 import re
@@ -24,7 +24,7 @@ from iopo.constraints.lengths import HanCharacters, Words
 LEAST_WORDS = 8  # the shortest sentence that says something about a task
 CHARACTERS_PER_WORD = 1.5  # of Chinese and Japanese: what says as much as a word of English
 GRAM = 4  # words in a row: two texts about one thing seldom share more by chance
-MOST_REPEATED = 0.15  # share of the 4-grams that occurred before
+MOST_REPEATED = 0.2  # share of the 4-grams that occurred before
 ECHO_WORDS = 5  # of a line: a shorter one is a title or a name
 MOST_ECHOED = 0.5  # share of the words that stand in such lines
 # Words about the form of an answer; 99.9 % of the responses of data/verified have at most 8 %.
