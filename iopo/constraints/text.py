@@ -13,6 +13,10 @@ from typing import Any
 THINK_START, THINK_END = "<think>", "</think>"  # Qwen3, DeepSeek-R1, SmolLM3 and others
 CJK = "\u3400-\u4dbf\u4e00-\u9fff"
 _WORD = re.compile(r"\w+")
+_UNSPACED = f"{CJK}\u3040-\u30ff"  # scripts without blanks between words: Chinese, Japanese
+_TOKEN = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
+_ASCII_TOKEN = re.compile(r"[^\W_]+", re.ASCII)  # the same on ASCII text, faster
+_UNSPACED_CHARACTER = re.compile(f"[{_UNSPACED}]")
 _HAN = re.compile(f"[{CJK}]")
 _LETTERS = re.compile(rf"[^\W\d_{CJK}]+(?:['’][^\W\d_{CJK}]+)*")
 _ASCII_LETTERS = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)*")  # the same on ASCII text, twice as fast
@@ -71,6 +75,21 @@ def thinking_note(texts: Iterable[str]) -> str | None:
     if not thinking:
         return None
     return f"thinking removed from {len(thinking)} answers, {unclosed} unclosed, which are empty"
+
+
+@lru_cache(maxsize=8)
+def tokens(text: str) -> tuple[str, ...]:
+    """Lower-case words, and Chinese and Japanese character by character.
+
+    >>> tokens("I like 苹果, too")
+    ('i', 'like', '苹', '果', 'too')
+    """
+    return tuple((_ASCII_TOKEN if text.isascii() else _TOKEN).findall(_lower(text)))
+
+
+def unspaced_characters(text: str) -> int:
+    """Number of Chinese and Japanese characters, punctuation not counted."""
+    return 0 if text.isascii() else len(_UNSPACED_CHARACTER.findall(text))
 
 
 def repeats(text: str, n: int = 4) -> bool:

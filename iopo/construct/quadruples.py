@@ -13,6 +13,7 @@ from typing import Self
 
 from iopo.constraints import Constraint, follows
 from iopo.constraints import text as cut
+from iopo.constraints.answers import hollow
 from iopo.construct.proposals import measured, propose, sensible
 from iopo.construct.prose import ends_a_sentence
 from iopo.construct.tasks import Row, Task, digest, instruction, quad_row
@@ -141,6 +142,10 @@ def _fault(candidate: Candidate, broken: str) -> str | None:
     """Why the texts make no quad; `broken` where one does not follow its own constraints."""
     if not (ends_a_sentence(candidate.y1) and ends_a_sentence(candidate.y2)):
         return "unfinished"
+    for c, y in ((candidate.c1, candidate.y1), (candidate.c2, candidate.y2)):
+        x = instruction(candidate.task, [constraint.render() for constraint in c])
+        if reasons := hollow(y, x, c):
+            return f"no answer: {reasons[0]}"
     cells = four_cells(candidate.c1, candidate.y1, candidate.c2, candidate.y2)
     if cells == MATCH:
         return None

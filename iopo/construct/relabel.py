@@ -16,6 +16,7 @@ from typing import Any
 
 from iopo.constraints import Constraint
 from iopo.constraints import text as cut
+from iopo.constraints.answers import hollow
 from iopo.construct import importers, require
 from iopo.construct.contrast import KINDS, fill, tell_apart, unmentioned
 from iopo.construct.prose import REFUSAL, ends_a_sentence, script_of
@@ -30,7 +31,6 @@ log = logging.getLogger(__name__)
 SPLITS = ("train", "heldout", "heldout_kinds")
 Written = list[tuple[Constraint, str]]  # constraints of one side, each with its sentence
 LANGUAGE = {"latin": "en", "chinese": "zh"}  # a script that we can write instructions for
-_LEAST_WORDS = 5
 _REFUSED_BY = 300  # characters: a refusal comes first
 
 
@@ -128,10 +128,13 @@ class Relabeller:
         c1, c2 = ([c for c, _ in side] for side in written)
         if four_cells(c1, y1, c2, y2) != MATCH:
             return "four cells"
-        self.balances[split].add([c.kind for c in (*c1, *c2)], together)
-        self._seen |= digests
         rows = [constraint_rows(side) for side in written]
         row = quad_row(task, rows[0], y1, rows[1], y2, pair.system)
+        for n, c in enumerate((c1, c2), 1):
+            if reasons := hollow(row[f"y{n}"], row[f"x{n}"], c):
+                return f"no answer: {reasons[0]}"
+        self.balances[split].add([c.kind for c in (*c1, *c2)], together)
+        self._seen |= digests
         end = {"source": "relabel", "split": split, "match": [1, 0, 1, 0], "origin": pair.id}
         return row | end
 
@@ -158,8 +161,10 @@ def unusable(pair: Pair, language: str | None, most_words: int) -> str | None:
         if LANGUAGE.get(script_of(text)) != language:
             return "another script than the prompt"
         size = cut.han_characters(text) if language == "zh" else len(cut.words(text))
-        if not _LEAST_WORDS <= size <= most_words:
-            return "too short or too long"
+        if size > most_words:
+            return "too long"
+        if reasons := hollow(text, pair.x):
+            return f"no answer: {reasons[0]}"
         if not ends_a_sentence(text[-200:]) and text[-1] not in "。！？”』」）":
             return "unfinished"
         if REFUSAL.search(text, 0, _REFUSED_BY):

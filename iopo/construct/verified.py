@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from iopo.constraints import text as cut
+from iopo.constraints.answers import hollow
 from iopo.construct import report
 from iopo.construct.proposals import SEEN_KINDS, UNSEEN_KINDS, propose
 from iopo.construct.prose import PLAIN, REFUSAL, ends_a_sentence, repeats_itself
 from iopo.construct.quadruples import Candidate, edit, follow_jobs, followed, to_row
 from iopo.construct.relabel import SPLITS, Relabeller, RelabelRecipe
 from iopo.construct.responses import Sampler, model_sampler, sample_all
-from iopo.construct.tasks import Task, read_tasks
+from iopo.construct.tasks import Task, instruction, read_tasks
 from iopo.construct.verify import verify
 from iopo.data.rows import Pair
 from iopo.files import write_records
@@ -130,14 +131,17 @@ def usable_texts(
     tasks: Sequence[Task], responses: Mapping[str, str]
 ) -> tuple[dict[str, list[str]], Counter[str]]:
     """Usable responses by task line, and how many were usable or not, and why."""
-    lines = {task.digest: task.line for task in tasks}
+    by_digest = {task.digest: task for task in tasks}
     found: dict[str, list[str]] = {task.line: [] for task in tasks}
     tally: Counter[str] = Counter()
     for key, response in responses.items():
+        task = by_digest[key.partition("-")[0]]
         text, fault = whole_text(response)
+        if fault is None and (reasons := hollow(text, instruction(task, []))):
+            fault = f"no answer: {reasons[0]}"
         tally[fault or "usable"] += 1
         if fault is None:
-            found[lines[key.partition("-")[0]]].append(text)
+            found[task.line].append(text)
     return found, tally
 
 

@@ -1,4 +1,6 @@
-"""Re-check a file of quads: `python -m iopo.construct.verify FILE... [--against BENCHMARK...]`.
+"""Re-check a file of quads.
+
+`python -m iopo.construct.verify FILE... [--against BENCHMARK...] [--model MODEL]`
 
 Prints `FILE:LINE: [fault] what` for every violation, then a table by kind, and exits 1 if there was
 a violation. A row without c1, c2 is a violation too. Cells of rows with "judged" constraints, which
@@ -17,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from iopo.constraints import Constraint, from_dict
-from iopo.constraints.text import CJK, words
+from iopo.constraints.answers import hollow
+from iopo.constraints.text import CJK, tokens, words
 from iopo.construct.prose import ends_a_sentence, script_of
 from iopo.construct.quadruples import CELLS, MATCH, four_cells, sign
 from iopo.files import Place, iter_records
 
 TEXTS = ("x1", "y1", "x2", "y2")
 GRAM = 13  # words in a row that make an overlap with a benchmark
-_TOKEN = re.compile(rf"[{CJK}]|[^\W_{CJK}]+")
 _HAN = re.compile(f"[{CJK}]")
 JUDGED = "judged"  # the kind of a constraint that only a model can check
 # Asks for a script of its own, so that a response need not have its instruction's.
@@ -148,6 +150,40 @@ def verify(files: Sequence[Path], against: Sequence[Path] = ()) -> tuple[list[Vi
     return found, summary
 
 
+def off_task(files: Sequence[Path], model_path: str) -> list[Violation]:
+    """Responses that a model finds likelier after another task of the files than after their own.
+
+    Rows that cannot be read are left to `verify`. Raises ValueError for a model that is not there.
+    """
+    # torch loads only for this
+    from iopo.data.chat import Chat
+    from iopo.evaluation import on_task
+    from iopo.evaluation.config import ModelSection
+    from iopo.evaluation.quad_metrics import bare, load_for_scoring
+    from iopo.evaluation.responses import placing
+    from iopo.model.load import load_tokenizer, resolve_model
+
+    places, tasks, texts = [], [], []
+    for path in files:
+        for line, row, fault in iter_records(path):
+            sides = row if fault is None and isinstance(row, dict) else {}
+            for n in (1, 2):
+                x, y = sides.get(f"x{n}"), sides.get(f"y{n}")
+                if isinstance(x, str) and isinstance(y, str) and y.strip():
+                    places.append((str(path), line, f"y{n}"))
+                    tasks.append(bare(x))
+                    texts.append(y)
+    folder = resolve_model(model_path)
+    base = load_for_scoring(folder, None, *placing(ModelSection()))
+    others = f"of {on_task.CANDIDATES - 1} other tasks"
+    ranks = on_task.task_ranks(base, Chat(load_tokenizer(folder)), tasks, texts) or []
+    return [
+        Violation(path, line, "off task", f"{key} is likelier after {rank - 1} {others}")
+        for (path, line, key), rank in zip(places, ranks, strict=False)
+        if rank > on_task.MOST_RANK
+    ]
+
+
 def _check_row(
     row: Any, here: Origin, seen: Seen, grams: Grams, summary: Summary
 ) -> Iterator[Fault]:
@@ -180,6 +216,9 @@ def _check_row(
         yield "match", f"says {row.get('match')}; a judged row must say [1, 0, 1, 0]"
     if not broken and not judged:
         yield from _cells(row, c1, c2)
+        for n, c in enumerate((c1, c2), 1):
+            if reasons := hollow(row[f"y{n}"], row[f"x{n}"], c):
+                yield "no answer", f"y{n} is hollow: {', '.join(reasons)}"
     for n, side in enumerate(sides, 1):
         for text in (constraint.get("text") for constraint in side):
             if not isinstance(text, str) or text not in row[f"x{n}"]:
@@ -259,8 +298,8 @@ def benchmark_grams(files: Iterable[Path]) -> Grams:
 
 
 def _grams(text: str) -> Iterator[tuple[str, ...]]:
-    tokens = _TOKEN.findall(text.lower())  # words, and Chinese character by character
-    return (tuple(tokens[i : i + GRAM]) for i in range(len(tokens) - GRAM + 1))
+    found = tokens(text)
+    return (tuple(found[i : i + GRAM]) for i in range(len(found) - GRAM + 1))
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -309,15 +348,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m iopo.construct.verify", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="quads; files must not share tasks")
     parser.add_argument("--against", nargs="+", type=Path, default=[], help="benchmark files")
+    parser.add_argument("--model", help="a model folder, or demo: are responses on their task?")
     options = parser.parse_args(arguments)
     try:
         found, summary = verify(options.files, options.against)
+        if options.model is not None:
+            found += off_task(options.files, options.model)
     except (ValueError, OSError) as error:
         print(f"verify: {error}", file=sys.stderr)
         return 2
     for violation in found:
         print(violation)
     print(report(summary))
+    if options.model is None:
+        print("responses were read by code alone: --model MODEL says if they are on their task")
     print(f"{len(found)} violations")
     return 1 if found else 0
 

@@ -30,6 +30,7 @@ class Style(StrEnum):
 class BenchmarkSection:
     name: str = "???"  # set by +benchmark=NAME
     reference: str | None = None  # quads only: a model folder to measure margins against
+    base: str | None = None  # quads only: who says if an answer is on task; null: the model itself
     scored: int | None = None  # quads only: how many are scored by log-prob; 0: none; None: all
     controls: bool = True  # quads only: score blanked and shuffled instructions too
 

@@ -71,7 +71,7 @@ class Benchmark:
     question: what the judge is asked about an answer to an item; None where code scores the item.
     by_code: the verdict of an item without a question.
     A verdict holds "scores", one for each constraint from 0 to `maximum`, or None if the judge's
-    reply could not be read; verdicts of IFEval and IFBench hold "strict" and "loose" instead.
+    reply could not be read; those of IFEval and IFBench hold "strict", "loose" and "hollow".
     measures: numerators and denominators from the verdicts, in the items' order.
     """
 
@@ -174,12 +174,17 @@ def add(table: Measures, metric: str, unit: str, value: float, weight: float = 1
 
 def strict_and_loose(items: list[Item], verdicts: list[Verdict]) -> Measures:
     """IFEval's measures, and IFBench's: prompt level (all instructions) and instruction level
-    (micro), strict and loose, and by kind of instruction."""
+    (micro), strict and loose, and by kind of instruction. Beside them the share that answers, as
+    far as the text says, and that of each reason why one does not."""
     table: Measures = {}
+    reasons = sorted({reason for row in verdicts for reason in row["hollow"]})
     for item, row in zip(items, verdicts, strict=True):
         for mode in ("strict", "loose"):
             add(table, f"prompt_{mode}", item.id, float(all(row[mode])))
             add(table, f"instruction_{mode}", item.id, sum(row[mode]), len(row[mode]))
             for name, held in zip(item.row["instruction_id_list"], row[mode], strict=True):
                 add(table, f"{mode}/{name}", item.id, held)
+        add(table, "answers", item.id, float(not row["hollow"]))
+        for reason in reasons:
+            add(table, f"hollow/{reason}", item.id, float(reason in row["hollow"]))
     return table

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iopo import constraints, stats
 from iopo.agreement import check_family, check_weights, random_quads
+from iopo.constraints.answers import hollow
 from iopo.constraints.text import after_thinking, repeats
 from iopo.data.batching import Batching, pass_micro_batches, token_counts
 from iopo.data.chat import Chat
@@ -28,6 +29,7 @@ from iopo.data.layout import build_shared
 from iopo.data.rows import Quad
 from iopo.data.tokenize import Example
 from iopo.evaluation.config import GenerateSection
+from iopo.evaluation.on_task import MOST_RANK, task_ranks
 from iopo.evaluation.report import progress
 from iopo.files import sha256_text
 from iopo.logprobs import LogProbs
@@ -95,11 +97,11 @@ def blanked(quads: Sequence[Quad]) -> list[Quad]:
     The remaining x1 and x2 are the same text, so group accuracy must sit at one half; a measure
     that does not reads something other than the constraints.
     """
-    return [dataclasses.replace(quad, x1=_blank(quad.x1), x2=_blank(quad.x2)) for quad in quads]
+    return [dataclasses.replace(quad, x1=bare(quad.x1), x2=bare(quad.x2)) for quad in quads]
 
 
-def _blank(instruction: str) -> str:
-    """Without its numbered lines, which hold the constraints (the layout of TRACE)."""
+def bare(instruction: str) -> str:
+    """The task alone: without the numbered lines of its constraints (the layout of TRACE)."""
     return "\n".join(x for x in instruction.split("\n") if not re.match(r"\d+\. ", x))
 
 
@@ -118,7 +120,7 @@ def shuffled(quads: Sequence[Quad], seed: int = 0) -> list[Quad]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Answer:
-    """One generated answer and which of its constraints it follows."""
+    """One generated answer, which of its constraints it follows, and why it is hollow, if it is."""
 
     id: str  # quad id and side, "q17/1"
     prompt: str
@@ -128,11 +130,21 @@ class Answer:
     kinds: tuple[str, ...]
     follows: tuple[bool, ...]
     texts: tuple[str, ...]
+    hollow: tuple[str, ...]  # iopo/constraints/answers.py, and "off_task"
+    task_rank: int | None = None  # iopo/evaluation/on_task.py
     raw: str | None = None  # the text with its thinking, if it had any
 
     @property
     def all_followed(self) -> bool:
         return all(self.follows)
+
+    @property
+    def answers(self) -> bool:
+        return not self.hollow
+
+    @property
+    def follows_and_answers(self) -> bool:
+        return self.all_followed and self.answers
 
 
 def answer_prompts(
@@ -163,9 +175,32 @@ def answer_prompts(
         follows = tuple(constraints.follows(checks, text))
         kinds, texts = (tuple(row[key] for row in rows) for key in ("kind", "text"))
         reason = generation.finish_reason
+        faults = hollow(text, prompt, checks, ended=reason == "stop")
         thought = None if raw == text else raw
-        answers.append(Answer(name, prompt, text, reason, split, kinds, follows, texts, thought))
+        answers.append(
+            Answer(*(name, prompt, text, reason, split, kinds, follows, texts, faults), raw=thought)
+        )
     return answers
+
+
+def with_task_ranks(base: LogProbs, chat: Chat, answers: Sequence[Answer]) -> list[Answer]:
+    """The answers with their task's rank, those that are off their task marked hollow.
+
+    Only of those that nothing in their text gives away. Unchanged if all have one task.
+    """
+    left = [answer for answer in answers if answer.answers]
+    tasks = [bare(answer.prompt) for answer in left]
+    ranks = task_ranks(base, chat, tasks, [answer.text for answer in left])
+    if ranks is None:
+        return list(answers)
+    rank_of = {answer.id: rank for answer, rank in zip(left, ranks, strict=True)}
+    return [_ranked(answer, rank_of.get(answer.id)) for answer in answers]
+
+
+def _ranked(answer: Answer, rank: int | None) -> Answer:
+    off = rank is not None and rank > MOST_RANK
+    faults = (*answer.hollow, "off_task") if off else answer.hollow
+    return dataclasses.replace(answer, task_rank=rank, hollow=faults)
 
 
 def checkable(quad: Quad) -> bool:
@@ -181,29 +216,54 @@ def checkable(quad: Quad) -> bool:
     return True
 
 
-def following(answers: Sequence[Answer]) -> dict[str, Estimate]:
-    """Share of answers that follow all their constraints (strict), in all and by split."""
-    groups = {"all": list(answers)}
-    for split in sorted({answer.split for answer in answers}):
-        groups[split] = [answer for answer in answers if answer.split == split]
-    return {
-        name: stats.wilson(sum(answer.all_followed for answer in group), len(group))
-        for name, group in groups.items()
+# Shares of answers: name in scores.json -> property of Answer. The first is the headline.
+SHARES = {
+    "follows_and_answers": "follows_and_answers",
+    "constraint_accuracy": "all_followed",
+    "answers": "answers",
+}
+
+
+def shares(answers: Sequence[Answer]) -> dict[str, Any]:
+    """SHARES in all and by split; "hollow": the share by reason, and of those that follow all."""
+    found: dict[str, Any] = {}
+    splits = sorted({answer.split for answer in answers})
+    for name, what in SHARES.items():
+        found[name] = _share([getattr(answer, what) for answer in answers])
+        for split in splits:
+            found[f"{name}_{split}"] = _share(
+                [getattr(answer, what) for answer in answers if answer.split == split]
+            )
+    reasons = sorted({reason for answer in answers for reason in answer.hollow})
+    found["hollow"] = {
+        reason: _share([reason in answer.hollow for answer in answers]) for reason in reasons
     }
+    following = [bool(answer.hollow) for answer in answers if answer.all_followed]
+    if following:
+        found["hollow"]["of_following"] = _share(following)
+    return found
 
 
-def following_gain(before: Sequence[Answer], after: Sequence[Answer]) -> Estimate:
-    """Paired difference after - before in following, bootstrap over quads (two answers each).
+def _share(is_so: Sequence[bool]) -> Estimate:
+    return stats.wilson(sum(is_so), len(is_so))
+
+
+def gain(before: Sequence[Answer], after: Sequence[Answer]) -> dict[str, Estimate]:
+    """Paired differences after - before of SHARES, bootstrap over quads (two answers each).
 
     Raises ValueError if the two were not made from the same prompts.
     """
     if [a.id for a in before] != [a.id for a in after]:
         raise ValueError("answers before and after are not to the same prompts in the same order")
-    gain = np.array(
-        [b.all_followed - a.all_followed for a, b in zip(before, after, strict=True)], dtype=float
-    )
     clusters = [answer.id.rsplit("/", 1)[0] for answer in before]
-    return stats.bootstrap(gain, clusters)
+    found = {}
+    for name, what in SHARES.items():
+        first_A, second_A = (
+            np.array([getattr(answer, what) for answer in answers], dtype=float)
+            for answers in (before, after)
+        )
+        found[name] = stats.bootstrap(second_A - first_A, clusters)
+    return found
 
 
 def degeneration(answers: Sequence[Answer]) -> dict[str, float]:

@@ -33,7 +33,7 @@ class Responses:
     unknown: list[str] = field(default_factory=list)  # ids in the file that the data lacks
     repeated: int = 0  # rows that give an answer once more, word for word
     failed: dict[str, str] = field(default_factory=dict)  # the server gave no answer, and why
-    cut: int = 0  # ended at the token limit
+    cut: list[str] = field(default_factory=list)  # ended at the token limit
 
     def __post_init__(self) -> None:
         self.said = {name: after_thinking(text) for name, text in self.text.items()}
@@ -46,7 +46,7 @@ class Responses:
             "unknown": len(self.unknown),
             "repeated": self.repeated,
             "failed": len(self.failed),
-            "cut_at_token_limit": self.cut,
+            "cut_at_token_limit": len(self.cut),
         }
 
     def notes(self) -> list[str]:
@@ -64,7 +64,7 @@ class Responses:
             "ignored": self.unknown,
             f"{self.repeated} answers are there twice, word for word: counted once": self.repeated,
             f"{empty} empty answers: {nothing}": empty,
-            f"{self.cut} answers ended at the token limit": self.cut,
+            f"{len(self.cut)} answers ended at the token limit": self.cut,
         }
         thinking = thinking_note(self.text.values())
         return [*filter(None, [thinking]), *(note for note, found in notes.items() if found)]
@@ -155,7 +155,7 @@ def make_responses(config: EvaluateConfig, items: list[Item], data: str, out: Pa
         text={name: row["response"] for name, row in found.items()},
         missing=[i.id for i in items if i.id not in rows and i.id not in failed],
         failed=failed,
-        cut=sum(row["finish_reason"] == "length" for row in found.values()),
+        cut=[name for name, row in found.items() if row["finish_reason"] == "length"],
     )
 
 

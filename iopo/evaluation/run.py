@@ -36,7 +36,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     module = find(name)
     stats.scipy_stats()  # without it the intervals would fail after all answers are made
     if name != "quads" and config.benchmark != BenchmarkSection(name):
-        raise ValueError("benchmark.reference, scored, controls: +benchmark=quads only; remove")
+        names = "benchmark.reference, base, scored, controls"
+        raise ValueError(f"{names}: +benchmark=quads only; remove")
     if not hasattr(module, "BENCHMARK"):  # a program of its own
         return module.evaluate(config)
     benchmark: Benchmark = module.BENCHMARK
@@ -75,6 +76,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         verdicts, judged = judge_items(config.judge, benchmark, items, answers.said, out)
     else:
         verdicts = [benchmark.by_code(item, answers.said.get(item.id, "")) for item in items]
+        for item, verdict in zip(items, verdicts, strict=True):
+            if item.id in answers.cut:
+                verdict.setdefault("hollow", []).append("cut_off")
     scores = {
         "benchmark": name,
         "headline": list(benchmark.headline),

@@ -33,12 +33,14 @@ ANSWERED = {"seen": ("heldout.jsonl", 50), "unseen_kinds": ("heldout_kinds.jsonl
 SCORED = 40  # of these by log-prob too
 STAGES = ("base", "sft", "trained")
 MEASURES = {
+    "follows_and_answers": "follows all and answers",
+    "follows_and_answers_seen": "  kinds seen in training",
+    "follows_and_answers_unseen_kinds": "  kinds not seen in training",
+    "constraint_accuracy": "follows all constraints",
+    "answers": "answers",
     "group_accuracy": "group accuracy",
     "x_preference": "x-preference",
     "y_preference": "y-preference",
-    "constraint_accuracy": "follows all constraints",
-    "constraint_accuracy_seen": "  kinds seen in training",
-    "constraint_accuracy_unseen_kinds": "  kinds not seen in training",
 }
 
 
@@ -109,15 +111,13 @@ def score(run: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     for stage, path in zip(STAGES, folders, strict=True):
         print(f"scoring {stage} on {len(rows)} held-out quads", flush=True)
         config = EvaluateConfig(
-            BenchmarkSection("quads", scored=SCORED, controls=stage == STAGES[-1]),
+            BenchmarkSection("quads", scored=SCORED, base="demo", controls=stage == STAGES[-1]),
             model=ModelSection(str(path), device="cpu"),
             generate=GenerateSection(max_new_tokens=128, batch_size=len(rows)),
         )
         summary[stage], answers[stage] = quads.score_model(config, rows)
-    summary["gain"] = {
-        stage: heldout.following_gain(answers["base"], answers[stage]) for stage in STAGES[1:]
-    }
-    summary["gain"]["iopo_over_sft"] = heldout.following_gain(answers["sft"], answers["trained"])
+    summary["gain"] = {stage: heldout.gain(answers["base"], answers[stage]) for stage in STAGES[1:]}
+    summary["gain"]["iopo_over_sft"] = heldout.gain(answers["sft"], answers["trained"])
     return summary, answers
 
 
@@ -144,7 +144,8 @@ def print_table(summary: dict[str, Any]) -> None:
     gains = summary["gain"]
     for label, key in (("SFT over base", "sft"), ("IOPO over base", "trained"),
                        ("IOPO over SFT", "iopo_over_sft")):  # fmt: skip
-        print(f"following, {label}: {shown(gains[key], sign='+')} points (paired, by quad)")
+        points = ", ".join(f"{MEASURES[m]} {shown(g, sign='+')}" for m, g in gains[key].items())
+        print(f"{label}, points, paired by quad: {points}")
     print(f"this call: {summary['seconds']:.0f} s, largest process {summary['peak_rss_gb']:.1f} GB")
 
 
@@ -159,7 +160,9 @@ Curves: <a href="sft/report.html">SFT</a>, <a href="iopo/report.html">IOPO</a>.<
 {% for group in samples %}<tr><td class="answer">{{ group[0].prompt }}</td>
 {% for a in group %}<td><div class="answer">{{ a.text }}</div>
 {% for text, ok in zip(a.texts, a.follows) %}<div class="{{ 'ok' if ok else 'no' }}">
-{{ '✓' if ok else '✗' }} {{ text }}</div>{% endfor %}</td>{% endfor %}</tr>{% endfor %}
+{{ '✓' if ok else '✗' }} {{ text }}</div>{% endfor %}
+{% if a.hollow %}<div class="no">hollow: {{ a.hollow | join(", ") }}</div>{% endif %}</td>
+{% endfor %}</tr>{% endfor %}
 </table>""")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from iopo.constraints import make
+from iopo.constraints.answers import hollow
 from iopo.construct import quadruples, verify
 from iopo.construct.proposals import SEEN_KINDS
 from iopo.construct.prose import ends_a_sentence
@@ -24,7 +25,12 @@ DATA = ROOT / "data" / "verified"
 
 @pytest.fixture(scope="module")
 def train():
-    return read_records(DATA / "train.jsonl")[:400]
+    return answering(read_records(DATA / "train.jsonl"))[:400]
+
+
+def answering(rows):
+    """Those whose responses answer."""
+    return [r for r in rows if not (hollow(r["y1"], r["x1"]) or hollow(r["y2"], r["x2"]))]
 
 
 @pytest.fixture(scope="module")
@@ -149,18 +155,28 @@ def test_relaxing_is_no_quad():
         make("words", relation="at most", number=20),
     )
     loose = strict[:1]
-    draft = Candidate(TASK, strict, "A short answer.", loose, "A longer answer " * 9 + ".", "edit")
+    short, longer = (
+        "The mill is an old one that grinds wheat.",
+        "It is old and it grinds our wheat.",
+    )
+    draft = Candidate(
+        TASK, strict, short, loose, f"{longer} {short} It stands by the river.", "edit"
+    )
     assert four_cells(draft.c1, draft.y1, draft.c2, draft.y2) == (True, False, True, True)
     assert quadruples._fault(draft, "broken") == "follows both"
+
+
+SMALL = "the mill is an old one that grinds our wheat."
 
 
 def test_follow_keeps_what_fits():
     low, high = make("case", style="lower"), make("case", style="upper")
     draft = Candidate(TASK, (low,), "old.", (high,), "OLD.", "edit")
-    kept = quadruples.follow(draft, "a mill.", "A MILL.")
-    assert (kept.y1, kept.y2, kept.source) == ("a mill.", "A MILL.", "follow")
-    assert quadruples.follow(draft, "A mill.", "A MILL.") == "not followed"
-    assert quadruples.follow(draft, "a mill", "A MILL.") == "unfinished"
+    kept = quadruples.follow(draft, SMALL, SMALL.upper())
+    assert (kept.y1, kept.y2, kept.source) == (SMALL, SMALL.upper(), "follow")
+    assert quadruples.follow(draft, SMALL.title(), SMALL.upper()) == "not followed"
+    assert quadruples.follow(draft, SMALL[:-1], SMALL.upper()) == "unfinished"
+    assert quadruples.follow(draft, "a mill.", SMALL.upper()) == "no answer: too_short"
 
 
 def test_followed_takes_the_first_pair_that_fits():
@@ -168,10 +184,10 @@ def test_followed_takes_the_first_pair_that_fits():
     draft = Candidate(TASK, (low,), "", (high,), "", "follow")
     jobs = quadruples.follow_jobs(draft, 0) | quadruples.follow_jobs(draft, 1)
     assert len(jobs) == 4
-    texts = ["A Mill.", "A MILL.", "a mill.", "A Mill."]  # two instructions, then again
+    texts = [SMALL.title(), SMALL.upper(), SMALL, SMALL.title()]  # two instructions, then again
     answers = dict(zip(jobs, texts, strict=True))
     found = quadruples.followed(draft, answers, 2)
-    assert (found.y1, found.y2) == ("a mill.", "A MILL.")
+    assert (found.y1, found.y2) == (SMALL, SMALL.upper())
     row = quadruples.to_row(found, "train")
     assert [row["x1"], row["x2"]] == list(jobs.values())[:2]
 

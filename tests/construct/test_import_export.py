@@ -256,7 +256,7 @@ def test_relabelling_leaves_out_what_is_no_use(tmp_path):
     counts, _ = made(tmp_path, rows, heldout_share=0.0)
     assert counts["dropped"] == {
         "refusal": 1, "unfinished": 1, "another script than the prompt": 1,
-        "too short or too long": 1, "repeated response": 1,
+        "no answer: too_short": 1, "repeated response": 1,
     }  # fmt: skip
 
 

@@ -54,8 +54,12 @@ def test_strict_and_loose(tmp_path: Path, verifiers: None) -> None:
     items = load(tmp_path, "so", "Hm")
     found = ifbench.by_code(items[0], "Hm:\n**so** it is")
     # Without its first line and its asterisks the answer begins with "so".
-    assert found == {"key": "0", "strict": [False, True], "loose": [True, True]}
+    reasons = ["too_short"]
+    assert found == {
+        "key": "0", "strict": [False, True], "loose": [True, True], "hollow": reasons,
+    }  # fmt: skip
     table = ifbench.BENCHMARK.measures(items, [found])
+    assert table["answers"] == {"0": (0.0, 1)} and table["hollow/too_short"] == {"0": (1.0, 1)}
     assert table["prompt_strict"] == {"0": (0.0, 1)}
     assert table["prompt_loose"] == {"0": (1.0, 1)}
     assert table["instruction_strict"] == {"0": (1, 2)}

@@ -136,7 +136,9 @@ def test_the_command_scores_answers(data: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "prompt_strict" in done.stdout and "75.0" in done.stdout
     verdicts = read_records(tmp_path / "out" / "verdicts.jsonl")
-    assert verdicts[0] == {"key": 1000, "strict": [True, True], "loose": [True, True]}
+    assert verdicts[0] == {
+        "key": 1000, "strict": [True, True], "loose": [True, True], "hollow": [],
+    }  # fmt: skip
     assert [row["key"] for row in verdicts] == [1000, 1001, 1005, 1012], "in the data's order"
     assert verdicts[1]["strict"] == [False, False]
     for name in ("responses.jsonl", "scores.json", "report.html", "measures.jsonl"):

@@ -13,14 +13,22 @@ SPLITS = ("seen", "unseen_params", "unseen_kinds", "seen")
 
 
 def model(
-    folder: Path, follows: int, logps: list[float], *, prompts: int = 0, text: str = "two words"
+    folder: Path,
+    follows: int,
+    logps: list[float],
+    *,
+    prompts: int = 0,
+    text: str = "two words",
+    hollow: int = 5,
 ) -> None:
-    """A measured model: its first answers of 80 follow, its first prompts of 20 (IFEval)."""
+    """A measured model: its first answers of 80 follow or are hollow, its first of 20 prompts pass
+    (IFEval)."""
     rows = [
         {
             "id": f"q{n // 2}/{n % 2 + 1}", "prompt": "p", "text": text,
             "finish_reason": "stop", "split": SPLITS[n // 2 % 4], "kinds": ["case"],
             "follows": [n < follows], "texts": ["Lower case."],
+            "hollow": ["too_short"] if n < hollow else [], "task_rank": None,
         }
         for n in range(2 * QUADS)
     ]  # fmt: skip
@@ -81,6 +89,8 @@ def test_values_and_differences_are_those_of_the_files(run):
     values, differences = found["values"], found["differences"]
     assert values["SFT"]["following"]["value"] == pytest.approx(20 / 80)
     assert values["IOPO"]["following"]["value"] == pytest.approx(50 / 80)
+    assert values["IOPO"]["following_answering"]["value"] == pytest.approx(45 / 80)
+    assert values["IOPO"]["answering"]["value"] == pytest.approx(75 / 80)
     assert values["base"]["group_accuracy"]["value"] == 0
     assert values["DPO"]["group_accuracy"]["value"] == 1
     assert differences["SFT"]["IOPO"]["following"]["value"] == pytest.approx(30 / 80)

@@ -11,7 +11,9 @@ import torch
 from helpers_models import tiny_llama
 
 from iopo.config import EvaluationConfig
+from iopo.data.chat import Chat
 from iopo.data.rows import Quad
+from iopo.evaluation import on_task
 from iopo.evaluation import quad_metrics as heldout
 from iopo.evaluation.benchmarks import quads
 from iopo.evaluation.config import (
@@ -74,18 +76,32 @@ def test_group_share_counts_ties_half():
     assert heldout.group_share(logps)["value"] == 0.5
 
 
-def test_following_gain_is_paired():
-    answer = heldout.Answer("q1/1", "", "", "stop", "seen", ("case",), (False,), ("t",))
-    better = heldout.Answer("q1/1", "", "", "stop", "seen", ("case",), (True,), ("t",))
-    assert heldout.following_gain([answer] * 4, [better] * 4)["value"] == 1
-    other = heldout.Answer("q2/1", "", "", "stop", "seen", ("case",), (True,), ("t",))
+def answer(name: str, follows: bool, *hollow: str, text: str = "") -> heldout.Answer:
+    return heldout.Answer(name, "", text, "stop", "seen", ("case",), (follows,), ("t",), hollow)
+
+
+def test_gains_are_paired():
+    before, better = answer("q1/1", False), answer("q1/1", True)
+    found = heldout.gain([before] * 4, [better] * 4)
+    assert found["follows_and_answers"]["value"] == found["constraint_accuracy"]["value"] == 1
+    assert found["answers"]["value"] == 0
     with pytest.raises(ValueError, match="same prompts"):
-        heldout.following_gain([answer], [other])
+        heldout.gain([before], [answer("q2/1", True)])
+
+
+def test_a_hollow_answer_follows_but_does_not_count():
+    rows = [answer("q1/1", True), answer("q1/2", True, "echo"), answer("q2/1", False)]
+    found = heldout.shares(rows)
+    assert found["constraint_accuracy"]["value"] == pytest.approx(2 / 3)
+    assert found["answers"]["value"] == pytest.approx(2 / 3)
+    assert found["follows_and_answers_seen"]["value"] == pytest.approx(1 / 3)
+    assert found["hollow"]["echo"]["value"] == pytest.approx(1 / 3)
+    assert found["hollow"]["of_following"]["value"] == 0.5
 
 
 def test_health_sees_damage():
     texts = ["", "a b c d a b c d", "fine words here"]
-    rows = [heldout.Answer("q", "", t, "length", "s", (), (), ()) for t in texts]
+    rows = [heldout.Answer("q", "", t, "length", "s", (), (), (), ()) for t in texts]
     degeneration = heldout.degeneration(rows)
     assert degeneration["empty"] == degeneration["repetitive"] == pytest.approx(1 / 3)
     assert degeneration["cut_off"] == 1
@@ -97,7 +113,7 @@ def test_evaluate_folder_scores_everything(model, tmp_path):
     assert scores["margin"]["value"] == pytest.approx(0, abs=1e-3)
     assert scores["controls"]["constraints_blanked"]["value"] == 0.5
     assert [a.id for a in answers] == [f"q{i}/{side}" for i in range(3) for side in (1, 2)]
-    assert scores["constraint_accuracy_unseen_kinds"]["n"] == 2
+    assert scores["follows_and_answers_unseen_kinds"]["n"] == 2
     assert scores["group_accuracy"]["n"] == 3
     json.dumps(scores)
     logps = [json.loads(line) for line in (tmp_path / "logps.jsonl").read_text().splitlines()]
@@ -120,6 +136,49 @@ def test_following_is_judged_after_thinking(model, monkeypatch, tmp_path, caplog
     assert [row["raw"] for row in rows] == [*said[:2], None, None]
     assert scores["degeneration"]["empty"] == 0.25
     assert scores["notes"] == ["thinking removed from 2 answers, 1 unclosed, which are empty"]
+
+
+def test_an_answer_is_ranked_after_its_own_task_as_the_stock_model_would(model):
+    """Twelve tasks, so that the last of them compete with the first; against plain log-softmax."""
+    tasks = [f"Write about {word}." for word in "abcdefghijkl"] + ["Write about a."]
+    texts = [f"{task[-2]} is {'very ' * i}fine, we say." for i, task in enumerate(tasks)]
+    chat = Chat(load_tokenizer(model))
+    base = heldout.load_for_scoring(model, None, "cpu", torch.float32)
+    ranks = on_task.task_ranks(base, chat, tasks, texts)
+    stock = load_causal_lm(model, torch.float32, "sdpa").eval()
+
+    @torch.inference_mode()
+    def logp(task: str, text: str) -> float:
+        prompt = chat.prompt_ids(chat.messages(task))
+        ids = chat.tokenizer(text, add_special_tokens=False)["input_ids"][: on_task.FIRST_TOKENS]
+        logits = stock(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).sum().item()
+
+    order = on_task._apart(tasks)
+    assert sorted(order) == sorted(set(tasks))
+    for task, text, rank in zip(tasks, texts, ranks, strict=True):
+        start = order.index(task) // on_task.CANDIDATES * on_task.CANDIDATES
+        window = (order * 2)[start : start + on_task.CANDIDATES]
+        own = logp(task, text)
+        assert rank == 1 + sum(logp(other, text) > own + 1e-4 for other in window if other != task)
+    assert max(ranks) > 1 and on_task.task_ranks(base, chat, tasks[:1], texts[:1]) is None
+
+
+def test_tasks_about_one_text_do_not_compete():
+    tasks = [f"{verb} it.\n# Inputs:\n{text}" for text in "abcdefgh" for verb in ("Read", "Retell")]
+    order = on_task._apart(tasks)
+    first = order[: on_task.CANDIDATES]
+    assert len({task[-1] for task in first}) == on_task.CANDIDATES
+
+
+def test_answers_off_their_task_are_hollow(monkeypatch):
+    rows = [answer("q1/1", True, text="a"), answer("q1/2", True, "echo"), answer("q2/1", True)]
+    monkeypatch.setattr(heldout, "task_ranks", lambda *_: [1, on_task.MOST_RANK + 1])
+    found = heldout.with_task_ranks(None, None, rows)
+    assert [row.hollow for row in found] == [(), ("echo",), ("off_task",)]
+    assert [row.task_rank for row in found] == [1, None, on_task.MOST_RANK + 1]
+    monkeypatch.setattr(heldout, "task_ranks", lambda *_: None)
+    assert heldout.with_task_ranks(None, None, rows) == rows
 
 
 def test_constraints_that_need_a_judge_are_left_out_before_any_answer(model, monkeypatch):
@@ -168,7 +227,8 @@ def test_without_log_probs_answers_alone_are_judged(model, tmp_path):
     rows = [(quad(i), "seen") for i in range(2)]
     asked = config(model, scored=0, controls=False)
     scores, answers = quads.score_model(asked, rows, tmp_path)
-    assert set(scores) == {"constraint_accuracy", "constraint_accuracy_seen", "degeneration"}
+    names = {f"{name}{split}" for name in heldout.SHARES for split in ("", "_seen")}
+    assert set(scores) == names | {"hollow", "degeneration"}
     assert len(answers) == 4 and not list(tmp_path.iterdir())
 
 

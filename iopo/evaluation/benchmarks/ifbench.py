@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from iopo.constraints import loose_variants
+from iopo.constraints.answers import hollow
 from iopo.evaluation import items
 from iopo.evaluation.items import Item, Verdict
 
@@ -20,7 +21,7 @@ SOURCE = items.Source(
     licence="ODC-BY-1.0",
     sha256="a2bf7b8e7ed11d39c65b4ec781da8b99663ed0121f97033d70fcecb61f8a9d85",
 )
-HEADLINE = ("prompt_loose", "prompt_strict", "instruction_loose", "instruction_strict")
+HEADLINE = ("prompt_loose", "prompt_strict", "instruction_loose", "instruction_strict", "answers")
 INSTALL = "pip install git+https://github.com/allenai/IFBench"
 
 
@@ -47,7 +48,7 @@ def verifiers() -> dict[str, Callable[[str], Any]]:
 
 
 def by_code(item: Item, response: str) -> Verdict:
-    """{"key", "strict", "loose"}: one bool for each instruction, by position.
+    """{"key", "strict", "loose": one bool for each instruction, by position; "hollow": reasons}.
 
     Raises ValueError when the verifiers are not installed, or lack one of the item's kinds.
     """
@@ -65,7 +66,8 @@ def by_code(item: Item, response: str) -> Verdict:
             check.build_description(prompt=row["prompt"])
         strict.append(_passes(check, response))
         loose.append(any(_passes(check, text) for text in loose_variants(response)))
-    return {"key": row["key"], "strict": strict, "loose": loose}
+    reasons = list(hollow(response, row["prompt"]))
+    return {"key": row["key"], "strict": strict, "loose": loose, "hollow": reasons}
 
 
 def _passes(check: Any, text: str) -> bool:

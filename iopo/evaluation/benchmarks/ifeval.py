@@ -8,6 +8,7 @@ are: 337 (the prompt says 400 words, the argument 336) and 2078 (its instruction
 from pathlib import Path
 
 from iopo.constraints import Constraint, follows, follows_loosely, from_ifeval
+from iopo.constraints.answers import hollow
 from iopo.constraints.text import missing_packages
 from iopo.evaluation import items
 from iopo.evaluation.items import Item, Verdict
@@ -19,7 +20,7 @@ SOURCE = items.Source(
     licence="Apache-2.0",
     sha256="67ffeee0fcb87c317c5b08a2de85557b4a7e96ada6178aa645b4954fe4b53d49",
 )
-HEADLINE = ("prompt_strict", "instruction_strict", "prompt_loose", "instruction_loose")
+HEADLINE = ("prompt_strict", "instruction_strict", "prompt_loose", "instruction_loose", "answers")
 
 
 def load(path: Path) -> list[Item]:
@@ -52,12 +53,13 @@ def constraints(item: Item) -> list[Constraint]:
 
 
 def by_code(item: Item, response: str) -> Verdict:
-    """{"key", "strict", "loose"}: one bool for each instruction, by position."""
+    """{"key", "strict", "loose": one bool for each instruction, by position; "hollow": reasons}."""
     rules = constraints(item)
     return {
         "key": item.row["key"],
         "strict": follows(rules, response),
         "loose": follows_loosely(rules, response),
+        "hollow": list(hollow(response, item.row["prompt"], rules)),
     }
 
 

@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from iopo.evaluation.quad_metrics import Answer
 from iopo.evaluation.responses import default_out, load_chat, placing, require_model
 from iopo.files import given_records, write_records, write_text
 from iopo.logprobs import LogProbs
+from iopo.model.attention import SHARED
 from iopo.model.load import resolve_model
 from iopo.training.metrics import preferences
 
@@ -87,14 +88,16 @@ def read(path: Path, limit: int | None = None) -> Rows:
 def score_model(
     config: EvaluateConfig, rows: Rows, details: Path | None = None
 ) -> tuple[dict[str, Any], list[Answer]]:
-    """Preferences, their controls, margins against a reference, following by greedy answers.
+    """Preferences, their controls, margins against a reference; by greedy answers following and
+    answering.
 
-    Every share is {"value", "low", "high", "n"}. Following is left out for quads without
-    constraints that code can check. details: a folder that gets logps.jsonl, {"id", "logps"} with
+    Every share is {"value", "low", "high", "n"}. Answers are left out for quads without constraints
+    that code can check. details: a folder that gets logps.jsonl, {"id", "logps"} with
     nats in the order of MEMBERS; plain text is scored too, then.
     """
     quads = [quad for quad, _ in rows]
     path = resolve_model(config.model.path or "")
+    base_path = resolve_model(config.benchmark.base) if config.benchmark.base else None
     device, dtype = placing(config.model)
     chat = load_chat(config.model, config.generate.system_prompt)
     if details is not None:  # not before the template is known to be of use
@@ -131,8 +134,12 @@ def score_model(
         return out, []
     splits = [split for _, split in rows]
     answers = heldout.answer_prompts(model, chat, quads, splits, config.generate)
-    shares = heldout.following(answers)
-    out["constraint_accuracy"] = shares.pop("all")
-    out |= {f"constraint_accuracy_{split}": share for split, share in shares.items()}
-    out["degeneration"] = heldout.degeneration(answers)
-    return out, answers
+    if base_path is None or (base_path == path and config.model.adapter is None):
+        model.set_attn_implementation(SHARED)
+        base = policy
+    else:
+        base = heldout.load_for_scoring(base_path, None, device, dtype)
+        section = replace(config.model, path=str(base_path), adapter=None)
+        chat = load_chat(section, config.generate.system_prompt)
+    answers = heldout.with_task_ranks(base, chat, answers)
+    return out | heldout.shares(answers) | {"degeneration": heldout.degeneration(answers)}, answers

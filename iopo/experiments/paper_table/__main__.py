@@ -79,7 +79,8 @@ class Comparison:
         """Answers to, and log-probs of, data/{rows}.jsonl."""
         return self.evaluate(
             "quads", model, out, f"data.path={self.run}/data/{rows}.jsonl",
-            "benchmark.controls=false", f"generate.max_new_tokens={QUADS_TOKENS}", *more,
+            "benchmark.controls=false", f"benchmark.base={self.args.model}",
+            f"generate.max_new_tokens={QUADS_TOKENS}", *more,
         )  # fmt: skip
 
     def measure(self, model: str | Path, folder: Path) -> None:
@@ -111,7 +112,7 @@ class Comparison:
             shutil.rmtree(exported(folder))  # half a gigabyte each, not needed again
 
     def choose(self) -> dict[str, list[str]]:
-        """choice.json: of each method the overrides whose answers follow most often.
+        """choice.json: of each method the overrides whose answers most often follow all and answer.
 
         Ties go to the point that comes first. A point that failed is not chosen; a method all of
         whose points failed is left out. Raises ValueError if it chose otherwise before.
@@ -120,7 +121,7 @@ class Comparison:
         for method, folder, overrides in self.grid_points():
             scores = folder / "validation" / "scores.json"
             if scores.exists():
-                followed = json.loads(scores.read_text())["constraint_accuracy"]
+                followed = json.loads(scores.read_text())["follows_and_answers"]
                 point = {"overrides": overrides, "followed": followed}
                 tried.setdefault(method, []).append(point)
         chosen = {

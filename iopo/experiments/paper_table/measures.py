@@ -17,7 +17,12 @@ from iopo.training.logger import read_metrics
 from iopo.training.metrics import preferences
 
 Runs = dict[str, dict[int | None, Path]]  # method, then seed -> folder
-IFEVAL = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose")
+IFEVAL = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose", "answers")
+MEASURED = {  # metric -> property of an answer to a held-out quad
+    "following_answering": "follows_and_answers",
+    "following": "all_followed",
+    "answering": "answers",
+}
 
 
 def find(run: Path, sweep: str) -> Runs:
@@ -41,8 +46,9 @@ def measures(folder: Path, sft: Path) -> Measures:
     for answer in answers:
         by_quad[answer.id.rsplit("/", 1)[0]].append(answer)
     for quad, two in by_quad.items():
-        followed = (sum(a.all_followed for a in two), len(two))
-        out["following"][quad] = out[f"following/{two[0].split}"][quad] = followed
+        for metric, what in MEASURED.items():
+            of = (sum(getattr(a, what) for a in two), len(two))
+            out[metric][quad] = out[f"{metric}/{two[0].split}"][quad] = of
         out["constraints"][quad] = (sum(sum(a.follows) for a in two),
                                     sum(len(a.follows) for a in two))  # fmt: skip
         out["as_sft"][quad] = (sum(a.text == before[a.id] for a in two), len(two))
@@ -56,12 +62,18 @@ def measures(folder: Path, sft: Path) -> Measures:
         out["plain_text"][f"{scores['plain_text']['sha256'][:8]} {block}"] = (nats, 1.0)
     if (folder / "ifeval/measures.jsonl").exists():
         table = scoring.from_rows(read_records(folder / "ifeval/measures.jsonl"))
-        out |= {metric: table[metric] for metric in IFEVAL}
+        out |= {metric: table[metric] for metric in IFEVAL if metric in table}
     return dict(out)
 
 
 def _answers(folder: Path) -> list[Answer]:
-    return [Answer(**row) for row in read_records(folder / "quads/verdicts.jsonl")]
+    path = folder / "quads/verdicts.jsonl"
+    rows = read_records(path)
+    if any("hollow" not in row for row in rows):
+        raise ValueError(
+            f"{path}: does not say which answers are hollow; delete {path.parent} to measure again"
+        )
+    return [Answer(**row) for row in rows]
 
 
 def _add_logps(out: Measures, folder: Path, reference: Path) -> None:

@@ -17,15 +17,18 @@ from iopo.stats import Estimate, Scores
 
 # name -> (label, factor for printing, 1 or -1 where more is better or worse, 0: neither)
 METRICS = {
+    "following_answering": ("follows all and answers, %", 100, 1),
+    "following_answering/seen": ("- kinds and values seen, %", 100, 1),
+    "following_answering/unseen_params": ("- values not seen, %", 100, 1),
+    "following_answering/unseen_kinds": ("- kinds not seen, %", 100, 1),
     "following": ("follows all constraints, %", 100, 1),
-    "following/seen": ("- kinds and values seen, %", 100, 1),
-    "following/unseen_params": ("- values not seen, %", 100, 1),
-    "following/unseen_kinds": ("- kinds not seen, %", 100, 1),
+    "answering": ("answers, %", 100, 1),
     "constraints": ("constraints followed, %", 100, 1),
     "prompt_strict": ("IFEval prompt strict, %", 100, 1),
     "prompt_loose": ("IFEval prompt loose, %", 100, 1),
     "instruction_strict": ("IFEval instruction strict, %", 100, 1),
     "instruction_loose": ("IFEval instruction loose, %", 100, 1),
+    "answers": ("IFEval answers that answer, by their text, %", 100, 1),
     "group_accuracy": ("group accuracy, %", 100, 1),
     "x_preference": ("x-preference, %", 100, 1),
     "y_preference": ("y-preference, %", 100, 1),
@@ -39,7 +42,9 @@ METRICS = {
     "plain_text": ("plain text, nats a token", 1, -1),
 }
 SECTIONS = {
-    "Following, on held-out tasks": [m for m in METRICS if m.startswith(("follow", "constr"))],
+    "Following and answering, on held-out tasks": [
+        m for m in METRICS if m.startswith(("following", "answering", "constraints"))
+    ],
     "IFEval": list(IFEVAL),
     "Preferences, by log-prob": ["group_accuracy", "x_preference", "y_preference"],
     "Drift": ["logratio_matched", "logratio_mismatched", "as_sft", "words", "empty", "cut_off",
@@ -50,7 +55,7 @@ NAMES = {
     "input_preference": "input preference", "iopo_three": "IOPO, three members (Eq. 11)",
     "iopo": "IOPO", "simpo": "SimPO", "orpo": "ORPO",
 }  # fmt: skip
-DRAWN = ("following", "following/seen", "following/unseen_params", "following/unseen_kinds",
+DRAWN = ("following_answering", "following_answering/unseen_kinds", "following", "answering",
          "prompt_strict", "group_accuracy", "x_preference", "y_preference",
          "logratio_matched", "words", "repetitive", "plain_text")  # fmt: skip
 COLOURS = {"gain": "#2b5c8a", "loss": "#9c3d54"}
