@@ -274,8 +274,9 @@ def test_an_output_weight_that_is_sharded_inside_forward_is_refused(tmp_path):
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         model = tiny("llama", dtype=torch.float32)
+        log_probs = LogProbs(model)
         fully_shard(model.lm_head, mesh=init_device_mesh("cpu", (1,)))
         with pytest.raises(ValueError, match="shard LogProbs itself as the FSDP root"):
-            LogProbs(model)(build_shared(QUADS))
+            log_probs(build_shared(QUADS))
     finally:
         torch.distributed.destroy_process_group()

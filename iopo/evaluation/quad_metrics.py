@@ -54,8 +54,8 @@ def load_for_scoring(path: Path, adapter: str | None, device: str, dtype: torch.
     if adapter is not None:
         load_adapter(model, adapter)
         merge_lora(model)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    check_weights(model, random_quads(vocabulary), where=str(path))
+    quads = random_quads(model.config.get_text_config().vocab_size)
+    check_weights(model, quads, where=str(path))
     torch.nn.Module.to(model, device)
     return LogProbs(model.eval())
 
