@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m iopo.experiments.demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

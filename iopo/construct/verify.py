@@ -165,12 +165,12 @@ def off_task(files: Sequence[Path], model_path: str) -> list[Violation]:
 
     places, tasks, texts = [], [], []
     for path in files:
-        for line, row, fault in iter_records(path):
+        for place, row, fault in iter_records(path):
             sides = row if fault is None and isinstance(row, dict) else {}
             for n in (1, 2):
                 x, y = sides.get(f"x{n}"), sides.get(f"y{n}")
                 if isinstance(x, str) and isinstance(y, str) and y.strip():
-                    places.append((str(path), line, f"y{n}"))
+                    places.append((place, f"y{n}"))
                     tasks.append(bare(x))
                     texts.append(y)
     folder = resolve_model(model_path)
@@ -178,8 +178,8 @@ def off_task(files: Sequence[Path], model_path: str) -> list[Violation]:
     others = f"of {on_task.CANDIDATES - 1} other tasks"
     ranks = on_task.task_ranks(base, Chat(load_tokenizer(folder)), tasks, texts) or []
     return [
-        Violation(path, line, "off task", f"{key} is likelier after {rank - 1} {others}")
-        for (path, line, key), rank in zip(places, ranks, strict=False)
+        Violation(place, "off task", f"{key} is likelier after {rank - 1} {others}")
+        for (place, key), rank in zip(places, ranks, strict=False)
         if rank > on_task.MOST_RANK
     ]
 
