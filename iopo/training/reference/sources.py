@@ -97,8 +97,8 @@ def cached(cache: Cache, job: Job, model: TrainModel, recheck_rows: int) -> Refe
     def score(rows: Sequence[Example]) -> Tensor:
         return model.model(job.build(rows))
 
-    if others := cache.nearest():
-        log.info(f"reference: a new cache; the nearest one is of another {', '.join(others)}")
+    if len(others := cache.nearest()) == 1:  # a cache that differs in more is of another run
+        log.info(f"reference: a new cache; one that is there differs in its {others[0]} alone")
     members = objectives.OBJECTIVES[job.objective].members
     rows = fill(cache, job.examples, members, score, batching)
     rows = rows | fill(cache, job.heldout, len(MEMBERS), score, batching)
