@@ -150,6 +150,8 @@ def print_table(summary: dict[str, Any]) -> None:
 
 
 PAGE = page("""
+<p><b>Of the trained model's answers to held-out prompts, {{ trained }} % follow all constraints and
+answer; of the base model's, {{ base }} %.</b></p>
 <p>Held-out tasks; per cent with 95% intervals. {{ seconds }} s, largest process {{ memory }} GB.
 Curves: <a href="sft/report.html">SFT</a>, <a href="iopo/report.html">IOPO</a>.</p>
 <table><tr><th>measure</th>{% for s in stages %}<th>{{ s }}</th>{% endfor %}<th>n</th></tr>
@@ -170,9 +172,10 @@ def write_page(run: Path, summary: dict[str, Any], answers: dict[str, list[Any]]
     """report.html: the table and 24 prompts, evenly spread, with the three stages' answers."""
     step = max(1, len(answers["base"]) // 24)
     samples = list(zip(*(answers[stage][::step] for stage in STAGES), strict=True))
+    base, trained = (shown(summary[stage]["follows_and_answers"]) for stage in ("base", "trained"))
     text = PAGE.render(
-        title="IOPO on SmolLM2-135M-Instruct", stages=STAGES, rows=table_rows(summary),
-        samples=samples, zip=zip, seconds=summary["seconds"], memory=summary["peak_rss_gb"],
+        title="IOPO on SmolLM2-135M-Instruct", base=base, trained=trained, stages=STAGES,
+        rows=table_rows(summary), samples=samples, zip=zip, seconds=summary["seconds"], memory=summary["peak_rss_gb"],
     )  # fmt: skip
     (run / "report.html").write_text(text, encoding="utf-8")
 
