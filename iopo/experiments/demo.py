@@ -175,7 +175,8 @@ def write_page(run: Path, summary: dict[str, Any], answers: dict[str, list[Any]]
     base, trained = (shown(summary[stage]["follows_and_answers"]) for stage in ("base", "trained"))
     text = PAGE.render(
         title="IOPO on SmolLM2-135M-Instruct", base=base, trained=trained, stages=STAGES,
-        rows=table_rows(summary), samples=samples, zip=zip, seconds=summary["seconds"], memory=summary["peak_rss_gb"],
+        rows=table_rows(summary), samples=samples, zip=zip, seconds=summary["seconds"],
+        memory=summary["peak_rss_gb"],
     )  # fmt: skip
     (run / "report.html").write_text(text, encoding="utf-8")
 
