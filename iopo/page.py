@@ -15,7 +15,8 @@ table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: a
 td, th { border: 1px solid #ddd; padding: .3rem .6rem; text-align: left; vertical-align: top }
 td.n { text-align: right; font-variant-numeric: tabular-nums }
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 13px }
-.answer { white-space: pre-wrap; overflow-wrap: anywhere } .ok { color: #17703c } .no { color: #a02020 }
+.answer { white-space: pre-wrap; overflow-wrap: anywhere }
+.ok { color: #17703c } .no { color: #a02020 }
 .best { background: #fff3d6 } .note { color: #666 }
 </style></head><body><h1>{{ title }}</h1>
 {% block body %}{% endblock %}
