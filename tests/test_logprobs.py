@@ -265,7 +265,7 @@ def test_refusals():
         LogProbs(model)
     model = tiny("gemma3")
     long = build_shared([quad("long", (60, 2, 5, 5))])
-    with pytest.raises(ValueError, match="Gemma3Attention: the model's sliding window of 64"):
+    with pytest.raises(ValueError, match="Gemma3TextConfig: the model's sliding window of 64"):
         LogProbs(model)(long)
 
 

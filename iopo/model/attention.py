@@ -36,8 +36,13 @@ def forward_arguments(
     """What the model's forward needs beside input_ids and position_ids, once per batch.
 
     config: of a model that was loaded with SHARED.
+    Raises ValueError for a sliding window shorter than the longest path: some models put it into
+    their mask alone, and do not tell their attention.
     """
     assert config._attn_implementation == SHARED, "the shared layout needs this attention"
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if getattr(config, "use_sliding_window", True) and (not kinds or "sliding_attention" in kinds):
+        _check_window(type(config).__name__, window, segments)
     # A 4-D mask without elements, which transformers hands on as it is.
     mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
     return {"attention_mask": mask, "segments": segments, "use_cache": False}
@@ -87,13 +92,7 @@ def shared_attention(
     assert not dropout
     assert key.shape[2] == query.shape[2], "as many keys as queries: use_cache=False"
     assert attention_mask is not None and not attention_mask.numel(), "see forward_arguments"
-    if sliding_window is not None and sliding_window < segments.max_k:
-        raise ValueError(
-            f"{type(module).__name__}: the model's sliding window of {sliding_window} tokens is "
-            f"shorter than the longest prompt with response ({segments.max_k} tokens), which the "
-            "shared layout does not support; lower data.max_prompt_tokens or "
-            "data.max_response_tokens, or use the plain layout"
-        )
+    _check_window(type(module).__name__, sliding_window, segments)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # [1, heads, T, E] -> [T, heads, E]: transformers made the former as a view of the latter
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -102,6 +101,16 @@ def shared_attention(
     else:
         out, _ = segment_attention(q, k, v, segments.ranges_N4, scale)
     return out.unsqueeze(0), None
+
+
+def _check_window(name: str, window: int | None, segments: SharedSegments) -> None:
+    if window and window < segments.max_k:
+        raise ValueError(
+            f"{name}: the model's sliding window of {window} tokens is shorter than the longest "
+            f"prompt with response ({segments.max_k} tokens), which the shared layout does not "
+            "support; lower data.max_prompt_tokens or data.max_response_tokens, or use the plain "
+            "layout"
+        )
 
 
 def _refusal(module: nn.Module, what: str) -> ValueError:

@@ -57,6 +57,7 @@ def test_the_cache_is_filled_before_the_first_step(tmp_path, overrides, change, 
     with caplog.at_level("INFO"):
         built(tmp_path / "cache", overrides, change)
     (again,) = [m for m in caplog.messages if m.startswith("reference")]
+    assert "log-probs of the first 2 of 2 layers equal" in caplog.text  # at every start
     assert again.startswith("reference: 4 cached rows scored again, differ by 0 nats")
 
 
