@@ -140,7 +140,7 @@ ROWS_REFUSED = {
     "learned with an offset": (("opt", {"ffn_dim": 32, "word_embed_proj_dim": 32}),
                                {"rows": [LONG[1] | {"y1": "rain " * 100}]}, ["row long", "512"]),
     "window": (("mistral", {"sliding_window": 200}), {"rows": LONG},
-               ["row long", "MistralAttention", "window of 200"]),
+               ["row long", "Mistral", "window of 200"]),
     "window of some layers, held out": (
         ("gemma3_text", {"sliding_window": 200, "head_dim": 8}), {"heldout": LONG},
         ["heldout.jsonl: row long", "window of 200"],
