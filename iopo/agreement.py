@@ -29,7 +29,7 @@ from iopo.model.parallel import blocks
 
 TOLERANCE = 1e-3  # nats, of a member's summed log-prob
 PROMPT, RESPONSE = 8, 4  # tokens of the short quad
-LAYERS = 2  # of a loaded model
+LAYERS, WORDS = 2, 8192  # of a loaded model
 SMALL_LAYERS, EXPERTS, VOCABULARY = 4, 16, 128  # of a small one; more layers if kinds come later
 
 log = logging.getLogger(__name__)
@@ -199,11 +199,12 @@ def check_weights(model: PreTrainedModel, examples: Sequence[Example], *, where:
 
     model: on the CPU, not sharded, in the run's attention. Of what is compared, narrow weights are
     in fp32 for the moment; the model is left as it was. examples: give the tokens of the quad,
-    whatever the rows of the objective are.
+    modulo WORDS, whatever the rows of the objective are.
     """
     first, last = examples[0], examples[-1]
     x1, x2 = first.prompts[0][-PROMPT:], last.prompts[-1][-PROMPT:]
     y1, y2 = first.responses[0][0][:RESPONSE], last.responses[-1][-1][:RESPONSE]
+    x1, x2, y1, y2 = (ids % WORDS for ids in (x1, x2, y1, y2))
     quad = Example(first.id, (x1, x2), ((y1, y2), (y2, y1)))
     layers = len(blocks(model))
     training = model.training
@@ -238,17 +239,23 @@ def _first_layers(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _widened(model: PreTrainedModel) -> Iterator[None]:
-    """The model's narrow floating-point tensors in fp32, and back as they were."""
-    narrow = [
-        (t, t.data) for t in (*model.parameters(), *model.buffers())
-        if t.is_floating_point() and t.element_size() < 4
-    ]  # fmt: skip
-    for tensor, data in narrow:
-        tensor.data = data.float()
+    """The model's floating-point tensors in fp32, of the vocabulary WORDS entries, and back again.
+
+    A head of 150,000 words takes seconds and gigabytes in fp32.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    cut = {id(t) for module in (embedding, head) for t in module.parameters(recurse=False)}
+    tensors = (*model.parameters(), *model.buffers())
+    kept = [(t, t.data) for t in tensors if t.is_floating_point()]
+    padding, embedding.padding_idx = embedding.padding_idx, None  # it may lie beyond them
+    for tensor, data in kept:
+        part = data[:WORDS] if id(tensor) in cut else data
+        tensor.data = part.float() if data.element_size() < 4 else part
     try:
         yield
     finally:
-        for tensor, data in narrow:
+        embedding.padding_idx = padding
+        for tensor, data in kept:
             tensor.data = data
 
 

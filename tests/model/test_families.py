@@ -28,7 +28,7 @@ Before a run loads weights, a small random model of its config is scored twice: 
 project's path in the run's layout and, one member at a time, through the model's own forward with
 eager attention in fp32. A difference above {tolerance:g} nats in any response refuses the
 model: exit code 2, nothing written. The first {layers} layers of the real weights are then compared
-in the same way, on tokens of the data, before any step. No list of families decides
+in the same way, on tokens of the data modulo 8,192, before any step. No list of families decides
 ([iopo/agreement.py](../iopo/agreement.py)).
 
 The table is the first check of every decoder family of transformers, shared layout, default
