@@ -243,7 +243,8 @@ def _widened(model: PreTrainedModel) -> Iterator[None]:
 
     A head of 150,000 words takes seconds and gigabytes in fp32.
     """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
     cut = {id(t) for module in (embedding, head) for t in module.parameters(recurse=False)}
     tensors = (*model.parameters(), *model.buffers())
     kept = [(t, t.data) for t in tensors if t.is_floating_point()]
