@@ -106,7 +106,8 @@ def end_of(causal_lm: PreTrainedModel) -> tuple[float, float | None]:
     try:
         body.forward, head.forward = in_place_of_body, in_place_of_head
         low_V, high_V = causal_lm(input_ids=torch.zeros(1, 2, dtype=torch.long)).logits[0].double()
-    except (RuntimeError, TypeError, AttributeError) as error:
+        before = received[0].flatten()[0].item()
+    except (RuntimeError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(
             f"{type(causal_lm).__name__}: its end cannot be measured: {error}"
         ) from error
@@ -116,7 +117,6 @@ def end_of(causal_lm: PreTrainedModel) -> tuple[float, float | None]:
             if forward is not None:
                 module.forward = forward
     low, high = low_V[0].item(), high_V[0].item()
-    before = received[0].flatten()[0].item()
     capped = high < math.sqrt(LARGE)
     scale = float(f"{high * math.atanh(low / high):.6g}") if capped else low
     as_expected = low > 0 and bool((low_V == low).all() and (high_V == high).all())
