@@ -6,6 +6,7 @@ writes summary.json and report.html. A stage that is already complete is not run
 
 import argparse
 import json
+import random
 import resource
 import subprocess
 import sys
@@ -31,6 +32,7 @@ IOPO = ("data.limit_rows=96", "optim.lr=3e-5", *SMALL)
 # "unseen_kinds" asks for kinds of constraints that are not in the training set either.
 ANSWERED = {"seen": ("heldout.jsonl", 50), "unseen_kinds": ("heldout_kinds.jsonl", 30)}
 SCORED = 40  # of these by log-prob too
+SHOWN = 24  # prompts on the page
 STAGES = ("base", "sft", "trained")
 MEASURES = {
     "follows_and_answers": "follows all and answers",
@@ -157,25 +159,29 @@ Curves: <a href="sft/report.html">SFT</a>, <a href="iopo/report.html">IOPO</a>.<
 <table><tr><th>measure</th>{% for s in stages %}<th>{{ s }}</th>{% endfor %}<th>n</th></tr>
 {% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}
 </table>
-<h2>Answers to held-out prompts</h2><table><tr><th>prompt</th>
-{% for s in stages %}<th>{{ s }}</th>{% endfor %}</tr>
+<h2>Answers to held-out prompts</h2>
+<p>Drawn by seed: {{ shown[0] }} of the {{ of[0] }} answers that follow all constraints and answer
+after training, {{ shown[1] }} of the other {{ of[1] }}.</p>
+<table class="answers"><tr><th>prompt</th>{% for s in stages %}<th>{{ s }}</th>{% endfor %}</tr>
 {% for group in samples %}<tr><td class="answer">{{ group[0].prompt }}</td>
-{% for a in group %}<td><div class="answer">{{ a.text }}</div>
-{% for text, ok in zip(a.texts, a.follows) %}<div class="{{ 'ok' if ok else 'no' }}">
-{{ '✓' if ok else '✗' }} {{ text }}</div>{% endfor %}
-{% if a.hollow %}<div class="no">hollow: {{ a.hollow | join(", ") }}</div>{% endif %}</td>
+{% for a in group %}<td>{{ answer(a.text, zip(a.texts, a.follows), a.hollow) }}</td>
 {% endfor %}</tr>{% endfor %}
 </table>""")
 
 
 def write_page(run: Path, summary: dict[str, Any], answers: dict[str, list[Any]]) -> None:
-    """report.html: the table and 24 prompts, evenly spread, with the three stages' answers."""
-    step = max(1, len(answers["base"]) // 24)
-    samples = list(zip(*(answers[stage][::step] for stage in STAGES), strict=True))
+    """report.html: the table and SHOWN prompts with the three stages' answers, half of them won."""
+    groups = list(zip(*(answers[stage] for stage in STAGES), strict=True))
+    wins, others = (
+        [g for g in groups if g[-1].follows_and_answers == won] for won in (True, False)
+    )
+    rng = random.Random(0)
+    drawn = [rng.sample(some, min(SHOWN // 2, len(some))) for some in (wins, others)]
     base, trained = (shown(summary[stage]["follows_and_answers"]) for stage in ("base", "trained"))
     text = PAGE.render(
         title="IOPO on SmolLM2-135M-Instruct", base=base, trained=trained, stages=STAGES,
-        rows=table_rows(summary), samples=samples, zip=zip, seconds=summary["seconds"],
+        rows=table_rows(summary), samples=rng.sample(sum(drawn, []), sum(map(len, drawn))), zip=zip,
+        shown=list(map(len, drawn)), of=(len(wins), len(others)), seconds=summary["seconds"],
         memory=summary["peak_rss_gb"],
     )  # fmt: skip
     (run / "report.html").write_text(text, encoding="utf-8")

@@ -88,7 +88,7 @@ def plot_curves(run: Path) -> Path:
 MAIN = (
     *(f"heldout: {name}" for name in ("loss", "group_accuracy", "x_preference", "y_preference")),
     *("train: loss", "train: margin", "train: accuracy", "train: grad_norm"),
-    *("train: logratio/chosen", "train: logratio/rejected"),
+    *(f"train: logratio/{m}" for m in ("x1y1", "x2y2", "chosen", "rejected")),  # quads, pairs
 )
 PAGE = page("""{% macro numbers(rows) %}
 <table><tr><th>measure</th><th>first</th><th>last</th></tr>
@@ -96,20 +96,18 @@ PAGE = page("""{% macro numbers(rows) %}
 {% for cell in cells %}<td class="n">{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
 {% endmacro %}
 <p>{{ steps }} optimizer steps, {{ "%.0f" | format(seconds) }} s.</p>
-<img alt="training curves" src="{{ curves }}">
+<div class="wide"><img alt="training curves" src="{{ curves }}"></div>
 <p>Lines are training steps, dots are held-out quads. docs/curves.md says how to read them.</p>
 {% if main %}{{ numbers(main) }}{% endif %}
 {% if rest %}<details><summary>{{ rest | length }} more numbers</summary>
 {{ numbers(rest) }}</details>
 {% endif %}
 {% if samples %}<h2>Before and after</h2>
-<table><tr><th>prompt</th><th>before</th><th>after</th></tr>
+<table class="answers"><tr><th>prompt</th><th>before</th><th>after</th></tr>
 {% for s in samples %}<tr><td class="answer">{{ s.prompt }}</td>
-{% for side in ("before", "after") %}<td><div class="answer">{{ (s[side] or {}).text }}</div>
-{% for c in (s[side] or {}).constraints %}<div class="{{ 'ok' if c.follows else 'no' }}">
-{{ '✓' if c.follows else '✗' }} {{ c.text }}</div>{% endfor %}
-{% if (s[side] or {}).hollow %}<div class="no">hollow: {{ s[side].hollow | join(", ") }}</div>
-{% endif %}</td>{% endfor %}</tr>{% endfor %}
+{% for a in (s.before, s.after) %}<td>{% if a %}
+{{ answer(a.text, verdicts(a), a.hollow) }}{% endif %}</td>
+{% endfor %}</tr>{% endfor %}
 </table>{% endif %}
 <details><summary>Data, configuration, environment</summary>
 <h2>Data</h2><table>{% for file, report in data.items() %}{% for name, value in report.items() %}
@@ -132,6 +130,7 @@ def write_report(run: Path) -> Path:
         main=[(name, numbers[name]) for name in MAIN if name in numbers],
         rest=[(name, cells) for name, cells in numbers.items() if name not in MAIN],
         curves=embedded(plot_curves(run)),
+        verdicts=lambda answer: [(c["text"], c["follows"]) for c in answer["constraints"]],
         samples=read_records(samples) if samples.exists() else [],
         data=json.loads(text_of(run / "data.json") or "{}"),
         config=text_of(run / "config.yaml"),
