@@ -139,10 +139,10 @@ def look_up(rows: dict[str, np.ndarray], examples: Sequence[Example], where: Pat
     return torch.from_numpy(np.stack([rows[key] for key in keys]))
 
 
-def missing_examples(rows: dict[str, np.ndarray], examples: Sequence[Example]) -> list[Example]:
-    """The examples whose content is not among `rows`, each content once."""
-    wanted = {content_key(example): example for example in examples}
-    return [example for key, example in wanted.items() if key not in rows]
+def missing_examples(rows: dict[str, np.ndarray], examples: Sequence[Example]) -> list[int]:
+    """Which examples' content is not among `rows`, each content once."""
+    wanted = {content_key(example): i for i, example in enumerate(examples)}
+    return [i for key, i in wanted.items() if key not in rows]
 
 
 def fill(
@@ -164,16 +164,18 @@ def fill(
         return cache.read(members)
     with cache.filling():
         rows = cache.read(members)
-        todo = missing_examples(rows, examples)
-        groups = pass_micro_batches(token_counts(todo, batching.layout), batching, 0)
-        batches = [[todo[i] for i in group] for group in groups if group]
-        return rows | _compute(cache, members, batches, score)
+        todo = np.array(missing_examples(rows, examples), dtype=np.int64)
+        tokens_N = token_counts(examples, batching.layout)[todo]
+        groups = pass_micro_batches(tokens_N, batching, 0)
+        batches = [todo[list(group)].tolist() for group in groups if group]
+        return rows | _compute(cache, members, examples, batches, score)
 
 
 def _compute(
     cache: Cache,
     members: int,
-    batches: list[list[Example]],
+    examples: Sequence[Example],
+    batches: list[list[int]],
     score: Callable[[Sequence[Example]], Tensor],
 ) -> dict[str, np.ndarray]:
     """Compute and store the rows of all batches, which the ranks share; returns them."""
@@ -185,7 +187,7 @@ def _compute(
     rows: dict[str, np.ndarray] = {}
     for done in range(1, rounds + 1):
         index = (done - 1) * world + rank
-        batch = batches[index if index < len(batches) else 0]
+        batch = [examples[i] for i in batches[index if index < len(batches) else 0]]
         logps_EM = score(batch).float().cpu().numpy()
         if index < len(batches):
             mine |= {content_key(e): row for e, row in zip(batch, logps_EM, strict=True)}

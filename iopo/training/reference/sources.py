@@ -17,6 +17,7 @@ from torch import Tensor
 import iopo
 from iopo import objectives
 from iopo.config import DataConfig, ModelConfig, ReferenceConfig
+from iopo.data.batching import member_counts
 from iopo.data.layout import Batch
 from iopo.data.tokenize import Example
 from iopo.files import cache_root
@@ -117,5 +118,5 @@ def cached(cache: Cache, job: Job, model: TrainModel, recheck_rows: int) -> Refe
 
 def _rounding(examples: Sequence[Example]) -> float:
     """Largest log-ratio, in nats, of equal bf16 weights in batches of different shapes."""
-    longest = max(len(r) for e in examples for responses in e.responses for r in responses)
+    longest = int(member_counts(examples)[1].max())
     return 0.5 + 0.05 * math.sqrt(longest)  # some 0.03 nats a token, at random
