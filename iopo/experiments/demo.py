@@ -126,7 +126,7 @@ def score(run: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
         print(f"scoring {stage} on {len(rows)} held-out quads", flush=True)
         config = EvaluateConfig(
             BenchmarkSection("quads", scored=SCORED, base="demo", controls=stage == STAGES[-1]),
-            model=ModelSection(str(path), device="cpu"),
+            model=ModelSection(str(path)),
             generate=GenerateSection(max_new_tokens=128, batch_size=len(rows)),
         )
         summary[stage], answers[stage] = quads.score_model(config, rows)

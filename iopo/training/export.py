@@ -120,7 +120,9 @@ def write_exports(
     example = Example(id="probe", prompts=(ids[:half],), responses=((ids[half:],),))
     probe = build_plain([example]).to(ranks.device)
     expected = _score(train_model.model, probe)
-    tensors = gather(train_model, keep=ranks.is_main)
+    layers = lora.adapters(language_model(train_model.model))
+    adapter_alone = bool(layers) and base is not None and not cfg.merged
+    tensors = gather(train_model, keep=ranks.is_main, only=".lora_" if adapter_alone else "")
     if not ranks.is_main:
         return
 
@@ -139,7 +141,6 @@ def write_exports(
                     f"{tolerance:g} nats"
                 )
 
-    layers = lora.adapters(language_model(train_model.model))
     if not layers:
         write(run / FOLDER, tensors)
         return
@@ -161,9 +162,10 @@ def write_exports(
 
 
 @torch.no_grad()
-def gather(train_model: TrainModel, *, keep: bool) -> dict[str, Tensor]:
+def gather(train_model: TrainModel, *, keep: bool, only: str = "") -> dict[str, Tensor]:
     """Whole tensors on the CPU by the language model's names; {} where not `keep`. Collective.
 
+    only: a part of the names of those that are wanted.
     Trained weights are rounded to the dtype that computes; adapters stay fp32. Tied weights come
     once.
     """
@@ -171,6 +173,8 @@ def gather(train_model: TrainModel, *, keep: bool) -> dict[str, Tensor]:
     root = next(name for name, module in train_model.model.named_modules() if module is model)
     tensors = {}
     for name, parameter in train_model.model.named_parameters():
+        if only not in name:
+            continue
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         if keep:
             dtype = whole.dtype if ".lora_" in name else train_model.dtype
