@@ -30,6 +30,7 @@ from iopo.data.example import Example, Report, percentiles
 from iopo.data.rows import MAX_LISTED, Pair, Quad, Row
 from iopo.data.token_cache import Add, Examples
 from iopo.files import shortened
+from iopo.progress import progress
 
 BLOCK_ROWS = 1000
 MANY_ROWS = 20_000
@@ -278,7 +279,9 @@ def _encode_rows(
     booked = Outcome()
     prompts, responses = array("q"), array("q")  # lengths
     kept = 0
-    for block in _outcomes(rows, encoder, workers):
+    show = progress(len(rows), f"rows of {source} tokenised")
+    for number, block in enumerate(_outcomes(rows, encoder, workers), 1):
+        show(min(number * BLOCK_ROWS, len(rows)))
         kept += len(block.examples)
         for example in block.examples:
             prompts.extend(map(len, example.prompts))

@@ -1,8 +1,6 @@
 """Scores for people: lines on the terminal and one page that needs no other file."""
 
 import logging
-import time
-from collections.abc import Callable
 from typing import Any
 
 from iopo import stats
@@ -43,19 +41,6 @@ All: verdicts.jsonl.</p>
 <h2>How this was made</h2>
 {% for key, value in made.items() if value %}<p><b>{{ key }}</b> {{ value }}</p>{% endfor %}
 """)
-
-
-def progress(total: int, what: str) -> Callable[[int], None]:
-    """A function of the number done that logs it: at the end, and every ten seconds before."""
-    last = time.monotonic()
-
-    def show(done: int) -> None:
-        nonlocal last
-        if done == total or time.monotonic() - last > 10:
-            last = time.monotonic()
-            log.info("%d of %d %s", done, total, what)
-
-    return show
 
 
 def scale_of(metric: str) -> tuple[float, int]:

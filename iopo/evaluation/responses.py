@@ -15,8 +15,8 @@ from iopo.constraints.text import after_thinking, thinking_note
 from iopo.evaluation.config import EvaluateConfig, GenerateSection, ModelSection
 from iopo.evaluation.endpoint import Endpoint, Request, RequestFailed, run_together
 from iopo.evaluation.items import Item, whole
-from iopo.evaluation.report import progress
 from iopo.files import Journal, iter_records, read_records, sha256_text, shortened, write_text
+from iopo.progress import progress
 
 NAMED = 5  # ids shown in a message; the rest are counted
 

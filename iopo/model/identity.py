@@ -12,6 +12,7 @@ from typing import Any
 from iopo.data.chat import Chat, tokenizer_hash
 from iopo.files import cache_root, sha256_file, sha256_text, write_text
 from iopo.model.lora import NO_EFFECT
+from iopo.progress import progress
 
 # Keys of config.json that change no number; a key that is not here changes the identity.
 CONFIG_NO_EFFECT = {
@@ -72,7 +73,8 @@ def weights_hash(path: str | Path) -> str:
     files = sorted(Path(path).glob("*.safetensors*"))
     if not files:
         raise ValueError(f"{path}: no *.safetensors to hash; a hub id must be downloaded first")
-    return sha256_text("".join(f"{file.name}\0{_file_hash(file)}\n" for file in files))
+    with progress(None, f"hashing {path}"):
+        return sha256_text("".join(f"{file.name}\0{_file_hash(file)}\n" for file in files))
 
 
 def _file_hash(file: Path) -> str:

@@ -25,6 +25,7 @@ from iopo.logprobs import LogProbs
 from iopo.model import lora
 from iopo.model.generate import end_of_turn_ids
 from iopo.model.parallel import TrainModel, language_model
+from iopo.progress import progress
 from iopo.training.checkpoint.folders import complete_folders, latest, step_of
 from iopo.training.checkpoint.resume import load_checkpoint
 from iopo.training.launch.placement import RankInfo
@@ -54,7 +55,8 @@ def export(run: Run, folder: Path, model: ModelConfig, cfg: ExportConfig, ranks:
         # Others find a model by its id on the hub, or in its folder, wherever they look from.
         hub = model.path != "demo" and not Path(str(model.path)).expanduser().is_dir()
         base = str(model.path) if hub else str(path.resolve())
-    write_exports(run.model, folder, cfg, run.inputs.chat, base, ranks)
+    with progress(None, f"exporting to {folder}"):
+        write_exports(run.model, folder, cfg, run.inputs.chat, base, ranks)
 
 
 def export_run(

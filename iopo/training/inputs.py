@@ -28,6 +28,7 @@ from iopo.model.load import (
     read_config,
     resolve_model,
 )
+from iopo.progress import progress
 from iopo.training.prechecks import check_policy, check_precision, check_rows, check_samples
 
 
@@ -69,14 +70,16 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
     cache = Path(data.cache_dir or cache_root() / "tokens")
     # A missing file has no hash; reading it says what to do.
     files = [file for file in (data.train, data.heldout) if file is not None]
-    hashes = [sha256_file(file) if Path(file).is_file() else "" for file in files]
+    with progress(None, "hashing the data"):
+        hashes = [sha256_file(file) if Path(file).is_file() else "" for file in files]
     counted = cfg.objective.margin_per_constraint > 0
     train_id = [hashes[0], of.kind, data.limit_rows, data.quad_rows, counted]
     # Rows that were tokenised before were checked then, and are not read again.
     new_rows = [] if token_cache.knows(cache, train_id) else [_train_rows(cfg)]
     heldout_quads: list[Quad] = []
     if data.heldout is not None:
-        rows = read_rows(Path(data.heldout), kind="quad")
+        with progress(None, f"reading {data.heldout}"):
+            rows = read_rows(Path(data.heldout), kind="quad")
         heldout_quads = spread([r for r in rows if isinstance(r, Quad)], cfg.evaluation.quads)
 
     model_path = None if cfg.model.tiny is not None else resolve_model(str(cfg.model.path))
@@ -119,7 +122,8 @@ def _train_rows(cfg: TrainConfig) -> list[Row]:
     """The rows that the objective trains on; raises ValueError as load_inputs does."""
     kind = objectives.OBJECTIVES[cfg.objective.name].rows.kind
     file, margin = str(cfg.data.train), cfg.objective.margin_per_constraint
-    rows = rows_for(kind, read_rows(file)[: cfg.data.limit_rows], cfg.data.quad_rows)
+    with progress(None, f"reading {file}"):
+        rows = rows_for(kind, read_rows(file)[: cfg.data.limit_rows], cfg.data.quad_rows)
     bare = [row.id for row in rows if not (isinstance(row, Quad) and row.c1 and row.c2)]
     if margin > 0 and bare:
         raise ValueError(

@@ -75,7 +75,8 @@ def check_rows(policy: LogProbs, chat: Chat, rows: Rows, *, shared: bool) -> lis
     for file, examples in rows.items():
         if not examples:
             continue
-        length_N = sum(member_counts(examples)).max(1)
+        prompts_NM, responses_NM = member_counts(examples)
+        length_N = (prompts_NM + responses_NM).max(1)
         longest, length = examples[int(length_N.argmax())], int(length_N.max())
         which = f"{file}: row {longest.id} is the longest with {length} tokens"
         remarks += _check_length(model, length, which)

@@ -13,6 +13,7 @@ from iopo.data.rows import Quad
 from iopo.files import read_records, write_records
 from iopo.model.generate import Decoding, generate
 from iopo.model.parallel import TrainModel, language_model
+from iopo.progress import progress
 from iopo.training.inputs import Inputs
 
 FILE = "samples.jsonl"
@@ -57,7 +58,8 @@ def answer(
     decoding = Decoding(cfg.max_new_tokens, batch_size=cfg.batch_size)
     model.set_attn_implementation("sdpa")
     try:
-        generations = generate(model, chat, conversations, decoding)
+        with progress(len(quads), "sample answers") as show:
+            generations = generate(model, chat, conversations, decoding, lambda n, _: show(n))
     finally:
         model.set_attn_implementation(attention)
     answers = []

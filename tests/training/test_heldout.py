@@ -219,7 +219,7 @@ def test_samples_after_a_resume_with_other_settings(tmp_path, monkeypatch):
     assert [row.get("after") for row in after] == [{"id": "q1", "text": "new"}, None]
 
 
-def test_quads_refuse_what_they_do_not_read_and_other_settings(model, tmp_path, caplog):
+def test_quads_refuse_what_they_do_not_read_and_other_settings(model, tmp_path):
     def asked(**changes) -> EvaluateConfig:
         benchmark = BenchmarkSection("quads", controls=False)
         section = ModelSection(path=str(model), device="cpu")
@@ -229,9 +229,7 @@ def test_quads_refuse_what_they_do_not_read_and_other_settings(model, tmp_path, 
 
     with pytest.raises(ValueError, match="does not read plan, seed"):
         quads.evaluate(asked(plan=True, seed=1))
-    caplog.set_level("INFO")
     quads.evaluate(asked(limit=1))
-    assert "2 of 2 answers" in caplog.text
     quads.evaluate(asked(limit=1))
     with pytest.raises(ValueError, match="other settings"):
         quads.evaluate(asked(limit=2))

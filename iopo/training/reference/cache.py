@@ -27,6 +27,7 @@ from iopo.data.batching import Batching, pass_micro_batches, token_counts
 from iopo.data.example import Example, content_key
 from iopo.files import replacing, sha256_text, write_text
 from iopo.model.identity import differing
+from iopo.progress import progress, tracked
 from iopo.training.launch.placement import from_rank_0
 from iopo.training.launch.signals import heartbeat
 
@@ -160,8 +161,9 @@ def fill(
     """
     if not examples:
         return {}
-    if from_rank_0(lambda: not missing_examples(cache.read(members), examples)):
-        return cache.read(members)
+    with progress(None, "looking for the data's reference log-probs"):
+        if from_rank_0(lambda: not missing_examples(cache.read(members), examples)):
+            return cache.read(members)
     with cache.filling():
         rows = cache.read(members)
         todo = np.array(missing_examples(rows, examples), dtype=np.int64)
@@ -185,15 +187,13 @@ def _compute(
     rounds = -(-len(batches) // world)
     mine: dict[str, np.ndarray] = {}
     rows: dict[str, np.ndarray] = {}
-    for done in range(1, rounds + 1):
+    for done in tracked(range(1, rounds + 1), "batches of the reference"):
         index = (done - 1) * world + rank
         batch = [examples[i] for i in batches[index if index < len(batches) else 0]]
         logps_EM = score(batch).float().cpu().numpy()
         if index < len(batches):
             mine |= {content_key(e): row for e, row in zip(batch, logps_EM, strict=True)}
         heartbeat()
-        if done == rounds or done % max(1, rounds // 10) == 0:
-            log.info(f"reference: {done} of {rounds} batches")
         if done == rounds or done % STORE_EVERY_ROUNDS == 0:
             shares: list[dict[str, np.ndarray]] = [mine] * world
             if dist.is_initialized():
