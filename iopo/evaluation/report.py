@@ -45,15 +45,19 @@ All: verdicts.jsonl.</p>
 """)
 
 
-def progress(total: int, what: str) -> Callable[[int], None]:
-    """A function of the number done that logs it: at the end, and every ten seconds before."""
-    last = time.monotonic()
+def progress(total: int, what: str, done: int = 0) -> Callable[[int], None]:
+    """A function of the number done that logs it with the time left: at the end, and every ten
+    seconds before. done: how many were there before this began."""
+    began = last = time.monotonic()
+    before = done
 
     def show(done: int) -> None:
         nonlocal last
-        if done == total or time.monotonic() - last > 10:
-            last = time.monotonic()
-            log.info("%d of %d %s", done, total, what)
+        now = time.monotonic()
+        if done == total or now - last > 10:
+            last = now
+            left = (now - began) / max(1, done - before) * (total - done)
+            log.info("%d of %d %s, %.0f s left", done, total, what, left)
 
     return show
 
@@ -73,7 +77,7 @@ def _bounds(metric: str, entry: dict[str, Any]) -> str:
         return ""
     scale, digits = scale_of(metric)
     low, high = (f"{scale * bound:.{digits}f}" for bound in entry["bounds"])
-    return f"  (unparsed judgements: between {low} and {high})"
+    return f"  (unread judgements and failed requests: between {low} and {high})"
 
 
 def log_scores(scores: dict[str, Any]) -> None:
