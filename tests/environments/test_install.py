@@ -11,7 +11,7 @@ import pytest
 
 import iopo
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 IMPORT_ALL = """
 import importlib, pathlib, pkgutil, sys
 import iopo
