@@ -140,7 +140,7 @@ def log_probs(made: Path, url: str, name: str, section: ModelSection, found: lis
         before = chat.prompt_ids(chat.messages(prompt["prompt"]))
         response = chat.tokenizer(row["response"], add_special_tokens=False)["input_ids"]
         ids = before + response + [chat.end_of_turn()]
-        body = {"model": name, "prompt": ids, "max_tokens": 1, "prompt_logprobs": 0}
+        body = {"model": name, "prompt": ids, "max_tokens": 1, "prompt_logprobs": 1}
         asked = urllib.request.Request(
             f"{url}/completions",
             json.dumps(body | {"temperature": 0}).encode(),
