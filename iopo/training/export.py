@@ -32,6 +32,7 @@ from iopo.model.generate import end_of_turn_ids
 from iopo.model.load import DTYPES, load_tokenizer, read_config
 from iopo.model.parallel import TrainModel, language_model
 from iopo.model.portable import save_tokenizer, write_older_keys
+from iopo.progress import progress
 from iopo.redact import redact
 from iopo.training.checkpoint.folders import complete_folders, latest, step_of
 from iopo.training.checkpoint.resume import load_checkpoint
@@ -82,7 +83,8 @@ def export(run: Run, folder: Path, facts: Facts, ranks: RankInfo) -> None:
     elif path is not None:
         dtype = read_config(path).dtype
     origin = Origin(base, dtype, partial(card, facts))
-    write_exports(run.model, folder, cfg, run.inputs.chat, origin, ranks)
+    with progress(None, f"exporting to {folder}"):
+        write_exports(run.model, folder, cfg, run.inputs.chat, origin, ranks)
     if ranks.is_main and cfg.push_to_hub is not None:
         push(folder / (FOLDER if cfg.model else MERGED_FOLDER), cfg.push_to_hub)
 
@@ -180,9 +182,16 @@ def write_exports(
     probe = build_plain([example]).to(ranks.device)
     expected = _score(train_model.model, probe)
     dtype, base = origin.dtype or train_model.dtype, origin.base
-    tensors = gather(train_model, dtype, keep=ranks.is_main)
+    layers = lora.adapters(language_model(train_model.model))
+    only = ".lora_" if layers and base is not None and not cfg.merged else ""
+    tensors = gather(train_model, dtype, keep=ranks.is_main, only=only)
     if not ranks.is_main:
         return
+
+    def finish(new: Path, kind: str) -> None:
+        _save_chat(train_model, new, chat)
+        if origin.describe is not None:
+            (new / "README.md").write_text(origin.describe(kind), encoding="utf-8")
 
     def write(folder: Path, weights: dict[str, Tensor], kind: str) -> None:
         with replacing(folder) as new:
@@ -199,12 +208,6 @@ def write_exports(
                     f"{tolerance:g} nats"
                 )
 
-    def finish(new: Path, kind: str) -> None:
-        _save_chat(train_model, new, chat)
-        if origin.describe is not None:
-            (new / "README.md").write_text(origin.describe(kind), encoding="utf-8")
-
-    layers = lora.adapters(language_model(train_model.model))
     if not layers:
         write(run / FOLDER, tensors, FULL)
         return
@@ -226,15 +229,20 @@ def write_exports(
 
 
 @torch.no_grad()
-def gather(train_model: TrainModel, dtype: torch.dtype, *, keep: bool) -> dict[str, Tensor]:
+def gather(
+    train_model: TrainModel, dtype: torch.dtype, *, keep: bool, only: str = ""
+) -> dict[str, Tensor]:
     """Whole tensors on the CPU by the language model's names; {} where not `keep`. Collective.
 
-    Weights are rounded to `dtype`; adapters stay fp32. Tied weights come once.
+    only: a part of the names of those that are wanted. Weights are rounded to `dtype`; adapters
+    stay fp32. Tied weights come once.
     """
     model = language_model(train_model.model)
     root = next(name for name, module in train_model.model.named_modules() if module is model)
     tensors = {}
     for name, parameter in train_model.model.named_parameters():
+        if only not in name:
+            continue
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         if keep:
             saved = whole.dtype if ".lora_" in name else dtype

@@ -14,7 +14,6 @@ from iopo.evaluation.config import (
     ResponsesSection,
 )
 from iopo.evaluation.endpoint import EndpointError
-from iopo.evaluation.report import progress
 from iopo.evaluation.run import evaluate
 from iopo.files import read_records, write_records
 
@@ -116,18 +115,3 @@ def test_a_seed_is_for_sampling(data: Path) -> None:
         assert [body.get("seed") for body in server.bodies] == [None, 0, None]
     with pytest.raises(ValueError, match="generate.seed=null"):
         GenerateSection(seed=None)
-
-
-def test_progress_says_the_time_left(caplog, monkeypatch) -> None:
-    now = 0.0
-    monkeypatch.setattr("iopo.evaluation.report.time.monotonic", lambda: now)
-    caplog.set_level("INFO")
-    show = progress(50, "answers", done=10)
-    for made in (11, 20, 50):
-        now += 11.0
-        show(made)
-    lines = [record.message for record in caplog.records]
-    assert lines == [
-        *("11 of 50 answers, 429 s left", "20 of 50 answers, 66 s left"),
-        "50 of 50 answers, 0 s left",
-    ]

@@ -118,6 +118,16 @@ def test_exports_carry_the_chat_of_training(tmp_path):
         assert asked == chat.prompt("ask") and asked.endswith("</think>\n\n")
 
 
+def test_an_adapter_alone_is_written_without_a_copy_of_its_base(tmp_path, monkeypatch):
+    gathered, gather = {}, export.gather
+    monkeypatch.setattr(
+        export, "gather", lambda *a, **k: gathered.update(gather(*a, **k)) or gathered
+    )
+    write(trained(adapted(tiny_qwen2())), tmp_path)
+    assert gathered and all(".lora_" in name for name in gathered)
+    assert (tmp_path / "export" / "adapter_model.safetensors").exists()
+
+
 def test_base_without_a_name_is_written_too(tmp_path):
     train_model = trained(adapted(tiny_qwen2()))
     write(train_model, tmp_path, base=None)

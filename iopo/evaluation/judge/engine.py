@@ -32,7 +32,7 @@ from iopo.evaluation.judge.cost import (
     tokens,
 )
 from iopo.evaluation.judge.parse import Parsed, Unreadable
-from iopo.evaluation.report import progress
+from iopo.progress import progress
 
 REPAIR_TEMPERATURE = 0.3  # a judge at temperature 0 would repeat its unreadable reply
 QUOTED_CHARS = 4000  # of an unreadable reply, when it is shown back to the judge
