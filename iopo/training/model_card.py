@@ -6,6 +6,7 @@ Numbers are those of the run; what is not known is left out.
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import torch
 import transformers
@@ -15,6 +16,8 @@ import iopo
 from iopo import stats
 from iopo.config import HELDOUT_MEASURES, TrainConfig
 from iopo.model.load import DEMO_ID
+from iopo.training.inputs import Inputs
+from iopo.training.logger import read_metrics
 
 LICENCES = {DEMO_ID: "apache-2.0"}  # of bases whose folder says nothing
 PAPER = "[IOPO, arXiv 2411.06208](https://arxiv.org/abs/2411.06208)"
@@ -31,6 +34,14 @@ class Facts:
     step: int
     heldout: dict[str, float] = field(default_factory=dict)
     quads: int = 0
+
+    @classmethod
+    def of(cls, cfg: TrainConfig, inputs: Inputs, step: int) -> Self:
+        """The facts of the run in cfg.run at a step."""
+        file = Path(cfg.run) / "metrics.jsonl"
+        rows = read_metrics(Path(cfg.run), "heldout") if file.exists() else []
+        heldout = next((row for row in rows if row["step"] == step), {})
+        return cls(cfg, inputs.model_path, inputs.data_hash, step, heldout, len(inputs.heldout))
 
 
 def card(facts: Facts, kind: str) -> str:

@@ -106,15 +106,15 @@ def test_what_could_not_be_pushed_is_refused_before_training(tmp_path, monkeypat
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
     cfg = facts(path="org/base", lora=LoraConfig(rank=4)).cfg
-    export.check_push(cfg)  # nothing is pushed
+    export.check_push(cfg.export, cfg.model)  # nothing is pushed
     cfg.export = ExportConfig(push_to_hub="org/name")
     with pytest.raises(ValueError, match="HF_TOKEN"):
-        export.check_push(cfg)
+        export.check_push(cfg.export, cfg.model)
     monkeypatch.setenv("HF_TOKEN", "hf_good")
-    export.check_push(cfg)
+    export.check_push(cfg.export, cfg.model)
     cfg.model.path = "demo"
     with pytest.raises(ValueError, match="export.merged=true export.model=false"):
-        export.check_push(cfg)
+        export.check_push(cfg.export, cfg.model)
     for options in ({"push_to_hub": "name"}, {"push_to_hub": "org/name", "model": False}):
         with pytest.raises(ValueError, match="push_to_hub"):
             ExportConfig(**options)
