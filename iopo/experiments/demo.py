@@ -1,7 +1,7 @@
 """`make demo`: SFT, then IOPO, on a real small model, and what that did to its answers.
 
 Runs `train.py` twice as a user would, scores the base model and both stages on held-out quads, and
-writes summary.json, answers.jsonl and report.html. A stage that is already complete is not run again.
+writes summary.json, answers.jsonl and report.html. A stage that is complete is not run again.
 """
 
 import argparse
@@ -72,9 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_records(args.run / "answers.jsonl", rows)
     write_page(args.run, summary, answers)
     print_table(summary)
-    print(
-        f"{args.run}/summary.json, answers.jsonl, {args.run}/report.html, {args.run}/iopo/report.html (curves)"
-    )
+    print(f"{args.run}: summary.json, answers.jsonl, report.html, iopo/report.html (curves)")
 
 
 def call(*arguments: str) -> None:
@@ -213,7 +211,8 @@ def write_page(run: Path, summary: dict[str, Any], answers: dict[str, list[Any]]
     base, trained = (shown(summary[stage]["follows_and_answers"]) for stage in ("base", "trained"))
     text = PAGE.render(
         title="IOPO on SmolLM2-135M-Instruct", base=base, trained=trained, stages=STAGES.values(),
-        rows=table_rows(summary), gains=gain_lines(summary), samples=rng.sample(sum(drawn, []), sum(map(len, drawn))), zip=zip,
+        rows=table_rows(summary), gains=gain_lines(summary), zip=zip,
+        samples=rng.sample(sum(drawn, []), sum(map(len, drawn))),
         shown=list(map(len, drawn)), of=(len(wins), len(others)), seconds=summary["seconds"],
         memory=summary["peak_rss_gb"],
     )  # fmt: skip
