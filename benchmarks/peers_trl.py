@@ -1,7 +1,7 @@
 """DPO steps by TRL's trainer, on token ids from standard input; imports nothing of this project's.
 
-trl_peer.py runs it in an environment of its own. Prints one line of JSON: losses and seconds of
-each step, and the peak memory of training. --tuned: without activation checkpointing, and with the
+peers.py runs it in an environment of its own. Prints one line of JSON: losses and seconds of each
+step, and the peak memory of training. --fastest: without activation checkpointing, and with the
 reference's log-probs computed before training.
 """
 
@@ -39,7 +39,7 @@ class Clock(TrainerCallback):
 
 
 def main() -> None:
-    task, tuned = json.loads(sys.stdin.read()), "--tuned" in sys.argv
+    task, fastest = json.loads(sys.stdin.read()), "--fastest" in sys.argv
     torch.set_num_threads(task["threads"])
     rows = task["pairs"]
     before = common.resident_gb()
@@ -56,8 +56,8 @@ def main() -> None:
             lr_scheduler_type="constant",
             weight_decay=0.0,
             max_grad_norm=1.0,
-            gradient_checkpointing=not tuned,
-            precompute_ref_log_probs=tuned,
+            gradient_checkpointing=not fastest,
+            precompute_ref_log_probs=fastest,
             bf16=task["dtype"] == "bfloat16",
             use_cpu=True,
             dataloader_pin_memory=False,
