@@ -2,7 +2,7 @@
 
 peers.py runs it in an environment of its own. Prints one line of JSON: losses and seconds of each
 step, and the peak memory of training. --fastest: without activation checkpointing, and with the
-reference's log-probs computed before training.
+reference's log-probs computed before training. --narrow: weights in the dtype of the task.
 """
 
 import json
@@ -43,7 +43,8 @@ def main() -> None:
     torch.set_num_threads(task["threads"])
     rows = task["pairs"]
     before = common.resident_gb()
-    model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32)
+    dtype = getattr(torch, task["dtype"]) if "--narrow" in sys.argv else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=dtype)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
