@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # A file imports only from its own part and from those that stand before it.
 ORDER = [
-    "files", "redact", "progress", "stats", "page", "objectives", "config", "entry", "constraints",
+    "progress", "files", "redact", "stats", "page", "objectives", "config", "entry", "constraints",
     "data", "kernels", "model", "logprobs", "agreement", "training", "evaluation", "construct",
     "rounds", "experiments",
 ]  # fmt: skip

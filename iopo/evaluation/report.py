@@ -58,7 +58,7 @@ def _bounds(metric: str, entry: dict[str, Any]) -> str:
         return ""
     scale, digits = scale_of(metric)
     low, high = (f"{scale * bound:.{digits}f}" for bound in entry["bounds"])
-    return f"  (unparsed judgements: between {low} and {high})"
+    return f"  (unread judgements and failed requests: between {low} and {high})"
 
 
 def log_scores(scores: dict[str, Any]) -> None:

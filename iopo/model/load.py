@@ -97,7 +97,7 @@ def resolve_model(path: str | Path) -> Path:
                 f"model.path: {path} is not a folder; give a folder with config.json and "
                 "*.safetensors, a hub id such as org/name, or demo"
             )
-        patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+        patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md"]
         with progress(None, f"downloading {name}"):
             folder = Path(snapshot_download(name, allow_patterns=patterns))
     require_safetensors(folder)

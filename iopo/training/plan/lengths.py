@@ -11,7 +11,7 @@ from iopo.data.batching import micro_batches, part_counts, plan_steps, token_cou
 from iopo.data.example import Example
 from iopo.data.layout import build_shared
 from iopo.data.rows import spread
-from iopo.files import cache_root
+from iopo.model.demo_model import demo_folder
 from iopo.objectives import Rows
 from iopo.training.plan.description import PlannedRun
 from iopo.training.plan.trace import attended_pairs
@@ -60,7 +60,7 @@ def missing_for_lengths(data: DataConfig, model: ModelConfig) -> str | None:
     """What keeps the lengths of the data from being known on this machine; None if nothing."""
     if data.train is None or not Path(data.train).is_file():
         return f"{data.train} is not here"
-    demo = model.path == "demo" and (cache_root() / "smollm2-135m-instruct").is_dir()
+    demo = model.path == "demo" and demo_folder().is_dir()
     known = demo or model.tiny is not None or Path(str(model.path)).expanduser().is_dir()
     return None if known else f"the tokenizer of {model.path} is not here"
 
