@@ -70,10 +70,8 @@ def environment() -> Path:
     return python
 
 
-def task_of(
-    model: Path, dtype: str, threads: int, examples: list[Example], steps: int, lr: float
-) -> dict[str, Any]:
-    """What a child of either side is told; also the token ids, so that neither tokenises."""
+def task_of(args: argparse.Namespace, model: Path, dtype: str, examples: list[Example]) -> Any:
+    """What a child of any side is told; also the token ids, so that none tokenises."""
     pairs = [
         {
             "prompt_ids": e.prompts[0].tolist(),
@@ -83,8 +81,8 @@ def task_of(
         for e in examples
     ]
     return {
-        "model": str(model), "dtype": dtype, "threads": threads,
-        "pairs": pairs, "steps": steps, "lr": lr,
+        "model": str(model), "dtype": dtype, "threads": args.threads, "clock": args.clock,
+        "pairs": pairs, "steps": args.steps, "lr": LR,
     }  # fmt: skip
 
 
@@ -92,6 +90,7 @@ def ours(row: Variant) -> None:
     """The child of a side in this project: reads a task, prints the same JSON as TRL's."""
     task = json.loads(sys.stdin.read())
     torch.set_num_threads(task["threads"])
+    now = getattr(time, task["clock"])
     if row is BEST:
         tune_malloc()  # as train.py does
     dtype = getattr(torch, task["dtype"])
@@ -117,17 +116,17 @@ def ours(row: Variant) -> None:
     trainer.use(row)
     losses, seconds = [], []
     cache: dict[str, list[float]] = {}
-    started = time.perf_counter()
+    started = now()
     if not row.live:
         with torch.no_grad():  # the policy is still its own reference
             for rows in trainer.micro_batches(examples, row):
                 values = trainer.policy(build_shared(rows)).tolist()
                 cache |= {row.id: value for row, value in zip(rows, values, strict=True)}
-    reference_s = time.perf_counter() - started
+    reference_s = now() - started
     for _ in range(task["steps"]):
-        started = time.perf_counter()
+        started = now()
         loss_E = trainer.step(examples, row, objective="dpo", cache=cache)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(now() - started)
         losses.append(loss_E.mean().item())
     result = {
         "losses": losses,
@@ -192,6 +191,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="of a process, the first not timed")
     parser.add_argument("--pairs", type=int, help="in a step; default: as the shape says")
     parser.add_argument("--compared", type=int, default=2, help="pairs whose losses are compared")
+    parser.add_argument(
+        "--clock", choices=("perf_counter", "process_time"), default="perf_counter",
+        help="process_time: of one thread beside other programs",
+    )  # fmt: skip
     parser.add_argument("--install", action="store_true", help="only make TRL's environment")
     parser.add_argument("--child", choices=(PLAIN.name, BEST.name), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -212,14 +215,15 @@ def main() -> None:
     commands = sides(python)
     report: dict[str, Any] = common.facts(model, speed, args.threads)
     report |= {"trl": trl_version(), "shape": args.shape, "pairs": len(examples)}
-    few = task_of(model, "float32", args.threads, examples[: args.compared], args.steps, LR)
+    report["clock"] = args.clock
+    few = task_of(args, model, "float32", examples[: args.compared])
     wide = {name: command for name, command in commands.items() if name != NARROW}
     report["float32"] = timed(wide, few, 1)
     worst = report["loss_difference"] = difference(report["float32"])
     print(f"losses of {args.steps} steps in fp32: largest difference {worst:.1e}")
     if not worst <= LOSS_TARGET:
         sys.exit(f"expected at most {LOSS_TARGET:g}: the sides do not train on the same")
-    task = task_of(model, speed, args.threads, examples, args.steps, LR)
+    task = task_of(args, model, speed, examples)
     rows = report[speed] = timed(commands, task, args.rounds)
     best = rows[OURS]
     print(f"{speed}, {len(examples)} pairs a step, lengths {args.shape}, {args.threads} threads")

@@ -26,16 +26,16 @@ class TokenisedDPOTrainer(DPOTrainer):
 
 
 class Clock(TrainerCallback):
-    """Seconds of each optimizer step."""
+    """Seconds of each optimizer step, on the clock of the task."""
 
-    def __init__(self):
-        self.seconds: list[float] = []
+    def __init__(self, now):
+        self.now, self.seconds = now, []
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.started = time.perf_counter()
+        self.started = self.now()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(time.perf_counter() - self.started)
+        self.seconds.append(self.now() - self.started)
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
     before = common.resident_gb()
     dtype = getattr(torch, task["dtype"]) if "--narrow" in sys.argv else torch.float32
     model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=dtype)
-    clock = Clock()
+    clock = Clock(getattr(time, task["clock"]))
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
             output_dir=folder,
