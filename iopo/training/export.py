@@ -70,7 +70,13 @@ class ExportError(RuntimeError):
 
 def export(run: Run, folder: Path, facts: Facts, ranks: RankInfo) -> None:
     """Write what the config asks for into `folder`. Every rank calls it; rank 0 writes."""
-    cfg, model, path, base, dtype = facts.cfg.export, facts.cfg.model, facts.base, None, None
+    cfg, model, path, base, dtype = (
+        facts.cfg.export,
+        facts.cfg.model,
+        facts.inputs.model_path,
+        None,
+        None,
+    )
     if not cfg.any:
         return
     # The adapter's base is model.path, unless the run changed or drew it: then it is written too.
@@ -158,7 +164,7 @@ def export_step(cfg: TrainConfig, scratch: Path, ranks: RankInfo, control: Contr
     place = folder / "exported" / folders[step].name
     if ranks.is_main:
         place.mkdir(parents=True, exist_ok=True)
-    export(run, place, Facts.of(cfg, run.inputs, step), ranks)
+    export(run, place, Facts(cfg, run.inputs, step), ranks)
     log.info(f"{folders[step]} -> {place}")
 
 
