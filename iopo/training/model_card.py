@@ -16,6 +16,7 @@ import iopo
 from iopo import stats
 from iopo.config import HELDOUT_MEASURES, TrainConfig
 from iopo.model.load import DEMO_ID
+from iopo.objectives import OBJECTIVES
 from iopo.training.inputs import Inputs
 from iopo.training.logger import read_metrics
 
@@ -43,6 +44,7 @@ def card(facts: Facts, kind: str) -> str:
     """The text of README.md for an export of a kind: adapter, merged, model, base."""
     cfg, of = facts.cfg, facts.cfg.objective
     base, name = hub_id(cfg.model.path), cfg.objective.name
+    reads = sorted(OBJECTIVES[name].reads)
     data = ModelCardData(
         license=licence(facts.inputs.model_path, base),
         base_model=base,
@@ -61,7 +63,7 @@ def card(facts: Facts, kind: str) -> str:
     }[kind]
     lora = cfg.model.lora
     rows = {
-        "Objective": f"`{name}`, beta {of.beta:g}, link `{of.link}`",
+        "Objective": ", ".join([f"`{name}`", *(f"{key} {getattr(of, key)}" for key in reads)]),
         "Adapter": f"rank {lora.rank}, alpha {lora.alpha:g}, `{lora.targets}`" if lora.rank else "",
         "Data": ", ".join(
             f"`{Path(file).name}` (sha256 `{digest}`)"
