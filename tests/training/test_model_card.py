@@ -53,7 +53,8 @@ def test_a_card_says_what_was_done_in_metadata_that_the_hub_takes(tmp_path, kind
     )
     assert data.get("license") == {"demo": "apache-2.0", "folder": "mit"}.get(path)
     for said in ("| Objective | `iopo`, beta 0.1", "rank 12", "`heldout",
-                 "`train.jsonl` (sha256 `" + "a" * 64, "7 of 16 examples", "75.0 [59.8, 85.8]", "40 held-out quads"):  # fmt: skip
+                 "`train.jsonl` (sha256 `" + "a" * 64, "7 of 16 examples",
+                 "75.0 [59.8, 85.8]", "40 held-out quads"):  # fmt: skip
         assert said in text, said
     assert "/home/someone" not in text and str(tmp_path) not in text
     assert ("--max-lora-rank 16" in text) == (kind == ADAPTER)
