@@ -186,7 +186,7 @@ def train(cfg: TrainConfig, folder: Path, ranks: RankInfo, control: Control) -> 
             if stop and not last:
                 return
     # The export comes first: it is what the run was for.
-    export.export_run(run, folder, Facts.of(cfg, run.inputs, done), ranks)
+    export.export_run(run, folder, Facts(cfg, run.inputs, done), ranks)
     if ranks.is_main:
         samples.after(folder, cfg.evaluation, run.inputs, model)
         report.write_summary(folder)

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -70,7 +69,8 @@ class ExportError(RuntimeError):
 
 def export(run: Run, folder: Path, facts: Facts, ranks: RankInfo) -> None:
     """Write what the config asks for into `folder`. Every rank calls it; rank 0 writes."""
-    cfg, model, path, base, dtype = facts.cfg.export, facts.cfg.model, facts.base, None, None
+    cfg, model, path = facts.cfg.export, facts.cfg.model, run.inputs.model_path
+    base = dtype = None
     if not cfg.any:
         return
     # The adapter's base is model.path, unless the run changed or drew it: then it is written too.
@@ -115,7 +115,7 @@ def push(folder: Path, name: str) -> None:
         hub = HfApi()
         hub.create_repo(name, private=True, exist_ok=True)
         hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Export of iopo")
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # the hub's, the network's, its client's
         raise ExportError(
             f"{folder} is complete, but was not pushed to {name}: {redact(str(error))}\n"
             f"Push it by hand: hf upload {name} {folder}"
@@ -158,7 +158,7 @@ def export_step(cfg: TrainConfig, scratch: Path, ranks: RankInfo, control: Contr
     place = folder / "exported" / folders[step].name
     if ranks.is_main:
         place.mkdir(parents=True, exist_ok=True)
-    export(run, place, Facts.of(cfg, run.inputs, step), ranks)
+    export(run, place, Facts(cfg, run.inputs, step), ranks)
     log.info(f"{folders[step]} -> {place}")
 
 

@@ -21,6 +21,7 @@ from iopo.model.parallel import prepare
 from iopo.training import export
 from iopo.training.launch.placement import RankInfo
 
+pytestmark = pytest.mark.timeout(3600)
 CPU = torch.device("cpu")
 READER = str(Path(__file__).parent / "helpers_read_export.py")
 HUB = "huggingface_hub==0.36.0"
