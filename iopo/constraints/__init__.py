@@ -53,13 +53,15 @@ def make(kind: str, **params: Any) -> Constraint:
 def from_dict(row: Mapping[str, Any]) -> Constraint:
     """The constraint of a row {"kind", "params", ...}, as in c1 and c2; other keys are ignored.
 
+    Parameters that are None are ignored: a column of Parquet has those of all kinds in every row.
     Raises ValueError on a row without kind or params, and as `make` does.
     """
     if not isinstance(row.get("kind"), str) or not isinstance(row.get("params"), Mapping):
         raise ValueError(
             f"constraint row {dict(row)!r}: expected a string 'kind' and an object 'params'"
         )
-    return make(row["kind"], **row["params"])
+    given = {name: value for name, value in row["params"].items() if value is not None}
+    return make(row["kind"], **given)
 
 
 def compatible(constraints: Iterable[Constraint]) -> bool:

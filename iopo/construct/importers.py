@@ -20,14 +20,14 @@ FURTHER_KEYS = ("input", "query")  # Alpaca's, on a line below; alone, they are 
 DIALOGUES = ("conversations", "messages")
 
 
-def preferences(path: Path) -> Iterator[Pair | str]:
+def preferences(source: str | Path) -> Iterator[Pair | str]:
     """Rows of a preference set (prompt, chosen, rejected), or why a row cannot be used.
 
     Alpaca's `input` is joined to its instruction. Without a prompt, it is taken from the dialogue
     or from the first turn of `chosen`. Dialogues of several turns, and rows that hold more of a
     prompt (history, tools, images), are skipped: a member is one prompt and one response.
     """
-    for place, row, fault in iter_records(path):
+    for place, row, fault in iter_records(source):
         if fault is None and isinstance(row, dict):
             yield _pair(row)
             continue

@@ -201,7 +201,7 @@ def relabel_file(recipe: RelabelRecipe) -> dict[str, Any]:
             split: stack.enter_context((out / f"{split}.jsonl").open("w", encoding="utf-8"))
             for split in SPLITS
         }
-        for pair in importers.preferences(Path(recipe.source)):
+        for pair in importers.preferences(recipe.source):
             row: dict[str, Any] | str
             if isinstance(pair, str):
                 row = pair

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from iopo.data import checks
 from iopo.files import Place, iter_records, sha256_text, shortened
+from iopo.sources import files_of
 
 MAX_LISTED = 20  # bad rows shown of one file; the rest is counted
 NO_FILE = """no such file.
@@ -79,15 +80,16 @@ CLASSES: dict[str, type[Quad] | type[Pair] | type[Sft]] = {"quad": Quad, "pair":
 
 
 def read_rows(path: str | Path, kind: str | None = None) -> list[Row]:
-    """The rows of a .jsonl file or a .json list, in file order.
+    """The rows of a source (iopo/sources.py), in order.
 
     kind: "quad" | "pair" | "sft", or None for the kind of the file's first readable row; one file
     holds one kind. A row without an id gets the first 16 hex digits of the sha256 of its texts.
     Raises ValueError that lists every bad row with its place, what was found and a good row.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: {NO_FILE}")
+    try:
+        files_of(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: {NO_FILE}") from error
     rows: list[Row] = []
     bad: list[str] = []
     place_of_id: dict[str, Place] = {}
@@ -213,6 +215,7 @@ def read_turns(
     turns: list[tuple[str, str]] = []
     for number, message in enumerate(listed):
         given = message if isinstance(message, dict) else {}
+        given = {key: value for key, value in given.items() if value is not None}
         role, text = given.get("role", given.get("from")), given.get("content", given.get("value"))
         if not isinstance(role, str) or not isinstance(text, str):
             found = sorted(message) if isinstance(message, dict) else type(message).__name__

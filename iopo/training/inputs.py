@@ -17,7 +17,7 @@ from iopo.data.chat import Chat
 from iopo.data.example import Example
 from iopo.data.rows import Quad, read_rows, rows_for, spread
 from iopo.data.tokenize import Encoder, Limits, Report, tokenize_rows
-from iopo.files import cache_root, sha256_file
+from iopo.files import cache_root, sha256_rows
 from iopo.model.attention import SHARED
 from iopo.model.load import (
     byte_tokenizer,
@@ -62,13 +62,13 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
     """
     data = cfg.data
     if data.train is None:
-        raise ValueError("data.train: not set; give a .jsonl or .json file (data/README.md)")
+        raise ValueError("data.train: not set; give a file of rows (data/README.md)")
     of = objectives.OBJECTIVES[cfg.objective.name].rows
-    read = read_rows(Path(data.train))[: data.limit_rows]
+    read = read_rows(data.train)[: data.limit_rows]
     train_rows = rows_for(of.kind, read, data.quad_rows)
     heldout_quads: list[Quad] = []
     if data.heldout is not None:
-        rows = read_rows(Path(data.heldout), kind="quad")
+        rows = read_rows(data.heldout, kind="quad")
         heldout_quads = spread([r for r in rows if isinstance(r, Quad)], cfg.evaluation.quads)
     margin = cfg.objective.margin_per_constraint
     bare = [row.id for row in train_rows if not (isinstance(row, Quad) and row.c1 and row.c2)]
@@ -102,7 +102,7 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
         heldout_quads = [quad for quad in heldout_quads if quad.id in kept]
     files = {data.train: train, str(data.heldout): heldout}
     notes += check_rows(policy, chat, files, shared=data.layout is Layout.shared)
-    data_hash = " ".join(sha256_file(file) for file in (data.train, data.heldout) if file)
+    data_hash = " ".join(sha256_rows(file) for file in (data.train, data.heldout) if file)
     inputs = Inputs(model_path, chat, train, heldout, heldout_quads, reports, data_hash, notes)
     check_samples(
         policy, chat, inputs.samples(cfg.evaluation.samples), cfg.evaluation.max_new_tokens
