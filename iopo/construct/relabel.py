@@ -23,6 +23,7 @@ from iopo.construct.prose import REFUSAL, ends_a_sentence, script_of
 from iopo.construct.quadruples import MATCH, Balance, constraint_rows, four_cells, sign
 from iopo.construct.tasks import Task, quad_row
 from iopo.construct.taxonomy import MOST_CONSTRAINTS, draw_number
+from iopo.data.columns import as_written, first_turn, last_turn, text_of, with_last
 from iopo.data.rows import Pair
 from iopo.files import write_text
 
@@ -90,8 +91,9 @@ class Relabeller:
         return None
 
     def row(self, pair: Pair, task: Task, split: str) -> dict[str, Any] | str:
-        """The quad of a pair whose prompt is this task; a str says why there is none."""
-        language = LANGUAGE.get(script_of(pair.x))
+        """The quad of a pair whose prompt ends with this task; a str says why there is none."""
+        asked = text_of(pair.x)
+        language = LANGUAGE.get(script_of(asked))
         said = replace(
             pair,
             chosen=cut.after_thinking(pair.chosen),
@@ -106,12 +108,12 @@ class Relabeller:
         rng = random.Random(f"{self.recipe.seed}/{pair.id}")
         kinds = self.recipe.kinds(split, language)
         orders = [self.balances[split].order(kinds, rng) for _ in range(2)]
-        found = tell_apart(said.chosen, said.rejected, unmentioned(orders[0], pair.x), rng)
+        found = tell_apart(said.chosen, said.rejected, unmentioned(orders[0], asked), rng)
         if found is None:
             return "nothing tells the responses apart"
         numbers = [draw_number(rng, self.recipe.most_constraints) for _ in (1, 2)]
         sides = [
-            fill(first, text, unmentioned(order, pair.x), number, rng)
+            fill(first, text, unmentioned(order, asked), number, rng)
             for first, text, order, number in zip(
                 found, (said.chosen, said.rejected), orders, numbers, strict=True
             )
@@ -131,8 +133,12 @@ class Relabeller:
         rows = [constraint_rows(side) for side in written]
         row = quad_row(task, rows[0], y1, rows[1], y2, pair.system)
         for n, c in enumerate((c1, c2), 1):
-            if reasons := hollow(row[f"y{n}"], row[f"x{n}"], c):
+            x = with_last(pair.x, row[f"x{n}"])
+            if reasons := hollow(row[f"y{n}"], text_of(x), c):
                 return f"no answer: {reasons[0]}"
+            row[f"x{n}"] = as_written(x)
+        if not isinstance(pair.x, str):
+            row["task"] = asked
         self.balances[split].add([c.kind for c in (*c1, *c2)], together)
         self._seen |= digests
         end = {"source": "relabel", "split": split, "match": [1, 0, 1, 0], "origin": pair.id}
@@ -163,7 +169,7 @@ def unusable(pair: Pair, language: str | None, most_words: int) -> str | None:
         size = cut.han_characters(text) if language == "zh" else len(cut.words(text))
         if size > most_words:
             return "too long"
-        if reasons := hollow(text, pair.x):
+        if reasons := hollow(text, text_of(pair.x)):
             return f"no answer: {reasons[0]}"
         if not ends_a_sentence(text[-200:]) and text[-1] not in "。！？”』」）":
             return "unfinished"
@@ -206,7 +212,8 @@ def relabel_file(recipe: RelabelRecipe) -> dict[str, Any]:
             if isinstance(pair, str):
                 row = pair
             else:
-                row = relabeller.row(pair, Task(pair.x), split_of(pair.x, recipe.heldout_share))
+                split = split_of(first_turn(pair.x), recipe.heldout_share)
+                row = relabeller.row(pair, Task(last_turn(pair.x)), split)
             if isinstance(row, str):
                 dropped[row] += 1
                 continue

@@ -23,6 +23,7 @@ from iopo.constraints.answers import hollow
 from iopo.constraints.text import CJK, tokens, words
 from iopo.construct.prose import ends_a_sentence, script_of
 from iopo.construct.quadruples import CELLS, MATCH, four_cells, sign
+from iopo.data.columns import read_prompt, text_of
 from iopo.files import Place, iter_records
 
 TEXTS = ("x1", "y1", "x2", "y2")
@@ -169,9 +170,10 @@ def off_task(files: Sequence[Path], model_path: str) -> list[Violation]:
             sides = row if fault is None and isinstance(row, dict) else {}
             for n in (1, 2):
                 x, y = sides.get(f"x{n}"), sides.get(f"y{n}")
-                if isinstance(x, str) and isinstance(y, str) and y.strip():
+                prompt = read_prompt(x)
+                if prompt is not None and isinstance(y, str) and y.strip():
                     places.append((place, f"y{n}"))
-                    tasks.append(bare(x))
+                    tasks.append(bare(prompt))
                     texts.append(y)
     folder = resolve_model(model_path)
     base = load_for_scoring(folder, None, *placing(ModelSection()))
@@ -189,10 +191,12 @@ def _check_row(
 ) -> Iterator[Fault]:
     """All that is wrong with a row; what follows from another fault is left out."""
     texts = row if isinstance(row, dict) else {}
-    missing = [key for key in TEXTS if not isinstance(texts.get(key), str)]
+    prompts = {key: read_prompt(texts.get(key)) for key in ("x1", "x2")}
+    missing = [k for k in TEXTS if not isinstance(texts.get(k), str) and prompts.get(k) is None]
     if missing:
         yield "keys", f"{', '.join(missing)} missing or no text; a row has {', '.join(TEXTS)}"
         return
+    row = row | {key: text_of(x) for key, x in prompts.items() if x is not None}
     yield from _repeated(row, here, seen)
     for key in TEXTS if grams else ():
         shared = next((gram for gram in _grams(row[key]) if gram in grams), None)

@@ -7,6 +7,7 @@ from typing import Any
 from iopo import constraints
 from iopo.config import EvaluationConfig
 from iopo.data.chat import Chat
+from iopo.data.columns import text_of
 from iopo.data.rows import Quad
 from iopo.files import read_records, write_records
 from iopo.model.generate import Decoding, generate
@@ -59,7 +60,12 @@ def answer(
         model.set_attn_implementation(attention)
     texts = [generation.text.strip() for generation in generations]
     return [
-        {"id": q.id, "prompt": q.x1, "text": text, "constraints": _verdicts(q.c1 or [], text)}
+        {
+            "id": q.id,
+            "prompt": text_of(q.x1),
+            "text": text,
+            "constraints": _verdicts(q.c1 or [], text),
+        }
         for q, text in zip(quads, texts, strict=True)
     ]
 

@@ -56,19 +56,20 @@ def turn(role: str, text: str) -> dict:
         (
             {"chosen": [turn("user", "P"), turn("assistant", "Q"), turn("user", "R"),
                         turn("assistant", "A")], "rejected": "B"},
-            "several turns",
+            "'chosen' and 'rejected' differ before their last turn, expected one prompt",
         ),
         (
             {"prompt": [turn("user", "P"), turn("assistant", "Q"), turn("user", "R")],
              "chosen": [turn("user", "R"), turn("assistant", "A")], "rejected": "B"},
-            "several turns",
+            ((("user", "P"), ("assistant", "Q"), ("user", "R")), "A", "B", None),
         ),
         ({"prompt": "P", "chosen": [turn("assistant", "A"), turn("tool", "T")],
-          "rejected": "B"}, "several turns"),
+          "rejected": "B"},
+         "'chosen' has the turns ..., expected one of the assistant at the end"),
         ({"prompt": "P", "system": "S", "chosen": "A", "rejected": "B"}, ("P", "A", "B", "S")),
         (
             {"prompt": "P", "chosen": [turn("user", "Q"), turn("assistant", "A")], "rejected": "B"},
-            "the two sides answer different prompts",
+            "'prompt' is not what stands before the last turn of 'chosen'",
         ),
         ({"prompt": "P", "system": " ", "chosen": "A", "rejected": "B"}, ("P", "A", "B", None)),
         (
