@@ -9,13 +9,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from iopo.constraints import ifeval  # it imports all files of kinds, which join KINDS
+from iopo.constraints import ifeval, iftrain  # with what they import: all kinds, which join KINDS
 from iopo.constraints.base import KINDS, Constraint
+from iopo.constraints.ids import IFTRAIN_IDS, from_function, from_id
 from iopo.constraints.ifeval import IFEVAL_IDS, from_ifeval
 from iopo.constraints.text import after_thinking
 
 __all__ = [
     "IFEVAL_IDS",
+    "IFTRAIN_IDS",
     "KINDS",
     "MEASURED_KINDS",
     "Constraint",
@@ -23,6 +25,8 @@ __all__ = [
     "follows",
     "follows_loosely",
     "from_dict",
+    "from_function",
+    "from_id",
     "from_ifeval",
     "loose_variants",
     "make",
@@ -30,7 +34,9 @@ __all__ = [
 
 # kinds that measure quickly and need nothing but Python: what training data is made of
 MEASURED_KINDS: dict[str, type[Constraint]] = {
-    kind: cls for kind, cls in KINDS.items() if cls.__module__ != ifeval.__name__
+    kind: cls
+    for kind, cls in KINDS.items()
+    if cls.__module__ not in (ifeval.__name__, iftrain.__name__)
 }
 
 

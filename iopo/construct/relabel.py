@@ -1,16 +1,22 @@
 """Quads from any preference set, without a model: its two responses are measured and relabelled.
 
 For each row (prompt, chosen, rejected) the constraints that hold for one response and not for the
-other become two instructions. Rows stream: memory holds a digest of each response and some counts.
+other become two instructions. Rows stream in blocks, over all cores: memory holds a few blocks, a
+digest of each response and some counts. Each block balances its kinds and lengths by itself, so
+that the files do not depend on the number of cores.
 """
 
 import hashlib
 import json
 import logging
+import os
 import random
+import time
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +24,7 @@ from iopo.constraints import Constraint
 from iopo.constraints import text as cut
 from iopo.constraints.answers import hollow
 from iopo.construct import importers, require
+from iopo.construct.blocks import in_blocks
 from iopo.construct.contrast import KINDS, fill, tell_apart, unmentioned
 from iopo.construct.prose import REFUSAL, ends_a_sentence, script_of
 from iopo.construct.quadruples import MATCH, Balance, constraint_rows, four_cells, sign
@@ -25,13 +32,15 @@ from iopo.construct.tasks import Task, quad_row
 from iopo.construct.taxonomy import MOST_CONSTRAINTS, draw_number
 from iopo.data.columns import as_written, first_turn, last_turn, text_of, with_last
 from iopo.data.rows import Pair
-from iopo.files import write_text
+from iopo.files import read_records, write_text
+from iopo.sources import files_of
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "heldout", "heldout_kinds")
 Written = list[tuple[Constraint, str]]  # constraints of one side, each with its sentence
 LANGUAGE = {"latin": "en", "chinese": "zh"}  # a script that we can write instructions for
+SHOW_EVERY_S = 5
 _REFUSED_BY = 300  # characters: a refusal comes first
 
 
@@ -68,9 +77,9 @@ class RelabelRecipe:
 class Relabeller:
     """Turns pairs into rows of quads, one after the other; the same for the same input order."""
 
-    def __init__(self, recipe: RelabelRecipe):
+    def __init__(self, recipe: RelabelRecipe, steady: bool = False):
         self.recipe = recipe
-        self.balances = {split: Balance(recipe.most_share) for split in SPLITS}
+        self.balances = {split: Balance(recipe.most_share, steady=steady) for split in SPLITS}
         self.balances["heldout_kinds"].most_share = 1.0  # a few kinds share all of it
         self._seen: set[int] = set()  # digests of responses
 
@@ -190,43 +199,107 @@ def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
+def _relabel_block(
+    recipe: RelabelRecipe, number: int, pairs: list[Pair | str]
+) -> list[dict[str, Any] | str]:
+    """The quad of each pair, or why there is none."""
+    relabeller = Relabeller(recipe, steady=number > 0)
+    found: list[dict[str, Any] | str] = []
+    for pair in pairs:
+        if not isinstance(pair, str):
+            split = split_of(first_turn(pair.x), recipe.heldout_share)
+            found.append(relabeller.row(pair, Task(last_turn(pair.x)), split))
+        else:
+            found.append(pair)
+    return found
+
+
+@dataclass
+class _Progress:
+    """What is in the files so far; kept beside them until all is there."""
+
+    of: list[Any]  # the recipe, and the files of its source
+    blocks: int = 0
+    size: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # bytes
+    rows: int = 0  # of the source
+    made: Counter[str] = field(default_factory=Counter)  # by split
+    dropped: Counter[str] = field(default_factory=Counter)
+    kinds: dict[str, Counter[str]] = field(default_factory=lambda: {s: Counter() for s in SPLITS})
+
+    def counts(self) -> dict[str, Any]:
+        return {
+            "in": self.made.total() + self.dropped.total(),
+            "out": dict(self.made),
+            "dropped": dict(self.dropped.most_common()),
+        }
+
+
+def _resumed(recipe: RelabelRecipe, note: Path) -> _Progress:
+    """The progress of a run with the same recipe and source that was killed; else that of none."""
+    stats = [(str(path), path.stat()) for path in files_of(recipe.source or "")]
+    of = [asdict(recipe), [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]]
+    kept = json.loads(note.read_text()) if note.exists() else {}
+    if kept.get("of") != of:
+        return _Progress(of)
+    for name in ("made", "dropped"):
+        kept[name] = Counter(kept[name])
+    kept["kinds"] = {split: Counter(kinds) for split, kinds in kept["kinds"].items()}
+    log.info("%s: goes on after %d rows", note.parent, kept["rows"])
+    return _Progress(**kept)
+
+
 def relabel_file(recipe: RelabelRecipe) -> dict[str, Any]:
     """Stream a preference set into the files of each split; returns counts, as in counts.json.
 
-    Raises ValueError on a source that is not set.
+    A run that was killed goes on after its last block. Raises ValueError on a source that is not
+    set.
     """
     if recipe.source is None:
         raise ValueError("recipe.source is not set; expected a file of prompt, chosen, rejected")
     out = Path(recipe.out)
     out.mkdir(parents=True, exist_ok=True)
-    relabeller = Relabeller(recipe)
-    made: Counter[str] = Counter()  # by split
-    dropped: Counter[str] = Counter()
+    note = out / "progress.json"
+    state = _resumed(recipe, note)
+    seen: set[int] = set()  # digests of responses
+    pairs = islice(importers.preferences(recipe.source), state.rows, None)
+    work = partial(_relabel_block, recipe)
+    last = time.monotonic()
     with ExitStack() as stack:
-        files = {
-            split: stack.enter_context((out / f"{split}.jsonl").open("w", encoding="utf-8"))
-            for split in SPLITS
-        }
-        for pair in importers.preferences(recipe.source):
-            row: dict[str, Any] | str
-            if isinstance(pair, str):
-                row = pair
-            else:
-                split = split_of(first_turn(pair.x), recipe.heldout_share)
-                row = relabeller.row(pair, Task(last_turn(pair.x)), split)
-            if isinstance(row, str):
-                dropped[row] += 1
-                continue
-            made[row["split"]] += 1
-            files[row["split"]].write(json.dumps(row, ensure_ascii=False) + "\n")
-            if made.total() == recipe.limit:
+        files = {}
+        for split in SPLITS:
+            path = out / f"{split}.jsonl"
+            path.touch()
+            os.truncate(path, state.size[split])
+            seen |= {_digest(row[y]) for row in read_records(path) for y in ("y1", "y2")}
+            files[split] = stack.enter_context(path.open("a", encoding="utf-8"))
+        for block in in_blocks(work, pairs, first=state.blocks):
+            for row in block:
+                if isinstance(row, dict):
+                    digests = {_digest(row["y1"]), _digest(row["y2"])}
+                    row = "repeated response" if digests & seen else row
+                if isinstance(row, str):
+                    state.dropped[row] += 1
+                    continue
+                seen |= digests
+                split = row["split"]
+                state.made[split] += 1
+                state.kinds[split].update(c["kind"] for c in (*row["c1"], *row["c2"]))
+                files[split].write(json.dumps(row, ensure_ascii=False) + "\n")
+                if state.made.total() == recipe.limit:
+                    break
+            state.rows, state.blocks = state.rows + len(block), state.blocks + 1
+            for split, file in files.items():
+                file.flush()
+                state.size[split] = file.tell()
+            if state.made.total() == recipe.limit:
                 break
-    counts = {
-        "in": made.total() + dropped.total(),
-        "out": dict(made),
-        "dropped": dict(dropped.most_common()),
-    }
+            write_text(note, json.dumps(vars(state)))
+            if time.monotonic() > last + SHOW_EVERY_S:
+                last = time.monotonic()
+                log.info("%d rows read, %d quads", state.rows, state.made.total())
+    counts = state.counts()
     log.info(json.dumps(counts, ensure_ascii=False))
-    counts["kinds"] = {s: dict(b.kinds.most_common()) for s, b in relabeller.balances.items()}
+    counts["kinds"] = {split: dict(kinds.most_common()) for split, kinds in state.kinds.items()}
     write_text(out / "counts.json", json.dumps(counts, indent=1, ensure_ascii=False) + "\n")
+    note.unlink(missing_ok=True)
     return counts
