@@ -91,12 +91,13 @@ def preferences(source: str | Path) -> Iterator[Pair | str]:
     Alpaca's `input` is joined to its instruction; of HelpSteer3 the preferred response is `chosen`,
     the first where none is. Rows that hold more of a prompt (history, tools, images) are skipped.
     """
-    unread: frozenset[str] | None = None
+    announced = False
     for place, row, fault in iter_records(source):
         if fault is None and isinstance(row, dict):
-            if unread is None:
-                unread = _announced(source, row, "preferences")
-            yield _pair({key: value for key, value in row.items() if key not in unread})
+            if not announced:
+                _announced(source, row, "preferences")
+                announced = True
+            yield pair_of(row)
             continue
         log.warning("%s: skipped: %s", place, fault or "expected an object")
         if fault is None:
@@ -105,7 +106,10 @@ def preferences(source: str | Path) -> Iterator[Pair | str]:
             yield "not JSON" if row is None else "half of a surrogate pair"
 
 
-def _pair(row: Row) -> Pair | str:
+def pair_of(row: Row) -> Pair | str:
+    """The pair of one row of a preference set, or why there is none."""
+    schema = schema_of(row)
+    row = {key: v for key, v in row.items() if schema is None or key not in schema.unread}
     if "response1" in row and "context" in row:
         row = _from_helpsteer(row)
     if not row.get("chosen") or not row.get("rejected"):

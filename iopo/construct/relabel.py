@@ -23,13 +23,12 @@ from typing import Any
 from iopo.constraints import Constraint
 from iopo.constraints import text as cut
 from iopo.constraints.answers import hollow
-from iopo.construct import importers, require
-from iopo.construct.blocks import in_blocks
+from iopo.construct import importers, in_blocks, require
 from iopo.construct.contrast import KINDS, fill, tell_apart, unmentioned
 from iopo.construct.prose import REFUSAL, ends_a_sentence, script_of
 from iopo.construct.quadruples import MATCH, Balance, constraint_rows, four_cells, sign
 from iopo.construct.tasks import Task, quad_row
-from iopo.construct.taxonomy import MOST_CONSTRAINTS, draw_number
+from iopo.construct.trace.taxonomy import MOST_CONSTRAINTS, draw_number
 from iopo.data.columns import as_written, first_turn, last_turn, text_of, with_last
 from iopo.data.rows import Pair
 from iopo.files import read_records, write_text

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from iopo.constraints import KINDS
-from iopo.construct import taxonomy
 from iopo.construct.summary import JUDGED, Tally
+from iopo.construct.trace import taxonomy
 from iopo.data.columns import read_prompt, text_of
 from iopo.files import iter_records, write_text
 from iopo.page import page

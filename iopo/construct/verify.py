@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from iopo.constraints import Constraint, from_dict
 from iopo.constraints.answers import hollow
 from iopo.constraints.text import CJK, tokens
-from iopo.construct.blocks import in_blocks
+from iopo.construct import in_blocks
 from iopo.construct.prose import ends_a_sentence, script_of
 from iopo.construct.quadruples import CELLS, MATCH, four_cells
 from iopo.construct.summary import JUDGED, Measured, Summary, measured, report

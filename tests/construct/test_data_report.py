@@ -6,8 +6,9 @@ from collections import Counter
 from pathlib import Path
 
 from iopo.constraints import KINDS
-from iopo.construct import report, taxonomy
+from iopo.construct import report
 from iopo.construct.summary import Summary, deviations, measured
+from iopo.construct.trace import taxonomy
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [ROOT / "data" / "verified" / f"{name}.jsonl" for name in ("heldout", "heldout_kinds")]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from iopo.construct import blocks, exporters, importers
+from iopo import construct
+from iopo.construct import exporters, importers
 from iopo.construct import relabel as relabelling
 from iopo.construct.prose import script_of
 from iopo.construct.relabel import RelabelRecipe, relabel_file
@@ -243,7 +244,7 @@ def test_relabelled_pairs_pass_verify_and_splits_hold(tmp_path):
 
 def test_blocks_processes_and_a_kill_change_nothing(tmp_path, monkeypatch):
     """Small blocks over two processes, against this one; then a run that dies after two blocks."""
-    monkeypatch.setattr(blocks, "BLOCK_ROWS", 40)
+    monkeypatch.setattr(construct, "BLOCK_ROWS", 40)
     pairs = pairs_of_quads()
     counts, files = made(tmp_path, [*pairs, pairs[0] | {"prompt": "Another prompt."}])
     texts = [path.read_text() for path in files]

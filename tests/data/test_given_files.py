@@ -11,7 +11,8 @@ import pytest
 from helpers_hub import serving
 
 from iopo import sources
-from iopo.construct import exporters, importers, report, taxonomy, verify
+from iopo.construct import exporters, importers, report, verify
+from iopo.construct.trace import taxonomy
 from iopo.data.rows import read_rows
 from iopo.evaluation.benchmarks import ifeval, quads
 from iopo.evaluation.items import Item
