@@ -9,7 +9,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from iopo.constraints import ifeval, iftrain  # with what they import: all kinds, which join KINDS
+from iopo.constraints import (  # with what they import: all kinds, which join KINDS
+    copies,
+    ifeval,
+    iftrain,
+)
 from iopo.constraints.base import KINDS, Constraint
 from iopo.constraints.ids import IFTRAIN_IDS, from_function, from_id
 from iopo.constraints.ifeval import IFEVAL_IDS, from_ifeval
@@ -36,7 +40,7 @@ __all__ = [
 MEASURED_KINDS: dict[str, type[Constraint]] = {
     kind: cls
     for kind, cls in KINDS.items()
-    if cls.__module__ not in (ifeval.__name__, iftrain.__name__)
+    if cls.__module__ not in (copies.__name__, ifeval.__name__, iftrain.__name__)
 }
 
 

@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from iopo.constraints import iftrain, lengths, marks
+from iopo.constraints import copies, iftrain, lengths, marks
 from iopo.constraints.base import Constraint
 from iopo.constraints.ifeval import (
     IFEVAL_IDS,
@@ -63,17 +63,17 @@ _IFTRAIN: dict[str, Callable[[Arguments], list[Constraint]]] = {
     "detectable_format:bigram_wrapping": lambda a: [iftrain.WrappedBigrams()],
     "detectable_format:square_brackets": lambda a: [iftrain.BracketedWords()],
     "detectable_format:sentence_hyphens": lambda a: [iftrain.HyphenatedSentences()],
-    "copy:copy": lambda a: [iftrain.Copies(a["prompt_to_repeat"])],
-    "copy:copying_simple": lambda a: [iftrain.Copies(a["prompt_to_repeat"])],
-    "copy:copying_multiple": lambda a: [iftrain.Copies(a["prompt_to_repeat"], a["N"])],
+    "copy:copy": lambda a: [copies.Copies(a["prompt_to_repeat"])],
+    "copy:copying_simple": lambda a: [copies.Copies(a["prompt_to_repeat"])],
+    "copy:copying_multiple": lambda a: [copies.Copies(a["prompt_to_repeat"], a["N"])],
     "new:copy_span_idx": lambda a: [
-        iftrain.Copies(a["prompt_to_repeat"][a["n_start"] : a["n_end"]])
+        copies.Copies(a["prompt_to_repeat"][a["n_start"] : a["n_end"]])
     ],
-    "copy:repeat_phrase": lambda a: [iftrain.RepeatedPhrase(a["phrase"].strip(), a["small_n"])],
+    "copy:repeat_phrase": lambda a: [copies.RepeatedPhrase(a["phrase"].strip(), a["small_n"])],
     "punctuation:punctuation_dot": lambda a: [marks.LetterFrequency("exactly", 0, ".")],
     "punctuation:punctuation_exclamation": lambda a: [marks.LetterFrequency("exactly", 0, "!")],
     "count:lowercase_counting": lambda a: [iftrain.LowercaseWords("at most", a["N"])],
-    "count:counting_composition": lambda a: [iftrain.Composition(a["n_sent"], a["n_words"])],
+    "count:counting_composition": lambda a: [copies.Composition(a["n_sent"], a["n_words"])],
     "count:count_unique": lambda a: [iftrain.UniqueWords()],
     "count:count_increment_word": lambda a: [
         _exactly(1, a["keyword1"]), _exactly(2, a["keyword2"]),

@@ -69,11 +69,7 @@ def test_follow_replaces_one_constraint_by_another(tmp_path):
 
     def sampler(prompts, seed):
         text = "The Rhine and the Danube are two long rivers of the middle of Europe."
-        forms = {
-            "lowercase": text.lower(),
-            "capital letters (no": text.upper(),
-            "title": text.title(),
-        }
+        forms = {"title case": text.title(), "(no l": text.upper(), "lowercase": text.lower()}
         return [
             (next((f for key, f in forms.items() if key in prompt), text), "stop")
             for prompt in prompts
