@@ -70,7 +70,8 @@ class ExportError(RuntimeError):
 def export(run: Run, folder: Path, facts: Facts, ranks: RankInfo) -> None:
     """Write what the config asks for into `folder`. Every rank calls it; rank 0 writes."""
     cfg, model, path = facts.cfg.export, facts.cfg.model, run.inputs.model_path
-    base = dtype = None
+    base: str | None = None
+    dtype: torch.dtype | None = None
     if not cfg.any:
         return
     # The adapter's base is model.path, unless the run changed or drew it: then it is written too.
@@ -80,8 +81,8 @@ def export(run: Run, folder: Path, facts: Facts, ranks: RankInfo) -> None:
         base = hub or str(path.resolve())
     if cfg.dtype is not Dtype.auto:
         dtype = DTYPES[cfg.dtype]
-    elif path is not None:
-        dtype = read_config(path).dtype
+    elif path is not None and isinstance(stored := read_config(path).dtype, torch.dtype):
+        dtype = stored
     origin = Origin(base, dtype, partial(card, facts))
     with progress(None, f"exporting to {folder}"):
         write_exports(run.model, folder, cfg, run.inputs.chat, origin, ranks)
