@@ -70,13 +70,14 @@ class ExportError(RuntimeError):
 def export(run: Run, folder: Path, facts: Facts, ranks: RankInfo) -> None:
     """Write what the config asks for into `folder`. Every rank calls it; rank 0 writes."""
     cfg, model, path = facts.cfg.export, facts.cfg.model, run.inputs.model_path
-    base = dtype = None
+    base: str | None = None
+    dtype: torch.dtype | None = None
     if not cfg.any:
         return
     # The adapter's base is model.path, unless the run changed or drew it: then it is written too.
     if path is not None and model.adapter is None:
         # Others find a model by its id on the hub, or in its folder, wherever they look from.
-        hub = model.path != "demo" and hub_id(model.path)
+        hub = None if model.path == "demo" else hub_id(model.path)
         base = hub or str(path.resolve())
     if cfg.dtype is not Dtype.auto:
         dtype = DTYPES[cfg.dtype]
