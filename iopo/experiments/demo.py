@@ -27,7 +27,7 @@ DATA = REPOSITORY / "data" / "verified"
 # for SFT and 96 of 1700 quads for IOPO, in small steps, and few quads and samples while training.
 SMALL = ("optim.global_batch_quads=8", "evaluation.quads=8", "evaluation.samples=2")
 SFT = ("optim.max_steps=20", *SMALL)
-IOPO = ("data.limit_rows=96", "optim.lr=3e-5", *SMALL)
+IOPO = ("data.limit_rows=96", *SMALL)
 # Held-out quads. No task is one of training's; "unseen_kinds" asks for kinds of constraints that
 # are not in the training set either.
 HELD_OUT = {"seen": "heldout.jsonl", "unseen_kinds": "heldout_kinds.jsonl"}

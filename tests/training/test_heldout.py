@@ -11,6 +11,8 @@ import torch
 from helpers_models import tiny_llama
 
 from iopo.config import EvaluationConfig
+from iopo.constraints import from_dict
+from iopo.constraints.answers import hollow
 from iopo.data.chat import Chat
 from iopo.data.rows import Quad
 from iopo.evaluation import on_task
@@ -23,6 +25,7 @@ from iopo.evaluation.config import (
     ModelSection,
 )
 from iopo.files import read_records, write_records
+from iopo.model.demo_model import fetch_demo_model
 from iopo.model.generate import Generation
 from iopo.model.load import byte_tokenizer, load_causal_lm, load_tokenizer
 from iopo.training import samples
@@ -136,6 +139,28 @@ def test_following_is_judged_after_thinking(model, monkeypatch, tmp_path, caplog
     assert [row["raw"] for row in rows] == [*said[:2], None, None]
     assert scores["degeneration"]["empty"] == 0.25
     assert scores["notes"] == ["thinking removed from 2 answers, 1 unclosed, which are empty"]
+
+
+@pytest.mark.slow
+def test_planted_hollow_answers_are_caught_with_the_demo_models_ranks():
+    """Those that nothing in their text gives away answer another task, or are gibberish."""
+    rows = read_records(Path(__file__).parents[1] / "fixtures" / "hollow_answers.jsonl")
+    folder = fetch_demo_model()
+    base = heldout.load_for_scoring(folder, None, "cpu", torch.float32)
+    tasks, texts = ([row[name] for row in rows] for name in ("task", "text"))
+    ranks = on_task.task_ranks(base, Chat(load_tokenizer(folder)), tasks, texts)
+    caught = [
+        rank > on_task.MOST_RANK
+        or bool(
+            hollow(
+                r["text"], r["prompt"], [from_dict(c) for c in r["constraints"]], ended=r["ended"]
+            )
+        )
+        for r, rank in zip(rows, ranks, strict=True)
+    ]
+    assert sum(caught) >= 0.95 * len(rows)
+    foreign = [row["kind"] == "another task's answer" for row in rows]
+    assert all(rank > 1 for rank, other in zip(ranks, foreign, strict=True) if other)
 
 
 def test_an_answer_is_ranked_after_its_own_task_as_the_stock_model_would(model):
