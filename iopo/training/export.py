@@ -82,7 +82,8 @@ def export(run: Run, folder: Path, facts: Facts, ranks: RankInfo) -> None:
     if cfg.dtype is not Dtype.auto:
         dtype = DTYPES[cfg.dtype]
     elif path is not None:
-        dtype = read_config(path).dtype
+        found = read_config(path).dtype
+        dtype = found if isinstance(found, torch.dtype) else None
     origin = Origin(base, dtype, partial(card, facts))
     with progress(None, f"exporting to {folder}"):
         write_exports(run.model, folder, cfg, run.inputs.chat, origin, ranks)
