@@ -77,12 +77,13 @@ def export(run: Run, folder: Path, facts: Facts, ranks: RankInfo) -> None:
     # The adapter's base is model.path, unless the run changed or drew it: then it is written too.
     if path is not None and model.adapter is None:
         # Others find a model by its id on the hub, or in its folder, wherever they look from.
-        hub = model.path != "demo" and hub_id(model.path)
+        hub = None if model.path == "demo" else hub_id(model.path)
         base = hub or str(path.resolve())
     if cfg.dtype is not Dtype.auto:
         dtype = DTYPES[cfg.dtype]
-    elif path is not None and isinstance(stored := read_config(path).dtype, torch.dtype):
-        dtype = stored
+    elif path is not None:
+        found = read_config(path).dtype
+        dtype = found if isinstance(found, torch.dtype) else None
     origin = Origin(base, dtype, partial(card, facts))
     with progress(None, f"exporting to {folder}"):
         write_exports(run.model, folder, cfg, run.inputs.chat, origin, ranks)

@@ -111,7 +111,10 @@ def vllm(log: Path, *arguments: str) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         server.terminate()
-        server.wait(60)
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:
+            server.kill()
 
 
 def answers(made: Path, out: str, **source) -> list[dict]:

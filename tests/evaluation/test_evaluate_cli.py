@@ -165,7 +165,7 @@ def test_odd_answers_are_counted_not_fatal(data: Path, tmp_path: Path, caplog) -
     scores = evaluate(settings(data, answers))
     assert scores["responses"] == {
         "answers": 3, "empty": 1, "missing": 1, "unknown": 1, "repeated": 1, "failed": 0,
-        "cut_at_token_limit": 0,
+        "cut_at_token_limit": 0, "unpinned": 0,
     }  # fmt: skip
     assert scores["scores"]["prompt_strict"]["n"] == 4, "missing answers stay in the denominator"
     text = caplog.text
