@@ -21,7 +21,8 @@ pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 13px }
 .answers { display: table; table-layout: fixed; width: 100% }
 @media (max-width: 700px) { /* a phone: a column under the other, a picture to scroll */
   .answers, .answers tr { display: block; margin-bottom: 1.5rem } .answers td { display: block }
-  .answers th { display: none } .wide img { max-width: none } }
+  .answers td::before { content: attr(data-who); font-weight: bold } .answers th { display: none }
+  .wide img { max-width: none } }
 </style></head><body><h1>{{ title }}</h1>
 {% block body %}{% endblock %}
 </body></html>

@@ -195,7 +195,8 @@ Curves: <a href="sft/report.html">SFT</a>, <a href="iopo/report.html">IOPO</a>.<
 after training, {{ shown[1] }} of the other {{ of[1] }}.</p>
 <table class="answers"><tr><th>prompt</th>{% for s in stages %}<th>{{ s }}</th>{% endfor %}</tr>
 {% for group in samples %}<tr><td class="answer">{{ group[0].prompt }}</td>
-{% for a in group %}<td>{{ answer(a.text, zip(a.texts, a.follows), a.hollow) }}</td>
+{% for s, a in zip(stages, group) %}
+<td data-who="{{ s }}">{{ answer(a.text, zip(a.texts, a.follows), a.hollow) }}</td>
 {% endfor %}</tr>{% endfor %}
 </table>""")
 

@@ -105,7 +105,7 @@ PAGE = page("""{% macro numbers(rows) %}
 {% if samples %}<h2>Before and after</h2>
 <table class="answers"><tr><th>prompt</th><th>before</th><th>after</th></tr>
 {% for s in samples %}<tr><td class="answer">{{ s.prompt }}</td>
-{% for a in (s.before, s.after) %}<td>{% if a %}
+{% for who, a in (("before", s.before), ("after", s.after)) %}<td data-who="{{ who }}">{% if a %}
 {{ answer(a.text, verdicts(a), a.hollow) }}{% endif %}</td>
 {% endfor %}</tr>{% endfor %}
 </table>{% endif %}
