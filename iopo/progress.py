@@ -19,6 +19,7 @@ FIRST_S, EVERY_S, SAME_S = 3.0, 10.0, 60.0  # the first line, the next ones, tho
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 _bars: Progress | None = None  # the terminal's, while any work is shown
+_open: list["weakref.ref[progress]"] = []  # work with lines, the innermost last
 
 
 class progress:  # noqa: N801 - used as a function
@@ -40,9 +41,8 @@ class progress:  # noqa: N801 - used as a function
         elif sys.stdout.isatty():
             self._bar = _add_bar(total, what, done)
         else:
-            threading.Thread(
-                target=_tick, args=(weakref.ref(self), self._over), daemon=True
-            ).start()
+            _open.append(of := weakref.ref(self))
+            threading.Thread(target=_tick, args=(of, self._over), daemon=True).start()
 
     def __call__(self, done: int, text: str = "") -> None:
         """So many units are done, those of before included. text: of a training step."""
@@ -77,6 +77,7 @@ class progress:  # noqa: N801 - used as a function
 
     def close(self) -> None:
         self._over.set()
+        _open[:] = [of for of in _open if of() not in (None, self)]
         if self._bar is not None:
             _remove_bar(self._bar)
             self._bar = None
@@ -100,12 +101,12 @@ def tracked(items: Collection[T], what: str) -> Iterator[T]:
 
 
 def _tick(of: "weakref.ref[progress]", over: threading.Event) -> None:
-    """Show work that does not call."""
+    """Show work that does not call, unless it waits for work inside it, which is shown."""
     wait = FIRST_S
     while not over.wait(wait):
         if (work := of()) is None:
             return
-        if time.monotonic() - work.shown >= wait - 0.1:
+        if _open[-1:] == [of] and time.monotonic() - work.shown >= wait - 0.1:
             work.show()
             wait = min(SAME_S, max(EVERY_S, 2 * wait))
         del work

@@ -28,7 +28,8 @@ def key(parts: Sequence[object]) -> str:
     """Hash of `parts` (JSON values), of all code that reads rows and makes tokens of them, and of
     tokenizers' version."""
     here = Path(__file__).parent
-    sources = [path.read_text() for path in (*sorted(here.glob("*.py")), here.parent / "files.py")]
+    readers = (here.parent / name for name in ("files.py", "sources.py"))
+    sources = [path.read_text() for path in (*sorted(here.glob("*.py")), *readers)]
     return sha256_text(json.dumps([*parts, *sources, tokenizers.__version__]))[:32]
 
 

@@ -99,6 +99,12 @@ def test_work_that_never_calls_is_shown_all_the_same(quick):
     assert len(quick.messages) == shown
 
 
+def test_of_nested_work_the_innermost_is_shown(quick):
+    with progress(9, "steps"), progress(None, "saving"):
+        assert set(wait_for_lines(quick, 3)) == {"saving: 0 s so far"}
+    assert module._open == []
+
+
 def test_counted_work_says_how_much_time_is_left(quick, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
