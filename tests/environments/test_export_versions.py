@@ -10,6 +10,7 @@ from helpers_environments import libraries, python_with
 from helpers_models import SMALL
 from helpers_read_export import read
 from helpers_tokenizer import tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from iopo.config import ExportConfig
 from iopo.data.chat import Chat
@@ -162,10 +163,13 @@ def test_llama_cpp_converts_the_same_model(tmp_path):
     converter = str(folder / "convert_hf_to_gguf.py")
     arguments = (str(tmp_path / "export"), "--outfile", str(gguf), "--outtype", "f32")
     python_with(folder, converter, *arguments)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    there = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name).float()
-    here = AutoModelForCausalLM.from_pretrained(tmp_path / "export").float()
+    there = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    here = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")
     read_back = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     for prompt in PROMPTS:
