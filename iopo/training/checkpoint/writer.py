@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from iopo.config import CheckpointConfig
 from iopo.files import sha256_file, write_text
+from iopo.progress import progress
 from iopo.redact import redact
 from iopo.training.checkpoint import folders
 
@@ -80,7 +81,8 @@ class Checkpoints:
             stager.close()
             self._pending = self._thread.submit(self._write, step, staged)
         else:
-            self._write(step, state)
+            with progress(None, f"saving step {step}"):
+                self._write(step, state)
 
     def secure(self, step: int, state: dict[str, Tensor], description: dict[str, Any]) -> None:
         """As `save`, but complete when it returns, and a failure is a warning: its part is removed,
@@ -97,7 +99,8 @@ class Checkpoints:
         """Return when nothing is being written any more; raises the error of that write."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.result()
+            with progress(None, "waiting for the last save"):
+                pending.result()
 
     def __enter__(self) -> Self:
         return self
