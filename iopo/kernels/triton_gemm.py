@@ -109,8 +109,8 @@ def forward_kernel(hidden, weight, bias_ptr, targets_ptr, top_ptr, sum_ptr, targ
                                  GROUP, DESCRIPTORS)  # fmt: skip
     rows, vocab = row + tl.arange(0, ROWS), entry + tl.arange(0, VOCAB)
     inside = rows < R
-    targets = tl.load(targets_ptr + rows, mask=inside, other=-1)
-    here = inside & (targets >= entry) & (targets < entry + VOCAB)
+    targets = tl.load(targets_ptr + rows, mask=inside, other=-1).to(tl.int32)
+    here = (targets >= entry) & (targets < entry + VOCAB)
     others = logits
     # One block in five holds a target, at V = 152,064, and the last may reach beyond V.
     if (tl.max(here.to(tl.int32), 0) > 0) | (entry + VOCAB > V):
@@ -140,7 +140,7 @@ def error_kernel(hidden, weight, bias_ptr, targets_ptr, shift_ptr, factor_ptr, m
                                  GROUP, DESCRIPTORS)  # fmt: skip
     rows, vocab = row + tl.arange(0, ROWS), entry + tl.arange(0, VOCAB)
     inside = rows < R
-    targets = tl.load(targets_ptr + rows, mask=inside, other=-1)
+    targets = tl.load(targets_ptr + rows, mask=inside, other=-1).to(tl.int32)
     shift = tl.load(shift_ptr + rows, mask=inside, other=0)
     factor = tl.load(factor_ptr + rows, mask=inside, other=0)
     miss = tl.load(miss_ptr + rows, mask=inside, other=0)
