@@ -121,6 +121,7 @@ def start(cfg: TrainConfig, config_text: str) -> int:
     placement = find_placement(ranks["processes"])
     set_up_logging(main=placement.is_main)
     check_sharding(cfg.parallel, placement.world_size)
+    export.check_push(cfg)
     batches = batching(cfg.optim, cfg.data.layout, cfg.seed, placement.world_size)
     inputs = load_inputs(cfg)
     steps = plan_steps(len(inputs.train), batches, cfg.optim.epochs, cfg.optim.max_steps)
@@ -184,7 +185,7 @@ def train(cfg: TrainConfig, folder: Path, ranks: RankInfo, control: Control) -> 
             if stop and not last:
                 return
     # The export comes first: it is what the run was for.
-    export.export_run(run, folder, cfg.model, cfg.export, ranks)
+    export.export_run(run, folder, cfg, ranks)
     if ranks.is_main:
         samples.after(folder, cfg.evaluation, run.inputs, model)
         report.write_summary(folder)

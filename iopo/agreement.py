@@ -26,6 +26,7 @@ from iopo.logprobs import LogProbs
 from iopo.model.attention import SHARED
 from iopo.model.load import check_config
 from iopo.model.parallel import blocks
+from iopo.progress import progress
 
 TOLERANCE = 1e-3  # nats, of a member's summed log-prob
 PROMPT, RESPONSE = 8, 4  # tokens of the short quad
@@ -208,7 +209,8 @@ def check_weights(model: PreTrainedModel, examples: Sequence[Example], *, where:
     quad = Example(first.id, (x1, x2), ((y1, y2), (y2, y1)))
     layers = len(blocks(model))
     training = model.training
-    with _first_layers(model), _widened(model):
+    shown = progress(None, "comparing log-probs with those of the model's own logits")
+    with shown, _first_layers(model), _widened(model):
         found = difference(model.eval(), [quad], model.config._attn_implementation)
     model.train(training)
     what = f"the first {min(layers, LAYERS)} of {layers} layers"

@@ -219,6 +219,17 @@ class TrackerConfig:
 class ExportConfig:
     model: bool = True
     merged: bool = False
+    dtype: Dtype = Dtype.auto
+    push_to_hub: str | None = None
+
+    def __post_init__(self):
+        name = self.push_to_hub
+        fits = name is None or (name.count("/") == 1 and all(name.split("/")))
+        _require(fits, "export.push_to_hub", name, "ORG/NAME")
+        _refuse(
+            name is not None and not self.any,
+            "export.push_to_hub has nothing to push; set export.model or export.merged",
+        )
 
     @property
     def any(self) -> bool:

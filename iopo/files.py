@@ -19,6 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Self
 
+from iopo.progress import progress
 from iopo.sources import files_of, parquet_rows
 
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"  # the first bytes of such files
@@ -293,11 +294,17 @@ def replacing(target: str | Path) -> Iterator[Path]:
     """A path beside `target` for a new file or folder, which takes its place when the block ends.
 
     A reader, or a crash, sees the old one or the new one, whole. After an error nothing is left.
+    The files of a folder get the mode of the umask.
     """
     target = Path(target)
     new, old = (target.with_name(f".{kind}.{os.getpid()}.{target.name}") for kind in ("new", "old"))
     try:
         yield new
+        if new.is_dir():  # safetensors writes 0600 whatever the umask says
+            mode = 0o666 & ~_umask()
+            for file in new.rglob("*"):
+                if file.is_file():
+                    file.chmod(mode)
         if target.is_dir():
             target.rename(old)
         os.replace(new, target)
@@ -307,6 +314,12 @@ def replacing(target: str | Path) -> Iterator[Path]:
                 shutil.rmtree(leftover)
             else:
                 leftover.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """The mode bits that new files do not get; os.umask could tell only by changing it."""
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x[:6] == "Umask:")
+    return int(line.split()[1], 8)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -338,3 +351,29 @@ def sha256_rows(source: str | Path) -> str:
 def sha256_text(text: str) -> str:
     """sha256 of a text in UTF-8, 64 hex digits."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def weights_hash(path: str | Path) -> str:
+    """sha256 (64 hex digits) over names and content of a folder's safetensors files and index.
+
+    The digest of each file is kept in the user's cache under its path, size and modification
+    time, so that 15 GB are read once. Sharding differently gives another hash.
+    """
+    files = sorted(Path(path).glob("*.safetensors*"))
+    if not files:
+        raise ValueError(f"{path}: no *.safetensors to hash; a hub id must be downloaded first")
+    with progress(None, f"hashing {path}"):
+        return sha256_text("".join(f"{file.name}\0{_file_hash(file)}\n" for file in files))
+
+
+def _file_hash(file: Path) -> str:
+    """sha256_file, remembered in the cache under (path, size, modification time in ns)."""
+    stat = file.stat()
+    identity = f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
+    folder = cache_root() / "hashes"
+    note = folder / (sha256_text(identity) + ".json")
+    if not note.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        digest = sha256_file(file)
+        write_text(note, json.dumps({"file": str(file.resolve()), "sha256": digest}))
+    return json.loads(note.read_text())["sha256"]

@@ -17,23 +17,38 @@ td.n { text-align: right; font-variant-numeric: tabular-nums }
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 13px }
 .answer { white-space: pre-wrap; overflow-wrap: anywhere }
 .ok { color: #17703c } .no { color: #a02020 }
-.best { background: #fff3d6 } .note { color: #666 }
+.best { background: #fff3d6 } .note { color: #666 } .wide { overflow-x: auto }
+@media (max-width: 700px) { /* a phone: a column under the other, a picture to scroll */
+  .answers tr { display: block; margin-bottom: 1.5rem } .answers td { display: block }
+  .answers th { display: none } .wide img { max-width: none } }
 </style></head><body><h1>{{ title }}</h1>
 {% block body %}{% endblock %}
 </body></html>
 """
+# An answer, ((constraint, whether it follows it), ...), and why it is hollow, if it is.
+ANSWER = """{% macro answer(text, verdicts, hollow) %}
+<div class="answer">{{ text }}</div>
+{% for rule, follows in verdicts %}
+<div class="{{ 'ok' if follows else 'no' }}">{{ '✓' if follows else '✗' }} {{ rule }}</div>
+{% endfor %}
+{% if hollow is defined %}<div class="{{ 'no' if hollow else 'ok' }}">
+{{ "hollow: " ~ hollow | join(", ") if hollow else "answers" }}</div>{% endif %}
+{% endmacro %}"""
 _ENVIRONMENT = jinja2.Environment(
-    autoescape=True, loader=jinja2.DictLoader({"frame": FRAME}), trim_blocks=True
+    autoescape=True,
+    loader=jinja2.DictLoader({"frame": FRAME, "answer": ANSWER}),
+    trim_blocks=True,
 )
 
 
 def page(body: str) -> jinja2.Template:
     """A template of a whole page from the Jinja text of its body; render it with `title`, too.
 
-    What is put into it is escaped: texts of models and of users may hold markup.
+    The body may call ANSWER's macro `answer`. What is put into it is escaped: texts of models and
+    of users may hold markup.
     """
-    frame = '{% extends "frame" %}{% block body %}' + body + "{% endblock %}"
-    return _ENVIRONMENT.from_string(frame)
+    head = '{% extends "frame" %}{% from "answer" import answer %}{% block body %}'
+    return _ENVIRONMENT.from_string(head + body + "{% endblock %}")
 
 
 def embedded(image: Path) -> str:

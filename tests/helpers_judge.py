@@ -47,8 +47,9 @@ def identity(body: dict[str, Any]) -> str:
 class StubServer:
     """`with StubServer(script) as server:` serves on server.base_url and counts requests."""
 
-    def __init__(self, script: Script):
+    def __init__(self, script: Script, models: list[dict[str, Any]] | None = None):
         self.script = script
+        self.models = models or []  # of GET /v1/models
         self.seen: Counter[str] = Counter()  # by identity
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
@@ -57,6 +58,10 @@ class StubServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                listed = json.dumps({"object": "list", "data": stub.models})
+                self._send({}, Answer(body=listed))
 
             def do_POST(self) -> None:
                 length = int(self.headers["Content-Length"])

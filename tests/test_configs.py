@@ -44,10 +44,11 @@ def test_every_sweep_composes_and_each_job_validates(name):
             config("+experiment=tiny_random", f"{key}={value}")
 
 
-def test_default_is_the_demo_experiment():
+def test_the_demo_experiment_is_the_default_with_an_anchor_at_its_rate():
+    changed = ("run=runs/iopo", "objective.sft_weight=0", "optim.lr=2e-5")
     default, demo = config(), config("+experiment=smollm2_135m_iopo")
-    demo.run = default.run
-    assert plain(default) == plain(demo)
+    assert (demo.objective.sft_weight, demo.optim.lr) == (1.0, 3e-5)
+    assert plain(default) == plain(config("+experiment=smollm2_135m_iopo", *changed))
 
 
 def test_qwen2_is_the_papers_recipe():

@@ -68,6 +68,9 @@ def test_thirty_steps_overfit_eight_quads(tiny, tmp_path):
     for name in ("config.yaml", "environment.json", "data.json", "curves.png", "report.html",
                  "samples.jsonl", "COMPLETE", "export/config.json"):  # fmt: skip
         assert (run / name).exists(), name
+    shown, _, folded = (run / "report.html").read_text().partition("more numbers")
+    assert shown.index("<img") < shown.index("heldout: loss") and shown.count('class="n"') == 20
+    assert "train: tokens_per_s" in folded and "hollow: cut_off" in folded
     again = tiny()
     assert again.returncode == 0 and "nothing to do" in again.stdout
 

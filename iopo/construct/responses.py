@@ -11,6 +11,7 @@ from typing import Any
 from iopo.evaluation.config import EndpointSection
 from iopo.evaluation.endpoint import Endpoint, Request, run_together
 from iopo.files import Journal, read_records
+from iopo.progress import progress
 
 log = logging.getLogger(__name__)
 SEEDS_APART = 1_000_003  # chunks of different seeds share no seed of their own below this many jobs
@@ -92,7 +93,9 @@ def model_sampler(
 
         model, chat = loaded(model_path)
         decoding = Decoding(max_new_tokens, temperature, top_p, batch_size=CHUNK, seed=seed)
-        answers = generate(model, chat, [chat.messages(prompt) for prompt in prompts], decoding)
+        asked = [chat.messages(prompt) for prompt in prompts]
+        with progress(len(prompts), "responses") as show:
+            answers = generate(model, chat, asked, decoding, lambda done, _: show(done))
         return [(answer.text.strip(), answer.finish_reason) for answer in answers]
 
     return sampler

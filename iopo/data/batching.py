@@ -16,10 +16,12 @@ Letters: N examples of the data set.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
 
 from iopo.data.example import Example
+from iopo.data.token_cache import Examples
 
 DATA_ORDER = 0x0D0E  # name of this stream of random numbers, beside the seed
 WINDOW_QUADS = 1024  # quads that a pass over the data set shares out at once
@@ -70,9 +72,39 @@ def member_tokens(example: Example) -> list[int]:
     return [len(prompt) + len(response) for prompt, response in example.members()]
 
 
-def token_counts(examples: Iterable[Example], layout: str) -> np.ndarray:
+def token_counts(examples: Sequence[Example], layout: str) -> np.ndarray:
     """`tokens` of each example, int64 [N]."""
-    return np.array([tokens(example, layout) for example in examples], dtype=np.int64)
+    if layout == "plain":
+        prompts_NM, responses_NM = member_counts(examples)
+        return prompts_NM.shape[1] * (prompts_NM + responses_NM).max(1)
+    assert layout == "shared", layout
+    return part_counts(examples).sum(1)
+
+
+def member_counts(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of the prompt and of the response of each member, int64 [N, M] each."""
+    lengths_NK, starts = _lengths(examples)
+    of_prompt = [len(responses) for responses in examples[0].responses]
+    prompts_NM = np.repeat(lengths_NK[:, starts], of_prompt, axis=1)
+    return prompts_NM, np.delete(lengths_NK, starts, axis=1)
+
+
+def part_counts(examples: Sequence[Example]) -> np.ndarray:
+    """Tokens of each prompt and its responses together, int64 [N, prompts]."""
+    lengths_NK, starts = _lengths(examples)
+    return np.add.reduceat(lengths_NK, starts, axis=1)
+
+
+def _lengths(examples: Sequence[Example]) -> tuple[np.ndarray, list[int]]:
+    """Tokens of the segments of each example, int64 [N, K], and the columns of the prompts. All
+    examples are of one kind."""
+    if isinstance(examples, Examples):
+        lengths_NK = examples.lengths()
+    else:
+        found = [[*map(len, example.segments())] for example in examples]
+        lengths_NK = np.array(found, dtype=np.int64)
+    *starts, _ = accumulate((1 + len(ys) for ys in examples[0].responses), initial=0)
+    return lengths_NK, starts
 
 
 def microbatch_tokens(tokens_N: np.ndarray, members: Sequence[int], layout: str) -> int:

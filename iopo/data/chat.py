@@ -9,7 +9,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError, meta
@@ -98,8 +97,8 @@ class Chat:
             notes.append(f"chat: the template puts {header!r} before responses, which is trained")
         return notes
 
-    def save(self, folder: Path) -> None:
-        """Write the tokenizer with this chat's template: the date fixed, the options as defaults.
+    def saved_template(self) -> str:
+        """The template for an export: the date fixed, the options as defaults.
 
         A server that renders it asks with the text that the model was trained on.
         """
@@ -108,15 +107,7 @@ class Chat:
             f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}\n"
             for name, value in self.options.items()
         )
-        kept = self.tokenizer.chat_template
-        template = defaults + self.template
-        self.tokenizer.chat_template = (
-            {**kept, "default": template} if isinstance(kept, dict) else template
-        )
-        try:
-            self.tokenizer.save_pretrained(folder)
-        finally:
-            self.tokenizer.chat_template = kept
+        return defaults + self.template
 
     def prompt(self, x: Prompt, system: str | None = None) -> str:
         """The text up to where the response begins."""

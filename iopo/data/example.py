@@ -33,6 +33,11 @@ class Example:
         """(prompt, response) of each member."""
         return [(x, y) for x, ys in zip(self.prompts, self.responses, strict=True) for y in ys]
 
+    def segments(self) -> list[np.ndarray]:
+        """The first prompt, its responses, the second prompt, and so on."""
+        pairs = zip(self.prompts, self.responses, strict=True)
+        return [segment for x, ys in pairs for segment in (x, *ys)]
+
 
 def content_key(example: Example) -> str:
     """sha256 (hex) of the example's token ids and shape, whatever its id."""

@@ -1,13 +1,18 @@
-"""Tokenised rows on disk: one folder a result, plain numpy files, read through memory maps.
+"""Tokenised rows on disk: one folder a result, plain arrays of numbers, read through memory maps.
 
-Several processes of a machine that map one folder share its pages. No pickle is written or read.
+Processes of a machine that map one folder share its pages: a rank of its own holds a few numbers a
+row, whatever the texts. No pickle is written or read.
 """
 
 import fcntl
 import json
-from collections.abc import Callable, Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import BinaryIO, overload
 
 import numpy as np
 import tokenizers
@@ -15,69 +20,129 @@ import tokenizers
 from iopo.data.example import Example, Report
 from iopo.files import replacing, sha256_text
 
-CODE = ("chat.py", "tokenize.py", "example.py", "token_cache.py")
-Result = tuple[list[Example], Report]
+Add = Callable[[Sequence[Example]], None]
+ROW = 2  # columns of `rows`, int64, before the segments' ends: the id's end, differing
 
 
 def key(parts: Sequence[object]) -> str:
-    """Name of the result: hash of `parts` (JSON values), this code and tokenizers' version."""
-    sources = [(Path(__file__).parent / name).read_text() for name in CODE]
+    """Hash of `parts` (JSON values), of all code that reads rows and makes tokens of them, and of
+    tokenizers' version."""
+    here = Path(__file__).parent
+    readers = [here.parent / name for name in ("files.py", "sources.py")]
+    sources = [path.read_text() for path in (*sorted(here.glob("*.py")), *readers)]
     return sha256_text(json.dumps([*parts, *sources, tokenizers.__version__]))[:32]
 
 
-def get(cache_dir: Path, name: str, work: Callable[[], Result]) -> Result:
-    """The stored result `name`, made by `work()` first if it is not there.
+def knows(cache_dir: Path, rows: Sequence[object]) -> bool:
+    """Whether these rows were read and tokenised, in whatever way. rows: their identity."""
+    return any(cache_dir.glob(f"{key(rows)}-*/meta.json"))
 
-    Of several processes one works and the others wait for it. The folder appears under its name
-    only when it is complete; a process that dies leaves nothing that would be read.
+
+class Examples(Sequence[Example]):
+    """The examples of a result, in order; each is put together when it is asked for.
+
+    responses: how many follow each prompt, the same in all examples. Its token arrays are views of
+    the mapped file and cannot be written to. Raises ValueError for files that do not fit together.
+    """
+
+    def __init__(self, folder: Path):
+        try:
+            meta = json.loads((folder / "meta.json").read_text())
+            self.report = Report(**meta["report"])
+            self.responses: tuple[int, ...] = tuple(meta["responses"])
+            self._tokens, self._ids, rows = (
+                np.asarray(np.memmap(folder / name, dtype=dtype, mode="r"))
+                for name, dtype in (("tokens", "<i4"), ("ids", "u1"), ("rows", "<i8"))
+            )
+            self._rows = rows.reshape(self.report.kept, ROW + sum(1 + n for n in self.responses))
+            fits = self._rows[-1, [0, -1]].tolist() == [len(self._ids), len(self._tokens)]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder}: {error}; delete this folder") from error
+        if not fits:
+            raise ValueError(f"{folder}: the files do not fit together; delete this folder")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]  # IndexError beyond the end
+        id_end, differing, *ends = self._rows[index].tolist()
+        id_start, start = self._rows[index - 1, [0, -1]].tolist() if index else (0, 0)
+        starts = iter(zip([start, *ends], ends, strict=False))
+
+        def segment() -> np.ndarray:
+            a, b = next(starts)
+            return self._tokens[a:b]
+
+        forest = [(segment(), tuple(segment() for _ in range(n))) for n in self.responses]
+        prompts, responses = zip(*forest, strict=True)
+        return Example(bytes(self._ids[id_start:id_end]).decode(), prompts, responses, differing)
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each segment, int64 [N, prompts + responses]: a prompt, then its responses."""
+        before = np.append(0, self._rows[:-1, -1])[:, None]
+        return np.diff(self._rows[:, ROW:], axis=1, prepend=before)
+
+
+def get(
+    cache_dir: Path, rows: Sequence[object], how: Sequence[object], work: Callable[[Add], Report]
+) -> Examples:
+    """The stored result of these rows, made by `work(add)` first if it is not there.
+
+    rows, how: JSON values that name the rows, and the way they become tokens.
+    work: calls add(examples) for each block of rows, in order, and returns the report; an error of
+    it leaves nothing. Of several processes one works and the others wait for it. The folder appears
+    under its name only when all of it is on the disk; a process that dies leaves nothing that would
+    be read.
     """
     cache_dir.mkdir(parents=True, exist_ok=True)
-    folder = cache_dir / name
-    with open(cache_dir / f"{name}.lock", "w") as lock:
+    folder = cache_dir / f"{key(rows)}-{key(how)}"
+    with open(cache_dir / f"{folder.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.is_dir():
-            examples, report = work()
-            if not examples:
-                return examples, report
-            _write(folder, examples, report)
-    return _read(folder)
+            for torn in cache_dir.glob(f".new.*.{folder.name}"):
+                shutil.rmtree(torn)  # its writer was killed: the lock is free
+            with replacing(folder) as new:
+                new.mkdir()
+                _write(new, work)
+    return Examples(folder)
 
 
-def _write(folder: Path, examples: list[Example], report: Report) -> None:
-    segments = [
-        segment
-        for example in examples
-        for prompt, responses in zip(example.prompts, example.responses, strict=True)
-        for segment in (prompt, *responses)
-    ]
-    shapes = {tuple(map(len, example.responses)) for example in examples}
+def _write(folder: Path, work: Callable[[Add], Report]) -> None:
+    shapes: set[tuple[int, ...]] = set()
+    end = id_end = 0
+    with (
+        _on_disk(folder / "tokens") as tokens,
+        _on_disk(folder / "ids") as ids,
+        _on_disk(folder / "rows") as rows,
+    ):
+
+        def add(examples: Sequence[Example]) -> None:
+            nonlocal end, id_end
+            for example in examples:
+                segments = example.segments()
+                ends = end + np.cumsum([*map(len, segments)], dtype=np.int64)
+                end, id_end = int(ends[-1]), id_end + ids.write(example.id.encode())
+                tokens.write(np.concatenate(segments).astype("<i4").tobytes())
+                rows.write(np.array([id_end, example.differing, *ends], dtype="<i8").tobytes())
+                shapes.add(tuple(map(len, example.responses)))
+
+        report = work(add)
     assert len(shapes) == 1, "one file holds one kind of row"
-    meta = {
-        "ids": [example.id for example in examples],
-        "differing": [example.differing for example in examples],
-        "responses_per_prompt": list(shapes.pop()),
-        "report": asdict(report),
-    }
-    with replacing(folder) as new:
-        new.mkdir()
-        np.save(new / "tokens.npy", np.concatenate(segments).astype(np.int32))
-        np.save(new / "offsets.npy", np.cumsum([0, *map(len, segments)], dtype=np.int64))
-        (new / "meta.json").write_text(json.dumps(meta))
+    with _on_disk(folder / "meta.json") as meta:
+        meta.write(json.dumps({"responses": shapes.pop(), "report": asdict(report)}).encode())
 
 
-def _read(folder: Path) -> Result:
-    meta = json.loads((folder / "meta.json").read_text())
-    tokens = np.asarray(np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False))
-    offsets = np.load(folder / "offsets.npy", allow_pickle=False)
-    per_example = sum(1 + count for count in meta["responses_per_prompt"])
-    if len(offsets) != per_example * len(meta["ids"]) + 1 or offsets[-1] != len(tokens):
-        raise ValueError(f"{folder}: the files do not fit together; delete this folder")
-    segments = iter(tokens[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True))
-    examples = []
-    for row_id, differing in zip(meta["ids"], meta["differing"], strict=True):
-        prompts, responses = [], []
-        for count in meta["responses_per_prompt"]:
-            prompts.append(next(segments))
-            responses.append(tuple(next(segments) for _ in range(count)))
-        examples.append(Example(row_id, tuple(prompts), tuple(responses), differing))
-    return examples, Report(**meta["report"])
+@contextmanager
+def _on_disk(path: Path) -> Iterator[BinaryIO]:
+    """A new file, which is on the disk when the block ends."""
+    with open(path, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())

@@ -15,8 +15,10 @@ its prompts, because each text gets its tokens and its cut once.
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -27,9 +29,12 @@ from iopo.data.chat import Chat, special_texts, tokenizer_hash
 from iopo.data.columns import Prompt, last_turn, text_of
 from iopo.data.example import Example, Report, percentiles
 from iopo.data.rows import MAX_LISTED, Pair, Quad, Row
+from iopo.data.token_cache import Add, Examples
 from iopo.files import shortened
+from iopo.progress import progress
 
 BLOCK_ROWS = 1000
+MANY_ROWS = 20_000
 ALL_MEMBERS = (0, 1, 2, 3)
 PROMPT_TOO_LONG = "prompt longer than max_prompt_tokens"
 RESPONSE_TOO_LONG = "response longer than max_response_tokens"
@@ -55,7 +60,7 @@ class Limits:
 
 @dataclass
 class Outcome:
-    """What one process made of its rows.
+    """What became of a block of rows.
 
     dropped, truncated: (reason, row id). joint: see Report.joint_differences.
     """
@@ -91,13 +96,7 @@ class Encoder:
         self.ids: dict[str, np.ndarray] = {}  # of the texts of the present block
 
     def encode(self, rows: Sequence[Row]) -> Outcome:
-        """Block by block: the tokenizer's lists of Python numbers take ten times their arrays."""
         outcome = Outcome()
-        for at in range(0, len(rows), BLOCK_ROWS):
-            self._encode_block(rows[at : at + BLOCK_ROWS], outcome)
-        return outcome
-
-    def _encode_block(self, rows: Sequence[Row], outcome: Outcome) -> None:
         rendered: list[tuple[Row, list[_Tree]]] = []
         for row in rows:
             forest = _forest(row, self.columns)
@@ -115,6 +114,7 @@ class Encoder:
                 self._finish(row, trees, outcome)
             except ValueError as error:
                 outcome.faults.append(f"row {row.id!r}: {error}")
+        return outcome
 
     def _render(self, x: Prompt, ys: Sequence[str], system: str | None) -> _Tree:
         prompt = self.chat.prompt(x, system)
@@ -235,76 +235,110 @@ def _differing(row: Row) -> int:
     return max(len(c1 - c2), len(c2 - c1))
 
 
-def tokenize_rows(
-    rows: Sequence[Row],
+def tokenize_file(
+    read: Callable[[], Sequence[Row]],
     encoder: Encoder,
     *,
+    identity: Sequence[object],
+    cache_dir: Path,
     workers: int = 0,
-    cache_dir: str | Path | None = None,
-    source: str = "rows",
+    source: str,
+) -> Examples:
+    """As `tokenize_rows`, of a whole file, in memory-mapped arrays that processes share.
+
+    read: returns the rows; called only where the result is not in cache_dir. identity: JSON values
+    that determine what it returns, the file's hash among them. Call it before any process group
+    exists: a first run may take minutes.
+    """
+    how = [tokenizer_hash(encoder.chat), repr(encoder.limits), encoder.columns]
+
+    def work(add: Add) -> Report:
+        return _encode_rows(read(), encoder, workers, source, add)
+
+    return token_cache.get(cache_dir, identity, how, work)
+
+
+def tokenize_rows(
+    rows: Sequence[Row], encoder: Encoder, *, workers: int = 0, source: str = "rows"
 ) -> tuple[list[Example], Report]:
     """Examples of the rows that can be used, in their order, and the report of all rows.
 
-    workers: processes to spread the rows over; 0 or 1 is this process. cache_dir: where results are
-    kept, if anywhere, under a key of everything that changes them. source: the file that an error
-    names. Call it before any process group exists: a first run may take minutes.
+    workers: processes to spread the rows over; 0: one, or one per core for MANY_ROWS. source: the
+    file that an error names.
     Raises ValueError naming the rows that break the template's prefix property or end without an
     end-of-turn token, the overlong ones if the limits say so, and when no row remains.
     """
-
-    def work() -> tuple[list[Example], Report]:
-        outcome = _in_processes(rows, encoder, workers)
-        return outcome.examples, _report(len(rows), outcome)
-
-    if cache_dir is None:
-        examples, report = work()
-    else:
-        how = [tokenizer_hash(encoder.chat), repr(encoder.limits), encoder.columns]
-        name = token_cache.key([*how, [repr(row) for row in rows]])
-        examples, report = token_cache.get(Path(cache_dir), name, work)
-    if not examples:
-        raise ValueError(f"{source}: no row is left:\n  " + "\n  ".join(report.lines()))
+    examples: list[Example] = []
+    report = _encode_rows(rows, encoder, workers, source, examples.extend)
     return examples, report
 
 
-def _in_processes(rows: Sequence[Row], encoder: Encoder, workers: int) -> Outcome:
-    outcome = Outcome()
-    if workers <= 1:
-        outcome = encoder.encode(rows)
-    else:
-        size = -(-len(rows) // workers)
-        parts = [rows[at : at + size] for at in range(0, len(rows), size)]
-        # spawn, not fork: the tokenizer runs threads, and a fork may keep their locks forever.
-        with get_context("spawn").Pool(len(parts), _one_thread) as pool:
-            for part in pool.imap(encoder.encode, parts):
-                for name, values in vars(part).items():
-                    getattr(outcome, name).extend(values)
-    if outcome.faults:
+def _encode_rows(
+    rows: Sequence[Row], encoder: Encoder, workers: int, source: str, add: Add
+) -> Report:
+    """Give the examples to `add`, block by block; returns the report of all rows."""
+    # One process per core where there is work for them: starting one costs seconds.
+    workers = workers or (len(os.sched_getaffinity(0)) if len(rows) > MANY_ROWS else 1)
+    booked = Outcome()
+    prompts, responses = array("q"), array("q")  # lengths
+    kept = 0
+    show = progress(len(rows), f"rows of {source} tokenised")
+    for number, block in enumerate(_outcomes(rows, encoder, workers), 1):
+        show(min(number * BLOCK_ROWS, len(rows)))
+        kept += len(block.examples)
+        for example in block.examples:
+            prompts.extend(map(len, example.prompts))
+            responses.extend(map(len, chain(*example.responses)))
+        add(block.examples)
+        block.examples = []
+        for name, values in vars(block).items():
+            getattr(booked, name).extend(values)
+    if booked.faults:
         raise ValueError(
-            f"{len(outcome.faults)} of {len(rows)} rows cannot be tokenised\n  "
-            + "\n  ".join(shortened(outcome.faults, MAX_LISTED))
+            f"{len(booked.faults)} of {len(rows)} rows cannot be tokenised\n  "
+            + "\n  ".join(shortened(booked.faults, MAX_LISTED))
         )
-    return outcome
-
-
-def _one_thread() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # in a worker: one process a core is enough
-
-
-def _report(rows: int, outcome: Outcome) -> Report:
-    def by_reason(booked: list[tuple[str, str]]) -> dict[str, list[str]]:
-        reasons = dict.fromkeys(reason for reason, _ in booked)
-        return {reason: [i for r, i in booked if r == reason] for reason in reasons}
-
-    examples = outcome.examples
-    prompts = [len(ids) for example in examples for ids in example.prompts]
-    responses = [len(ids) for example in examples for ys in example.responses for ids in ys]
-    return Report(
-        rows=rows,
-        kept=len(examples),
-        dropped=by_reason(outcome.dropped),
-        truncated=by_reason(outcome.truncated),
-        joint_differences=outcome.joint,
+    report = Report(
+        rows=len(rows),
+        kept=kept,
+        dropped=_by_reason(booked.dropped),
+        truncated=_by_reason(booked.truncated),
+        joint_differences=booked.joint,
         prompt_tokens=percentiles(prompts),
         response_tokens=percentiles(responses),
     )
+    if not kept:
+        raise ValueError(f"{source}: no row is left:\n  " + "\n  ".join(report.lines()))
+    return report
+
+
+def _outcomes(rows: Sequence[Row], encoder: Encoder, workers: int) -> Iterator[Outcome]:
+    """What becomes of each block of rows, in their order.
+
+    Blocks, because the tokenizer's lists of Python numbers take ten times their arrays.
+    """
+    blocks = (rows[at : at + BLOCK_ROWS] for at in range(0, len(rows), BLOCK_ROWS))
+    if workers <= 1:
+        yield from map(encoder.encode, blocks)
+        return
+    # spawn, not fork: the tokenizer runs threads, and a fork may keep their locks forever.
+    with get_context("spawn").Pool(workers, _start_worker, (encoder,)) as pool:
+        yield from pool.imap(_encode_in_worker, blocks)
+
+
+_encoder: Encoder  # of a worker process
+
+
+def _start_worker(encoder: Encoder) -> None:
+    global _encoder
+    _encoder = encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is enough
+
+
+def _encode_in_worker(block: Sequence[Row]) -> Outcome:
+    return _encoder.encode(block)
+
+
+def _by_reason(booked: list[tuple[str, str]]) -> dict[str, list[str]]:
+    reasons = dict.fromkeys(reason for reason, _ in booked)
+    return {reason: [i for r, i in booked if r == reason] for reason in reasons}

@@ -95,10 +95,15 @@ class GenerateSection(EndpointSection):
     temperature: float = 0.0  # 0: greedy
     max_new_tokens: int = 1024
     batch_size: int = 16  # prompts at once, in process only
-    seed: int = 0
+    seed: int | None = 0  # of sampling; no server is sent it at temperature 0; null: never
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.seed is None and self.base_url is None:
+            raise ValueError(
+                "generate.seed=null leaves the draws to a server (generate.base_url); in process "
+                "expected a number"
+            )
         _require(self, "temperature", lambda n: n >= 0, "0 or more")
         _require(self, "max_new_tokens batch_size", lambda n: n >= 1, "1 or more")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iopo.evaluation.config import EndpointSection
-from iopo.files import HALF_PAIR, Journal, sha256_text
+from iopo.files import HALF_PAIR, Journal, sha256_text, weights_hash
 
 if TYPE_CHECKING:
     import openai
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 MAX_WAIT_S = 60.0  # the longest wait that we choose ourselves
 MAX_RETRY_AFTER_S = 600.0  # the longest wait that we accept from a server
 GIVE_UP_AFTER = 8  # requests in a row that used up all their retries: the server is down
+# Decoding that in process is so, and that a server else takes from generation_config.json (Qwen2:
+# repetition_penalty 1.05) or from its own defaults. Names as in vLLM and SGLang.
+PINNED = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+PINNED_SAMPLING = {"top_p": 1.0, "top_k": -1, "min_p": 0.0}  # without effect on greedy answers
 
 
 class EndpointError(RuntimeError):
@@ -36,7 +40,11 @@ class RequestFailed(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One chat completion. `response_format` is a hint to the server, not part of the content."""
+    """One chat completion.
+
+    `response_format` and `pin` (whether `pinned` is sent) are no part of the content: servers that
+    do not take them are asked without.
+    """
 
     model: str
     messages: tuple[dict[str, str], ...]
@@ -46,10 +54,18 @@ class Request:
     extra: dict[str, Any] = field(default_factory=dict)
     version: str = ""  # of the prompt that made the messages
     response_format: dict[str, Any] | None = None
+    pin: bool = True
+
+    @property
+    def pinned(self) -> dict[str, Any]:
+        """The sampling parameters that are sent beside temperature and seed; `extra` wins."""
+        wanted = PINNED if self.temperature == 0 else PINNED | PINNED_SAMPLING
+        return {k: v for k, v in wanted.items() if k not in self.extra}
 
     def content(self) -> dict[str, Any]:
         """What the reply depends on, as JSON."""
-        return {k: v for k, v in asdict(self).items() if k != "response_format"}
+        content = {k: v for k, v in asdict(self).items() if k not in ("response_format", "pin")}
+        return content | {"pinned": self.pinned}
 
     @property
     def key(self) -> str:
@@ -68,6 +84,7 @@ class Reply:
     completion_tokens: int
     latency_s: float
     at: str  # UTC, ISO 8601
+    pinned: bool = True  # False: the server refused Request.pinned, and its own defaults decided
 
 
 class ReplyCache(Journal):
@@ -114,6 +131,7 @@ class Endpoint:
         self.model = section.model
         self.usage = Usage()
         self.structured_refused = False
+        self.pins_refused = False
         self._cache = cache
         import openai  # on first use: it costs half a second
 
@@ -133,6 +151,36 @@ class Endpoint:
 
     async def close(self) -> None:
         await self._client.close()
+
+    async def served(self) -> dict[str, Any] | None:
+        """What GET /models says of the model: its root (folder or hub id) and parent (the base of
+        an adapter), and the hash of the weights if the root is a folder here; None where the
+        server does not list it.
+
+        Raises EndpointError where nobody answers, and for a key that is refused.
+        """
+        import openai
+
+        try:
+            client = self._client.with_options(max_retries=2)
+            raw = await client.models.with_raw_response.list()
+            rows = {row["id"]: row for row in json.loads(raw.text)["data"]}
+        except openai.APIConnectionError as error:
+            url, why = self.section.base_url, error.__cause__ or error
+            raise EndpointError(f"{url}: connection failed: {why}; is the server up?") from error
+        except openai.APIStatusError as error:
+            if error.status_code == 401:
+                raise self._stopped(error, self.model) from error
+            return None
+        except (ValueError, KeyError, TypeError):
+            return None
+        if self.model not in rows:
+            return None
+        found = {key: rows[self.model].get(key) for key in ("root", "parent")}
+        root = Path(str(found["root"]))
+        if any(root.glob("*.safetensors")):
+            found["weights"] = weights_hash(root)
+        return found
 
     async def ask(self, request: Request) -> Reply:
         """The reply to a request, from the cache or from the server.
@@ -159,6 +207,8 @@ class Endpoint:
             await self._wait_for_slot()
             if self.structured_refused:
                 request = replace(request, response_format=None)
+            if self.pins_refused:
+                request = replace(request, pin=False)
             try:
                 reply = await self._send(request)
             except _Transient as error:
@@ -231,7 +281,7 @@ class Endpoint:
                     model=request.model,
                     messages=messages,  # type: ignore[arg-type]
                     temperature=request.temperature,
-                    extra_body=request.extra or None,
+                    extra_body=((request.pinned if request.pin else {}) | request.extra) or None,
                     **arguments,
                 ),
                 self.section.timeout_s,
@@ -247,7 +297,8 @@ class Endpoint:
             hint = "; is the server up?" if refused else ""
             raise _Transient(f"connection failed: {cause}{hint}", hopeless=refused) from error
         latency_s, at = time.monotonic() - start, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        reply = Reply(request.key, *_completion(raw.text), round(latency_s, 3), at)
+        said = _completion(raw.text)
+        reply = Reply(request.key, *said, round(latency_s, 3), at, pinned=request.pin)
         self.usage.replies += 1
         self.usage.prompt_tokens += reply.prompt_tokens
         self.usage.completion_tokens += reply.completion_tokens
@@ -256,22 +307,32 @@ class Endpoint:
     async def _refused(self, request: Request, error: "openai.APIStatusError") -> Reply:
         """A status above 399: try again later, or differently, or stop."""
         status = error.status_code
-        said = error.response.text[:300]
+        said = error.response.text
         if status in (408, 409, 429) or status >= 500:
-            raise _Transient(f"HTTP {status}: {said}", retry_after_s=_retry_after(error))
+            raise _Transient(f"HTTP {status}: {said[:300]}", retry_after_s=_retry_after(error))
+        # The one of the two that the server's message names is left out, from now on.
+        if status in (400, 422) and request.pin and any(k in said for k in request.pinned):
+            self.usage.requests += 1
+            reply = await self._send(replace(request, pin=False))
+            self.pins_refused = True
+            return reply
         if status == 400 and request.response_format is not None:
             self.usage.requests += 1
             reply = await self._send(replace(request, response_format=None))
             self.structured_refused = True
             return reply
-        hints = {
+        if status in (401, 403, 404):
+            raise self._stopped(error, request.model) from error
+        raise self._failed(f"HTTP {status}: {said[:300]}") from error
+
+    def _stopped(self, error: "openai.APIStatusError", model: str) -> EndpointError:
+        """A status that no further request would change."""
+        hint = {
             401: f"put a valid key into the environment variable {self.section.api_key_env}",
             403: f"the key in {self.section.api_key_env} may not use this",
-            404: f"check base_url ({self.section.base_url}) and model ({request.model})",
-        }
-        if status in hints:
-            raise EndpointError(f"HTTP {status}: {said}; {hints[status]}") from error
-        raise self._failed(f"HTTP {status}: {said}") from error
+            404: f"check base_url ({self.section.base_url}) and model ({model})",
+        }[error.status_code]
+        return EndpointError(f"HTTP {error.status_code}: {error.response.text[:300]}; {hint}")
 
 
 class _Transient(Exception):

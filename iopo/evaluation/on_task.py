@@ -18,6 +18,7 @@ from iopo.data.columns import Prompt, text_of
 from iopo.data.example import Example
 from iopo.data.layout import build_shared
 from iopo.logprobs import LogProbs
+from iopo.progress import tracked
 
 CANDIDATES = 8  # tasks that an answer is scored after, its own among them
 MOST_RANK = 1  # of its own task among them; an answer to another task has it by chance in 1 of 8
@@ -43,7 +44,7 @@ def task_ranks(
     for row, task in enumerate(tasks):
         rows_of[task].append(row)
     ranks = [0] * len(texts)
-    for start in range(0, len(order), CANDIDATES):
+    for start in tracked(range(0, len(order), CANDIDATES), "groups of tasks"):
         own = order[start : start + CANDIDATES]
         # the last ones compete with the first
         others = (order * 2)[start + len(own) : start + min(CANDIDATES, len(order))]

@@ -31,7 +31,6 @@ from iopo.data.rows import Quad
 from iopo.data.tokenize import Example
 from iopo.evaluation.config import GenerateSection
 from iopo.evaluation.on_task import MOST_RANK, task_ranks
-from iopo.evaluation.report import progress
 from iopo.files import sha256_text
 from iopo.logprobs import LogProbs
 from iopo.model.attention import SHARED
@@ -39,6 +38,7 @@ from iopo.model.generate import Decoding, generate
 from iopo.model.load import load_causal_lm, read_config
 from iopo.model.lora import load_adapter, merge_lora
 from iopo.objectives import MEMBERS, iopo_margin
+from iopo.progress import progress, tracked
 from iopo.stats import Estimate
 
 # A smaller margin is rounding, not a preference: in bf16 the margins of 150 quads whose two
@@ -69,7 +69,8 @@ def score(logprobs: LogProbs, examples: Sequence[Example]) -> Tensor:
     """Log-probs of every member, float32 [Q, 4], in the order of `examples`."""
     policy_Q4 = torch.empty(len(examples), len(MEMBERS))
     alone = Batching(1, ranks=1, seed=0, tokens_per_microbatch=TOKENS_PER_BATCH)
-    for indices in pass_micro_batches(token_counts(examples, "shared"), alone, rank=0):
+    batches = pass_micro_batches(token_counts(examples, "shared"), alone, rank=0)
+    for indices in tracked(batches, "batches of quads scored"):
         assert indices is not None, "one rank always has something"
         batch = build_shared([examples[i] for i in indices]).to(logprobs.causal_lm.device)
         policy_Q4[list(indices)] = logprobs(batch).cpu()
@@ -299,7 +300,8 @@ def plain_text_score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     """
     text = plain_text()
     nats: list[float] = []
-    for block in range(BLOCKS):  # one at a time: the logits of a block take 100 MB
+    # one block at a time: its logits take 100 MB
+    for block in tracked(range(BLOCKS), "blocks of plain text"):
         start = block * (len(text) - BLOCK_CHARACTERS) // (BLOCKS - 1)
         ids = tokenizer(text[start : start + BLOCK_CHARACTERS], add_special_tokens=False)
         ids_L = torch.tensor(ids["input_ids"][:BLOCK_TOKENS], device=model.device)

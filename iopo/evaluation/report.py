@@ -1,8 +1,6 @@
 """Scores for people: lines on the terminal and one page that needs no other file."""
 
 import logging
-import time
-from collections.abc import Callable
 from typing import Any
 
 from iopo import stats
@@ -45,19 +43,6 @@ All: verdicts.jsonl.</p>
 """)
 
 
-def progress(total: int, what: str) -> Callable[[int], None]:
-    """A function of the number done that logs it: at the end, and every ten seconds before."""
-    last = time.monotonic()
-
-    def show(done: int) -> None:
-        nonlocal last
-        if done == total or time.monotonic() - last > 10:
-            last = time.monotonic()
-            log.info("%d of %d %s", done, total, what)
-
-    return show
-
-
 def scale_of(metric: str) -> tuple[float, int]:
     """Factor and digits: percent; CSL, which counts levels, as it is."""
     return (1, 2) if metric.startswith("CSL") else (100, 1)
@@ -73,7 +58,7 @@ def _bounds(metric: str, entry: dict[str, Any]) -> str:
         return ""
     scale, digits = scale_of(metric)
     low, high = (f"{scale * bound:.{digits}f}" for bound in entry["bounds"])
-    return f"  (unparsed judgements: between {low} and {high})"
+    return f"  (unread judgements and failed requests: between {low} and {high})"
 
 
 def log_scores(scores: dict[str, Any]) -> None:

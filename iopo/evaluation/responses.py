@@ -13,10 +13,17 @@ from typing import Any
 
 from iopo.constraints.text import after_thinking, thinking_note
 from iopo.evaluation.config import EvaluateConfig, GenerateSection, ModelSection
-from iopo.evaluation.endpoint import Endpoint, Request, RequestFailed, run_together
+from iopo.evaluation.endpoint import (
+    PINNED,
+    Endpoint,
+    EndpointError,
+    Request,
+    RequestFailed,
+    run_together,
+)
 from iopo.evaluation.items import Item, whole
-from iopo.evaluation.report import progress
 from iopo.files import Journal, iter_records, read_records, sha256_text, shortened, write_text
+from iopo.progress import progress
 
 NAMED = 5  # ids shown in a message; the rest are counted
 
@@ -34,6 +41,7 @@ class Responses:
     repeated: int = 0  # rows that give an answer once more, word for word
     failed: dict[str, str] = field(default_factory=dict)  # the server gave no answer, and why
     cut: list[str] = field(default_factory=list)  # ended at the token limit
+    unpinned: list[str] = field(default_factory=list)  # the server's own sampling defaults decided
 
     def __post_init__(self) -> None:
         self.said = {name: after_thinking(text) for name, text in self.text.items()}
@@ -47,6 +55,7 @@ class Responses:
             "repeated": self.repeated,
             "failed": len(self.failed),
             "cut_at_token_limit": len(self.cut),
+            "unpinned": len(self.unpinned),
         }
 
     def notes(self) -> list[str]:
@@ -58,13 +67,17 @@ class Responses:
             f"no answer to {len(self.missing)} items ({some(self.missing)}): {nothing}": (
                 self.missing
             ),
-            f"the server failed on {len(self.failed)} items (first {name}: {reason}): {nothing}; "
-            "run the same command again to ask for them again": self.failed,
+            f"the server failed on {len(self.failed)} of {len(self.failed) + len(self.text)} items "
+            f"({len(self.failed) / max(1, len(self.failed) + len(self.text)):.1%}; first {name}: "
+            f"{reason}): {nothing}, and the bounds say what they could change; run the same "
+            "command again to ask for them again": self.failed,
             f"answers to {len(self.unknown)} ids that the data lacks ({some(self.unknown)}): "
             "ignored": self.unknown,
             f"{self.repeated} answers are there twice, word for word: counted once": self.repeated,
             f"{empty} empty answers: {nothing}": empty,
             f"{len(self.cut)} answers ended at the token limit": self.cut,
+            f"the server does not take {', '.join(PINNED)}: its own defaults decided "
+            f"{len(self.unpinned)} answers": self.unpinned,
         }
         thinking = thinking_note(self.text.values())
         return [*filter(None, [thinking]), *(note for note, found in notes.items() if found)]
@@ -140,10 +153,12 @@ def make_responses(config: EvaluateConfig, items: list[Item], data: str, out: Pa
     chat = None if config.generate.base_url is not None else load_chat(config.model)
     settings = manifest(config, data, chat)
     out.mkdir(parents=True, exist_ok=True)
-    check_manifest(out / "responses.manifest.json", settings)
     with Journal(out / "responses.jsonl") as journal:
         done = _by_id(journal.rows)
         pending = [item for item in items if item.id not in done]
+        if pending and config.generate.base_url is not None:
+            settings["served"] = asyncio.run(_served(config.generate))
+        check_manifest(out / "responses.manifest.json", settings)
         log.info("%d of %d answers are there already", len(items) - len(pending), len(items))
         failed: dict[str, str] = {}
         if pending and config.generate.base_url is not None:
@@ -152,11 +167,18 @@ def make_responses(config: EvaluateConfig, items: list[Item], data: str, out: Pa
             _in_process(config, chat, items, set(done), journal)
     rows = _by_id(read_records(out / "responses.jsonl"))
     found = {item.id: rows[item.id] for item in items if item.id in rows}
+    if failed and not found:
+        name, reason = next(iter(failed.items()))
+        raise EndpointError(
+            f"all {len(failed)} requests failed, the first ({name}) with: {reason}; nothing was "
+            "scored: mend it and run the same command again"
+        )
     return Responses(
         text={name: row["response"] for name, row in found.items()},
         missing=[i.id for i in items if i.id not in rows and i.id not in failed],
         failed=failed,
         cut=[name for name, row in found.items() if row["finish_reason"] == "length"],
+        unpinned=[name for name, row in found.items() if row.get("unpinned")],
     )
 
 
@@ -172,7 +194,9 @@ def manifest(config: EvaluateConfig, data: str, chat: Any) -> dict[str, Any]:
     names = ("temperature", "max_new_tokens", "system_prompt", "seed")
     settings = {"data": data} | {name: getattr(section, name) for name in names}
     if section.base_url is not None:
-        return settings | {"model": section.model, "extra": section.extra}
+        request = _request(section, ())
+        sent = {"seed": request.seed, "pinned": request.pinned, "extra": request.extra}
+        return settings | {"model": request.model} | sent
     from iopo.model.identity import identity
     from iopo.model.load import resolve_model
 
@@ -181,12 +205,16 @@ def manifest(config: EvaluateConfig, data: str, chat: Any) -> dict[str, Any]:
 
 
 def check_manifest(path: Path, wanted: dict[str, Any]) -> None:
-    """Write the manifest, or raise ValueError where a different one is there."""
+    """Write the manifest, or raise ValueError where a different one is there.
+
+    What is served is not compared where no answer is pending: no server was asked.
+    """
     text = json.dumps(wanted, indent=1, sort_keys=True, ensure_ascii=False)
     if not path.exists():
         write_text(path, text)
         return
     found = json.loads(path.read_text(encoding="utf-8"))
+    wanted = {"served": found.get("served")} | wanted
     keys = sorted(key for key in {**found, **wanted} if found.get(key) != wanted.get(key))
     if keys:
         shown = "; ".join(f"{k}: there {found.get(k)!r}, now {wanted.get(k)!r}" for k in keys)
@@ -194,6 +222,32 @@ def check_manifest(path: Path, wanted: dict[str, Any]) -> None:
             f"{path.parent}: made with other settings ({shown}); choose another folder, or remove "
             "that one"
         )
+
+
+def _request(section: GenerateSection, messages: tuple[dict[str, str], ...]) -> Request:
+    return Request(
+        model=section.model or "",
+        messages=messages,
+        temperature=section.temperature,
+        max_tokens=section.max_new_tokens,
+        seed=section.seed if section.temperature > 0 else None,
+        extra=section.extra,
+    )
+
+
+async def _served(section: GenerateSection) -> dict[str, Any] | None:
+    endpoint = Endpoint(section)
+    try:
+        found = await endpoint.served()
+    finally:
+        await endpoint.close()
+    if found is None:
+        log.info(
+            "the server's list of models does not hold %s: a change of the model behind this name "
+            "would not be seen",
+            section.model,
+        )
+    return found
 
 
 async def _ask_server(
@@ -206,21 +260,14 @@ async def _ask_server(
     show = progress(len(items), "answers")
 
     async def one(item: Item) -> None:
-        request = Request(
-            model=endpoint.model,
-            messages=tuple(conversation(item, section)),
-            temperature=section.temperature,
-            max_tokens=section.max_new_tokens,
-            seed=section.seed,
-            extra=section.extra,
-        )
         try:
-            reply = await endpoint.ask(request)
+            reply = await endpoint.ask(_request(section, tuple(conversation(item, section))))
         except RequestFailed as error:
             failures[item.id] = str(error)
             return
         row = {**row_key(item), "response": reply.text, "finish_reason": reply.finish_reason}
-        journal.append({**row, "tokens": reply.completion_tokens})
+        row["tokens"] = reply.completion_tokens
+        journal.append(row if reply.pinned else {**row, "unpinned": True})
         show(next(done))
 
     try:
@@ -239,7 +286,7 @@ def _in_process(
 
     model, section = load_model(config.model), config.generate
     order = sorted(items, key=lambda item: -sum(len(m["content"]) for m in item.messages))
-    made, show = len(done), progress(len(items), "answers")
+    made, show = len(done), progress(len(items), "answers", done=len(done))
     for start in range(0, len(order), section.batch_size):
         batch = order[start : start + section.batch_size]
         if all(item.id in done for item in batch):

@@ -8,6 +8,7 @@ import json
 import logging
 import pkgutil
 import time
+from collections.abc import Container
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -84,7 +85,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "headline": list(benchmark.headline),
         "items": len(items),
         "unparsed": sum(row.get("scores", ()) is None for row in verdicts),
-        "scores": _total(config, benchmark, items, verdicts),
+        "scores": _total(config, benchmark, items, verdicts, answers.failed),
         "responses": answers.counts(),
         "notes": notes,
         "judge": judged,
@@ -136,22 +137,35 @@ def find(name: str) -> ModuleType:
 
 
 def _total(
-    config: EvaluateConfig, benchmark: Benchmark, items: list[Item], verdicts: list[Verdict]
+    config: EvaluateConfig,
+    benchmark: Benchmark,
+    items: list[Item],
+    verdicts: list[Verdict],
+    failed: Container[str],
 ) -> dict[str, dict[str, Any]]:
-    """Scores with intervals; with bounds where verdicts could not be read."""
+    """Scores with intervals; with bounds where verdicts could not be read or answers be had."""
     table = benchmark.measures(items, verdicts)
     scores = scoring.summarise(table, resamples=config.bootstrap, seed=config.seed)
-    unparsed = {i for i, verdict in enumerate(verdicts) if verdict.get("scores", ()) is None}
-    if not unparsed:
+    unknown = {
+        i
+        for i, (item, verdict) in enumerate(zip(items, verdicts, strict=True))
+        if verdict.get("scores", ()) is None or item.id in failed
+    }
+    if not unknown:
         return scores
 
     def filled(score: float) -> list[Verdict]:
-        """The verdicts, with this score for every constraint in place of each unparsed one."""
+        """The verdicts, with this score for every constraint in place of each unknown one."""
         out = list(verdicts)
-        for i in unparsed:
-            question = benchmark.question(items[i], "")
-            assert question is not None, "code always gives scores"
-            out[i] = {**verdicts[i], "scores": [score] * len(question.criteria)}
+        for i in unknown:
+            if "strict" in out[i]:  # by code
+                held = [score > 0] * len(out[i]["strict"])
+                found = {"strict": held, "loose": held, "hollow": [] if score > 0 else ["empty"]}
+            else:
+                question = benchmark.question(items[i], "")
+                count = len(out[i]["scores"]) if question is None else len(question.criteria)
+                found = {"scores": [score] * count}
+            out[i] = {**out[i], **found}
         return out
 
     lowest, highest = (

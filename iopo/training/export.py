@@ -7,16 +7,20 @@ a checkpoint of a run to DIR/exported/step-0000000N.
 
 import json
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from iopo.config import Checkpointing, ExportConfig, ModelConfig, TrainConfig
+from iopo.config import Checkpointing, Dtype, ExportConfig, TrainConfig
 from iopo.data.chat import Chat
 from iopo.data.layout import Batch, build_plain
 from iopo.data.tokenize import Example
@@ -24,17 +28,22 @@ from iopo.files import replacing, write_text
 from iopo.logprobs import LogProbs
 from iopo.model import lora
 from iopo.model.generate import end_of_turn_ids
+from iopo.model.load import DTYPES, load_tokenizer, read_config
 from iopo.model.parallel import TrainModel, language_model
+from iopo.model.portable import save_tokenizer, write_older_keys
+from iopo.progress import progress
+from iopo.redact import redact
 from iopo.training.checkpoint.folders import complete_folders, latest, step_of
 from iopo.training.checkpoint.resume import load_checkpoint
 from iopo.training.launch.placement import RankInfo
 from iopo.training.launch.signals import Control, heartbeat
-from iopo.training.logger import set_up_logging
+from iopo.training.logger import read_metrics, set_up_logging
+from iopo.training.model_card import ADAPTER, BASE, FULL, MERGED, Facts, card, hub_id
 from iopo.training.setup import Run, build_run
 
 log = logging.getLogger(__name__)
 
-FOLDER, MERGED, BASE = "export", "export-merged", "export-base"
+FOLDER, MERGED_FOLDER, BASE_FOLDER = "export", "export-merged", "export-base"
 PROBE = "A model that was saved must give, once it is loaded again, the same answer as before."
 # mean difference of a token's log-probability, in nats, that rounding explains
 TOLERANCE = {torch.bfloat16: 0.1, torch.float32: 1e-3, torch.float64: 1e-6}
@@ -44,25 +53,71 @@ class ExportError(RuntimeError):
     """An export that does not read back as what was trained; its folder was not made."""
 
 
-def export(run: Run, folder: Path, model: ModelConfig, cfg: ExportConfig, ranks: RankInfo) -> None:
-    """Write what `cfg` asks for into `folder`. Every rank calls it; rank 0 writes."""
-    if not cfg.any:
+def export(run: Run, folder: Path, cfg: TrainConfig, step: int, ranks: RankInfo) -> None:
+    """Write what cfg.export asks for into `folder`. Every rank calls it; rank 0 writes.
+
+    step: whose weights these are; cfg.run holds its numbers.
+    """
+    if not cfg.export.any:
         return
     # The adapter's base is model.path, unless the run changed or drew it: then it is written too.
-    path, base = run.inputs.model_path, None
-    if path is not None and model.adapter is None:
+    path, base, dtype = run.inputs.model_path, None, None
+    if path is not None and cfg.model.adapter is None:
         # Others find a model by its id on the hub, or in its folder, wherever they look from.
-        hub = model.path != "demo" and not Path(str(model.path)).expanduser().is_dir()
-        base = str(model.path) if hub else str(path.resolve())
-    write_exports(run.model, folder, cfg, run.inputs.chat, base, ranks)
+        hub = cfg.model.path != "demo" and hub_id(cfg.model.path)
+        base = hub or str(path.resolve())
+    if cfg.export.dtype is not Dtype.auto:
+        dtype = DTYPES[cfg.export.dtype]
+    elif path is not None:
+        dtype = read_config(path).dtype
+    rows = read_metrics(Path(cfg.run), "heldout") if ranks.is_main else []
+    heldout = next((row for row in rows if row["step"] == step), {})
+    quads = len(run.inputs.heldout)
+    facts = Facts(cfg, path, run.inputs.data_hash, step, heldout, quads)
+    describe = partial(card, facts)
+    with progress(None, f"exporting to {folder}"):
+        write_exports(run.model, folder, cfg.export, run.inputs.chat, base, ranks, dtype, describe)
+    if ranks.is_main and cfg.export.push_to_hub is not None:
+        push(folder / (FOLDER if cfg.export.model else MERGED_FOLDER), cfg.export.push_to_hub)
 
 
-def export_run(
-    run: Run, folder: Path, model: ModelConfig, cfg: ExportConfig, ranks: RankInfo
-) -> None:
+def check_push(cfg: TrainConfig) -> None:
+    """Raises ValueError, before any training, for an export that could not be pushed or used."""
+    if cfg.export.push_to_hub is None:
+        return
+    if not get_token():
+        raise ValueError(
+            "export.push_to_hub: no token; set HF_TOKEN to one that may write, or run hf auth login"
+        )
+    adapter = cfg.model.lora.rank > 0 and cfg.export.model
+    if adapter and (cfg.model.path == "demo" or not hub_id(cfg.model.path)):
+        raise ValueError(
+            f"export.push_to_hub: others could not load an adapter of {cfg.model.path or 'a'}, a "
+            "model that only this machine has; set export.merged=true export.model=false"
+        )
+
+
+def push(folder: Path, name: str) -> None:
+    """Upload a folder to ORG/NAME on the hub; a repository that is new is private.
+
+    Raises ExportError, which names the folder and the command that pushes it again.
+    """
+    log.info(f"pushing {folder} to {name}")
+    try:
+        hub = HfApi()
+        hub.create_repo(name, private=True, exist_ok=True)
+        hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Export of iopo")
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ExportError(
+            f"{folder} is complete, but was not pushed to {name}: {redact(str(error))}\n"
+            f"Push it by hand: hf upload {name} {folder}"
+        ) from error
+
+
+def export_run(run: Run, folder: Path, cfg: TrainConfig, ranks: RankInfo) -> None:
     """As `export`, at the end of the run in `folder`; an error says how to export again."""
     try:
-        export(run, folder, model, cfg, ranks)
+        export(run, folder, cfg, run.job.steps, ranks)
     except Exception as error:
         newest, _ = latest(folder)
         why = f"the export failed: {type(error).__name__}: {error}"
@@ -95,7 +150,7 @@ def export_step(cfg: TrainConfig, scratch: Path, ranks: RankInfo, control: Contr
     place = folder / "exported" / folders[step].name
     if ranks.is_main:
         place.mkdir(parents=True, exist_ok=True)
-    export(run, place, cfg.model, cfg.export, ranks)
+    export(run, place, cfg, step, ranks)
     log.info(f"{folders[step]} -> {place}")
 
 
@@ -106,11 +161,14 @@ def write_exports(
     chat: Chat,
     base: str | None,
     ranks: RankInfo,
+    dtype: torch.dtype | None = None,
+    describe: Callable[[str], str] | None = None,
 ) -> None:
     """export/: the model, or with LoRA the adapter; export-merged/: with LoRA, the whole model.
 
     base: what the adapter names as its base model; None writes the base to export-base/ first.
-    Weights are saved in the dtype that the model computes in, so the export computes the same.
+    dtype: of the saved weights, adapters excepted; None: the one that the model computes in.
+    describe: the text of README.md for a kind of export (model_card.py).
     Each comes with the chat that was trained on: the template with its date and options fixed, and
     the token that ends a response among the ends of generation_config.json.
     Raises ExportError if a written model does not read back as the one in training.
@@ -120,18 +178,26 @@ def write_exports(
     example = Example(id="probe", prompts=(ids[:half],), responses=((ids[half:],),))
     probe = build_plain([example]).to(ranks.device)
     expected = _score(train_model.model, probe)
-    tensors = gather(train_model, keep=ranks.is_main)
+    dtype = dtype or train_model.dtype
+    layers = lora.adapters(language_model(train_model.model))
+    only = ".lora_" if layers and base is not None and not cfg.merged else ""
+    tensors = gather(train_model, dtype, keep=ranks.is_main, only=only)
     if not ranks.is_main:
         return
 
-    def write(folder: Path, weights: dict[str, Tensor], *, trained: bool = True) -> None:
-        with replacing(folder) as partial:
-            reloaded = _save(train_model, partial, weights)
-            _save_chat(train_model, partial, chat)
-            if not trained:
+    def finish(new: Path, kind: str) -> None:
+        _save_chat(train_model, new, chat)
+        if describe is not None:
+            (new / "README.md").write_text(describe(kind), encoding="utf-8")
+
+    def write(folder: Path, weights: dict[str, Tensor], kind: str) -> None:
+        with replacing(folder) as new:
+            reloaded = _save(train_model, new, weights)
+            finish(new, kind)
+            if kind == BASE:
                 return
             found = _score(LogProbs(reloaded), probe.to("cpu"))
-            tolerance = TOLERANCE[train_model.dtype]
+            tolerance = max(TOLERANCE.get(each, 0.1) for each in (dtype, train_model.dtype))
             if not abs(found - expected) <= tolerance:
                 raise ExportError(
                     f"{folder}: read back, a token of the probe has a log-probability of "
@@ -139,43 +205,46 @@ def write_exports(
                     f"{tolerance:g} nats"
                 )
 
-    layers = lora.adapters(language_model(train_model.model))
     if not layers:
-        write(run / FOLDER, tensors)
+        write(run / FOLDER, tensors, FULL)
         return
     plain_weights = {n: t for n, t in tensors.items() if ".lora_" not in n}
     if cfg.model:
         if base is None:
-            write(run / BASE, plain_weights, trained=False)
-            base = str((run / BASE).resolve())
-        with replacing(run / FOLDER) as partial:
+            write(run / BASE_FOLDER, plain_weights, BASE)
+            base = str((run / BASE_FOLDER).resolve())
+        with replacing(run / FOLDER) as new:
             named = {n: t for n, t in tensors.items() if ".lora_" in n}
             config = lora.adapter_config(language_model(train_model.model), base)
-            lora.write_adapter(partial, config, named)
-            _save_chat(train_model, partial, chat)
+            lora.write_adapter(new, config, named)
+            finish(new, ADAPTER)
     if cfg.merged:
         for name, layer in layers.items():
             weight, a, b = (tensors[f"{name}.{part}"] for part in ("weight", "lora_A", "lora_B"))
             plain_weights[f"{name}.weight"] = lora.merge(weight, a, b, layer.scaling)
-        write(run / MERGED, plain_weights)
+        write(run / MERGED_FOLDER, plain_weights, MERGED)
 
 
 @torch.no_grad()
-def gather(train_model: TrainModel, *, keep: bool) -> dict[str, Tensor]:
+def gather(
+    train_model: TrainModel, dtype: torch.dtype, *, keep: bool, only: str = ""
+) -> dict[str, Tensor]:
     """Whole tensors on the CPU by the language model's names; {} where not `keep`. Collective.
 
-    Trained weights are rounded to the dtype that computes; adapters stay fp32. Tied weights come
-    once.
+    only: a part of the names of those that are wanted. Weights are rounded to `dtype`; adapters
+    stay fp32. Tied weights come once.
     """
     model = language_model(train_model.model)
     root = next(name for name, module in train_model.model.named_modules() if module is model)
     tensors = {}
     for name, parameter in train_model.model.named_parameters():
+        if only not in name:
+            continue
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         if keep:
-            dtype = whole.dtype if ".lora_" in name else train_model.dtype
+            saved = whole.dtype if ".lora_" in name else dtype
             short = name.removeprefix(root + ".") if root else name
-            tensors[short] = whole.detach().to("cpu", dtype, copy=True)
+            tensors[short] = whole.detach().to("cpu", saved, copy=True)
     return tensors
 
 
@@ -188,16 +257,17 @@ def _save(train_model: TrainModel, folder: Path, tensors: dict[str, Tensor]) -> 
     # a copy of the dict: save_pretrained empties it as it goes
     language_model(train_model.model).save_pretrained(folder, state_dict=dict(tensors))
     # transformers notes the live model's settings; a user wants those of the saved one
-    file = folder / "config.json"
-    settings = {"dtype": str(train_model.dtype).removeprefix("torch."), "use_cache": True}
-    config = json.loads(file.read_text()) | settings
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (dtype,) = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
+    write_older_keys(folder / "config.json", dtype=dtype, use_cache=True)
     model = AutoModelForCausalLM.from_pretrained(
         str(folder), dtype="auto", use_safetensors=True, attn_implementation="sdpa"
     )
     found = dict(model.named_parameters())
     wrong = [n for n, t in tensors.items() if n not in found or not torch.equal(found[n], t)]
     wrong += [n for n in found if n not in tensors]
+    saved, live = model.config, language_model(train_model.model).config
+    if getattr(saved, "rope_parameters", None) != getattr(live, "rope_parameters", None):
+        wrong.append("config.json: rope_parameters")
     if wrong:
         raise ExportError(
             f"{folder}: {len(wrong)} tensors do not read back as saved, among them {wrong[:3]}"
@@ -206,8 +276,22 @@ def _save(train_model: TrainModel, folder: Path, tensors: dict[str, Tensor]) -> 
 
 
 def _save_chat(train_model: TrainModel, folder: Path, chat: Chat) -> None:
-    """The tokenizer with the template as it was trained on, and where generation must stop."""
-    chat.save(folder)
+    """The tokenizer with the template as it was trained on, and where generation must stop.
+
+    Raises ExportError unless stock transformers reads the prompt of training from it.
+    """
+    save_tokenizer(chat.tokenizer, folder, chat.saved_template())
+    stock = Chat(load_tokenizer(folder), chat.system)
+    expected, found = (c.prompt_ids(c.messages(PROBE)) for c in (chat, stock))
+    if found != expected:
+        message = (
+            f"{folder}: read back, the tokenizer gives other tokens for a prompt than in training: "
+            f"found {stock.tokenizer.convert_ids_to_tokens(found)}, expected "
+            f"{chat.tokenizer.convert_ids_to_tokens(expected)}"
+        )
+        if chat.tokenizer.name_or_path:
+            raise ExportError(message)
+        log.warning(message)  # model.tiny: transformers knows its type with another tokenizer
     model = language_model(train_model.model)
     config = (model.generation_config or GenerationConfig()).to_diff_dict()
     config["eos_token_id"] = sorted(end_of_turn_ids(model, chat))

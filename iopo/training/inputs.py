@@ -4,7 +4,7 @@ Called in the main process before the run folder is made and before any process 
 again by every rank, which then finds the tokens in the cache.
 """
 
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,13 +12,15 @@ from pathlib import Path
 from iopo import objectives
 from iopo.agreement import check_family
 from iopo.config import Layout, OptimConfig, TrainConfig
+from iopo.data import token_cache
 from iopo.data.batching import Batching
 from iopo.data.chat import Chat
 from iopo.data.example import Example
-from iopo.data.rows import Quad, read_rows, rows_for, spread
-from iopo.data.tokenize import Encoder, Limits, Report, tokenize_rows
+from iopo.data.rows import Quad, Row, read_rows, rows_for, spread
+from iopo.data.tokenize import Encoder, Limits, Report, tokenize_file
 from iopo.files import cache_root, sha256_rows
 from iopo.model.attention import SHARED
+from iopo.model.host_memory import trim_malloc
 from iopo.model.load import (
     byte_tokenizer,
     config_of_tiny,
@@ -26,6 +28,7 @@ from iopo.model.load import (
     read_config,
     resolve_model,
 )
+from iopo.progress import progress
 from iopo.training.prechecks import check_policy, check_precision, check_rows, check_samples
 
 
@@ -35,8 +38,8 @@ class Inputs:
 
     model_path: Path | None  # None: model.tiny
     chat: Chat
-    train: list[Example]
-    heldout: list[Example]
+    train: Sequence[Example]
+    heldout: Sequence[Example]
     heldout_quads: list[Quad]
     reports: dict[str, Report]
     data_hash: str
@@ -64,20 +67,20 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
     if data.train is None:
         raise ValueError("data.train: not set; give a file of rows (data/README.md)")
     of = objectives.OBJECTIVES[cfg.objective.name].rows
-    read = read_rows(data.train)[: data.limit_rows]
-    train_rows = rows_for(of.kind, read, data.quad_rows)
+    cache = Path(data.cache_dir or cache_root() / "tokens")
+    # A missing file has no hash; reading it says what to do.
+    files = [file for file in (data.train, data.heldout) if file is not None]
+    with progress(None, "hashing the data"):
+        hashes = [_hash(file) for file in files]
+    counted = cfg.objective.margin_per_constraint > 0
+    train_id = [hashes[0], of.kind, data.limit_rows, data.quad_rows, counted]
+    # Rows that were tokenised before were checked then, and are not read again.
+    new_rows = [] if token_cache.knows(cache, train_id) else [_train_rows(cfg)]
     heldout_quads: list[Quad] = []
     if data.heldout is not None:
-        rows = read_rows(data.heldout, kind="quad")
+        with progress(None, f"reading {data.heldout}"):
+            rows = read_rows(data.heldout, kind="quad")
         heldout_quads = spread([r for r in rows if isinstance(r, Quad)], cfg.evaluation.quads)
-    margin = cfg.objective.margin_per_constraint
-    bare = [row.id for row in train_rows if not (isinstance(row, Quad) and row.c1 and row.c2)]
-    if margin > 0 and bare:
-        raise ValueError(
-            f"objective.margin_per_constraint={margin} counts the constraints that differ, but "
-            f"{len(bare)} rows of {data.train} have no c1 and c2 (first: {bare[:5]}); add them, or "
-            "remove the option"
-        )
 
     model_path = None if cfg.model.tiny is not None else resolve_model(str(cfg.model.path))
     check_precision(cfg.model.dtype, data.layout, cfg.parallel.device)
@@ -88,26 +91,55 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
     tokenizer = byte_tokenizer() if model_path is None else load_tokenizer(model_path)
     chat = Chat(tokenizer, cfg.model.system, cfg.model.template_options)
     limits = Limits(data.max_prompt_tokens, data.max_response_tokens, data.on_overlong.value)
-    # One process per core where there is work for them: starting one costs seconds.
-    many = len(train_rows) > 20_000
-    workers = data.workers or (len(os.sched_getaffinity(0)) if many else 1)
-    cache = Path(data.cache_dir or cache_root() / "tokens")
-    tokenize = partial(tokenize_rows, workers=workers, cache_dir=cache)
-    train, report = tokenize(train_rows, Encoder(chat, limits, of.columns), source=data.train)
-    reports, heldout = {"train": report}, list[Example]()
+    tokenize = partial(tokenize_file, cache_dir=cache, workers=data.workers)
+    train = tokenize(
+        lambda: new_rows.pop() if new_rows else _train_rows(cfg),
+        Encoder(chat, limits, of.columns),
+        identity=train_id,
+        source=data.train,
+    )
+    trim_malloc()  # the texts are gone
+    reports = {"train": train.report}
+    heldout: Sequence[Example] = []
     if heldout_quads:
-        encoder, source = Encoder(chat, limits), str(data.heldout)
-        heldout, reports["heldout"] = tokenize(heldout_quads, encoder, source=source)
+        source, heldout_id = str(data.heldout), [hashes[1], "quad", cfg.evaluation.quads]
+        quads, encoder = heldout_quads, Encoder(chat, limits)
+        heldout = tokenize(lambda: quads, encoder, identity=heldout_id, source=source)
+        reports["heldout"] = heldout.report
         kept = {example.id for example in heldout}
         heldout_quads = [quad for quad in heldout_quads if quad.id in kept]
-    files = {data.train: train, str(data.heldout): heldout}
-    notes += check_rows(policy, chat, files, shared=data.layout is Layout.shared)
-    data_hash = " ".join(sha256_rows(file) for file in (data.train, data.heldout) if file)
+    of_file = {data.train: train, str(data.heldout): heldout}
+    notes += check_rows(policy, chat, of_file, shared=data.layout is Layout.shared)
+    data_hash = " ".join(hashes)
     inputs = Inputs(model_path, chat, train, heldout, heldout_quads, reports, data_hash, notes)
     check_samples(
         policy, chat, inputs.samples(cfg.evaluation.samples), cfg.evaluation.max_new_tokens
     )
     return inputs
+
+
+def _hash(source: str) -> str:
+    """sha256 of the source of rows; "" for one that is not there."""
+    try:
+        return sha256_rows(source)
+    except FileNotFoundError:
+        return ""
+
+
+def _train_rows(cfg: TrainConfig) -> list[Row]:
+    """The rows that the objective trains on; raises ValueError as load_inputs does."""
+    kind = objectives.OBJECTIVES[cfg.objective.name].rows.kind
+    file, margin = str(cfg.data.train), cfg.objective.margin_per_constraint
+    with progress(None, f"reading {file}"):
+        rows = rows_for(kind, read_rows(file)[: cfg.data.limit_rows], cfg.data.quad_rows)
+    bare = [row.id for row in rows if not (isinstance(row, Quad) and row.c1 and row.c2)]
+    if margin > 0 and bare:
+        raise ValueError(
+            f"objective.margin_per_constraint={margin} counts the constraints that differ, but "
+            f"{len(bare)} rows of {file} have no c1 and c2 (first: {bare[:5]}); add them, or "
+            "remove the option"
+        )
+    return rows
 
 
 def attention_of(layout: Layout) -> str:

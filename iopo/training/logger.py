@@ -10,21 +10,21 @@ n-th optimizer step, counted from 1, and 0 is before the first.
 import json
 import logging
 import os
-import sys
-import time
+import statistics
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+import torch
 
 from iopo.config import HELDOUT_MEASURES, TrackerConfig, Wandb
 from iopo.files import read_records
+from iopo.progress import progress
 from iopo.redact import redact
 
 SHOWN = {"loss": "loss", "margin": "margin", "accuracy": "acc", "tokens_per_s": "tok/s"}
-LINE_EVERY_S = 10.0
+CROWDED = 2.0  # times slower than the first steps
 
 log = logging.getLogger(__name__)
 
@@ -56,13 +56,8 @@ class Logger:
         self.every, self.first, self.last = cfg.log_every_steps, steps.start, steps.stop - 1
         self.file = open(run / "metrics.jsonl", "a", encoding="utf-8") if main else None
         self.wandb = _start_wandb(run, cfg, config) if main and cfg.wandb is not Wandb.off else None
-        self.started, self.printed = time.monotonic(), float("-inf")
-        self.bar: Progress | None = None
-        if main and sys.stdout.isatty():
-            count = TextColumn("{task.completed}/{task.total} {task.description}")
-            self.bar = Progress(BarColumn(20), count, TimeRemainingColumn())
-            self.task = self.bar.add_task("", total=self.last, completed=self.first - 1)
-            self.bar.start()
+        self.crowding = None if torch.cuda.is_available() else Crowding()
+        self.show = progress(self.last, "steps", self.first - 1, at_once=True)
 
     def __enter__(self) -> Self:
         return self
@@ -72,8 +67,7 @@ class Logger:
             self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
-        if self.bar is not None:
-            self.bar.stop()
+        self.show.close()
 
     def step(self, step: int, reduce: Callable[[], dict[str, float]]) -> None:
         """Record and show a training step, if it is one to log. Every rank calls it.
@@ -87,13 +81,9 @@ class Logger:
             return
         self._record(step, "train", values)
         text = "  ".join(f"{label} {values[k]:.4g}" for k, label in SHOWN.items() if k in values)
-        now = time.monotonic()
-        if self.bar is not None:
-            self.bar.update(self.task, completed=step, description=text)
-        elif now - self.printed >= LINE_EVERY_S or step == self.last:
-            self.printed = now
-            left = (now - self.started) / (step - self.first + 1) * (self.last - step)
-            log.info(f"step {step}/{self.last}  {text}  {left:.0f} s left")
+        self.show(step, text)
+        if self.crowding is not None:
+            self.crowding.watch(values["tokens_per_s"])
 
     def heldout(self, step: int, values: dict[str, float]) -> None:
         """Record and show an evaluation on held-out quads; nothing for an empty one."""
@@ -114,6 +104,32 @@ class Logger:
         self.file.flush()  # a killed run keeps every finished step
         if self.wandb is not None:
             self.wandb.log({f"{split}/{k}": v for k, v in values.items()}, step=step)
+
+
+class Crowding:
+    """Says once that other programs take this run's cores: threads of a product wait for each
+    other, so that one busy core slows all of them down."""
+
+    def __init__(self) -> None:
+        self.speeds: list[float] = []
+        self.said = False
+
+    def watch(self, tokens_per_s: float) -> None:
+        """Look at a step: at the median of the last three against that of the first five, the very
+        first left out."""
+        self.speeds.append(tokens_per_s)
+        load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+        if self.said or len(self.speeds) < 9 or load <= cores + 0.5:
+            return
+        slower = statistics.median(self.speeds[1:6]) / statistics.median(self.speeds[-3:])
+        if slower > CROWDED:
+            self.said = True
+            log.warning(
+                f"crowded: steps are {slower:.1f} times slower than the first ones, and {load:.1f} "
+                f"threads want the {cores} cores of this machine (load average). Stop the other "
+                "programs, or lower their priority (renice -n 19 -p PID); or stop this run, which "
+                f"resumes, and start it with OMP_NUM_THREADS below its {torch.get_num_threads()}"
+            )
 
 
 def _start_wandb(run: Path, cfg: TrackerConfig, config: dict[str, Any]):

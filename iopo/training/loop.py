@@ -26,6 +26,7 @@ from iopo.data.batching import (
 from iopo.data.layout import Batch, build_plain, build_shared
 from iopo.data.tokenize import Example
 from iopo.model.parallel import TrainModel
+from iopo.progress import progress, tracked
 from iopo.training import metrics
 from iopo.training.launch.signals import heartbeat
 from iopo.training.split import PromptByPrompt, Splitting, by_prompt
@@ -235,8 +236,9 @@ def check_start(job: Job, policy: nn.Module, reference: Reference) -> None:
     indices = micro_batches(job.tokens_N, job.batching, 0)[job.rank][0]
     rows = [job.examples[j] for j in indices or (0,)]
     batch = job.build(rows)
-    policy_EM = policy(batch)
-    reference_EM = reference_log_probs(reference, rows, batch)
+    with progress(None, "scoring the first micro-batch before training"):
+        policy_EM = policy(batch)
+        reference_EM = reference_log_probs(reference, rows, batch)
     assert reference_EM is not None
     loss_E, _ = score(job, batch, rows, policy_EM, reference_EM)
     expected_E, _ = score(job, batch, rows, policy_EM, policy_EM)
@@ -270,7 +272,8 @@ def evaluate(job: Job, policy: nn.Module, reference: Reference | None) -> dict[s
     sums = torch.zeros(len(names) + len(shares) + 2, device=job.device)
     policy.eval()
     tokens_N = token_counts(job.heldout, job.batching.layout)
-    for indices in pass_micro_batches(tokens_N, job.batching, job.rank):
+    batches = pass_micro_batches(tokens_N, job.batching, job.rank)
+    for indices in tracked(batches, "batches of held-out quads"):
         heartbeat()
         rows = [job.heldout[i] for i in indices or (0,)]
         batch = job.build(rows)

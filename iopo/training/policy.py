@@ -26,7 +26,9 @@ def make_policy(
     loaded = dtype
     if cfg.model.lora.rank == 0 and not frozen:  # what trains is kept in fp32 at least
         loaded = torch.promote_types(dtype, torch.float32)
-    policy = load_model(cfg.model, inputs.model_path, cfg.data.layout, loaded)
+    # Once for all ranks: each would take as much host memory as the whole model.
+    load_or_not = load_model if ranks.is_main else blank_model
+    policy = load_or_not(cfg.model, inputs.model_path, cfg.data.layout, loaded)
     if ranks.is_main and not frozen:
         check_weights(policy.causal_lm, inputs.train, where=str(inputs.model_path or "model.tiny"))
     if frozen:
@@ -41,6 +43,7 @@ def make_policy(
         mesh=make_mesh(ranks.device.type, p.shard_processes) if sharded else None,
         offload=p.offload,
         block_options=BlockOptions() if frozen else block_options(p),
+        broadcast=ranks.world_size > 1,
     )
 
 
@@ -57,6 +60,17 @@ def load_model(cfg: ModelConfig, path: Path | None, layout: Layout, dtype: torch
         lora.merge_lora(model)
         model.requires_grad_(True)  # loading an adapter froze them
     return LogProbs(model)
+
+
+def blank_model(
+    cfg: ModelConfig, path: Path | None, layout: Layout, dtype: torch.dtype
+) -> LogProbs:
+    """What load_model gives, without values."""
+    if path is None:
+        config, where = load.config_of_tiny(cfg.tiny or {}), "model.tiny"
+    else:
+        config, where = load.read_config(path), str(path)
+    return LogProbs(load.meta_causal_lm(config, dtype, attention_of(layout), where=where))
 
 
 def adapt(policy: LogProbs, cfg: LoraConfig, seed: int) -> None:

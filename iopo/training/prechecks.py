@@ -3,7 +3,6 @@ weight files and the tokenised rows. Nothing is written, and no weight of a mode
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from iopo.config import Device, Dtype, Layout, ModelConfig
+from iopo.data.batching import member_counts, member_tokens
 from iopo.data.chat import Chat
 from iopo.data.example import Example
 from iopo.data.layout import build_shared
@@ -75,9 +75,11 @@ def check_rows(policy: LogProbs, chat: Chat, rows: Rows, *, shared: bool) -> lis
     for file, examples in rows.items():
         if not examples:
             continue
-        longest = max(examples, key=_length)
-        which = f"{file}: row {longest.id} is the longest with {_length(longest)} tokens"
-        remarks += _check_length(model, _length(longest), which)
+        prompts_NM, responses_NM = member_counts(examples)
+        length_N = (prompts_NM + responses_NM).max(1)
+        longest, length = examples[int(length_N.argmax())], int(length_N.max())
+        which = f"{file}: row {longest.id} is the longest with {length} tokens"
+        remarks += _check_length(model, length, which)
         if shared:
             _check_window(policy, longest, which)
     return remarks
@@ -102,11 +104,6 @@ def check_precision(dtype: Dtype, layout: Layout, device: Device) -> None:
         )
 
 
-def _length(example: Example) -> int:
-    """Of the longest prompt with a response."""
-    return max(len(x) + len(y) for x, y in example.members())
-
-
 def _check_ids(model: PreTrainedModel, chat: Chat, rows: Rows) -> None:
     tokenizer, embedding = chat.tokenizer, model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
@@ -119,7 +116,7 @@ def _check_ids(model: PreTrainedModel, chat: Chat, rows: Rows) -> None:
         return
     for file, examples in rows.items():
         for example in examples:
-            ids = np.concatenate([*example.prompts, *chain(*example.responses)])
+            ids = np.concatenate(example.segments())
             if (beyond := ids[ids >= embeddings]).size:
                 which = f"{file}: row {example.id} holds"
                 raise ValueError(_too_few(which, tokenizer, int(beyond[0]), embeddings))
@@ -168,7 +165,7 @@ def _check_window(policy: LogProbs, longest: Example, which: str) -> None:
     config = policy.causal_lm.config.get_text_config().to_dict()
     named = (v for k, v in config.items() if "window" in k and "layer" not in k)
     windows = [value for value in named if type(value) is int]
-    if min(windows, default=math.inf) >= _length(longest):
+    if min(windows, default=math.inf) >= max(member_tokens(longest)):
         return
     try:
         policy(build_shared([longest]).to("meta"))

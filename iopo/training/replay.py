@@ -11,6 +11,7 @@ from iopo import objectives
 from iopo.config import Checkpointing, TrainConfig
 from iopo.data.batching import quads_of_step
 from iopo.model.parallel import TrainModel
+from iopo.progress import tracked
 from iopo.training import loop
 from iopo.training.checkpoint.folders import complete_folders, step_of
 from iopo.training.checkpoint.resume import load_checkpoint
@@ -41,7 +42,7 @@ def replay(cfg: TrainConfig, scratch: Path, ranks: RankInfo, control: Control) -
         done = load_checkpoint(folders[-1], model, run.optimizer)
     log.info(f"weights: {folders[-1] if folders else 'the start'}, then {step - 1 - done} steps")
     steps = loop.train_steps(job, model, run.optimizer, run.reference, first_step=done + 1)
-    for _ in range(done + 1, step):
+    for _ in tracked(range(done + 1, step), "steps"):
         next(steps)
         heartbeat()
     for index in quads_of_step(len(job.tokens_N), job.batching, step - 1):

@@ -6,12 +6,15 @@ from typing import Any
 
 from iopo import constraints
 from iopo.config import EvaluationConfig
+from iopo.constraints.answers import hollow
+from iopo.constraints.text import after_thinking
 from iopo.data.chat import Chat
 from iopo.data.columns import text_of
 from iopo.data.rows import Quad
 from iopo.files import read_records, write_records
 from iopo.model.generate import Decoding, generate
 from iopo.model.parallel import TrainModel, language_model
+from iopo.progress import progress
 from iopo.training.inputs import Inputs
 
 FILE = "samples.jsonl"
@@ -47,7 +50,8 @@ def answer(
 ) -> list[dict[str, Any]]:
     """Greedy answers to x1 of every quad, with what code says of the constraints it can check.
 
-    Rows {"id", "prompt", "text", "constraints": [{"text", "follows"}]}. Not for sharded models.
+    Rows {"id", "prompt", "text", "constraints": [{"text", "follows"}], "hollow": reasons}, those of
+    `iopo.constraints.answers.hollow`. Not for sharded models.
     """
     model = language_model(train_model.model)
     attention = model.config._attn_implementation
@@ -55,23 +59,24 @@ def answer(
     decoding = Decoding(cfg.max_new_tokens, batch_size=cfg.batch_size)
     model.set_attn_implementation("sdpa")
     try:
-        generations = generate(model, chat, conversations, decoding)
+        with progress(len(quads), "sample answers") as show:
+            generations = generate(model, chat, conversations, decoding, lambda n, _: show(n))
     finally:
         model.set_attn_implementation(attention)
-    texts = [generation.text.strip() for generation in generations]
-    return [
-        {
-            "id": q.id,
-            "prompt": text_of(q.x1),
-            "text": text,
-            "constraints": _verdicts(q.c1 or [], text),
-        }
-        for q, text in zip(quads, texts, strict=True)
-    ]
-
-
-def _verdicts(rows: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
-    rows = [row for row in rows if row.get("kind") in constraints.KINDS]  # the others need a judge
-    follows = constraints.follows([constraints.from_dict(row) for row in rows], text)
-    pairs = zip(rows, follows, strict=True)
-    return [{"text": row["text"], "follows": bool(ok)} for row, ok in pairs]
+    answers = []
+    for quad, generation in zip(quads, generations, strict=True):
+        # constraints of other kinds need a judge
+        rows = [row for row in quad.c1 or [] if row.get("kind") in constraints.KINDS]
+        rules, text = [constraints.from_dict(row) for row in rows], generation.text.strip()
+        ended = generation.finish_reason == "stop"
+        verdicts = zip(rows, constraints.follows(rules, after_thinking(text)), strict=True)
+        answers.append(
+            {
+                "id": quad.id,
+                "prompt": text_of(quad.x1),
+                "text": text,
+                "constraints": [{"text": row["text"], "follows": bool(ok)} for row, ok in verdicts],
+                "hollow": hollow(text, text_of(quad.x1), rules, ended=ended),
+            }
+        )
+    return answers

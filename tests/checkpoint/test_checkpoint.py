@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from benchmarks.faults import read_whole
 from iopo.config import CheckpointConfig
 from iopo.training.checkpoint import folders as files
+from iopo.training.checkpoint import writer
 from iopo.training.checkpoint.folders import latest, latest_intact
 from iopo.training.checkpoint.tensors import gather_state, load_state
 from iopo.training.checkpoint.writer import CheckpointError, Checkpoints
@@ -112,6 +114,31 @@ def names(run_dir: Path) -> list[int]:
 
 
 # ---- one process -------------------------------------------------------------------------------
+
+
+def test_every_asynchronous_save_has_a_stager_of_its_own(alone, monkeypatch):
+    """PyTorch 2.11 closes a stager after its first use; later versions keep the copies."""
+    stagers = []
+
+    class UsedOnce(writer.DefaultStager):
+        def stage(self, state):
+            stagers.append(self)
+            return super().stage(state)
+
+    monkeypatch.setattr(writer, "DefaultStager", UsedOnce)
+    train(alone, "lora", 3, 0, asynchronous=True)
+    assert len(set(stagers)) == 3 and names(alone) == [2, 3]
+
+
+def test_the_writer_thread_stays_on_the_gpu_of_its_rank(alone, monkeypatch):
+    chosen = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    set_device = partial(chosen.__setitem__, "device")
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    with Checkpoints(alone, CheckpointConfig()) as checkpoints:
+        checkpoints._thread.submit(int).result()
+    assert chosen == {"device": 3}
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

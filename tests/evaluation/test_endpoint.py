@@ -230,3 +230,46 @@ def test_two_writers_are_refused(tmp_path: Path) -> None:
     with Journal(tmp_path / "rows.jsonl"):
         with pytest.raises(ValueError, match="another process is writing"):
             Journal(tmp_path / "rows.jsonl")
+
+
+def test_what_a_server_would_decide_is_in_every_request() -> None:
+    with StubServer(lambda *_: Answer("fine")) as server:
+        mine = {"repetition_penalty": 1.2, "top_k": 5}
+        requests = [request(), request(temperature=0.5, seed=3), request(extra=mine)]
+        replies = [ask(server, each)[0] for each in requests]
+        greedy, drawn, own = server.bodies
+    pins = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    assert greedy.items() >= pins.items() and "top_p" not in greedy and "seed" not in greedy
+    assert drawn.items() >= {**pins, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "seed": 3}.items()
+    assert own.items() >= {**pins, **mine}.items()
+    assert all(reply.pinned for reply in replies)
+    assert requests[0].content()["pinned"] == pins
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_server_that_does_not_know_a_pinned_parameter_is_asked_without(status: int) -> None:
+    def script(body, before):
+        if "repetition_penalty" in body:
+            return Answer(status=status, body="Unrecognized argument: repetition_penalty")
+        return Answer("fine")
+
+    with StubServer(script) as server:
+        first, second = ask(server, request("a"), request("b"), concurrency=1)
+        assert len(server.bodies) == 3, "the second is asked without at once"
+        assert not first.pinned and not second.pinned and first.key == request("a").key
+
+
+def test_what_is_served_is_asked(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    root = {"id": "m", "root": str(tmp_path), "parent": "base", "created": 7}
+
+    def served(**options):
+        with StubServer(lambda *_: Answer("fine"), **options) as server:
+            return with_endpoint(server, lambda endpoint: endpoint.served())
+
+    found = served(models=[root, {"id": "other"}])
+    assert found is not None and found["parent"] == "base" and found["root"] == str(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"trained anew")
+    assert served(models=[root])["weights"] != found["weights"]
+    assert served(models=[{"id": "m", "root": "org/name"}]) == {"root": "org/name", "parent": None}
+    assert served(models=[{"id": "other"}]) is None and served() is None

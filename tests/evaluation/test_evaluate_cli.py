@@ -24,6 +24,7 @@ from iopo.evaluation.config import (
     ResponsesSection,
 )
 from iopo.evaluation.endpoint import EndpointError
+from iopo.evaluation.report import progress
 from iopo.evaluation.responses import default_out
 from iopo.evaluation.run import evaluate, find, names
 from iopo.files import read_records, write_records
@@ -339,3 +340,74 @@ def test_scores_hold_what_is_needed_to_repeat_them(data: Path, tmp_path: Path) -
     assert scores["items"] == 2 and len(scores["data"]["sha256"]) == 64
     assert scores["data"]["known"] is False
     assert scores["config"]["judge"]["style"] == "robust"
+
+
+def from_server(server: StubServer, **changes) -> GenerateSection:
+    fields = {"model": "m", "backoff_s": 0.01, "max_retries": 0} | changes
+    return GenerateSection(base_url=server.base_url, **fields)
+
+
+def test_another_model_behind_the_same_name_is_refused(data: Path) -> None:
+    with StubServer(lambda *_: Answer(PLAIN), [{"id": "m", "root": "runs/a"}]) as server:
+        config = settings(data, generate=from_server(server), limit=2)
+        evaluate(config)
+        manifest = json.loads((data.parent / "out" / "responses.manifest.json").read_text())
+        assert manifest["served"] == {"root": "runs/a", "parent": None}
+        assert manifest["seed"] is None and manifest["pinned"]["repetition_penalty"] == 1.0
+        server.models = [{"id": "m", "root": "runs/b"}]
+        with pytest.raises(ValueError, match="made with other settings .*runs/a.*runs/b"):
+            evaluate(settings(data, generate=from_server(server)))
+        assert len(server.bodies) == 2
+    evaluate(config)  # no answer is pending: no server is needed
+
+
+def test_a_run_without_an_answer_has_no_score(data: Path) -> None:
+    """Exit code 1 of the command, from EndpointError."""
+    bad = {"1000", "1001", "1005", "1012"}
+
+    def script(body: dict, before: int) -> Answer:
+        failing = any(key in body["messages"][-1]["content"] for key in bad)
+        return Answer(status=400, body="too long") if failing else Answer(PLAIN)
+
+    with StubServer(script) as server:
+        config = settings(data, generate=from_server(server))
+        with pytest.raises(EndpointError, match="all 4 requests failed.*too long"):
+            evaluate(config)
+        assert not (data.parent / "out" / "scores.json").exists()
+        bad -= {"1001", "1005", "1012"}
+        scores = evaluate(config)
+    assert any("1 of 4 items (25.0%" in note for note in scores["notes"])
+    entry = scores["scores"]["prompt_strict"]
+    assert entry["n"] == 4 and entry["value"] == 0.75 and entry["bounds"] == [0.75, 1.0]
+    assert scores["scores"]["answers"]["bounds"][1] > scores["scores"]["answers"]["value"]
+
+
+def test_a_seed_is_for_sampling(data: Path) -> None:
+    with StubServer(lambda *_: Answer(PLAIN)) as server:
+        for changes in ({}, {"temperature": 0.5}, {"temperature": 0.5, "seed": None}):
+            out = str(data.parent / f"out{len(server.bodies)}")
+            evaluate(settings(data, generate=from_server(server, **changes), limit=1, out=out))
+        assert [body.get("seed") for body in server.bodies] == [None, 0, None]
+    with pytest.raises(ValueError, match="generate.seed=null"):
+        GenerateSection(seed=None)
+
+
+def test_a_misspelt_option_ends_with_code_2(data: Path) -> None:
+    for wrong in ("generate.tempature=0", "+generate.tempature=0", "+benchmrk=ifeval"):
+        done = command("+benchmark=ifeval", f"data.path={data}", "model.path=x", wrong)
+        assert done.returncode == 2 and not done.stdout, wrong
+
+
+def test_progress_says_the_time_left(caplog, monkeypatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("iopo.evaluation.report.time.monotonic", lambda: now)
+    caplog.set_level("INFO")
+    show = progress(50, "answers", done=10)
+    for made in (11, 20, 50):
+        now += 11.0
+        show(made)
+    lines = [record.message for record in caplog.records]
+    assert lines == [
+        *("11 of 50 answers, 429 s left", "20 of 50 answers, 66 s left"),
+        "50 of 50 answers, 0 s left",
+    ]

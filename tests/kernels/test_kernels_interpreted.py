@@ -102,6 +102,18 @@ def test_frozen_head_with_the_gradient_in_the_forward_pass(dtype, shape, softcap
     torch.testing.assert_close(grad.double(), truth, rtol=tolerance, atol=tolerance)
 
 
+def test_strided_inputs_give_what_their_copies_give():
+    hidden, weight, targets, bias = problem(20, 24, 100, torch.float32, scale=3.0, bias=True)
+    upstream = torch.randn(20)[::2]
+    args = [hidden.t().contiguous().t()[::2], weight.t().contiguous().t()[::2]]
+    args += [targets[::2] // 2, bias[::2]]
+    f = linear_logprob.linear_logprob
+    ours = results(f, *args, upstream, None)
+    copies = results(f, *(x.contiguous() for x in args), upstream.contiguous(), None)
+    for one, other in zip(ours, copies, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_no_log_probability_above_zero_and_the_same_bits_twice(dtype):
     hidden, weight, _, _ = problem(40, 32, 300, dtype, scale=16.0)

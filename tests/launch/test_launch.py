@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from iopo.training.launch import launcher
 from iopo.training.launch.launcher import launch
-from iopo.training.launch.placement import find_placement, first_host
+from iopo.training.launch.placement import RankInfo, find_placement, first_host
 from iopo.training.seeds import seed_process, stream_seed
 
 # ---- workers: functions of this module, because spawned ranks import them by name -------------
@@ -265,11 +266,14 @@ _SRUN = {
 }
 
 
-def test_slurm_with_one_task_per_gpu_is_adopted():
+@pytest.mark.parametrize(("visible", "device"), [(4, "cuda:1"), (1, "cuda:0")])
+def test_slurm_with_one_task_per_gpu_is_adopted(monkeypatch, visible, device):
+    """With --gpus-per-task=1 SLURM shows each task its own GPU only, as cuda:0."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     placement = find_placement(4, _SRUN)
     assert placement.adopted and placement.world_size == 8
     ranks = placement.ranks(placement.local_rank, "nccl")
-    assert (ranks.rank, ranks.local_rank, str(ranks.device)) == (5, 1, "cuda:1")
+    assert (ranks.rank, ranks.local_rank, str(ranks.device)) == (5, 1, device)
     assert (placement.address, placement.port) == ("gpu003", 21234)
     assert not placement.is_main
 
@@ -279,6 +283,27 @@ def test_slurm_with_one_task_per_node_spawns_that_node():
     placement = find_placement(4, environ)
     assert not placement.adopted
     assert [placement.ranks(i, "gloo").rank for i in range(4)] == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(("world", "backend"), [(1, "gloo"), (2, "cpu:gloo,cuda:nccl")])
+def test_one_process_with_a_gpu_needs_no_nccl(monkeypatch, world, backend):
+    made = {}
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda name, **keys: made.update(keys, of=name))
+    ranks = RankInfo(0, world, 0, world, torch.device("cuda", 0))
+    launcher._init_group(launcher._Task(sum_ranks, None, Path(), "nccl", 60), ranks, None)
+    assert made["of"] == backend and (made["device_id"] is None) == (world == 1)
+
+
+@pytest.mark.parametrize(("name", "kept"), [(None, None), ("PYTORCH_CUDA_ALLOC_CONF", "backend:x")])
+def test_gpu_memory_grows_in_segments_unless_the_user_said_otherwise(monkeypatch, name, kept):
+    environ = {} if name is None else {name: kept}
+    monkeypatch.setattr(os, "environ", environ)
+    monkeypatch.setattr(launcher, "_spawn", lambda task, placement: 0)
+    launch(sum_ranks, None, Path(), processes=1, backend="nccl", timeout_s=60)
+    assert environ == (
+        {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if not name else {name: kept}
+    )
 
 
 def test_an_allocation_without_srun_is_not_adopted():

@@ -111,6 +111,14 @@ def test_planted_secrets_reach_no_file(tmp_path, monkeypatch):
     assert "note=<redacted:WANDB_API_KEY>" in text and json.loads(text)[0]["packages"]["torch"]
 
 
+def test_a_broken_package_among_others_does_not_end_the_record(tmp_path, monkeypatch):
+    """Its dist-info holds no METADATA, as an interrupted pip leaves it."""
+    (tmp_path / "broken-1.0.dist-info").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    packages = describe_environment(ROOT)["packages"]
+    assert packages["torch"] and "wandb" in packages and None not in packages.values()
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -96,7 +96,7 @@ def test_the_operators_keep_torchs_contract():
 def slow_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
     """varlen_attn as documented, one segment at a time; causal means bottom-right."""
     assert window_size == (-1, 0) and cu_q.dtype == cu_k.dtype == torch.int32
-    assert enable_gqa == (q.shape[1] != k.shape[1])
+    assert enable_gqa == (attention.VARLEN_GROUPS_HEADS and q.shape[1] != k.shape[1])
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     outs = []
     for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
@@ -120,6 +120,34 @@ def test_varlen_arguments_describe_the_masked_softmax(heads, groups, groups_head
     expected, _ = by_definition(*wide, 0.3)
     assert_close([out], [expected], 2e-3)
     assert_close(gradients(out, query, key, value), gradients(expected, *wide), 2e-2)
+
+
+class SpyVarlen(torch.autograd.Function):
+    """Stands for varlen_attn; its backward notes whether PyTorch must be deterministic."""
+
+    seen: list[int] = []
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        return q + 0
+
+    @staticmethod
+    def backward(ctx, grad):
+        SpyVarlen.seen.append(torch.get_deterministic_debug_mode())
+        return grad, None, None
+
+
+def test_only_the_backward_of_varlen_is_told_to_be_deterministic(monkeypatch):
+    monkeypatch.setattr(
+        attention, "varlen_attn", lambda q, k, v, *_, **__: SpyVarlen.apply(q, k, v)
+    )
+    query, key, value = inputs(4, 4, torch.float16)
+    for _ in range(2):
+        (attention.varlen(query, key, value, segments(RANGES), 0.3) * 1.0).sum().backward()
+        assert torch.get_deterministic_debug_mode() == 0
+    assert SpyVarlen.seen == [2, 2]
+    with torch.no_grad():
+        assert attention.varlen(query, key, value, segments(RANGES), 0.3).grad_fn is None
 
 
 def call(**changes):

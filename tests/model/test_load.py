@@ -155,7 +155,7 @@ def test_demo_model_from_the_wheel_by_two_processes_at_once(tmp_path):
         for _ in range(2)
     ]
     folders = {process.communicate()[0].strip().splitlines()[-1] for process in started}
-    assert folders == {str(tmp_path / "cache/iopo/smollm2-135m-instruct")}
+    assert folders == {str(tmp_path / "cache/iopo/smollm2-135m-instruct-2")}
     folder = Path(folders.pop())
     model = load.load_causal_lm(folder, torch.bfloat16)
     tokenizer = load.load_tokenizer(folder)

@@ -97,7 +97,10 @@ def assert_same(got, expected, tolerance):
 
 
 def spread(kind, how, dtype=torch.float32, *, offload=False, **options):
-    root = make(kind)
+    """Of several processes only the first has values."""
+    root, several = make(kind), dist.is_initialized()
+    if several and dist.get_rank() > 0:
+        root.to("meta").causal_lm.tie_weights()
     mesh = {
         "shard": lambda: parallel.make_mesh("cpu"),
         "hsdp": lambda: parallel.make_mesh("cpu", shard_processes=1),
@@ -110,6 +113,7 @@ def spread(kind, how, dtype=torch.float32, *, offload=False, **options):
         mesh=mesh,
         offload=offload,
         block_options=BlockOptions(**options),
+        broadcast=several,
     )
     return root, train_model
 

@@ -48,6 +48,26 @@ def write(train_model, run, *, base="org/base", merged=False):
     export.write_exports(train_model, run, cfg, Chat(byte_tokenizer()), base, alone)
 
 
+def test_files_get_the_mode_of_the_umask_and_the_dtype_of_the_base(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write(trained(adapted(tiny_qwen2())), tmp_path, base=None, merged=True)
+    finally:
+        os.umask(before)
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len([file for file in files if file.suffix == ".safetensors"]) == 3
+    assert {oct(file.stat().st_mode & 0o777) for file in files} == {"0o640"}
+    train_model = trained(tiny_llama())  # computes in fp32, on a base in bf16
+    cfg, alone = ExportConfig(), RankInfo(0, 1, 0, 1, CPU)
+    chat, dtype = Chat(byte_tokenizer()), torch.bfloat16
+    export.write_exports(train_model, tmp_path / "bf16", cfg, chat, None, alone, dtype)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "bf16" / "export", dtype="auto")
+    assert {p.dtype for p in stock.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(
+        stock.lm_head.weight, train_model.model.causal_lm.lm_head.weight.bfloat16()
+    )
+
+
 def adapted(model):
     generator = torch.Generator().manual_seed(3)
     lora.add_lora(model, rank=4, alpha=8.0, dropout=0.1, targets="all-linear", generator=generator)
@@ -98,6 +118,16 @@ def test_exports_carry_the_chat_of_training(tmp_path):
         assert asked == chat.prompt("ask") and asked.endswith("</think>\n\n")
 
 
+def test_an_adapter_alone_is_written_without_a_copy_of_its_base(tmp_path, monkeypatch):
+    gathered, gather = {}, export.gather
+    monkeypatch.setattr(
+        export, "gather", lambda *a, **k: gathered.update(gather(*a, **k)) or gathered
+    )
+    write(trained(adapted(tiny_qwen2())), tmp_path)
+    assert gathered and all(".lora_" in name for name in gathered)
+    assert (tmp_path / "export" / "adapter_model.safetensors").exists()
+
+
 def test_base_without_a_name_is_written_too(tmp_path):
     train_model = trained(adapted(tiny_qwen2()))
     write(train_model, tmp_path, base=None)
@@ -110,7 +140,7 @@ def test_an_export_that_reads_back_differently_is_refused(tmp_path, monkeypatch)
     train_model = trained(tiny_llama())
     write(train_model, tmp_path)
     before = (tmp_path / "export" / "model.safetensors").read_bytes()
-    tensors = export.gather(train_model, keep=True)
+    tensors = export.gather(train_model, torch.float32, keep=True)
 
     def wrong(*_, **__):
         return tensors | {"lm_head.weight": tensors["lm_head.weight"] * 1.5}

@@ -11,6 +11,8 @@ import torch
 from helpers_models import tiny_llama
 
 from iopo.config import EvaluationConfig
+from iopo.constraints import from_dict
+from iopo.constraints.answers import hollow
 from iopo.data.chat import Chat
 from iopo.data.rows import Quad
 from iopo.evaluation import on_task
@@ -23,6 +25,7 @@ from iopo.evaluation.config import (
     ModelSection,
 )
 from iopo.files import read_records, write_records
+from iopo.model.demo_model import fetch_demo_model
 from iopo.model.generate import Generation
 from iopo.model.load import byte_tokenizer, load_causal_lm, load_tokenizer
 from iopo.training import samples
@@ -138,6 +141,28 @@ def test_following_is_judged_after_thinking(model, monkeypatch, tmp_path, caplog
     assert scores["notes"] == ["thinking removed from 2 answers, 1 unclosed, which are empty"]
 
 
+@pytest.mark.slow
+def test_planted_hollow_answers_are_caught_with_the_demo_models_ranks():
+    """Those that nothing in their text gives away answer another task, or are gibberish."""
+    rows = read_records(Path(__file__).parents[1] / "fixtures" / "hollow_answers.jsonl")
+    folder = fetch_demo_model()
+    base = heldout.load_for_scoring(folder, None, "cpu", torch.float32)
+    tasks, texts = ([row[name] for row in rows] for name in ("task", "text"))
+    ranks = on_task.task_ranks(base, Chat(load_tokenizer(folder)), tasks, texts)
+    caught = [
+        rank > on_task.MOST_RANK
+        or bool(
+            hollow(
+                r["text"], r["prompt"], [from_dict(c) for c in r["constraints"]], ended=r["ended"]
+            )
+        )
+        for r, rank in zip(rows, ranks, strict=True)
+    ]
+    assert sum(caught) >= 0.95 * len(rows)
+    foreign = [row["kind"] == "another task's answer" for row in rows]
+    assert all(rank > 1 for rank, other in zip(ranks, foreign, strict=True) if other)
+
+
 def test_an_answer_is_ranked_after_its_own_task_as_the_stock_model_would(model):
     """Twelve tasks, so that the last of them compete with the first; against plain log-softmax."""
     tasks = [f"Write about {word}." for word in "abcdefghijkl"] + ["Write about a."]
@@ -187,7 +212,21 @@ def test_constraints_that_need_a_judge_are_left_out_before_any_answer(model, mon
     monkeypatch.setattr(heldout, "generate", None)
     scores, answers = quads.score_model(config(model, controls=False), [(row, "seen")])
     assert not answers and "constraint_accuracy" not in scores and "group_accuracy" in scores
-    assert samples._verdicts([LOWER, judged], "hm") == [{"text": LOWER["text"], "follows": True}]
+
+
+def test_samples_say_what_code_can_and_why_an_answer_is_hollow(monkeypatch):
+    judged = {"kind": "judged", "params": {}, "text": "Be kind."}
+    row = dataclasses.replace(quad(0), c1=[LOWER, judged])
+    model = SimpleNamespace(
+        config=SimpleNamespace(_attn_implementation="stock"), set_attn_implementation=lambda _: None
+    )
+    monkeypatch.setattr(samples, "language_model", lambda _: model)
+    told = SimpleNamespace(text="<think>AH</think> hm", finish_reason="length")
+    monkeypatch.setattr(samples, "generate", lambda *_: [told])
+    chat = SimpleNamespace(messages=lambda *_: [])
+    (said,) = samples.answer(EvaluationConfig(), chat, [row], SimpleNamespace(model=None))
+    assert said["constraints"] == [{"text": LOWER["text"], "follows": True}]
+    assert said["text"] == told.text and said["hollow"] == ("cut_off", "too_short")
 
 
 def test_samples_after_a_resume_with_other_settings(tmp_path, monkeypatch):
@@ -205,7 +244,7 @@ def test_samples_after_a_resume_with_other_settings(tmp_path, monkeypatch):
     assert [row.get("after") for row in after] == [{"id": "q1", "text": "new"}, None]
 
 
-def test_quads_refuse_what_they_do_not_read_and_other_settings(model, tmp_path, caplog):
+def test_quads_refuse_what_they_do_not_read_and_other_settings(model, tmp_path):
     def asked(**changes) -> EvaluateConfig:
         benchmark = BenchmarkSection("quads", controls=False)
         section = ModelSection(path=str(model), device="cpu")
@@ -215,9 +254,7 @@ def test_quads_refuse_what_they_do_not_read_and_other_settings(model, tmp_path, 
 
     with pytest.raises(ValueError, match="does not read plan, seed"):
         quads.evaluate(asked(plan=True, seed=1))
-    caplog.set_level("INFO")
     quads.evaluate(asked(limit=1))
-    assert "2 of 2 answers" in caplog.text
     quads.evaluate(asked(limit=1))
     with pytest.raises(ValueError, match="other settings"):
         quads.evaluate(asked(limit=2))

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from iopo.config import TrackerConfig
-from iopo.training.logger import Logger, read_metrics, set_up_logging
+from iopo.training.logger import Crowding, Logger, read_metrics, set_up_logging
 
 
 @pytest.fixture
@@ -42,3 +42,24 @@ def test_only_rank_0_records_and_speaks(tmp_path, capsys, package):
     assert said[3].startswith("held out, step 3: loss 0.25  group_accuracy 0.25")
     rows = [(row["step"], row["split"], row["loss"]) for row in read_metrics(tmp_path)]
     assert rows == [(2, "train", 0.33333333), (3, "train", 0.33333333), (3, "heldout", 0.25)]
+
+
+@pytest.mark.parametrize(
+    ("load", "speeds", "said"),
+    [
+        (5.0, [1] + [100] * 7 + [20] * 9, 1),  # once, though it stays slow
+        (5.0, [1] + [100] * 7 + [60] * 9, 0),  # within what lengths and rounds make
+        (2.0, [1] + [100] * 7 + [20] * 9, 0),  # slow, but nobody else wants the cores
+        (5.0, [100] * 7 + [20] + [100] * 9, 0),  # one slow step
+    ],
+)
+def test_a_crowded_machine_is_named_once(monkeypatch, caplog, load, speeds, said):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setattr(logging.getLogger("iopo"), "propagate", True)
+    crowding = Crowding()
+    for speed in speeds:
+        crowding.watch(speed)
+    assert len(caplog.messages) == said
+    if said:
+        assert "steps are 5.0 times slower" in caplog.text and "renice" in caplog.text

@@ -12,7 +12,7 @@ from test_configs import config
 from test_invariance import WORDS, Capture, reference
 
 from iopo.data.batching import token_counts
-from iopo.training import loop
+from iopo.training import loop, policy
 from iopo.training.inputs import load_inputs
 from iopo.training.launch.placement import RankInfo
 from iopo.training.policy import make_policy
@@ -112,6 +112,8 @@ def worker(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     results = {}
+    if rank > 0:
+        policy.load_model = None  # the weights are rank 0's
     for how, overrides in HOW.items():
         for step in STEPS:
             data = f"data.train={folder}/{step}.jsonl"

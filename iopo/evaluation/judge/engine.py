@@ -13,6 +13,7 @@ from iopo.constraints.text import after_thinking
 from iopo.evaluation.config import EvaluateConfig, JudgeSection, Style
 from iopo.evaluation.endpoint import (
     Endpoint,
+    EndpointError,
     Reply,
     ReplyCache,
     Request,
@@ -31,7 +32,7 @@ from iopo.evaluation.judge.cost import (
     tokens,
 )
 from iopo.evaluation.judge.parse import Parsed, Unreadable
-from iopo.evaluation.report import progress
+from iopo.progress import progress
 
 REPAIR_TEMPERATURE = 0.3  # a judge at temperature 0 would repeat its unreadable reply
 QUOTED_CHARS = 4000  # of an unreadable reply, when it is shown back to the judge
@@ -219,6 +220,12 @@ def judge_items(
     with ReplyCache(section.cache or out / "judge.jsonl") as cache:
         log.info("judging %d answers; %d replies are cached", len(questions), len(cache))
         judgements, usage = asyncio.run(judge_all(questions, section, cache))
+    sent = [j for j in judgements if j.status != "empty"]
+    if sent and all(j.status == "failed" for j in sent):
+        raise EndpointError(
+            f"all {len(sent)} requests to the judge failed, the first ({sent[0].id}) with: "
+            f"{sent[0].reason}; nothing was scored: mend it and run the same command again"
+        )
     by_id = {judgement.id: judgement for judgement in judgements}
     verdicts = [
         {"by": "judge", **dataclasses.asdict(by_id[item.id])}

@@ -14,6 +14,7 @@ from iopo.config import Resume, TrainConfig, plain
 from iopo.model.identity import differing
 from iopo.model.load import dtype_name
 from iopo.model.parallel import TrainModel
+from iopo.progress import progress
 from iopo.redact import redact
 from iopo.training import setup
 from iopo.training.checkpoint.folders import (
@@ -176,7 +177,8 @@ def restore(run: Path, model: TrainModel, optimizer: torch.optim.Optimizer, *, m
     metrics.jsonl is cut to that step, so that no step stands in it twice. Every rank calls it.
     Raises ValueError if there are checkpoints, and all of them are damaged.
     """
-    folder, remarks = latest_intact(run)
+    with progress(None, f"checking the checkpoints of {run}"):
+        folder, remarks = latest_intact(run)
     for remark in remarks:
         log.info(remark)
     if folder is None:
@@ -192,7 +194,8 @@ def restore(run: Path, model: TrainModel, optimizer: torch.optim.Optimizer, *, m
 
 def load_checkpoint(folder: Path, model: TrainModel, optimizer: torch.optim.Optimizer) -> int:
     """Fill model, optimizer and generators as load_state does; returns the number of steps done."""
-    load_state(folder, model.parameters, optimizer)
+    with progress(None, f"loading {folder}"):
+        load_state(folder, model.parameters, optimizer)
     model.refresh()
     return step_of(folder)
 

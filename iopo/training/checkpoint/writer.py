@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from iopo.config import CheckpointConfig
 from iopo.files import sha256_file, write_text
+from iopo.progress import progress
 from iopo.redact import redact
 from iopo.training.checkpoint import folders
 
@@ -32,6 +33,16 @@ log = logging.getLogger(__name__)
 
 class CheckpointError(OSError):
     """A checkpoint could not be written; those that were complete before still are."""
+
+
+def _set_up_thread(device: int | None) -> None:
+    """Of the writer: it takes the time that training leaves, and opens no context on another GPU.
+
+    device: of CUDA. A new thread's is 0, in every rank.
+    """
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    if device is not None:
+        torch.cuda.set_device(device)
 
 
 class Checkpoints:
@@ -47,16 +58,13 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo")
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._pending: Future[None] | None = None
-        # The lowest priority: it writes in the time that training leaves.
-        self._thread = ThreadPoolExecutor(
-            1, initializer=lambda: os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        )
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self._thread = ThreadPoolExecutor(1, initializer=_set_up_thread, initargs=(device,))
         # Half a write's processor time, for nothing: folders.publish keeps SHA-256 of every file
         torch.serialization.set_crc32_options(False)
         cuda = torch.cuda.is_available()
         fast = {"use_pinned_memory": cuda, "use_non_blocking_copy": cuda}
-        options = StagingOptions(use_shared_memory=False, use_async_staging=False, **fast)
-        self._stager = DefaultStager(options)
+        self._staging = StagingOptions(use_shared_memory=False, use_async_staging=False, **fast)
 
     def save(self, step: int, state: dict[str, Tensor], description: dict[str, Any]) -> None:
         """Write the checkpoint of `step` (steps done so far).
@@ -68,9 +76,13 @@ class Checkpoints:
         self.wait()
         self._collective(step, lambda: self._start(step, description))
         if self.cfg.asynchronous:
-            self._pending = self._thread.submit(self._write, step, self._stager.stage(state))
+            stager = DefaultStager(self._staging)  # PyTorch 2.11 closes it after one use
+            staged = stager.stage(state)
+            stager.close()
+            self._pending = self._thread.submit(self._write, step, staged)
         else:
-            self._write(step, state)
+            with progress(None, f"saving step {step}"):
+                self._write(step, state)
 
     def secure(self, step: int, state: dict[str, Tensor], description: dict[str, Any]) -> None:
         """As `save`, but complete when it returns, and a failure is a warning: its part is removed,
@@ -87,7 +99,8 @@ class Checkpoints:
         """Return when nothing is being written any more; raises the error of that write."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.result()
+            with progress(None, "waiting for the last save"):
+                pending.result()
 
     def __enter__(self) -> Self:
         return self
@@ -97,7 +110,6 @@ class Checkpoints:
             self.wait()
         # After an error no wait: other ranks may be gone, and this write could then not end.
         self._thread.shutdown(wait=kind is None)
-        self._stager.close()
 
     def _start(self, step: int, description: dict[str, Any]) -> None:
         """Make an empty partial folder with its state.json."""

@@ -64,7 +64,7 @@ def launch(
         `control.should_stop()`, and saves and returns when that is True.
     cfg: anything that pickles. run_dir: an existing folder, shared between machines.
     processes: ranks per machine where none exist yet. backend: "gloo" (CPU) or "nccl" (one GPU
-        per rank; small CPU messages still go through gloo).
+        per rank; small CPU messages still go through gloo, and those of a single rank too).
     timeout_s: longest silence of a rank, in a collective call or between two heartbeats, before it
         counts as hung. A failing rank ends the others within min(timeout_s, 10) s.
     Call it from the main thread: it handles signals. Raises ValueError for a launcher's environment
@@ -73,6 +73,8 @@ def launch(
     placement = find_placement(processes)
     if backend == "gloo":  # kernels of past shapes; 1024 by default (docs/performance.md)
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    elif "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # lengths vary: blocks that can grow fit all
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     task = _Task(worker, cfg, run_dir, backend, timeout_s)
     return _run_adopted(task, placement) if placement.adopted else _spawn(task, placement)
 
@@ -228,14 +230,15 @@ def _init_group(task: _Task, ranks: RankInfo, store: dist.Store | None) -> None:
     cuda = ranks.device.type == "cuda"
     if cuda:
         torch.cuda.set_device(ranks.device)
+    nccl = cuda and ranks.world_size > 1  # one process has nobody to talk to
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else task.backend,
+        "cpu:gloo,cuda:nccl" if nccl else "gloo",
         store=store,
         rank=ranks.rank,
         world_size=ranks.world_size,
         # A little more than the ranks' own hang clock: the stacks come first.
         timeout=timedelta(seconds=task.timeout_s + 5),
-        device_id=ranks.device if cuda else None,
+        device_id=ranks.device if nccl else None,
     )
 
 

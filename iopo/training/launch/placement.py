@@ -67,7 +67,10 @@ class Placement:
         return self.first_rank + self.local_rank == 0
 
     def ranks(self, local_rank: int, backend: str) -> RankInfo:
-        device = torch.device("cuda", local_rank) if backend == "nccl" else torch.device("cpu")
+        """One of this machine's ranks. A launcher may show each of its tasks one GPU only."""
+        bound = self.adopted and torch.cuda.device_count() == 1
+        gpu = torch.device("cuda", 0 if bound else local_rank)
+        device = gpu if backend == "nccl" else torch.device("cpu")
         rank = self.first_rank + local_rank
         return RankInfo(rank, self.world_size, local_rank, self.local_world_size, device)
 

@@ -73,7 +73,8 @@ def mark_complete(run_dir: Path, description: dict[str, Any]) -> None:
 def describe_environment(repository: Path) -> dict[str, Any]:
     """One entry of environment.json, not redacted yet. repository: folder of the source; without
     git, or outside a repository, the commit is null."""
-    installed = {d.metadata["Name"].lower() for d in metadata.distributions()}
+    # looked up by name: one broken package among the others would end a walk through all
+    installed = [name for name in _PACKAGES if next(metadata.distributions(name=name), None)]
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -81,7 +82,7 @@ def describe_environment(repository: Path) -> dict[str, Any]:
         "git_commit": _git(repository, "rev-parse", "HEAD"),
         "git_diff": _git(repository, "diff", "HEAD"),
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in _PACKAGES if name in installed},
+        "packages": {name: metadata.version(name) for name in installed},
         "host": platform.node(),
         "cpu": cpu[1] if cpu else platform.processor(),
         "cpu_cores": len(os.sched_getaffinity(0)),

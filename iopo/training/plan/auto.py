@@ -15,6 +15,7 @@ import torch.distributed as dist
 from iopo.config import Checkpointing, Device, TrainConfig
 from iopo.files import write_text
 from iopo.model.host_memory import available_ram
+from iopo.progress import progress
 from iopo.training.inputs import Inputs
 from iopo.training.launch.placement import RankInfo, from_rank_0
 from iopo.training.plan.report import GB, HEADROOM, plan_report
@@ -41,7 +42,8 @@ def resolve_checkpointing(
             plan_for=replace(cfg.plan_for, **size, gpu_gb=free),
             parallel=replace(cfg.parallel, device=Device(ranks.device.type)),
         )
-        plan = plan_report(here, inputs.train)
+        with progress(None, "planning the memory of a step"):
+            plan = plan_report(here, inputs.train)
         kind, planned = plan.cfg.parallel.checkpointing, plan.peak / GB
         too_large = {larger.value: peak / GB for larger, peak in plan.refused.items()}
         # GB are 10^9 bytes of one rank, tokens those of a micro-batch.

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from iopo.config import DataConfig, ModelConfig
-from iopo.data.batching import micro_batches, plan_steps, token_counts
+from iopo.data.batching import micro_batches, part_counts, plan_steps, token_counts
 from iopo.data.example import Example
 from iopo.data.layout import build_shared
-from iopo.files import cache_root
+from iopo.data.rows import spread
+from iopo.model.demo_model import demo_folder
 from iopo.objectives import Rows
 from iopo.sources import files_of
 from iopo.training.plan.description import PlannedRun
@@ -18,6 +19,7 @@ from iopo.training.plan.trace import attended_pairs
 from iopo.training.split import Splitting, by_prompt
 
 STEPS_LOOKED_AT, RANKS_LOOKED_AT = 50, 8  # rank 0 gets the longest example of a step
+MEANS_OF = 5000  # examples, evenly over the file
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def missing_for_lengths(data: DataConfig, model: ModelConfig) -> str | None:
         files_of(data.train or "")
     except FileNotFoundError:
         return f"{data.train} is not here"
-    demo = model.path == "demo" and (cache_root() / "smollm2-135m-instruct").is_dir()
+    demo = model.path == "demo" and demo_folder().is_dir()
     known = demo or model.tiny is not None or Path(str(model.path)).expanduser().is_dir()
     return None if known else f"the tokenizer of {model.path} is not here"
 
@@ -130,10 +132,10 @@ def data_work(run: PlannedRun, examples: Sequence[Example]) -> Work:
         source=f"{run.cfg.data.train}: {len(examples)} examples",
         heaviest=heaviest,
         longest=int(tokens_N.max()),
-        longest_part=max(_total(_longest_part([example])) for example in examples),
+        longest_part=int(part_counts(examples).max()),
         micro_batches=count,
         split=apart / seen,
-        **_means(examples),
+        **_means(spread(examples, MEANS_OF)),
         steps=steps,
     )
 

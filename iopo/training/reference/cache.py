@@ -27,6 +27,7 @@ from iopo.data.batching import Batching, pass_micro_batches, token_counts
 from iopo.data.example import Example, content_key
 from iopo.files import replacing, sha256_text, write_text
 from iopo.model.identity import differing
+from iopo.progress import progress, tracked
 from iopo.training.launch.placement import from_rank_0
 from iopo.training.launch.signals import heartbeat
 
@@ -139,10 +140,10 @@ def look_up(rows: dict[str, np.ndarray], examples: Sequence[Example], where: Pat
     return torch.from_numpy(np.stack([rows[key] for key in keys]))
 
 
-def missing_examples(rows: dict[str, np.ndarray], examples: Sequence[Example]) -> list[Example]:
-    """The examples whose content is not among `rows`, each content once."""
-    wanted = {content_key(example): example for example in examples}
-    return [example for key, example in wanted.items() if key not in rows]
+def missing_examples(rows: dict[str, np.ndarray], examples: Sequence[Example]) -> list[int]:
+    """Which examples' content is not among `rows`, each content once."""
+    wanted = {content_key(example): i for i, example in enumerate(examples)}
+    return [i for key, i in wanted.items() if key not in rows]
 
 
 def fill(
@@ -160,20 +161,23 @@ def fill(
     """
     if not examples:
         return {}
-    if from_rank_0(lambda: not missing_examples(cache.read(members), examples)):
-        return cache.read(members)
+    with progress(None, "looking for the data's reference log-probs"):
+        if from_rank_0(lambda: not missing_examples(cache.read(members), examples)):
+            return cache.read(members)
     with cache.filling():
         rows = cache.read(members)
-        todo = missing_examples(rows, examples)
-        groups = pass_micro_batches(token_counts(todo, batching.layout), batching, 0)
-        batches = [[todo[i] for i in group] for group in groups if group]
-        return rows | _compute(cache, members, batches, score)
+        todo = np.array(missing_examples(rows, examples), dtype=np.int64)
+        tokens_N = token_counts(examples, batching.layout)[todo]
+        groups = pass_micro_batches(tokens_N, batching, 0)
+        batches = [todo[list(group)].tolist() for group in groups if group]
+        return rows | _compute(cache, members, examples, batches, score)
 
 
 def _compute(
     cache: Cache,
     members: int,
-    batches: list[list[Example]],
+    examples: Sequence[Example],
+    batches: list[list[int]],
     score: Callable[[Sequence[Example]], Tensor],
 ) -> dict[str, np.ndarray]:
     """Compute and store the rows of all batches, which the ranks share; returns them."""
@@ -183,15 +187,13 @@ def _compute(
     rounds = -(-len(batches) // world)
     mine: dict[str, np.ndarray] = {}
     rows: dict[str, np.ndarray] = {}
-    for done in range(1, rounds + 1):
+    for done in tracked(range(1, rounds + 1), "batches of the reference"):
         index = (done - 1) * world + rank
-        batch = batches[index if index < len(batches) else 0]
+        batch = [examples[i] for i in batches[index if index < len(batches) else 0]]
         logps_EM = score(batch).float().cpu().numpy()
         if index < len(batches):
             mine |= {content_key(e): row for e, row in zip(batch, logps_EM, strict=True)}
         heartbeat()
-        if done == rounds or done % max(1, rounds // 10) == 0:
-            log.info(f"reference: {done} of {rounds} batches")
         if done == rounds or done % STORE_EVERY_ROUNDS == 0:
             shares: list[dict[str, np.ndarray]] = [mine] * world
             if dist.is_initialized():

@@ -17,6 +17,7 @@ from torch import Tensor
 import iopo
 from iopo import objectives
 from iopo.config import DataConfig, ModelConfig, ReferenceConfig
+from iopo.data.batching import member_counts
 from iopo.data.layout import Batch
 from iopo.data.tokenize import Example
 from iopo.files import cache_root
@@ -24,6 +25,7 @@ from iopo.model import load, lora
 from iopo.model.identity import identity
 from iopo.model.parallel import TrainModel
 from iopo.objectives import MEMBERS
+from iopo.progress import progress
 from iopo.training.inputs import Inputs, attention_of
 from iopo.training.loop import Job, Reference
 from iopo.training.reference.cache import Cache, fill, look_up, recheck
@@ -105,7 +107,9 @@ def cached(cache: Cache, job: Job, model: TrainModel, recheck_rows: int) -> Refe
     rounds = model.dtype is torch.bfloat16
     if few := job.examples[:recheck_rows]:
         tolerance = _rounding(few) if rounds else 1e-2
-        difference = recheck(look_up(rows, few, cache.folder), score(few), tolerance, cache.folder)
+        with progress(None, "scoring some cached rows again"):
+            again = score(few)
+        difference = recheck(look_up(rows, few, cache.folder), again, tolerance, cache.folder)
         log.info(f"reference: {len(few)} cached rows scored again, differ by {difference:.2g} nats")
     return Reference(
         lambda examples, batch: look_up(rows, examples, cache.folder),
@@ -117,5 +121,5 @@ def cached(cache: Cache, job: Job, model: TrainModel, recheck_rows: int) -> Refe
 
 def _rounding(examples: Sequence[Example]) -> float:
     """Largest log-ratio, in nats, of equal bf16 weights in batches of different shapes."""
-    longest = max(len(r) for e in examples for responses in e.responses for r in responses)
+    longest = int(member_counts(examples)[1].max())
     return 0.5 + 0.05 * math.sqrt(longest)  # some 0.03 nats a token, at random

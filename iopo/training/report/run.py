@@ -84,37 +84,53 @@ def plot_curves(run: Path) -> Path:
     return plot_panels(run / "curves.png", panels, across=3, width=13)
 
 
-PAGE = page("""<p>{{ steps }} optimizer steps, {{ "%.0f" | format(seconds) }} s.</p>
-{% if summary %}<table><tr><th>measure</th><th>first</th><th>last</th></tr>
-{% for name, cells in summary %}<tr><td>{{ name }}</td>
-{% for cell in cells %}<td class="n">{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>{% endif %}
-<h2>Curves</h2><img alt="training curves" src="{{ curves }}">
+# The numbers that say whether a run went well, those of its objective. The rest is folded.
+MAIN = (
+    *(f"heldout: {name}" for name in ("loss", "group_accuracy", "x_preference", "y_preference")),
+    *("train: loss", "train: margin", "train: accuracy", "train: grad_norm"),
+    *(f"train: logratio/{m}" for m in ("x1y1", "x2y2", "chosen", "rejected")),  # quads, pairs
+)
+PAGE = page("""{% macro numbers(rows) %}
+<table><tr><th>measure</th><th>first</th><th>last</th></tr>
+{% for name, cells in rows %}<tr><td>{{ name }}</td>
+{% for cell in cells %}<td class="n">{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
+{% endmacro %}
+<p>{{ steps }} optimizer steps, {{ "%.0f" | format(seconds) }} s.</p>
+<div class="wide"><img alt="training curves" src="{{ curves }}"></div>
 <p>Lines are training steps, dots are held-out quads. docs/curves.md says how to read them.</p>
+{% if main %}{{ numbers(main) }}{% endif %}
+{% if rest %}<details><summary>{{ rest | length }} more numbers</summary>
+{{ numbers(rest) }}</details>
+{% endif %}
 {% if samples %}<h2>Before and after</h2>
-<table><tr><th>prompt</th><th>before</th><th>after</th></tr>
+<table class="answers"><tr><th>prompt</th><th>before</th><th>after</th></tr>
 {% for s in samples %}<tr><td class="answer">{{ s.prompt }}</td>
-{% for side in ("before", "after") %}<td><div class="answer">{{ (s[side] or {}).text }}</div>
-{% for c in (s[side] or {}).constraints %}<div class="{{ 'ok' if c.follows else 'no' }}">
-{{ '✓' if c.follows else '✗' }} {{ c.text }}</div>{% endfor %}</td>{% endfor %}</tr>{% endfor %}
+{% for a in (s.before, s.after) %}<td>{% if a %}
+{{ answer(a.text, verdicts(a), a.hollow) }}{% endif %}</td>
+{% endfor %}</tr>{% endfor %}
 </table>{% endif %}
+<details><summary>Data, configuration, environment</summary>
 <h2>Data</h2><table>{% for file, report in data.items() %}{% for name, value in report.items() %}
 <tr><td>{{ file }}: {{ name }}</td><td>{{ value | string | truncate(2000) }}</td></tr>
 {% endfor %}{% endfor %}</table>
 <h2>Configuration</h2><pre>{{ config }}</pre>
-<h2>Environment</h2><pre>{{ environment }}</pre>
+<h2>Environment</h2><pre>{{ environment }}</pre></details>
 """)
 
 
 def write_report(run: Path) -> Path:
     """RUN/report.html, from the files that the run wrote."""
     train, heldout = read_metrics(run, "train"), read_metrics(run, "heldout")
+    numbers = dict(_first_and_last("heldout", heldout) + _first_and_last("train", train))
     samples = run / "samples.jsonl"
     text = PAGE.render(
         title=run.name,
         steps=train[-1]["step"] if train else 0,
         seconds=_seconds(train),
-        summary=_first_and_last("heldout", heldout) + _first_and_last("train", train),
+        main=[(name, numbers[name]) for name in MAIN if name in numbers],
+        rest=[(name, cells) for name, cells in numbers.items() if name not in MAIN],
         curves=embedded(plot_curves(run)),
+        verdicts=lambda answer: [(c["text"], c["follows"]) for c in answer["constraints"]],
         samples=read_records(samples) if samples.exists() else [],
         data=json.loads(text_of(run / "data.json") or "{}"),
         config=text_of(run / "config.yaml"),
