@@ -206,7 +206,7 @@ def _decode_gzip(path: Path) -> Iterator[Decoded]:
         yield place, None, fault
 
 
-def _decode(file: IO[bytes], path: str | Path) -> Iterator[Decoded]:
+def _decode(file: IO[bytes] | gzip.GzipFile, path: str | Path) -> Iterator[Decoded]:
     head = [file.readline().removeprefix(BYTE_ORDER_MARK)]
     while head[-1] and not head[-1].strip():
         head.append(file.readline())

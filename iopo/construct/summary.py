@@ -114,7 +114,8 @@ def measured(row: dict[str, Any], kinds: list[list[str]]) -> Measured:
     return Measured(
         str(row.get("source", "-")),
         str(row.get("split", "-")),
-        *kinds,
+        kinds[0],
+        kinds[1],
         [len(y.split()) // 10 for y in ys],
         sign(len(ys[0]) - len(ys[1])),
         sign(len(row["x1"]) - len(row["x2"])),
