@@ -15,7 +15,7 @@ in how many verdicts the two differ:
   keywords:palindrome (1118)                   takes "a" and "1" for palindromes
   keywords:keyword_specific_position (128)     counts marks and parts of "river's" as words
   keywords:start_end (4)                       takes parts of "river's" for words
-  keywords:no_adjacent_consecutive (119)       takes numbers and marks for initials
+  keywords:no_adjacent_consecutive (77)        takes numbers and marks for initials
 RLVR-IFeval's functions (if_functions.py) differ from IFEval's; ours are IFEval's, with its "around"
 N as N - N/10 to N + N/10 words, and as N - 1 to N + 1 sentences.
 """
