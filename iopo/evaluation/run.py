@@ -11,6 +11,7 @@ import time
 from collections.abc import Container
 from dataclasses import asdict
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -91,13 +92,18 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "judge": judged,
         "data": {"path": str(path), "sha256": data, "known": known_file},
         "config": asdict(config),
-        "versions": {"iopo": iopo.__version__, "python_openai": version("openai")},
+        "versions": {"iopo": iopo.__version__, "python_openai": _openai()},
         "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     _write(out, benchmark, items, verdicts, answers, scores)
     report.log_scores(scores)
     log.info("written: %s/scores.json, verdicts.jsonl, measures.jsonl, report.html", out)
     return scores
+
+
+def _openai() -> str | None:
+    """Its version; scoring by code needs no server and no client."""
+    return version("openai") if find_spec("openai") else None
 
 
 def _write(

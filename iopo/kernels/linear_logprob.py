@@ -219,7 +219,9 @@ def _save_for_backward(ctx, inputs, output) -> None:
 def _differentiate(ctx, grad_R, *_):
     if ctx.with_gradient:
         unit_RD, *of_weight = ctx.saved_tensors
-        hidden, weight = (unit_RD * grad_R[:, None]).to(unit_RD.dtype), None
+        # into memory of its dtype: the product of bfloat16 and float32 would be float32, [R, D]
+        hidden, weight = torch.empty_like(unit_RD), None
+        torch.mul(unit_RD, grad_R[:, None], out=hidden)
         if ctx.keep:
             kept, hidden_RD, scale_R = of_weight
             weight = _weight_gradient(kept, hidden_RD, grad_R, scale_R, ctx.words)

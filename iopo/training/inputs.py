@@ -68,7 +68,6 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
         raise ValueError("data.train: not set; give a file of rows (data/README.md)")
     of = objectives.OBJECTIVES[cfg.objective.name].rows
     cache = Path(data.cache_dir or cache_root() / "tokens")
-    # A missing file has no hash; reading it says what to do.
     files = [file for file in (data.train, data.heldout) if file is not None]
     with progress(None, "hashing the data"):
         hashes = [_hash(file) for file in files]
@@ -119,7 +118,7 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
 
 
 def _hash(source: str) -> str:
-    """sha256 of the source of rows; "" for one that is not there."""
+    """sha256_rows; "" for a missing file: reading it says what to do."""
     try:
         return sha256_rows(source)
     except FileNotFoundError:

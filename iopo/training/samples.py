@@ -68,15 +68,15 @@ def answer(
         # constraints of other kinds need a judge
         rows = [row for row in quad.c1 or [] if row.get("kind") in constraints.KINDS]
         rules, text = [constraints.from_dict(row) for row in rows], generation.text.strip()
-        ended = generation.finish_reason == "stop"
+        prompt = text_of(quad.x1)
         verdicts = zip(rows, constraints.follows(rules, after_thinking(text)), strict=True)
         answers.append(
             {
                 "id": quad.id,
-                "prompt": text_of(quad.x1),
+                "prompt": prompt,
                 "text": text,
                 "constraints": [{"text": row["text"], "follows": bool(ok)} for row, ok in verdicts],
-                "hollow": hollow(text, text_of(quad.x1), rules, ended=ended),
+                "hollow": hollow(text, prompt, rules, ended=generation.finish_reason == "stop"),
             }
         )
     return answers

@@ -1,9 +1,12 @@
 """The head's benchmarks: all compute the same function, and their tables say what was measured."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 
-from benchmarks import gpu_head, heads, linear_logprob
+from benchmarks import heads, linear_logprob
+from benchmarks.gpu import head as gpu_head
 from benchmarks.linear_logprob import tables
 
 PEERS = ("plain", "chunked_checkpoint", "linear_cross_entropy", "linear_cross_entropy_chunked")
@@ -52,27 +55,15 @@ def test_the_verdict_is_against_the_fastest_peer_and_memory_against_plain():
     assert f"{label} 4 | 50 | not run | 12.5 | met |" in text
 
 
-def test_the_gpu_benchmark_runs_on_stand_ins_and_prints_a_line_per_variant(monkeypatch):
-    """All of its Python but the device; an absent GPU must not hide a slip in it."""
-    monkeypatch.setattr(gpu_head, "WIDTH", 16)
-    monkeypatch.setattr(gpu_head, "WORDS", 300)
-
-    def make_inputs(*arguments, device, **options):
-        return heads.make_inputs(*arguments, device="cpu", **options)
-
-    monkeypatch.setattr(gpu_head, "make_inputs", make_inputs)
-    monkeypatch.setattr(gpu_head, "_milliseconds", lambda run: run() is None or 2.0)
-    for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
-    for name in ("memory_allocated", "max_memory_allocated"):
-        monkeypatch.setattr(torch.cuda, name, lambda: 0)
-    cells = [
-        {"rows": 8, "logits": "flat", "pass": name, "variants": gpu_head.time_case(8, "flat", name)}
-        for name in gpu_head.NEEDED
-    ]
-    about = {"name": "a GPU", "date": "today", "packages": {}, "peak_tflops": 989}
-    text = gpu_head.table({"device": about, "head": cells, "not_run": ["frozen flat 16384"]})
-    wanted = ["linear_logprob", *(p for p in PEERS if p in heads.heads())]
-    for name in wanted:
+def test_the_gpu_benchmark_times_every_variant_and_names_what_was_not_run(monkeypatch):
+    for name, value in gpu_head.TINY.items():
+        monkeypatch.setattr(gpu_head, name, value)
+    cases = [case for case in gpu_head.cases() if case.rows == 8 and case.logits == "flat"]
+    assert [case.compiled for case in cases] == [False] * 3 + [True] * 3
+    cells = [{"case": asdict(case), "variants": gpu_head.time_case(case, "cpu")} for case in cases]
+    report = {"device": gpu_head.facts("cpu"), "head": cells, "not_run": ["frozen flat 16384"]}
+    text = gpu_head.table(report)
+    assert text.count(" linear_logprob  ") == 6 and text.count(" compile  ") == 3, text
+    for name in (p for p in PEERS if p in heads.heads()):
         assert text.count(f" {name}  ") == 3, text
-    assert text.count(" product ") == 1 and "not run, the time was up: frozen flat 16384" in text
+    assert text.count(" product  ") == 2 and "not run, the time was up: frozen flat 16384" in text

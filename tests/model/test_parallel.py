@@ -18,7 +18,7 @@ from iopo.logprobs import LogProbs
 from iopo.model import lora, parallel
 from iopo.model.load import byte_tokenizer
 from iopo.model.parallel import BlockOptions
-from iopo.training.export import write_exports
+from iopo.training.export import Origin, write_exports
 from iopo.training.launch.placement import RankInfo
 from iopo.training.policy import check_sharding
 
@@ -98,8 +98,8 @@ def assert_same(got, expected, tolerance):
 
 def spread(kind, how, dtype=torch.float32, *, offload=False, **options):
     """Of several processes only the first has values."""
-    root, several = make(kind), dist.is_initialized()
-    if several and dist.get_rank() > 0:
+    root = make(kind)
+    if dist.is_initialized() and dist.get_rank() > 0:
         root.to("meta").causal_lm.tie_weights()
     mesh = {
         "shard": lambda: parallel.make_mesh("cpu"),
@@ -113,7 +113,6 @@ def spread(kind, how, dtype=torch.float32, *, offload=False, **options):
         mesh=mesh,
         offload=offload,
         block_options=BlockOptions(**options),
-        broadcast=several,
     )
     return root, train_model
 
@@ -157,7 +156,7 @@ def worker(rank, folder):
         mesh=parallel.make_mesh("cpu"),
     )
     ranks = RankInfo(rank, 2, rank, 2, CPU)
-    write_exports(exported, Path(folder), ExportConfig(), Chat(byte_tokenizer()), None, ranks)
+    write_exports(exported, Path(folder), ExportConfig(), Chat(byte_tokenizer()), Origin(), ranks)
     torch.save(results, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 

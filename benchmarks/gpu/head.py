@@ -1,35 +1,56 @@
 """Time, extra memory and error of the head on one CUDA device, against what else there is.
 
-    python -m benchmarks.gpu_head [--minutes M] [--json FILE]    # measure; FILE is kept up to date
-    python -m benchmarks.gpu_head --table FILE                   # print an earlier run
+    python -m benchmarks.gpu.head [--minutes M] [--json FILE]    # measure; FILE is kept up to date
+    python -m benchmarks.gpu.head --table FILE                   # print an earlier run
 
 Qwen2-7B's head in bfloat16 (D=3584, V=152,064) with flat and with peaky logits. All variants of a
 case run one after the other in each round; times are medians by CUDA events. The product alone, by
-cuBLAS into bfloat16, is timed in the same rounds. What does not fit, is not installed, or comes
-after the time is up is named in the results, never guessed.
+cuBLAS into bfloat16, is timed in the same rounds. What torch.compile makes comes last: it takes
+half a minute to make. What does not fit, is not installed, or comes after the time is up is named
+in the results, never guessed. --device cpu rehearses this at tiny size.
 """
 
 import argparse
 import functools
 import itertools
 import json
-import re
 import statistics
+import sys
 import time
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from benchmarks.common import peak_tflops, write_json
+from benchmarks.common import peak_tflops, processor, write_json
 from benchmarks.heads import NEEDED, OURS, Head, errors, exact, heads, make_inputs, step
 
 WIDTH, WORDS = 3584, 152064
 ROWS = (2048, 8192, 512, 16384, 1024, 4096)  # the most telling first, in case the time is short
 LOGITS_STD = {"flat": 1.0, "peaky": 12.0}
-COMPILED_ROWS = (2048, 8192)  # each number of rows is compiled anew, three times: that takes long
-ROUNDS, SECONDS = (5, 20), 8.0  # of a case: at least and at most; after so long no further round
+COMPILED_ROWS = 8192  # each number of rows would be compiled anew
+ROUNDS, SECONDS = (5, 20), 4.0  # of a case: at least and at most; after so long no further round
+TINY = {"WIDTH": 16, "WORDS": 300, "ROWS": (8, 40), "COMPILED_ROWS": 8, "ROUNDS": (2, 2)}  # a CPU
+
+
+@dataclass(frozen=True)
+class Case:
+    rows: int
+    logits: str
+    pass_name: str
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.pass_name} {self.logits} {self.rows}{' compiled' * self.compiled}"
+
+
+def cases() -> list[Case]:
+    """In the order of what is wanted first."""
+    kinds = list(itertools.product(LOGITS_STD, NEEDED))
+    plain = [Case(rows, *kind) for rows in ROWS for kind in kinds]
+    return plain + [Case(COMPILED_ROWS, "flat", name, compiled=True) for name in NEEDED]
 
 
 def product(hidden_RD, weight_VD, targets_R):
@@ -58,40 +79,41 @@ def liger() -> dict[str, Head]:
     return {"liger_cross_entropy": liger_cross_entropy, "liger_preference": liger_preference}
 
 
-def variants_for(rows: int, pass_name: str) -> dict[str, Head]:
-    torch._dynamo.reset()  # else it stops compiling `plain` after eight sets of shapes
-    found = heads() | liger()
-    if rows not in COMPILED_ROWS:
-        del found["compile"]
-    return found | {"product": product} if pass_name == "forward" else found
+def variants_for(case: Case) -> dict[str, Head]:
+    found = heads()
+    compiled = found.pop("compile")
+    if case.compiled:
+        found = {OURS: found[OURS], "compile": compiled}
+    else:
+        found |= liger()
+    return found | {"product": product} if case.pass_name == "forward" else found
 
 
-def time_case(rows: int, logits: str, pass_name: str) -> dict[str, dict]:
+def time_case(case: Case, device: str = "cuda") -> dict[str, dict]:
     """Medians over interleaved rounds, peak memory of a second step, and errors, per variant."""
-    shape = (rows, WIDTH, WORDS)
-    inputs = make_inputs(shape, torch.bfloat16, pass_name, device="cuda", std=LOGITS_STD[logits])
+    shape, std = (case.rows, WIDTH, WORDS), LOGITS_STD[case.logits]
+    inputs = make_inputs(shape, torch.bfloat16, case.pass_name, device=device, std=std)
     truth_R = exact(inputs, rows=128)
     results: dict[str, dict] = {}
     runs = {}
-    for name, head in variants_for(rows, pass_name).items():
+    for name, head in variants_for(case).items():
         try:
-            results[name] = _first_steps(head, name, pass_name, inputs, truth_R)
-            runs[name] = functools.partial(step, head, pass_name, inputs)
+            results[name] = _first_steps(head, name, case.pass_name, inputs, truth_R)
+            runs[name] = functools.partial(step, head, case.pass_name, inputs)
         except torch.OutOfMemoryError:
             results[name] = {"skipped": "out of memory"}
-        except Exception as error:  # a peer's failure is a result of its own, not ours
-            if name == OURS:
-                raise
+        except Exception as error:  # a variant's failure is a result of its own
             results[name] = {"skipped": f"{type(error).__name__}: {error}"[:200]}
         inputs[0].grad = inputs[1].grad = None
-        torch.cuda.empty_cache()
+        if device == "cuda":
+            torch.cuda.empty_cache()
     times: dict[str, list[float]] = {name: [] for name in runs}
     started = time.monotonic()
     for round_ in range(ROUNDS[1]):
         if round_ >= ROUNDS[0] and time.monotonic() - started > SECONDS:
             break
         for name, run in runs.items():
-            times[name].append(_milliseconds(run))
+            times[name].append(_milliseconds(run, device))
     for name, ms in times.items():
         low, median, high = statistics.quantiles(ms, n=4)
         results[name] |= {"ms": median, "q25": low, "q75": high, "rounds": len(ms)}
@@ -106,16 +128,22 @@ def _first_steps(head: Head, name: str, pass_name: str, inputs, truth_R) -> dict
     del logp
     step(head, pass_name, inputs)
     inputs[0].grad = inputs[1].grad = None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step(head, pass_name, inputs)
-    torch.cuda.synchronize()
-    found["extra_bytes"] = torch.cuda.max_memory_allocated() - before
+    found["extra_bytes"] = 0
+    if inputs[0].is_cuda:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step(head, pass_name, inputs)
+        torch.cuda.synchronize()
+        found["extra_bytes"] = torch.cuda.max_memory_allocated() - before
     return found
 
 
-def _milliseconds(run) -> float:
+def _milliseconds(run, device: str) -> float:
+    if device == "cpu":
+        started = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - started)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     run()
@@ -124,24 +152,20 @@ def _milliseconds(run) -> float:
     return start.elapsed_time(end)
 
 
-def device() -> dict:
-    properties = torch.cuda.get_device_properties(0)
+def facts(device: str) -> dict:
     packages = {p: version(p) for p in ("torch", "triton", "liger_kernel") if find_spec(p)}
+    name, memory = processor(), None
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        name, memory = properties.name, properties.total_memory / 1e9
     return {
-        "name": properties.name,
-        "memory_gb": properties.total_memory / 1e9,
-        "peak_tflops": peak_tflops(properties.name),
+        "name": name,
+        "memory_gb": memory,
+        "peak_tflops": peak_tflops(name),
         "cuda": torch.version.cuda,
         "date": time.strftime("%Y-%m-%d"),
         "packages": packages,
     }
-
-
-def default_path() -> Path:
-    if not torch.cuda.is_available():
-        raise SystemExit("benchmarks.gpu_head: no CUDA device; use benchmarks.linear_logprob")
-    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
-    return Path("benchmarks/results") / f"{name}.json"
 
 
 def table(report: dict) -> str:
@@ -150,23 +174,23 @@ def table(report: dict) -> str:
     peak = about["peak_tflops"]
     lines = [
         f"{about['name']}, {about['date']}, {about['packages']}, D={WIDTH}, V={WORDS}, bfloat16",
-        f"{'case':<24}{'variant':<30}{'ms':>9}{'TFLOP/s':>9}{'of peak':>9}{'of cuBLAS':>10}"
+        f"{'case':<30}{'variant':<30}{'ms':>9}{'TFLOP/s':>9}{'of peak':>9}{'of cuBLAS':>10}"
         f"{'extra GB':>10}{'error':>10}",
     ]
     for cell in report["head"]:
-        case = f"{cell['pass']} {cell['logits']} {cell['rows']}"
-        operations = cell["rows"] * WIDTH * WORDS / 1e9
+        case = str(Case(**cell["case"]))
+        operations = cell["case"]["rows"] * WIDTH * WORDS / 1e9
         alone = cell["variants"].get("product", {}).get("ms")
         for name, found in cell["variants"].items():
             if "skipped" in found:
-                lines.append(f"{case:<24}{name:<30}{found['skipped']}")
+                lines.append(f"{case:<30}{name:<30}{found['skipped']}")
                 continue
-            done = NEEDED[cell["pass"]] * operations / found["ms"]
+            done = NEEDED[cell["case"]["pass_name"]] * operations / found["ms"]
             of_peak = f"{done / peak:.0%}" if peak else ""
             of_product = f"{alone / found['ms']:.0%}" if alone else ""
             error = found.get("error", {}).get("largest", float("nan"))
             lines.append(
-                f"{case:<24}{name:<30}{found['ms']:>9.2f}{done:>9.0f}{of_peak:>9}{of_product:>10}"
+                f"{case:<30}{name:<30}{found['ms']:>9.2f}{done:>9.0f}{of_peak:>9}{of_product:>10}"
                 f"{found['extra_bytes'] / 1e9:>10.2f}{error:>10.1e}"
             )
     lines += [f"not run, the time was up: {case}" for case in report["not_run"]]
@@ -177,30 +201,40 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=5.0, help="start no case after this long")
-    parser.add_argument("--json", type=Path, help="default: benchmarks/results/<device>.json")
+    parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print FILE and stop")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     arguments = parser.parse_args()
     if arguments.table:
         print(table(json.loads(arguments.table.read_text())))
-        return
+        return 0
+    if arguments.device == "cpu":
+        globals().update(TINY)
+        torch.compile = functools.partial(torch.compile, backend="aot_eager")  # in a second
     deadline = time.monotonic() + 60 * arguments.minutes
-    path = arguments.json or default_path()
-    before = json.loads(path.read_text()) if path.exists() else {}
-    report: dict = before | {"device": device(), "head": [], "not_run": []}
-    for rows, (logits, pass_name) in itertools.product(ROWS, itertools.product(LOGITS_STD, NEEDED)):
+    report: dict = {"device": facts(arguments.device), "head": [], "not_run": []}
+    for case in cases():
         if time.monotonic() > deadline:
-            report["not_run"].append(f"{pass_name} {logits} {rows}")
-        else:
-            variants = time_case(rows, logits, pass_name)
-            cell = {"rows": rows, "logits": logits, "pass": pass_name, "variants": variants}
-            report["head"].append(cell)
-            print(f"done: {pass_name} {logits} {rows}", flush=True)
-        write_json(path, report)
+            report["not_run"].append(str(case))
+            continue
+        try:
+            variants = time_case(case, arguments.device)
+        except Exception as error:  # the other cases still count
+            report["not_run"].append(f"{case}: {type(error).__name__}: {error}"[:300])
+            continue
+        report["head"].append({"case": asdict(case), "variants": variants})
+        print(f"done: {case}", flush=True)
+        write_json(arguments.json, report)
+    write_json(arguments.json, report)
     print(table(report))
+    ours = [cell["variants"][OURS] for cell in report["head"]]
+    wrong = sum("ms" not in found for found in ours)
+    print(f"{len(ours)} cases timed, {len(report['not_run'])} not run, ours failed in {wrong}")
+    return int(not ours or wrong > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
