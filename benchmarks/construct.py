@@ -12,13 +12,12 @@ import argparse
 import json
 import os
 import random
-import resource
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common import peak_gb, reset_peak, write_json
 from iopo.construct.relabel import RelabelRecipe, relabel_file
 from iopo.construct.verify import verify
 
@@ -83,10 +82,35 @@ def cpu_s() -> float:
     return sum(os.times()[:4])
 
 
+class PeakMemory(threading.Thread):
+    """The most resident memory of this process and its children, sampled four times a second."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.gb = 0.0
+
+    def run(self) -> None:
+        me = os.getpid()
+        while True:
+            # shared pages count in each process: an upper bound
+            children = Path(f"/proc/{me}/task/{me}/children").read_text().split()
+            self.gb = max(self.gb, sum(map(resident_gb, (str(me), *children))))
+            time.sleep(0.25)
+
+
+def resident_gb(pid: str) -> float:
+    """Resident memory of a process, 10^9 bytes; 0 if it has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 / 1e9
+    except OSError:
+        return 0.0
+
+
 def measure(rows: int, words: Sequence[int], folder: Path) -> dict[str, float | int]:
     """Wall and processor seconds of both passes, and the most memory held by all processes."""
     size = write_pairs(folder / "pairs.jsonl", rows, *words)
-    reset_peak()
+    memory = PeakMemory()
+    memory.start()
     recipe = RelabelRecipe(source=str(folder / "pairs.jsonl"), out=str(folder))
     start, start_cpu = time.perf_counter(), cpu_s()
     made = relabel_file(recipe)
@@ -94,7 +118,6 @@ def measure(rows: int, words: Sequence[int], folder: Path) -> dict[str, float | 
     files = [folder / f"{split}.jsonl" for split in ("train", "heldout", "heldout_kinds")]
     violations, summary = verify(files)
     end, end_cpu = time.perf_counter(), cpu_s()
-    child_gb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # of the largest
     if violations:
         raise RuntimeError(f"verify found {len(violations)} faults, first: {violations[0]}")
     return {
@@ -109,7 +132,7 @@ def measure(rows: int, words: Sequence[int], folder: Path) -> dict[str, float | 
         "rows_per_wall_s": round(rows / (end - start)),
         "relabel_rows_per_cpu_s": round(rows / (middle_cpu - start_cpu)),
         "verify_rows_per_cpu_s": round(summary.rows / (end_cpu - middle_cpu)),
-        "peak_gb": round(peak_gb() + len(os.sched_getaffinity(0)) * child_gb, 3),
+        "peak_gb": round(memory.gb, 3),
         "relabel_wall_s": round(middle - start, 2),
     }
 
@@ -124,7 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = measure(options.rows, options.words, Path(folder))
     for name, value in found.items():
         print(f"{name:<24} {value}")
-    write_json(options.json, found)
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

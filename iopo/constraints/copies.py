@@ -7,6 +7,7 @@ from typing import Any
 
 from iopo.constraints import text as cut
 from iopo.constraints.base import Constraint, wordings
+from iopo.constraints.iftrain import spoken
 
 _DIVIDER = re.compile(r"\s?\*\s?\*\s?\*\s?")
 
@@ -113,5 +114,5 @@ class Composition(Constraint):
 
     def check(self, text: str) -> bool:
         parts = [part for part in _DIVIDER.split(text) if part.strip()]
-        found = [[len(cut.words(s)) for s in cut.sentences(part)] for part in parts]
+        found = [[len(spoken(s)) for s in cut.sentences(part)] for part in parts]
         return found == [[self.words] * self.sentences] * 3

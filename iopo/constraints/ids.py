@@ -1,16 +1,21 @@
 """Published ids and functions of checkable constraints: IFEval's 25, IFTrain's 29, RLVR-IFeval's.
 
-IFTrain's public verifiers (allenai/open-instruct, IFEvalG) differ from their instructions in
-places; here the instruction is checked:
-  keywords:exclude_word_harder     theirs misses the word at an end or beside a mark
-  paragraphs:paragraphs2           theirs refuses a third line break between paragraphs
-  first_word, last_word of answer  theirs counts a mark before or after the word to it
-  count:count_unique               theirs counts marks: two commas are a repeated word
-  count:counting_composition       theirs counts marks as words
-  keywords:palindrome              theirs takes a single letter ("a") for one, and needs one case
-  keywords:start_end               theirs splits at apostrophes and hyphens otherwise
-  detectable_format:sentence_hyphens   theirs accepts a single sentence
-  copy:repeat_phrase               theirs looks at the last phrase only for a changed word
+IFTrain's public verifiers (allenai/open-instruct, IFEvalG, November 2026) check something else than
+their instruction in places; here the instruction is checked. Theirs, on 2,400 generated texts, and
+in how many verdicts the two differ:
+  keywords:exclude_word_harder (1503 of 9600)  misses the word at an end, beside a mark, in capitals
+  paragraphs:paragraphs2 (14)                  refuses two blank lines between paragraphs
+  first_word:first_word_sent (223)             takes a list mark or a quote for the first word
+  first_word:first_word_answer (119)           as before
+  last_word:last_word_sent (4)                 takes the last letter of "i." for an abbreviation
+  detectable_format:bigram_wrapping (33)       lets a single word pass without brackets
+  detectable_format:sentence_hyphens (935)     lets one sentence pass, and refuses hyphens in words
+  count:counting_composition (138)             counts full stops as words; needs ***, not * * *
+  count:count_unique (293)                     counts marks as words; "The" and "the" differ
+  keywords:palindrome (1118)                   takes "a" and "1" for palindromes
+  keywords:keyword_specific_position (128)     counts marks and parts of "river's" as words
+  keywords:start_end (4)                       takes parts of "river's" for words
+  keywords:no_adjacent_consecutive (77)        takes numbers and marks for initials
 RLVR-IFeval's functions (if_functions.py) differ from IFEval's; ours are IFEval's, with its "around"
 N as N - N/10 to N + N/10 words, and as N - 1 to N + 1 sentences.
 """

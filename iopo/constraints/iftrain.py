@@ -15,7 +15,17 @@ from iopo.constraints.wording import COMMON_WORDS
 
 _LOWERCASE = re.compile(r"\b[a-z]+\b")
 _LETTER = re.compile("[a-zA-Z]")
+_MARKS_AROUND = re.compile(r"^\W+|\W+$")
 _HYPHEN_BETWEEN = re.compile(r"(?<=[.!?])-(?=\S)")
+
+
+def spoken(text: str) -> list[str]:
+    """Words as a reader counts them, between blanks and without the marks at their ends.
+
+    >>> spoken("A well-kept river's bank!")
+    ['A', 'well-kept', "river's", 'bank']
+    """
+    return [word for piece in text.split() if (word := _MARKS_AROUND.sub("", piece))]
 
 
 class Letters(Counted):
@@ -59,12 +69,12 @@ class _SentenceWord(Constraint):
         self._require_text("word", "a word")
 
     def check(self, text: str) -> bool:
-        ends = [cut.words(sentence)[self.index].lower() for sentence in cut.sentences(text)]
+        ends = [spoken(sentence)[self.index].lower() for sentence in cut.sentences(text)]
         return bool(ends) and all(end == self.word.lower() for end in ends)
 
     @classmethod
     def measure(cls, text: str) -> list[dict[str, Any]]:
-        ends = {cut.words(sentence)[cls.index].lower() for sentence in cut.sentences(text)}
+        ends = {spoken(sentence)[cls.index].lower() for sentence in cut.sentences(text)}
         return [{"word": word} for word in ends if len(ends) == 1 and word.isalpha()]
 
     def alternatives(self, rng: random.Random) -> list[Constraint]:
@@ -126,7 +136,7 @@ class UniqueWords(Constraint):
     """)
 
     def check(self, text: str) -> bool:
-        words = [word.lower() for word in cut.words(text)]
+        words = [word.lower() for word in spoken(text)]
         return len(words) == len(set(words))
 
     @classmethod
@@ -189,8 +199,8 @@ class WordPosition(Constraint):
 
     def check(self, text: str) -> bool:
         found = cut.sentences(text)[self.sentence - 1 : self.sentence]
-        words = cut.words(found[0]) if found else ()
-        return words[self.position - 1 : self.position] == (self.word,)
+        words = spoken(found[0]) if found else []
+        return words[self.position - 1 : self.position] == [self.word]
 
 
 class SameEnds(Constraint):
@@ -211,7 +221,7 @@ class SameEnds(Constraint):
     """)
 
     def check(self, text: str) -> bool:
-        words = [word.lower() for word in cut.words(text)]
+        words = [word.lower() for word in spoken(text)]
         ends = len(words) > 1 and words[0] == words[-1]
         return ends and text.strip().lower().endswith(words[-1])
 
@@ -260,7 +270,7 @@ class NoConsecutiveInitials(Constraint):
     """)
 
     def check(self, text: str) -> bool:
-        initials = [ord(word[0]) for word in cut.lower_words(text)]
+        initials = [ord(word[0].lower()[0]) for word in spoken(text) if word[0].isalpha()]
         return all(b - a != 1 for a, b in zip(initials, initials[1:], strict=False))
 
     @classmethod

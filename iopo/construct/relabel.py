@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import random
-import time
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -32,6 +31,7 @@ from iopo.construct.trace.taxonomy import MOST_CONSTRAINTS, draw_number
 from iopo.data.columns import as_written, first_turn, last_turn, text_of, with_last
 from iopo.data.rows import Pair
 from iopo.files import read_records, write_text
+from iopo.progress import progress
 from iopo.sources import files_of
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,6 @@ log = logging.getLogger(__name__)
 SPLITS = ("train", "heldout", "heldout_kinds")
 Written = list[tuple[Constraint, str]]  # constraints of one side, each with its sentence
 LANGUAGE = {"latin": "en", "chinese": "zh"}  # a script that we can write instructions for
-SHOW_EVERY_S = 5
 _REFUSED_BY = 300  # characters: a refusal comes first
 
 
@@ -262,8 +261,8 @@ def relabel_file(recipe: RelabelRecipe) -> dict[str, Any]:
     seen: set[int] = set()  # digests of responses
     pairs = islice(importers.preferences(recipe.source), state.rows, None)
     work = partial(_relabel_block, recipe)
-    last = time.monotonic()
     with ExitStack() as stack:
+        show = stack.enter_context(progress(None, f"relabelling {recipe.source}"))
         files = {}
         for split in SPLITS:
             path = out / f"{split}.jsonl"
@@ -293,9 +292,7 @@ def relabel_file(recipe: RelabelRecipe) -> dict[str, Any]:
             if state.made.total() == recipe.limit:
                 break
             write_text(note, json.dumps(vars(state)))
-            if time.monotonic() > last + SHOW_EVERY_S:
-                last = time.monotonic()
-                log.info("%d rows read, %d quads", state.rows, state.made.total())
+            show.what = f"relabelling: {state.rows:,} rows read, {state.made.total():,} quads"
     counts = state.counts()
     log.info(json.dumps(counts, ensure_ascii=False))
     counts["kinds"] = {split: dict(kinds.most_common()) for split, kinds in state.kinds.items()}

@@ -9,6 +9,7 @@ a model scored (the TRACE pipeline), are taken from the row.
 
 import argparse
 import hashlib
+import logging
 import re
 import sys
 from collections import deque
@@ -27,6 +28,7 @@ from iopo.construct.quadruples import CELLS, MATCH, four_cells
 from iopo.construct.summary import JUDGED, Measured, Summary, measured, report
 from iopo.data.columns import read_prompt, text_of
 from iopo.files import Place, iter_records
+from iopo.progress import progress
 
 TEXTS = ("x1", "y1", "x2", "y2")
 GRAM = 13  # words in a row that make an overlap with a benchmark
@@ -73,14 +75,16 @@ def verify(files: Sequence[Path], against: Sequence[Path] = ()) -> tuple[list[Vi
                 places.append((index, place))
                 yield row, unreadable
 
-    # the grams are too large to be sent to other processes
-    for block in in_blocks(partial(_check_block, grams), rows(), here=bool(grams)):
-        for checked in block:
-            here = places.popleft()
-            faults = [*_repeated(checked.once, here, seen), *checked.faults]
-            found += [Violation(here[1], fault, detail) for fault, detail in faults]
-            if checked.measured is not None:
-                summary.add(checked.measured)
+    with progress(None, "verifying") as show:
+        # the grams are too large to be sent to other processes
+        for block in in_blocks(partial(_check_block, grams), rows(), here=bool(grams)):
+            for checked in block:
+                here = places.popleft()
+                faults = [*_repeated(checked.once, here, seen), *checked.faults]
+                found += [Violation(here[1], fault, detail) for fault, detail in faults]
+                if checked.measured is not None:
+                    summary.add(checked.measured)
+            show.what = f"verifying: {summary.rows:,} rows read, {len(found):,} violations"
     return found, summary
 
 
@@ -285,6 +289,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--against", nargs="+", type=Path, default=[], help="benchmark files")
     parser.add_argument("--model", help="a model folder, or demo: are responses on their task?")
     options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("iopo").setLevel(logging.INFO)
     try:
         found, summary = verify(options.files, options.against)
         if options.model is not None:

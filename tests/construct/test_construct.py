@@ -198,7 +198,7 @@ def test_the_command_without_a_known_recipe_lists_them(arguments):
     command = [sys.executable, "-m", "iopo.construct", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
-    assert "expected one of ['relabel', 'trace', 'verified']" in done.stderr
+    assert "expected one of ['audit', 'ifseeds', 'relabel', 'trace', 'verified']" in done.stderr
     assert "+recipe=relabel recipe.source=FILE.jsonl" in done.stderr
 
 
