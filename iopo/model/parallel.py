@@ -151,7 +151,6 @@ def prepare(
     mesh: DeviceMesh | None,
     offload: bool = False,
     block_options: BlockOptions = BlockOptions(),
-    broadcast: bool = False,
 ) -> TrainModel:
     """Place, shard or replicate a model (changed in place) whose root's forward does all its work.
 
@@ -160,9 +159,9 @@ def prepare(
     mesh: shard over it (make_mesh); None replicates on all processes of the default group.
     offload: keep sharded parameters and optimizer state in host memory.
     block_options: what is recomputed and compiled.
-    broadcast: give every process the weights of rank 0; only there must the model hold values, on
-        others it may be on the meta device.
+    Every process gets the weights of rank 0: on others the model may be on the meta device.
     """
+    broadcast = dist.is_initialized() and dist.get_world_size() > 1
     accum_dtype = dtype if torch.finfo(dtype).bits >= 32 else torch.float32
     _exact_embedding_gradient(language_model(model))
     wrap_blocks(model, block_options)

@@ -43,7 +43,6 @@ def make_policy(
         mesh=make_mesh(ranks.device.type, p.shard_processes) if sharded else None,
         offload=p.offload,
         block_options=BlockOptions() if frozen else block_options(p),
-        broadcast=ranks.world_size > 1,
     )
 
 

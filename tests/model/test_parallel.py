@@ -98,8 +98,8 @@ def assert_same(got, expected, tolerance):
 
 def spread(kind, how, dtype=torch.float32, *, offload=False, **options):
     """Of several processes only the first has values."""
-    root, several = make(kind), dist.is_initialized()
-    if several and dist.get_rank() > 0:
+    root = make(kind)
+    if dist.is_initialized() and dist.get_rank() > 0:
         root.to("meta").causal_lm.tie_weights()
     mesh = {
         "shard": lambda: parallel.make_mesh("cpu"),
@@ -113,7 +113,6 @@ def spread(kind, how, dtype=torch.float32, *, offload=False, **options):
         mesh=mesh,
         offload=offload,
         block_options=BlockOptions(**options),
-        broadcast=several,
     )
     return root, train_model
 
