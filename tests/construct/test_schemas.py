@@ -55,7 +55,7 @@ def test_from_a_preference_set_to_quads_that_train(name, tmp_path, caplog):
     assert len(load_inputs(cfg).train) == 8
 
 
-@pytest.mark.parametrize("name", set(PREFERENCES) - {"helpsteer3_preference"})
+@pytest.mark.parametrize("name", sorted({*PREFERENCES} - {"helpsteer3_preference"}))
 def test_columns_of_trl_train_as_they_are(name):
     pairs = read_rows(SETS / f"{name}.jsonl")
     assert len(pairs) == 20 and all(isinstance(pair, Pair) for pair in pairs)
