@@ -34,6 +34,7 @@ from iopo.training.launch.placement import RankInfo, find_placement
 from iopo.training.launch.run_folder import describe_environment, mark_complete, open_run
 from iopo.training.launch.signals import INTERRUPTED, OK, SAVED_REQUEUE, Control
 from iopo.training.logger import Logger, set_up_logging
+from iopo.training.model_card import Facts
 from iopo.training.plan.report import plan_report
 from iopo.training.policy import check_sharding
 from iopo.training.replay import replay
@@ -121,7 +122,7 @@ def start(cfg: TrainConfig, config_text: str) -> int:
     placement = find_placement(ranks["processes"])
     set_up_logging(main=placement.is_main)
     check_sharding(cfg.parallel, placement.world_size)
-    export.check_push(cfg)
+    export.check_push(cfg.export, cfg.model)
     batches = batching(cfg.optim, cfg.data.layout, cfg.seed, placement.world_size)
     inputs = load_inputs(cfg)
     steps = plan_steps(len(inputs.train), batches, cfg.optim.epochs, cfg.optim.max_steps)
@@ -185,7 +186,7 @@ def train(cfg: TrainConfig, folder: Path, ranks: RankInfo, control: Control) -> 
             if stop and not last:
                 return
     # The export comes first: it is what the run was for.
-    export.export_run(run, folder, cfg, ranks)
+    export.export_run(run, folder, Facts(cfg, run.inputs, done), ranks)
     if ranks.is_main:
         samples.after(folder, cfg.evaluation, run.inputs, model)
         report.write_summary(folder)

@@ -1,6 +1,8 @@
-"""Relabelling and verifying a preference set: rows per second on one core, and peak memory.
+"""Relabelling and verifying a preference set: rows per second and core, and peak memory.
 
-python -m benchmarks.construct [--rows 100000] [--words 90] [--json FILE]
+python -m benchmarks.construct [--rows 100000] [--words 90 250] [--json FILE]
+
+Both use all cores; seconds of the processor are those of all processes.
 
 The pairs are synthetic: sentences of a small vocabulary, some with lists, headings, questions and
 marks, so that most kinds occur. Writing them is not timed. Verifying reads the quads just made.
@@ -8,7 +10,9 @@ marks, so that most kinds occur. Writing them is not timed. Verifying reads the 
 
 import argparse
 import json
+import os
 import random
+import resource
 import tempfile
 import time
 from collections.abc import Sequence
@@ -59,32 +63,38 @@ def response(rng: random.Random, words: int) -> str:
     return " ".join(sentences)
 
 
-def write_pairs(path: Path, rows: int, words: int) -> int:
-    """Write the pairs; returns the bytes written."""
+def write_pairs(path: Path, rows: int, *words: int) -> int:
+    """Write the pairs, their lengths in turn; returns the bytes written."""
     rng = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         for number in range(rows):
             noun, verb = rng.choice(_NOUNS), rng.choice(_VERBS)
             row = {
                 "prompt": f"Tell me what a {rng.choice(_OTHERS)} {noun} {verb}, case {number}.",
-                "chosen": response(rng, words),
-                "rejected": response(rng, words),
+                "chosen": response(rng, words[number % len(words)]),
+                "rejected": response(rng, words[number % len(words)]),
             }
             file.write(json.dumps(row) + "\n")
     return path.stat().st_size
 
 
-def measure(rows: int, words: int, folder: Path) -> dict[str, float | int]:
-    """Wall and processor seconds of both passes, and the most memory held."""
-    size = write_pairs(folder / "pairs.jsonl", rows, words)
+def cpu_s() -> float:
+    """Processor seconds of this process and of its children that have ended."""
+    return sum(os.times()[:4])
+
+
+def measure(rows: int, words: Sequence[int], folder: Path) -> dict[str, float | int]:
+    """Wall and processor seconds of both passes, and the most memory held by all processes."""
+    size = write_pairs(folder / "pairs.jsonl", rows, *words)
     reset_peak()
     recipe = RelabelRecipe(source=str(folder / "pairs.jsonl"), out=str(folder))
-    start, start_cpu = time.perf_counter(), time.process_time()
+    start, start_cpu = time.perf_counter(), cpu_s()
     made = relabel_file(recipe)
-    middle, middle_cpu = time.perf_counter(), time.process_time()
+    middle, middle_cpu = time.perf_counter(), cpu_s()
     files = [folder / f"{split}.jsonl" for split in ("train", "heldout", "heldout_kinds")]
     violations, summary = verify(files)
-    end, end_cpu = time.perf_counter(), time.process_time()
+    end, end_cpu = time.perf_counter(), cpu_s()
+    child_gb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # of the largest
     if violations:
         raise RuntimeError(f"verify found {len(violations)} faults, first: {violations[0]}")
     return {
@@ -99,7 +109,7 @@ def measure(rows: int, words: int, folder: Path) -> dict[str, float | int]:
         "rows_per_wall_s": round(rows / (end - start)),
         "relabel_rows_per_cpu_s": round(rows / (middle_cpu - start_cpu)),
         "verify_rows_per_cpu_s": round(summary.rows / (end_cpu - middle_cpu)),
-        "peak_gb": round(peak_gb(), 3),
+        "peak_gb": round(peak_gb() + len(os.sched_getaffinity(0)) * child_gb, 3),
         "relabel_wall_s": round(middle - start, 2),
     }
 
@@ -107,7 +117,7 @@ def measure(rows: int, words: int, folder: Path) -> dict[str, float | int]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=100_000, help="pairs")
-    parser.add_argument("--words", type=int, default=90, help="words in a response, about")
+    parser.add_argument("--words", type=int, nargs="+", default=[90], help="words in a response")
     parser.add_argument("--json", type=Path, default=None, help="file for the result")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:

@@ -5,20 +5,24 @@ program; `read_records` is for files that this program wrote. Nothing here needs
 """
 
 import fcntl
+import gzip
 import hashlib
 import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import IO, Any, NamedTuple, Self
 
 from iopo.progress import progress
+from iopo.sources import files_of, parquet_rows
 
+GZIP, PARQUET = b"\x1f\x8b", b"PAR1"  # the first bytes of such files
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SHOWN_FAULTS = 10  # of a bad file; the rest are counted
 SPACE = re.compile(r"[ \t\r\n]*")
@@ -27,15 +31,18 @@ ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class Place(NamedTuple):
-    """Where a row stands, for messages: "rows.jsonl:3", in a JSON list "a.json: row 3 (line 1)"."""
+    """Where a row stands, for messages: "rows.jsonl:3", in a JSON list "a.json: row 3 (line 1)",
+    in Parquet "a.parquet: row 3"."""
 
     path: str | Path
-    line: int  # from 1
-    row: int | None = None  # from 1, in a JSON list
+    line: int  # from 1; 0 where there are none
+    row: int | None = None  # from 1, in a JSON list or Parquet
 
     def __str__(self) -> str:
         if self.row is None:
             return f"{self.path}:{self.line}"
+        if not self.line:
+            return f"{self.path}: row {self.row}"
         return f"{self.path}: row {self.row} (line {self.line})"
 
 
@@ -51,16 +58,27 @@ def cache_root() -> Path:
 # --- rows of JSON --------------------------------------------------------------------------------
 
 
-def iter_records(path: str | Path) -> Iterator[Decoded]:
-    """(place, value, None) for each row of a file, or (place, None, what is wrong with it).
+def iter_records(source: str | Path) -> Iterator[Decoded]:
+    """(place, value, None) for each row of a source, or (place, None, what is wrong with it).
 
-    The file is JSON Lines or one JSON list, told apart by its first character; a byte order mark is
-    skipped. Reading goes on after a bad line; in a list nothing can be read after a syntax fault.
-    JSON Lines are not held in memory; a list is. A row that holds half of a surrogate pair, which
-    could not be written again, is a fault too, and comes with its value.
+    source: a file, a folder of shards or a data set of the hub (sources.py). A file is Parquet,
+    JSON Lines or one JSON list, told apart by its first bytes; the latter two may be gzipped. A
+    byte order mark is skipped. Reading goes on after a bad line; in a list nothing can be read
+    after a syntax fault. JSON Lines and Parquet are not held in memory; a list is. A row that holds
+    half of a surrogate pair, which could not be written again, is a fault too, with its value.
+    Raises FileNotFoundError and ValueError as `files_of` does.
     """
-    with open(path, "rb") as file:
-        yield from _decode(file, path)
+    for path in files_of(source):
+        with open(path, "rb") as file:
+            head = file.read(4)
+            file.seek(0)
+            if head == PARQUET:
+                for number, value, fault in parquet_rows(path):
+                    yield Place(path, 0, number), value, fault
+            elif head.startswith(GZIP):
+                yield from _decode_gzip(path)
+            else:
+                yield from _decode(file, path)
 
 
 def given_records(path: str | Path) -> list[tuple[Place, dict[str, Any]]]:
@@ -177,7 +195,18 @@ def _half_pair(value: object) -> str | None:
     return f"half of a surrogate pair after {before!r}, which is not valid Unicode text"
 
 
-def _decode(file: BinaryIO, path: str | Path) -> Iterator[Decoded]:
+def _decode_gzip(path: Path) -> Iterator[Decoded]:
+    place = Place(path, 1)
+    try:
+        with gzip.open(path) as file:
+            for place, value, fault in _decode(file, path):
+                yield place, value, fault
+    except (EOFError, OSError, zlib.error) as error:
+        fault = f"the compressed file is damaged ({error}); the rows after this one were not read"
+        yield place, None, fault
+
+
+def _decode(file: IO[bytes] | gzip.GzipFile, path: str | Path) -> Iterator[Decoded]:
     head = [file.readline().removeprefix(BYTE_ORDER_MARK)]
     while head[-1] and not head[-1].strip():
         head.append(file.readline())
@@ -311,6 +340,12 @@ def sha256_file(path: str | Path) -> str:
     """sha256 of a file's bytes, 64 hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_rows(source: str | Path) -> str:
+    """sha256 of a source of rows: of its file's bytes; of several, of their sha256 in order."""
+    digests = [sha256_file(path) for path in files_of(source)]
+    return digests[0] if len(digests) == 1 else sha256_text(" ".join(digests))
 
 
 def sha256_text(text: str) -> str:

@@ -18,8 +18,9 @@ pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 13px }
 .answer { white-space: pre-wrap; overflow-wrap: anywhere }
 .ok { color: #17703c } .no { color: #a02020 }
 .best { background: #fff3d6 } .note { color: #666 } .wide { overflow-x: auto }
+.answers { display: table; table-layout: fixed; width: 100% }
 @media (max-width: 700px) { /* a phone: a column under the other, a picture to scroll */
-  .answers tr { display: block; margin-bottom: 1.5rem } .answers td { display: block }
+  .answers, .answers tr { display: block; margin-bottom: 1.5rem } .answers td { display: block }
   .answers th { display: none } .wide img { max-width: none } }
 </style></head><body><h1>{{ title }}</h1>
 {% block body %}{% endblock %}

@@ -11,9 +11,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # A file imports only from its own part and from those that stand before it.
 ORDER = [
-    "progress", "files", "redact", "stats", "page", "objectives", "config", "entry", "constraints",
-    "data", "kernels", "model", "logprobs", "agreement", "training", "evaluation", "construct",
-    "rounds", "experiments",
+    "progress", "sources", "files", "redact", "stats", "page", "objectives", "config", "entry",
+    "constraints", "data", "kernels", "model", "logprobs", "agreement", "training", "evaluation",
+    "construct", "rounds", "experiments",
 ]  # fmt: skip
 ENTRY_POINTS = ("train.py", "evaluate.py")
 HYDRA_ONLY_IN = {
@@ -21,7 +21,9 @@ HYDRA_ONLY_IN = {
     "training/launch/sweep_names.py",  # a callback, which Hydra calls
 }
 OPERATORS = ("iopo.kernels", "iopo.model.attention")  # their arguments are given from outside
-TORCH_FREE = ("constraints", "files.py", "redact.py", "progress.py", "stats.py", "page.py")
+TORCH_FREE = (
+    *("constraints", "progress.py", "sources.py", "files.py", "redact.py", "stats.py", "page.py"),
+)
 
 
 def source_files() -> dict[str, Path]:

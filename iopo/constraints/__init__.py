@@ -9,13 +9,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from iopo.constraints import ifeval  # it imports all files of kinds, which join KINDS
+from iopo.constraints import (  # with what they import: all kinds, which join KINDS
+    copies,
+    ifeval,
+    iftrain,
+)
 from iopo.constraints.base import KINDS, Constraint
+from iopo.constraints.ids import IFTRAIN_IDS, from_function, from_id
 from iopo.constraints.ifeval import IFEVAL_IDS, from_ifeval
 from iopo.constraints.text import after_thinking
 
 __all__ = [
     "IFEVAL_IDS",
+    "IFTRAIN_IDS",
     "KINDS",
     "MEASURED_KINDS",
     "Constraint",
@@ -23,6 +29,8 @@ __all__ = [
     "follows",
     "follows_loosely",
     "from_dict",
+    "from_function",
+    "from_id",
     "from_ifeval",
     "loose_variants",
     "make",
@@ -30,7 +38,9 @@ __all__ = [
 
 # kinds that measure quickly and need nothing but Python: what training data is made of
 MEASURED_KINDS: dict[str, type[Constraint]] = {
-    kind: cls for kind, cls in KINDS.items() if cls.__module__ != ifeval.__name__
+    kind: cls
+    for kind, cls in KINDS.items()
+    if cls.__module__ not in (copies.__name__, ifeval.__name__, iftrain.__name__)
 }
 
 
@@ -53,13 +63,15 @@ def make(kind: str, **params: Any) -> Constraint:
 def from_dict(row: Mapping[str, Any]) -> Constraint:
     """The constraint of a row {"kind", "params", ...}, as in c1 and c2; other keys are ignored.
 
+    Parameters that are None are ignored: a column of Parquet has those of all kinds in every row.
     Raises ValueError on a row without kind or params, and as `make` does.
     """
     if not isinstance(row.get("kind"), str) or not isinstance(row.get("params"), Mapping):
         raise ValueError(
             f"constraint row {dict(row)!r}: expected a string 'kind' and an object 'params'"
         )
-    return make(row["kind"], **row["params"])
+    given = {name: value for name, value in row["params"].items() if value is not None}
+    return make(row["kind"], **given)
 
 
 def compatible(constraints: Iterable[Constraint]) -> bool:

@@ -291,7 +291,7 @@ class ResponseLanguage(Constraint):
 # --- the published ids ---
 
 
-def _bound(relation: str, number: int) -> tuple[str, int]:
+def bound(relation: str, number: int) -> tuple[str, int]:
     """IFEval's 'less than' n as at most n - 1."""
     if relation not in ("at least", "less than"):
         raise ValueError(f"relation {relation!r}; expected 'at least' or 'less than'")
@@ -301,23 +301,23 @@ def _bound(relation: str, number: int) -> tuple[str, int]:
 _MAKERS: dict[str, Callable[[Mapping[str, Any]], Constraint]] = {
     "keywords:existence": lambda a: Keywords(tuple(a["keywords"])),
     "keywords:frequency": lambda a: KeywordFrequency(
-        *_bound(a["relation"], a["frequency"]), a["keyword"].strip()
+        *bound(a["relation"], a["frequency"]), a["keyword"].strip()
     ),
     "keywords:forbidden_words": lambda a: ForbiddenWords(tuple(a["forbidden_words"])),
     # The official scorer replaces a symbol by a random letter (keys 1122 '#', 1129 '!'); the
     # prompts mean the symbol, so the symbol is counted.
     "keywords:letter_frequency": lambda a: marks.LetterFrequency(
-        *_bound(a["let_relation"], a["let_frequency"]), a["letter"].strip().lower()
+        *bound(a["let_relation"], a["let_frequency"]), a["letter"].strip().lower()
     ),
     "language:response_language": lambda a: ResponseLanguage(a["language"]),
     "length_constraints:number_sentences": lambda a: PunktSentences(
-        *_bound(a["relation"], a["num_sentences"])
+        *bound(a["relation"], a["num_sentences"])
     ),
     "length_constraints:number_paragraphs": lambda a: DividedParagraphs(
         "exactly", a["num_paragraphs"]
     ),
     "length_constraints:number_words": lambda a: lengths.Words(
-        *_bound(a["relation"], a["num_words"])
+        *bound(a["relation"], a["num_words"])
     ),
     "length_constraints:nth_paragraph_first_word": lambda a: NthParagraphFirstWord(
         a["num_paragraphs"], a["nth_paragraph"], a["first_word"].lower()
@@ -343,7 +343,7 @@ _MAKERS: dict[str, Callable[[Mapping[str, Any]], Constraint]] = {
     "change_case:english_capital": lambda a: EnglishCase("upper"),
     "change_case:english_lowercase": lambda a: EnglishCase("lower"),
     "change_case:capital_word_frequency": lambda a: CapitalTokens(
-        *_bound(a["capital_relation"], a["capital_frequency"])
+        *bound(a["capital_relation"], a["capital_frequency"])
     ),
     "punctuation:no_comma": lambda a: marks.LetterFrequency("exactly", 0, ","),
 }

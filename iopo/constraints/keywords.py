@@ -164,7 +164,7 @@ class WordFrequency(Counted):
         ]
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=cut.KEPT)
 def _content_words(text: str) -> tuple[str, ...]:
     """Words worth asking for, each once, in order of first use."""
     present = dict.fromkeys(cut.lower_words(text))

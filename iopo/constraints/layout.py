@@ -68,7 +68,7 @@ class Layout(Styled):
         return "\n".join(f"- {s}" if bullet else f"{i}. {s}" for i, s in enumerate(items, 1))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=cut.KEPT)
 def parse_json(text: str) -> bool:
     """Whether the text is JSON; numbers too long and nesting too deep are refused, not raised."""
     try:

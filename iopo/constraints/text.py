@@ -1,6 +1,7 @@
 """Ways to cut a text: words, sentences, lines, paragraphs. Pure, for English and Chinese.
 
-Results for the last texts are kept, because a dozen kinds measure the same text one after another.
+Results for the last texts are kept, because a dozen kinds measure the same text, and its sentences,
+one after another: a text is cut once.
 Every cut takes time linear in the text, whatever the text is: a benchmark scores strangers' output.
 """
 
@@ -11,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 THINK_START, THINK_END = "<think>", "</think>"  # Qwen3, DeepSeek-R1, SmolLM3 and others
+KEPT = 512  # of each cut, for the texts of a few rows and their sentences
 CJK = "\u3400-\u4dbf\u4e00-\u9fff"
 _WORD = re.compile(r"\w+")
 _UNSPACED = f"{CJK}\u3040-\u30ff"  # scripts without blanks between words: Chinese, Japanese
@@ -31,13 +33,13 @@ _LONGEST_ABBREVIATION = len("approx.")
 _NUMBER_SIGN, _DIGIT_NEXT = re.compile(r"\bNo\.$"), re.compile(r"\s*\d")  # "No. 5", not "No. It is"
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=KEPT)
 def words(text: str) -> tuple[str, ...]:
     r"""Runs of \w, as IFEval counts words."""
     return tuple(_WORD.findall(text))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=KEPT)
 def lower_words(text: str) -> tuple[str, ...]:
     """Words of letters, lower-cased, an apostrophe inside allowed; no digits, no Chinese."""
     return tuple(letter_words(_lower(text)))
@@ -77,7 +79,7 @@ def thinking_note(texts: Iterable[str]) -> str | None:
     return f"thinking removed from {len(thinking)} answers, {unclosed} unclosed, which are empty"
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=KEPT)
 def tokens(text: str) -> tuple[str, ...]:
     """Lower-case words, and Chinese and Japanese character by character.
 
@@ -105,7 +107,7 @@ def repeats(text: str, n: int = 4) -> bool:
     return len(set(grams)) < len(grams)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=KEPT)
 def sentences(text: str) -> tuple[str, ...]:
     """Sentences by rule: marks end one, so does a line break; list markers are no part of one.
 
@@ -148,7 +150,7 @@ def paragraphs(text: str) -> list[str]:
     return [block.strip() for block in re.split(r"\n\s*\n", text) if block.strip()]
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=KEPT)
 def lines(text: str) -> tuple[str, ...]:
     """Lines that are not blank, stripped."""
     return tuple(line.strip() for line in text.split("\n") if line.strip())
@@ -211,12 +213,12 @@ def has_word(text: str, word: str) -> bool:
     return word in _lower(text) and bool(word_spans(text, word))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=KEPT)
 def _lower_word_set(text: str) -> frozenset[str]:
     return frozenset(_WORD.findall(_lower(text)))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=KEPT)
 def _lower(text: str) -> str:
     return text.lower()
 

@@ -10,12 +10,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from iopo import entry
+from iopo.construct.audit import AuditRecipe, audit
+from iopo.construct.ifseeds import IfSeedsRecipe
+from iopo.construct.ifseeds import build as build_ifseeds
 from iopo.construct.relabel import RelabelRecipe, relabel_file
 from iopo.construct.trace.config import TraceRecipe
 from iopo.construct.verified import VerifiedRecipe, build_verified
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 SCHEMAS: dict[str, Any] = {
+    "audit": AuditRecipe,
+    "ifseeds": IfSeedsRecipe,
     "relabel": RelabelRecipe,
     "trace": TraceRecipe,
     "verified": VerifiedRecipe,
@@ -35,6 +40,10 @@ def make(cfg: DictConfig) -> None:
     recipe: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg.recipe))
     if name == "relabel":
         relabel_file(recipe)
+    elif name == "audit":
+        print(audit(recipe))
+    elif name == "ifseeds":
+        print(build_ifseeds(recipe, recipe.sampler()))
     elif name == "verified":
         print(build_verified(recipe, recipe.sampler()))
     else:  # needs the extra `eval`, other recipes do not

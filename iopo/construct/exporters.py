@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from iopo.data.columns import as_written, messages_of
 from iopo.data.rows import Pair, Quad, Row, read_rows, rows_for
 from iopo.files import write_records, write_text
 
@@ -35,7 +36,8 @@ def export(rows: Sequence[Row], to: str) -> Iterator[dict[str, Any]]:
             assert isinstance(row, Pair)
             yield conversational(row)
         else:
-            yield {key: value for key, value in asdict(row).items() if value is not None}
+            kept = {key: value for key, value in asdict(row).items() if value is not None}
+            yield kept | {"x": as_written(row.x)}  # type: ignore[union-attr]
 
 
 def conversational(pair: Pair) -> dict[str, Any]:
@@ -43,7 +45,7 @@ def conversational(pair: Pair) -> dict[str, Any]:
     (https://huggingface.co/docs/trl/dataset_formats, "Conversational")."""
     system = [] if pair.system is None else [{"role": "system", "content": pair.system}]
     return {
-        "prompt": [*system, {"role": "user", "content": pair.x}],
+        "prompt": [*system, *messages_of(pair.x)],
         "chosen": [{"role": "assistant", "content": pair.chosen}],
         "rejected": [{"role": "assistant", "content": pair.rejected}],
     }
@@ -51,7 +53,17 @@ def conversational(pair: Pair) -> dict[str, Any]:
 
 def sharegpt(quad: Quad) -> dict[str, Any]:
     """One row of the authors' file. id and constraints stay as further keys, which it ignores."""
-    turns = [{"from": "human", "value": quad.x1}, {"from": "human", "value": quad.x2}]
+    messages = [messages_of(x) for x in (quad.x1, quad.x2)]
+    names = {"user": "human", "assistant": "gpt"}
+    if len(messages[0]) != len(messages[1]) or messages[0][0]["role"] == "system":
+        raise ValueError(
+            f"row {quad.id!r}: x1 and x2 have different system prompts, or not as many turns; "
+            "sharegpt tells them apart by their number"
+        )
+    turns = [
+        {"from": names[message["role"]], "value": message["content"]}
+        for message in (*messages[0], *messages[1])
+    ]
     if quad.system is not None:
         turns.insert(0, {"from": "system", "value": quad.system})
     row: dict[str, Any] = {

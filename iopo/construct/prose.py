@@ -40,7 +40,7 @@ def repeats_itself(text: str) -> bool:
     return cut.repeats(" ".join(words)) or 2 * len(set(words)) < len(words)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=cut.KEPT)
 def script_of(text: str) -> str:
     """The script with most letters, found without a model; "none" for a text without letters.
 

@@ -57,6 +57,7 @@ class Balance:
     total: int = 0
     together: int = 0  # quads whose longer instruction has the longer response, minus the others
     quads: int = 0
+    steady: bool = False  # the bound on lengths does not grow: one of many parts of a file
 
     def order(self, kinds: Sequence[str], rng: random.Random) -> list[str]:
         """The kinds that are not full, rare ones first more often than not."""
@@ -73,7 +74,7 @@ class Balance:
 
     def would_tell(self, together: int) -> bool:
         """Whether one more quad of this sign lets lengths tell instructions apart."""
-        return abs(self.together + together) > 3 + 0.5 * self.quads**0.5
+        return abs(self.together + together) > 3 + (0 if self.steady else 0.5 * self.quads**0.5)
 
     def add(self, kinds: Sequence[str], together: int) -> None:
         self.kinds.update(kinds)

@@ -1,36 +1,45 @@
 """Quads from any preference set, without a model: its two responses are measured and relabelled.
 
 For each row (prompt, chosen, rejected) the constraints that hold for one response and not for the
-other become two instructions. Rows stream: memory holds a digest of each response and some counts.
+other become two instructions. Rows stream in blocks, over all cores: memory holds a few blocks, a
+digest of each response and some counts. Each block balances its kinds and lengths by itself, so
+that the files do not depend on the number of cores.
 """
 
 import hashlib
 import json
 import logging
+import os
 import random
+import time
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from iopo.constraints import Constraint
 from iopo.constraints import text as cut
 from iopo.constraints.answers import hollow
-from iopo.construct import importers, require
+from iopo.construct import importers, in_blocks, require
 from iopo.construct.contrast import KINDS, fill, tell_apart, unmentioned
 from iopo.construct.prose import REFUSAL, ends_a_sentence, script_of
 from iopo.construct.quadruples import MATCH, Balance, constraint_rows, four_cells, sign
 from iopo.construct.tasks import Task, quad_row
-from iopo.construct.taxonomy import MOST_CONSTRAINTS, draw_number
+from iopo.construct.trace.taxonomy import MOST_CONSTRAINTS, draw_number
+from iopo.data.columns import as_written, first_turn, last_turn, text_of, with_last
 from iopo.data.rows import Pair
-from iopo.files import write_text
+from iopo.files import read_records, write_text
+from iopo.sources import files_of
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "heldout", "heldout_kinds")
 Written = list[tuple[Constraint, str]]  # constraints of one side, each with its sentence
 LANGUAGE = {"latin": "en", "chinese": "zh"}  # a script that we can write instructions for
+SHOW_EVERY_S = 5
 _REFUSED_BY = 300  # characters: a refusal comes first
 
 
@@ -67,9 +76,9 @@ class RelabelRecipe:
 class Relabeller:
     """Turns pairs into rows of quads, one after the other; the same for the same input order."""
 
-    def __init__(self, recipe: RelabelRecipe):
+    def __init__(self, recipe: RelabelRecipe, steady: bool = False):
         self.recipe = recipe
-        self.balances = {split: Balance(recipe.most_share) for split in SPLITS}
+        self.balances = {split: Balance(recipe.most_share, steady=steady) for split in SPLITS}
         self.balances["heldout_kinds"].most_share = 1.0  # a few kinds share all of it
         self._seen: set[int] = set()  # digests of responses
 
@@ -90,8 +99,9 @@ class Relabeller:
         return None
 
     def row(self, pair: Pair, task: Task, split: str) -> dict[str, Any] | str:
-        """The quad of a pair whose prompt is this task; a str says why there is none."""
-        language = LANGUAGE.get(script_of(pair.x))
+        """The quad of a pair whose prompt ends with this task; a str says why there is none."""
+        asked = text_of(pair.x)
+        language = LANGUAGE.get(script_of(asked))
         said = replace(
             pair,
             chosen=cut.after_thinking(pair.chosen),
@@ -106,12 +116,12 @@ class Relabeller:
         rng = random.Random(f"{self.recipe.seed}/{pair.id}")
         kinds = self.recipe.kinds(split, language)
         orders = [self.balances[split].order(kinds, rng) for _ in range(2)]
-        found = tell_apart(said.chosen, said.rejected, unmentioned(orders[0], pair.x), rng)
+        found = tell_apart(said.chosen, said.rejected, unmentioned(orders[0], asked), rng)
         if found is None:
             return "nothing tells the responses apart"
         numbers = [draw_number(rng, self.recipe.most_constraints) for _ in (1, 2)]
         sides = [
-            fill(first, text, unmentioned(order, pair.x), number, rng)
+            fill(first, text, unmentioned(order, asked), number, rng)
             for first, text, order, number in zip(
                 found, (said.chosen, said.rejected), orders, numbers, strict=True
             )
@@ -131,8 +141,12 @@ class Relabeller:
         rows = [constraint_rows(side) for side in written]
         row = quad_row(task, rows[0], y1, rows[1], y2, pair.system)
         for n, c in enumerate((c1, c2), 1):
-            if reasons := hollow(row[f"y{n}"], row[f"x{n}"], c):
+            x = with_last(pair.x, row[f"x{n}"])
+            if reasons := hollow(row[f"y{n}"], text_of(x), c):
                 return f"no answer: {reasons[0]}"
+            row[f"x{n}"] = as_written(x)
+        if not isinstance(pair.x, str):
+            row["task"] = asked
         self.balances[split].add([c.kind for c in (*c1, *c2)], together)
         self._seen |= digests
         end = {"source": "relabel", "split": split, "match": [1, 0, 1, 0], "origin": pair.id}
@@ -163,7 +177,7 @@ def unusable(pair: Pair, language: str | None, most_words: int) -> str | None:
         size = cut.han_characters(text) if language == "zh" else len(cut.words(text))
         if size > most_words:
             return "too long"
-        if reasons := hollow(text, pair.x):
+        if reasons := hollow(text, text_of(pair.x)):
             return f"no answer: {reasons[0]}"
         if not ends_a_sentence(text[-200:]) and text[-1] not in "。！？”』」）":
             return "unfinished"
@@ -184,42 +198,107 @@ def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
+def _relabel_block(
+    recipe: RelabelRecipe, number: int, pairs: list[Pair | str]
+) -> list[dict[str, Any] | str]:
+    """The quad of each pair, or why there is none."""
+    relabeller = Relabeller(recipe, steady=number > 0)
+    found: list[dict[str, Any] | str] = []
+    for pair in pairs:
+        if not isinstance(pair, str):
+            split = split_of(first_turn(pair.x), recipe.heldout_share)
+            found.append(relabeller.row(pair, Task(last_turn(pair.x)), split))
+        else:
+            found.append(pair)
+    return found
+
+
+@dataclass
+class _Progress:
+    """What is in the files so far; kept beside them until all is there."""
+
+    of: list[Any]  # the recipe, and the files of its source
+    blocks: int = 0
+    size: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # bytes
+    rows: int = 0  # of the source
+    made: Counter[str] = field(default_factory=Counter)  # by split
+    dropped: Counter[str] = field(default_factory=Counter)
+    kinds: dict[str, Counter[str]] = field(default_factory=lambda: {s: Counter() for s in SPLITS})
+
+    def counts(self) -> dict[str, Any]:
+        return {
+            "in": self.made.total() + self.dropped.total(),
+            "out": dict(self.made),
+            "dropped": dict(self.dropped.most_common()),
+        }
+
+
+def _resumed(recipe: RelabelRecipe, note: Path) -> _Progress:
+    """The progress of a run with the same recipe and source that was killed; else that of none."""
+    stats = [(str(path), path.stat()) for path in files_of(recipe.source or "")]
+    of = [asdict(recipe), [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]]
+    kept = json.loads(note.read_text()) if note.exists() else {}
+    if kept.get("of") != of:
+        return _Progress(of)
+    for name in ("made", "dropped"):
+        kept[name] = Counter(kept[name])
+    kept["kinds"] = {split: Counter(kinds) for split, kinds in kept["kinds"].items()}
+    log.info("%s: goes on after %d rows", note.parent, kept["rows"])
+    return _Progress(**kept)
+
+
 def relabel_file(recipe: RelabelRecipe) -> dict[str, Any]:
     """Stream a preference set into the files of each split; returns counts, as in counts.json.
 
-    Raises ValueError on a source that is not set.
+    A run that was killed goes on after its last block. Raises ValueError on a source that is not
+    set.
     """
     if recipe.source is None:
         raise ValueError("recipe.source is not set; expected a file of prompt, chosen, rejected")
     out = Path(recipe.out)
     out.mkdir(parents=True, exist_ok=True)
-    relabeller = Relabeller(recipe)
-    made: Counter[str] = Counter()  # by split
-    dropped: Counter[str] = Counter()
+    note = out / "progress.json"
+    state = _resumed(recipe, note)
+    seen: set[int] = set()  # digests of responses
+    pairs = islice(importers.preferences(recipe.source), state.rows, None)
+    work = partial(_relabel_block, recipe)
+    last = time.monotonic()
     with ExitStack() as stack:
-        files = {
-            split: stack.enter_context((out / f"{split}.jsonl").open("w", encoding="utf-8"))
-            for split in SPLITS
-        }
-        for pair in importers.preferences(Path(recipe.source)):
-            row: dict[str, Any] | str
-            if isinstance(pair, str):
-                row = pair
-            else:
-                row = relabeller.row(pair, Task(pair.x), split_of(pair.x, recipe.heldout_share))
-            if isinstance(row, str):
-                dropped[row] += 1
-                continue
-            made[row["split"]] += 1
-            files[row["split"]].write(json.dumps(row, ensure_ascii=False) + "\n")
-            if made.total() == recipe.limit:
+        files = {}
+        for split in SPLITS:
+            path = out / f"{split}.jsonl"
+            path.touch()
+            os.truncate(path, state.size[split])
+            seen |= {_digest(row[y]) for row in read_records(path) for y in ("y1", "y2")}
+            files[split] = stack.enter_context(path.open("a", encoding="utf-8"))
+        for block in in_blocks(work, pairs, first=state.blocks):
+            for row in block:
+                if isinstance(row, dict):
+                    digests = {_digest(row["y1"]), _digest(row["y2"])}
+                    row = "repeated response" if digests & seen else row
+                if isinstance(row, str):
+                    state.dropped[row] += 1
+                    continue
+                seen |= digests
+                split = row["split"]
+                state.made[split] += 1
+                state.kinds[split].update(c["kind"] for c in (*row["c1"], *row["c2"]))
+                files[split].write(json.dumps(row, ensure_ascii=False) + "\n")
+                if state.made.total() == recipe.limit:
+                    break
+            state.rows, state.blocks = state.rows + len(block), state.blocks + 1
+            for split, file in files.items():
+                file.flush()
+                state.size[split] = file.tell()
+            if state.made.total() == recipe.limit:
                 break
-    counts = {
-        "in": made.total() + dropped.total(),
-        "out": dict(made),
-        "dropped": dict(dropped.most_common()),
-    }
+            write_text(note, json.dumps(vars(state)))
+            if time.monotonic() > last + SHOW_EVERY_S:
+                last = time.monotonic()
+                log.info("%d rows read, %d quads", state.rows, state.made.total())
+    counts = state.counts()
     log.info(json.dumps(counts, ensure_ascii=False))
-    counts["kinds"] = {s: dict(b.kinds.most_common()) for s, b in relabeller.balances.items()}
+    counts["kinds"] = {split: dict(kinds.most_common()) for split, kinds in state.kinds.items()}
     write_text(out / "counts.json", json.dumps(counts, indent=1, ensure_ascii=False) + "\n")
+    note.unlink(missing_ok=True)
     return counts

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from iopo.constraints import KINDS
-from iopo.construct import taxonomy
-from iopo.construct.verify import JUDGED, Tally
+from iopo.construct.summary import JUDGED, Tally
+from iopo.construct.trace import taxonomy
+from iopo.data.columns import read_prompt, text_of
 from iopo.files import iter_records, write_text
 from iopo.page import page
 
@@ -65,6 +66,7 @@ class Counts(Tally):
     samples: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, row: dict[str, Any], rng: random.Random) -> None:
+        row = row | {key: text_of(read_prompt(row[key]) or row[key]) for key in ("x1", "x2")}
         c1, c2 = row.get("c1") or [], row.get("c2") or []
         self.count(row, [c["kind"] for c in c1], [c["kind"] for c in c2])
         self.dimensions.update(map(_dimension, (*c1, *c2)))

@@ -1,5 +1,6 @@
 """Sampled responses to prompts, kept in a JSONL cache that a killed run continues."""
 
+import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -7,6 +8,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from iopo.evaluation.config import EndpointSection
+from iopo.evaluation.endpoint import Endpoint, Request, run_together
 from iopo.files import Journal, read_records
 from iopo.progress import progress
 
@@ -94,5 +97,34 @@ def model_sampler(
         with progress(len(prompts), "responses") as show:
             answers = generate(model, chat, asked, decoding, lambda done, _: show(done))
         return [(answer.text.strip(), answer.finish_reason) for answer in answers]
+
+    return sampler
+
+
+def endpoint_sampler(section: EndpointSection, max_tokens: int, temperature: float) -> Sampler:
+    """A sampler over an OpenAI-compatible server (extra `eval`).
+
+    It raises EndpointError and RequestFailed; what was sampled before is kept, so the same command
+    goes on from there.
+    """
+
+    def sampler(prompts: Sequence[str], seed: int) -> list[tuple[str, str]]:
+        async def ask_all() -> list[tuple[str, str]]:
+            endpoint = Endpoint(section)
+            found: dict[int, tuple[str, str]] = {}
+
+            async def ask(n: int, prompt: str) -> None:
+                messages = ({"role": "user", "content": prompt},)
+                asked = Request(endpoint.model, messages, temperature, max_tokens, seed + n)
+                reply = await endpoint.ask(asked)
+                found[n] = (reply.text.strip(), reply.finish_reason)
+
+            try:
+                await run_together([ask(n, prompt) for n, prompt in enumerate(prompts)])
+            finally:
+                await endpoint.close()
+            return [found[n] for n in range(len(prompts))]
+
+        return asyncio.run(ask_all())
 
     return sampler

@@ -11,28 +11,28 @@ import argparse
 import hashlib
 import re
 import sys
-import zlib
-from collections import Counter
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from iopo.constraints import Constraint, from_dict
 from iopo.constraints.answers import hollow
-from iopo.constraints.text import CJK, tokens, words
+from iopo.constraints.text import CJK, tokens
+from iopo.construct import in_blocks
 from iopo.construct.prose import ends_a_sentence, script_of
-from iopo.construct.quadruples import CELLS, MATCH, four_cells, sign
+from iopo.construct.quadruples import CELLS, MATCH, four_cells
+from iopo.construct.summary import JUDGED, Measured, Summary, measured, report
+from iopo.data.columns import read_prompt, text_of
 from iopo.files import Place, iter_records
 
 TEXTS = ("x1", "y1", "x2", "y2")
 GRAM = 13  # words in a row that make an overlap with a benchmark
 _HAN = re.compile(f"[{CJK}]")
-JUDGED = "judged"  # the kind of a constraint that only a model can check
 # Asks for a script of its own, so that a response need not have its instruction's.
 _LANGUAGE_KINDS = {"response_language", JUDGED}
-_SLOTS = 1 << 15
-WARM_UP = 100  # rows that are learnt from before guesses count
 
 
 Fault = tuple[str, str]  # short name of the rule that is broken, detail
@@ -51,87 +51,12 @@ class Violation:
         return f"{self.place}: [{self.fault}] {self.detail}"
 
 
-def deviations(signs: Counter[int]) -> float:
-    """How far +1 and -1 are from being equally likely, in standard deviations; above 0: more +1."""
-    n = signs[1] + signs[-1]
-    return (signs[1] - signs[-1]) / n**0.5 if n else 0.0
+class Checked(NamedTuple):
+    """What a row shows by itself: its texts that must occur once, its faults, what is counted."""
 
-
-class SideGuesser:
-    """Guesses which of two responses is y1 from the responses alone, and learns from each row.
-
-    A hashed perceptron over words, ends and length; every guess is made before its row is learnt,
-    so the count is honest. On x-preference a scorer of y alone ties by definition (x1y1 and x2y1
-    have the same y); what can leak is the side: y1 the longer, the better or the politer one. Then
-    objectives on the first rows only (dpo with quad_rows=first) learn y and not the instruction.
-    """
-
-    def __init__(self) -> None:
-        self._weights = [0.0] * _SLOTS
-        self._rows = 0
-        self.guesses: Counter[int] = Counter()  # +1: right, -1: wrong
-
-    def add(self, y1: str, y2: str) -> None:
-        """Guess, then learn, from one row."""
-        first, second = _slots(y1), _slots(y2)
-        margin = sum(self._weights[i] for i in first) - sum(self._weights[i] for i in second)
-        if self._rows >= WARM_UP and margin != 0:
-            self.guesses[1 if margin > 0 else -1] += 1
-        self._rows += 1
-        if margin <= 0:
-            for slots, change in ((first, 1.0), (second, -1.0)):
-                for i in slots:
-                    self._weights[i] += change
-
-
-def _slots(text: str) -> list[int]:
-    features = {word.lower() for word in words(text[:1000])[:40]}
-    features |= {f"length {len(text).bit_length()}", f"first {text[:1]}", f"last {text[-1:]}"}
-    return [zlib.crc32(feature.encode()) % _SLOTS for feature in features]
-
-
-@dataclass
-class Tally:
-    """Counts over rows of quads."""
-
-    rows: int = 0
-    kinds: Counter[str] = field(default_factory=Counter)
-    sources: Counter[str] = field(default_factory=Counter)
-    splits: Counter[str] = field(default_factory=Counter)
-    constraints: Counter[int] = field(default_factory=Counter)  # of an instruction
-
-    def count(self, row: dict[str, Any], c1: Sequence[str], c2: Sequence[str]) -> None:
-        """Count a row whose constraints are of these kinds."""
-        self.rows += 1
-        self.kinds.update((*c1, *c2))
-        self.sources[str(row.get("source", "-"))] += 1
-        self.splits[str(row.get("split", "-"))] += 1
-        self.constraints.update((len(c1), len(c2)))
-
-
-@dataclass
-class Summary(Tally):
-    """Counts over the rows that could be read.
-
-    A scorer that matches lengths is at chance on x-preference only if `deviations(together)` is
-    near 0; beyond 3 the data let it guess.
-    """
-
-    judged: int = 0  # rows with a constraint that code cannot check
-    words: Counter[int] = field(default_factory=Counter)  # response length, in tens of words
-    # +1: the longer instruction has the longer response, -1: it has the shorter one
-    together: Counter[int] = field(default_factory=Counter)
-    longer: Counter[int] = field(default_factory=Counter)  # +1: y1 is the longer one, -1: y2 is
-    guesser: SideGuesser = field(default_factory=SideGuesser)
-
-    def count(self, row: dict[str, Any], c1: Sequence[str], c2: Sequence[str]) -> None:
-        super().count(row, c1, c2)
-        self.guesser.add(row["y1"], row["y2"])
-        self.judged += JUDGED in c1 or JUDGED in c2
-        self.words.update(len(row[y].split()) // 10 for y in ("y1", "y2"))
-        longer_y = sign(len(row["y1"]) - len(row["y2"]))
-        self.longer[longer_y] += 1
-        self.together[longer_y * sign(len(row["x1"]) - len(row["x2"]))] += 1
+    once: list[tuple[str, bytes, str]]  # what it is, its digest, how a message calls it
+    faults: list[Fault]
+    measured: Measured | None
 
 
 def verify(files: Sequence[Path], against: Sequence[Path] = ()) -> tuple[list[Violation], Summary]:
@@ -140,14 +65,32 @@ def verify(files: Sequence[Path], against: Sequence[Path] = ()) -> tuple[list[Vi
     found: list[Violation] = []
     summary = Summary()
     seen: Seen = {}
-    for index, path in enumerate(files):
-        for place, row, unreadable in iter_records(path):
-            if unreadable is not None:
-                faults = iter([("json", f"cannot be read: {unreadable}")])
-            else:
-                faults = _check_row(row, (index, place), seen, grams, summary)
-            found += [Violation(place, fault, detail) for fault, detail in faults]
+    places: deque[Origin] = deque()
+
+    def rows() -> Iterator[tuple[Any, str | None]]:
+        for index, path in enumerate(files):
+            for place, row, unreadable in iter_records(path):
+                places.append((index, place))
+                yield row, unreadable
+
+    # the grams are too large to be sent to other processes
+    for block in in_blocks(partial(_check_block, grams), rows(), here=bool(grams)):
+        for checked in block:
+            here = places.popleft()
+            faults = [*_repeated(checked.once, here, seen), *checked.faults]
+            found += [Violation(here[1], fault, detail) for fault, detail in faults]
+            if checked.measured is not None:
+                summary.add(checked.measured)
     return found, summary
+
+
+def _check_block(grams: Grams, _: int, rows: list[tuple[Any, str | None]]) -> list[Checked]:
+    return [
+        Checked([], [("json", f"cannot be read: {unreadable}")], None)
+        if unreadable is not None
+        else _check_row(row, grams)
+        for row, unreadable in rows
+    ]
 
 
 def off_task(files: Sequence[Path], model_path: str) -> list[Violation]:
@@ -169,9 +112,10 @@ def off_task(files: Sequence[Path], model_path: str) -> list[Violation]:
             sides = row if fault is None and isinstance(row, dict) else {}
             for n in (1, 2):
                 x, y = sides.get(f"x{n}"), sides.get(f"y{n}")
-                if isinstance(x, str) and isinstance(y, str) and y.strip():
+                prompt = read_prompt(x)
+                if prompt is not None and isinstance(y, str) and y.strip():
                     places.append((place, f"y{n}"))
-                    tasks.append(bare(x))
+                    tasks.append(bare(prompt))
                     texts.append(y)
     folder = resolve_model(model_path)
     base = load_for_scoring(folder, None, *placing(ModelSection()))
@@ -184,43 +128,54 @@ def off_task(files: Sequence[Path], model_path: str) -> list[Violation]:
     ]
 
 
-def _check_row(
-    row: Any, here: Origin, seen: Seen, grams: Grams, summary: Summary
-) -> Iterator[Fault]:
-    """All that is wrong with a row; what follows from another fault is left out."""
+def _check_row(row: Any, grams: Grams) -> Checked:
+    """All that is wrong with a row by itself."""
     texts = row if isinstance(row, dict) else {}
-    missing = [key for key in TEXTS if not isinstance(texts.get(key), str)]
+    prompts = {key: read_prompt(texts.get(key)) for key in ("x1", "x2")}
+    missing = [k for k in TEXTS if not isinstance(texts.get(k), str) and prompts.get(k) is None]
     if missing:
-        yield "keys", f"{', '.join(missing)} missing or no text; a row has {', '.join(TEXTS)}"
-        return
-    yield from _repeated(row, here, seen)
+        fault = f"{', '.join(missing)} missing or no text; a row has {', '.join(TEXTS)}"
+        return Checked([], [("keys", fault)], None)
+    row = row | {key: text_of(x) for key, x in prompts.items() if x is not None}
+    sides = [row.get(key) or [] for key in ("c1", "c2")]
+    checked = Checked(_once(row), [], None)
     for key in TEXTS if grams else ():
         shared = next((gram for gram in _grams(row[key]) if gram in grams), None)
         if shared is not None:
-            yield "overlap", f"{key} has {' '.join(shared)!r} of {grams[shared]}"
-    sides = [row.get(key) or [] for key in ("c1", "c2")]
+            fault = f"{key} has {' '.join(shared)!r} of {grams[shared]}"
+            checked.faults.append(("overlap", fault))
     if not all(isinstance(side, list) for side in sides):
-        yield "constraint", "c1 or c2 is no list of constraints"
-        return
+        checked.faults.append(("constraint", "c1 or c2 is no list of constraints"))
+        return checked
     kinds = [[_kind(c) for c in side] for side in sides]
-    judged = JUDGED in kinds[0] or JUDGED in kinds[1]
     broken = list(_texts(row, {*kinds[0], *kinds[1]}))
-    yield from broken
+    checked.faults.extend(broken)
     try:
         c1, c2 = ([from_dict(c) for c in side if _kind(c) != JUDGED] for side in sides)
     except (ValueError, TypeError, AttributeError) as error:
-        yield "constraint", f"cannot be read: {error}"
-        return
-    summary.count(row, *kinds)
+        checked.faults.append(("constraint", f"cannot be read: {error}"))
+        return checked
+    checked.faults.extend(_against_constraints(row, kinds, (c1, c2), bool(broken)))
+    return checked._replace(measured=measured(row, kinds))
+
+
+def _against_constraints(
+    row: dict[str, Any],
+    kinds: list[list[str]],
+    sides: tuple[list[Constraint], list[Constraint]],
+    broken: bool,
+) -> Iterator[Fault]:
+    """What is wrong between the texts and the constraints; cells only of texts that are whole."""
+    judged = JUDGED in kinds[0] or JUDGED in kinds[1]
     if judged and row.get("match") != [int(cell) for cell in MATCH]:
         yield "match", f"says {row.get('match')}; a judged row must say [1, 0, 1, 0]"
     if not broken and not judged:
-        yield from _cells(row, c1, c2)
-        for n, c in enumerate((c1, c2), 1):
+        yield from _cells(row, *sides)
+        for n, c in enumerate(sides, 1):
             if reasons := hollow(row[f"y{n}"], row[f"x{n}"], c):
                 yield "no answer", f"y{n} is hollow: {', '.join(reasons)}"
-    for n, side in enumerate(sides, 1):
-        for text in (constraint.get("text") for constraint in side):
+    for n in (1, 2):
+        for text in (constraint.get("text") for constraint in row.get(f"c{n}") or []):
             if not isinstance(text, str) or text not in row[f"x{n}"]:
                 yield "wording", f"x{n} does not contain the text {text!r} of c{n}"
 
@@ -267,18 +222,32 @@ def _cells(
         yield "match", f"says {given}, the checks say {[int(cell) for cell in cells]}"
 
 
-def _repeated(row: dict[str, Any], here: Origin, seen: Seen) -> Iterator[Fault]:
-    def first(what: str, value: object) -> Origin:
-        data = f"{what}\x1f{value}".encode()
-        return seen.setdefault(hashlib.blake2b(data, digest_size=12).digest(), here)
+def _once(row: dict[str, Any]) -> list[tuple[str, bytes, str]]:
+    """What must occur once in all files: the id, the responses; in one file: the task."""
 
-    if row.get("id") is not None and (place := first("id", row["id"])) != here:
-        yield "id", f"{row['id']!r} is that of {place[1]}"
+    def digest(what: str, value: object) -> bytes:
+        return hashlib.blake2b(f"{what}\x1f{value}".encode(), digest_size=12).digest()
+
+    found = []
+    if row.get("id") is not None:
+        found.append(("id", digest("id", row["id"]), repr(row["id"])))
     for key in ("y1", "y2") if row["y1"] != row["y2"] else ():
-        if row[key].strip() and (place := first("response", row[key])) != here:
-            yield "response", f"{key} is a response of {place[1]}"
-    if row.get("task") is not None and (place := first("task", row["task"]))[0] != here[0]:
-        yield "task", f"the task is also in {place[1]}; files must not share tasks"
+        if row[key].strip():
+            found.append(("response", digest("response", row[key]), key))
+    if row.get("task") is not None:
+        found.append(("task", digest("task", row["task"]), ""))
+    return found
+
+
+def _repeated(once: list[tuple[str, bytes, str]], here: Origin, seen: Seen) -> Iterator[Fault]:
+    for what, digest, name in once:
+        place = seen.setdefault(digest, here)
+        if what == "task" and place[0] != here[0]:
+            yield what, f"the task is also in {place[1]}; files must not share tasks"
+        elif what == "id" and place != here:
+            yield what, f"{name} is that of {place[1]}"
+        elif what == "response" and place != here:
+            yield what, f"{name} is a response of {place[1]}"
 
 
 def benchmark_grams(files: Iterable[Path]) -> Grams:
@@ -308,40 +277,6 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, dict)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _strings(item)
-
-
-def report(summary: Summary) -> str:
-    """The table by kind, the counts and the length scorer's verdict."""
-    total = sum(summary.kinds.values())
-    lines = [f"{summary.rows} quads, {total} constraints", "", f"{'kind':<20} {'count':>6} share"]
-    lines += [f"{kind:<20} {n:>6} {n / total:>5.1%}" for kind, n in summary.kinds.most_common()]
-    lines.append("")
-    for name, counts in (("source", summary.sources), ("split", summary.splits)):
-        lines.append(f"{name}: " + ", ".join(f"{key} {n}" for key, n in counts.most_common()))
-    sizes = sorted(summary.constraints.items())
-    lines.append("constraints per instruction: " + ", ".join(f"{k}: {n}" for k, n in sizes))
-    lines.append("words per response:")
-    most = max(summary.words.values(), default=1)
-    for tens, n in sorted(summary.words.items()):
-        lines.append(f"  {10 * tens:>3}-{10 * tens + 9:<3} {'#' * (40 * n // most)} {n}")
-    together, guesses = summary.together, summary.guesser.guesses
-    leak, longer, y_only = map(deviations, (together, summary.longer, guesses))
-    lines.append(
-        f"length scorer: the longer instruction has the longer response in {together[1]} quads, "
-        f"the shorter one in {together[-1]} ({leak:+.1f} standard deviations)"
-    )
-    if summary.judged:
-        lines.append(f"{summary.judged} rows have judged constraints, which code cannot check")
-    if abs(leak) > 3:
-        lines.append("warning: lengths tell which response belongs to which instruction")
-    lines += [
-        f"length-only scorer: y1 is the longer one {longer:+.1f} deviations",
-        f"y-only scorer: tells y1 from y2 in {guesses[1]} of {guesses.total()} rows "
-        f"({y_only:+.1f} standard deviations)",
-    ]
-    if abs(longer) > 3 or y_only > 3:
-        lines.append("warning: the responses alone tell y1 from y2; the data leak")
-    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

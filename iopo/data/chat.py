@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from iopo.constraints.text import THINK_START
+from iopo.data.columns import Prompt, messages_of
 from iopo.files import sha256_text
 
 ASKS_DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
@@ -108,15 +109,19 @@ class Chat:
         )
         return defaults + self.template
 
-    def prompt(self, x: str, system: str | None = None) -> str:
+    def prompt(self, x: Prompt, system: str | None = None) -> str:
         """The text up to where the response begins."""
         return self.render(self.messages(x, system), add_generation_prompt=True)
 
-    def messages(self, x: str, system: str | None = None) -> list[dict[str, str]]:
-        """The messages of a prompt; the row's system prompt goes before the configured one."""
+    def messages(self, x: Prompt, system: str | None = None) -> list[dict[str, str]]:
+        """The messages of a prompt. Its own first turn of the system goes before the row's system
+        prompt, and that before the configured one.
+        """
+        turns = messages_of(x)
         system = self.system if system is None else system
-        first = [] if system is None else [{"role": "system", "content": system}]
-        return [*first, {"role": "user", "content": x}]
+        if system is None or turns[0]["role"] == "system":
+            return turns
+        return [{"role": "system", "content": system}, *turns]
 
     def render(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
         """The template's text for any conversation. Raises ValueError if it refuses it."""
@@ -143,7 +148,7 @@ class Chat:
         text = self.render(messages, add_generation_prompt=True)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def response(self, prompt: str, x: str, y: str, system: str | None = None) -> str:
+    def response(self, prompt: str, x: Prompt, y: str, system: str | None = None) -> str:
         """The text that follows `prompt` = self.prompt(x, system): y, the end of the turn, and what
         the template writes after it.
 

@@ -5,6 +5,8 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
+from iopo.data.columns import text_of
+
 OPTIONAL = {
     "quad": ("id", "system", "c1", "c2"), "pair": ("id", "system"), "sft": ("id", "system"),
 }  # fmt: skip
@@ -82,7 +84,9 @@ def check_row(row: Mapping[str, object], kind: str) -> list[str]:
     missing = [key for key in REQUIRED[kind] if key not in row and key not in typos.values()]
     keys = ", ".join([*sorted(row)[:12], *(["..."] if len(row) > 12 else [])]) or "(none)"
     faults += [f"{key!r} is missing; found the keys {keys}" for key in missing]
-    texts = {key: value for key in wanted if isinstance(value := row.get(key), str)}
+    texts = {
+        key: text_of(value) for key in wanted if isinstance(value := row.get(key), str | tuple)
+    }
     beside = [text for key, text in texts.items() if not key.startswith("x")]
     used = ["\n".join((text, *beside)) for key, text in texts.items() if key.startswith("x")]
     faults += [
@@ -97,7 +101,7 @@ def check_row(row: Mapping[str, object], kind: str) -> list[str]:
     for first, second in DIFFERENT[kind]:
         # Most chat templates strip white space, so texts that differ only there become equal tokens
         one, other = row.get(first), row.get(second)
-        if isinstance(one, str) and isinstance(other, str) and one.strip() == other.strip() != "":
+        if type(one) is type(other) and _stripped(one) == _stripped(other) not in ("", None):
             faults.append(
                 f"{first!r} and {second!r} are equal ({_short(row[first])}), expected two texts "
                 "that differ in more than white space"
@@ -122,7 +126,17 @@ def _meant(key: str, wanted: tuple[str, ...], row: Mapping[str, object]) -> str 
     return close[0] if close and len(key) > 3 else None  # "id" and "x1" are near everything
 
 
+def _stripped(value: object) -> object:
+    """A text without blanks around it, or turns of such texts; None of anything else."""
+    if isinstance(value, tuple):
+        return tuple((role, text.strip()) for role, text in value)
+    return value.strip() if isinstance(value, str) else None
+
+
 def _text_faults(key: str, value: object) -> list[str]:
+    if isinstance(value, tuple):
+        empty = [n for n, (_, text) in enumerate(value) if not text.strip()]
+        return [f"{key!r}: turn {n} is empty, expected text" for n in empty]
     if not isinstance(value, str):
         return [f"{key!r} is {_json_type(value)} ({_short(value)}), expected a string"]
     if not value.strip():

@@ -1,21 +1,19 @@
 """Rows of text: what a quad, a pair and an sft row are, and how files of them are read and checked.
 
 Every fault of a file is reported in one ValueError, before anything is tokenised or loaded.
-
-Rows of the authors' release (ShareGPT messages) are read as quads: `conversations` holds x1 and x2
-as two human turns, `chosen` is y1, and `rejected` is y2, the right answer to x2 and not a bad
-answer (released code, data/processors/pairwise.py; the release itself cannot load this file,
-because its converter refuses two human turns in a row).
+Rows of TRL and of the authors' release are read as ours (columns.py).
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from iopo.data import checks
+from iopo.data.columns import Prompt, is_sharegpt, own_columns
 from iopo.files import Place, iter_records, sha256_text, shortened
+from iopo.sources import files_of
 
 MAX_LISTED = 20  # bad rows shown of one file; the rest is counted
 NO_FILE = """no such file.
@@ -43,9 +41,9 @@ class Quad:
     """
 
     id: str
-    x1: str
+    x1: Prompt
     y1: str
-    x2: str
+    x2: Prompt
     y2: str
     system: str | None = None
     c1: list[dict] | None = None
@@ -57,7 +55,7 @@ class Pair:
     """An instruction, a better and a worse answer."""
 
     id: str
-    x: str
+    x: Prompt
     chosen: str
     rejected: str
     system: str | None = None
@@ -68,7 +66,7 @@ class Sft:
     """An instruction and its answer."""
 
     id: str
-    x: str
+    x: Prompt
     y: str
     system: str | None = None
 
@@ -79,15 +77,16 @@ CLASSES: dict[str, type[Quad] | type[Pair] | type[Sft]] = {"quad": Quad, "pair":
 
 
 def read_rows(path: str | Path, kind: str | None = None) -> list[Row]:
-    """The rows of a .jsonl file or a .json list, in file order.
+    """The rows of a source (iopo/sources.py), in order.
 
     kind: "quad" | "pair" | "sft", or None for the kind of the file's first readable row; one file
     holds one kind. A row without an id gets the first 16 hex digits of the sha256 of its texts.
     Raises ValueError that lists every bad row with its place, what was found and a good row.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: {NO_FILE}")
+    try:
+        files_of(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: {NO_FILE}") from error
     rows: list[Row] = []
     bad: list[str] = []
     place_of_id: dict[str, Place] = {}
@@ -96,11 +95,16 @@ def read_rows(path: str | Path, kind: str | None = None) -> list[Row]:
         if fault is not None:
             bad.append(f"{place}: {fault}")
             continue
-        sharegpt = isinstance(decoded, dict) and "conversations" in decoded
-        if isinstance(decoded, dict) and kind is None:
-            kind = "quad" if sharegpt else checks.kind_of(decoded)
-            good_row = checks.GOOD_ROW[kind or "quad"]
-        row, faults = _row(decoded, kind)
+        sharegpt = isinstance(decoded, dict) and is_sharegpt(decoded)
+        row: Row | None = None
+        faults = [f"the row is of type {type(decoded).__name__}, expected an object"]
+        if isinstance(decoded, dict):
+            ours, faults = own_columns(decoded)
+            if kind is None:
+                kind = "quad" if sharegpt else checks.kind_of(ours)
+                good_row = checks.GOOD_ROW[kind or "quad"]
+            if not faults:
+                row, faults = _row(ours, kind)
         if faults and kind == "quad" and sharegpt:
             good_row = GOOD_SHAREGPT_ROW
         if row is not None and row.id in place_of_id:
@@ -124,22 +128,13 @@ def read_rows(path: str | Path, kind: str | None = None) -> list[Row]:
     return rows
 
 
-def _row(decoded: object, kind: str | None) -> tuple[Row | None, list[str]]:
-    """One row object, or None and its faults."""
-    if not isinstance(decoded, dict):
-        return None, [f"the row is of type {type(decoded).__name__}, expected an object"]
-    if "system" in decoded:
-        decoded = {**decoded, "system": given_system(decoded["system"])}
+def _row(decoded: dict[str, Any], kind: str | None) -> tuple[Row | None, list[str]]:
+    """One row under our keys, or None and its faults."""
     if kind is None:
         found = ", ".join(sorted(decoded)) or "(none)"
-        expected = "expected x1, y1, x2, y2 or x, chosen, rejected or x, y"
+        expected = "expected x1, y1, x2, y2 or x, chosen, rejected or x, y, or TRL's columns"
         return None, [f"the row is neither quad, pair nor sft; found the keys {found}, {expected}"]
-    faults: list[str] = []
-    if kind == "quad" and "conversations" in decoded:
-        decoded, faults = _from_sharegpt(decoded)
-    if not faults:
-        faults = checks.check_row(decoded, kind)
-    if faults:
+    if faults := checks.check_row(decoded, kind):
         return None, faults
     texts, options = checks.REQUIRED[kind], checks.OPTIONAL[kind]
     fields: dict[str, Any] = {key: decoded[key] for key in texts + options if key in decoded}
@@ -147,84 +142,6 @@ def _row(decoded: object, kind: str | None) -> tuple[Row | None, list[str]]:
         hashed = [fields.get(key) for key in (*texts, "system")]
         fields["id"] = sha256_text(json.dumps([text for text in hashed if text is not None]))[:16]
     return CLASSES[kind](**fields), []
-
-
-def _from_sharegpt(row: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:
-    """The row under the keys of a quad, and the faults that stopped parts of it from moving.
-
-    A leading turn from `system` becomes the system prompt of both instructions. Dialogues of
-    several turns (2(2T-1) messages for T turns) are refused: a member is one prompt, one response.
-    """
-    moved = ("conversations", "chosen", "rejected")
-    quad = {key: value for key, value in row.items() if key not in moved}
-    turns, fault = read_turns(row["conversations"])
-    if fault is not None:
-        return quad, [f"'conversations': {fault}"]
-    faults: list[str] = []
-    if turns and turns[0][0] == "system":
-        leading = given_system(turns.pop(0)[1])
-        if leading is not None and row.get("system") is not None:
-            faults.append("a system prompt stands both in 'system' and in 'conversations'")
-        elif leading is not None:
-            quad["system"] = leading
-    roles = [role for role, _ in turns]
-    if roles == ["user", "user"]:
-        quad["x1"], quad["x2"] = turns[0][1], turns[1][1]
-    else:
-        fault = f"'conversations' has the turns {roles}, expected two user turns (x1 and x2)"
-        if roles == ["user"]:
-            fault += "; one turn is an ordinary preference pair: give it as x, chosen, rejected"
-        if len(roles) > 2 and len(roles) % 4 == 2:
-            fault += "; dialogues of several turns are not supported: render them into x1 and x2"
-        faults.append(fault)
-    for key, name in (("chosen", "y1"), ("rejected", "y2")):
-        if key not in row:
-            faults.append(f"{key!r} ({name}) is missing")
-            continue
-        reply, fault = read_turns(row[key])
-        if fault is not None:
-            faults.append(f"{key!r}: {fault}")
-        elif [role for role, _ in reply] != ["assistant"]:
-            found = [role for role, _ in reply]
-            faults.append(f"{key!r} has the turns {found}, expected one of the assistant")
-        else:
-            quad[name] = reply[0][1]
-    return quad, faults
-
-
-ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}  # names of others for ours
-
-
-def read_turns(
-    messages: object, speaker: str | None = None
-) -> tuple[list[tuple[str, str]], str | None]:
-    """(role, text) of each message, and what is wrong with them, if anything: then no turns.
-
-    messages: a message or a list of them, {"role", "content"} or {"from", "value"}; with a
-    `speaker`, a text is one turn of theirs. Roles are system, user, assistant and what else is
-    there (tool, ...); human, gpt and model are read as ours.
-    """
-    if isinstance(messages, str) and speaker is not None:
-        return [(speaker, messages)], None
-    listed = [messages] if isinstance(messages, dict) else messages
-    if not isinstance(listed, list) or not listed:
-        what = "empty" if listed == [] else type(listed).__name__
-        return [], f"found {what}, expected a list of messages"
-    turns: list[tuple[str, str]] = []
-    for number, message in enumerate(listed):
-        given = message if isinstance(message, dict) else {}
-        role, text = given.get("role", given.get("from")), given.get("content", given.get("value"))
-        if not isinstance(role, str) or not isinstance(text, str):
-            found = sorted(message) if isinstance(message, dict) else type(message).__name__
-            expected = '{"from": ..., "value": ...} or {"role": ..., "content": ...}, both texts'
-            return [], f"message {number} is {found}, expected {expected}"
-        turns.append((ROLES.get(role, role), text))
-    return turns, None
-
-
-def given_system(value: Any) -> Any:
-    """A row's system prompt; None for an empty one, which other formats write for none."""
-    return None if isinstance(value, str) and not value.strip() else value
 
 
 def rows_for(kind: str, rows: Sequence[Row], quad_rows: str = "both") -> list[Row]:

@@ -26,6 +26,7 @@ import numpy as np
 
 from iopo.data import token_cache
 from iopo.data.chat import Chat, special_texts, tokenizer_hash
+from iopo.data.columns import Prompt, last_turn, text_of
 from iopo.data.example import Example, Report, percentiles
 from iopo.data.rows import MAX_LISTED, Pair, Quad, Row
 from iopo.data.token_cache import Add, Examples
@@ -48,8 +49,8 @@ class Limits:
 
     on_overlong: "drop" the row and report it; "error"; or "truncate": a response loses its end (and
     with it the end-of-turn token), a prompt the end of its instruction, while the template's text
-    around the instruction stays whole. (The released code cuts the prompt from the right, assistant
-    header included.)
+    around the instruction, earlier turns too, stays whole. (The released code cuts the prompt from
+    the right, assistant header included.)
     """
 
     max_prompt_tokens: int
@@ -73,7 +74,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Tree:
-    """The texts of a prompt: its instruction, the whole of it, and the responses under it."""
+    """The texts of a prompt: its last turn, the whole of it, and the responses under it."""
 
     instruction: str
     prompt: str
@@ -99,7 +100,7 @@ class Encoder:
         rendered: list[tuple[Row, list[_Tree]]] = []
         for row in rows:
             forest = _forest(row, self.columns)
-            texts = [row.system or "", *(text for x, ys in forest for text in (x, *ys))]
+            texts = [row.system or "", *(text for x, ys in forest for text in (text_of(x), *ys))]
             if any(self.special.search(text) for text in texts):
                 outcome.dropped.append((SPECIAL_TOKEN, row.id))
                 continue
@@ -115,17 +116,19 @@ class Encoder:
                 outcome.faults.append(f"row {row.id!r}: {error}")
         return outcome
 
-    def _render(self, x: str, ys: Sequence[str], system: str | None) -> _Tree:
+    def _render(self, x: Prompt, ys: Sequence[str], system: str | None) -> _Tree:
         prompt = self.chat.prompt(x, system)
-        return _Tree(x, prompt, tuple(self.chat.response(prompt, x, y, system) for y in ys))
+        return _Tree(
+            last_turn(x), prompt, tuple(self.chat.response(prompt, x, y, system) for y in ys)
+        )
 
     def _tokenize(self, trees: Iterable[_Tree]) -> None:
-        """All texts of the rows at once: prompts, and responses alone and after their header."""
+        """All texts of the rows at once: prompts, headers, and responses after their header."""
         texts: dict[str, None] = {}
         for tree in trees:
             header = self._header(tree.prompt)
             joined = (header + response for response in tree.responses)
-            texts.update(dict.fromkeys((tree.prompt, header, *tree.responses, *joined)))
+            texts.update(dict.fromkeys((tree.prompt, header, *joined)))
         self.ids = {}
         if texts:
             encoded = self.chat.tokenizer(list(texts), add_special_tokens=False, verbose=False)
@@ -145,7 +148,8 @@ class Encoder:
             rest = whole[len(before) :]
             same_before = np.array_equal(whole[: len(before)], before)
             if not same_before or not all(np.array_equal(rest, other) for other in rests):
-                return self.ids[text], True
+                alone = self.chat.tokenizer(text, add_special_tokens=False, verbose=False)
+                return np.array(alone["input_ids"], dtype=np.int32), True
             rests.append(rest)
         return rests[0], False
 
@@ -195,11 +199,11 @@ class Encoder:
         """The prompt without the end of its instruction, so that it fits; the frame stays."""
         if len(ids) <= self.limits.max_prompt_tokens:
             return ids
-        _, found, frame = tree.prompt.rpartition(tree.instruction.strip())
-        encoded = self.chat.tokenizer(frame, add_special_tokens=False)["input_ids"]
-        after = np.array(encoded, dtype=np.int32)
+        before, found, frame = tree.prompt.rpartition(tree.instruction.strip())
+        start, end = self.chat.tokenizer([before, frame], add_special_tokens=False)["input_ids"]
+        after = np.array(end, dtype=np.int32)
         keep = self.limits.max_prompt_tokens - len(after)
-        if not found or keep < 1 or not np.array_equal(ids[-len(after) :], after):
+        if not found or keep < max(1, len(start)) or not np.array_equal(ids[-len(after) :], after):
             raise ValueError(
                 f"the prompt of {len(ids)} tokens cannot be cut to {self.limits.max_prompt_tokens} "
                 f"within the template, which ends it with {frame!r}: raise max_prompt_tokens, or "
@@ -208,7 +212,7 @@ class Encoder:
         return np.concatenate((ids[:keep], after))
 
 
-def _forest(row: Row, columns: tuple[int, ...]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+def _forest(row: Row, columns: tuple[int, ...]) -> tuple[tuple[Prompt, tuple[str, ...]], ...]:
     """(instruction, its responses) in member order; of a quad the members in `columns`."""
     if isinstance(row, Quad):
         ys = (row.y1, row.y2, row.y2, row.y1)

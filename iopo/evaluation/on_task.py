@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from iopo.data.chat import Chat
+from iopo.data.columns import Prompt, text_of
 from iopo.data.example import Example
 from iopo.data.layout import build_shared
 from iopo.logprobs import LogProbs
@@ -27,7 +28,7 @@ ANSWERS_AT_ONCE = 64  # after one prompt: bounds the memory
 
 @torch.inference_mode()
 def task_ranks(
-    base: LogProbs, chat: Chat, tasks: Sequence[str], texts: Sequence[str]
+    base: LogProbs, chat: Chat, tasks: Sequence[Prompt], texts: Sequence[str]
 ) -> list[int] | None:
     """The rank of each text's own task by the text's log-prob after it, 1 where none is likelier.
 
@@ -39,7 +40,7 @@ def task_ranks(
         return None
     heads = [text[: 8 * FIRST_TOKENS] for text in texts]  # more characters than are needed
     ids = [np.array(chat.tokenizer(head, add_special_tokens=False)["input_ids"]) for head in heads]
-    rows_of: dict[str, list[int]] = {task: [] for task in order}
+    rows_of: dict[Prompt, list[int]] = {task: [] for task in order}
     for row, task in enumerate(tasks):
         rows_of[task].append(row)
     ranks = [0] * len(texts)
@@ -59,15 +60,15 @@ def task_ranks(
     return ranks
 
 
-def _logps(base: LogProbs, chat: Chat, task: str, responses: tuple[np.ndarray, ...]) -> Tensor:
+def _logps(base: LogProbs, chat: Chat, task: Prompt, responses: tuple[np.ndarray, ...]) -> Tensor:
     """log p of each response after the task's prompt, which is read once, [R] in nats."""
     prompt = np.array(chat.prompt_ids(chat.messages(task)))
     batch = build_shared([Example("", (prompt,), (responses,))])
     return base(batch.to(base.causal_lm.device))[0].cpu()
 
 
-def _apart(tasks: Sequence[str]) -> list[str]:
+def _apart(tasks: Sequence[Prompt]) -> list[Prompt]:
     """Each task once, so that tasks about one text are not among each other's candidates."""
-    found = sorted(set(tasks), key=lambda task: task.partition("# Inputs:")[::-1])
+    found = sorted(set(tasks), key=lambda task: text_of(task).partition("# Inputs:")[::-1])
     stride = math.ceil(len(found) / CANDIDATES)
     return [task for start in range(stride) for task in found[start::stride]]

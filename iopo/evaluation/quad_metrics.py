@@ -25,6 +25,7 @@ from iopo.constraints.answers import hollow
 from iopo.constraints.text import after_thinking, repeats
 from iopo.data.batching import Batching, pass_micro_batches, token_counts
 from iopo.data.chat import Chat
+from iopo.data.columns import Prompt, last_turn, text_of, with_last
 from iopo.data.layout import build_shared
 from iopo.data.rows import Quad
 from iopo.data.tokenize import Example
@@ -101,9 +102,11 @@ def blanked(quads: Sequence[Quad]) -> list[Quad]:
     return [dataclasses.replace(quad, x1=bare(quad.x1), x2=bare(quad.x2)) for quad in quads]
 
 
-def bare(instruction: str) -> str:
-    """The task alone: without the numbered lines of its constraints (the layout of TRACE)."""
-    return "\n".join(x for x in instruction.split("\n") if not re.match(r"\d+\. ", x))
+def bare(instruction: Prompt) -> Prompt:
+    """The task alone: without the numbered lines of its constraints (the layout of TRACE), which
+    stand in the last turn."""
+    lines = last_turn(instruction).split("\n")
+    return with_last(instruction, "\n".join(x for x in lines if not re.match(r"\d+\. ", x)))
 
 
 def shuffled(quads: Sequence[Quad], seed: int = 0) -> list[Quad]:
@@ -124,7 +127,7 @@ class Answer:
     """One generated answer, which of its constraints it follows, and why it is hollow, if it is."""
 
     id: str  # quad id and side, "q17/1"
-    prompt: str
+    prompt: Prompt
     text: str
     finish_reason: str
     split: str
@@ -176,7 +179,7 @@ def answer_prompts(
         follows = tuple(constraints.follows(checks, text))
         kinds, texts = (tuple(row[key] for row in rows) for key in ("kind", "text"))
         reason = generation.finish_reason
-        faults = hollow(text, prompt, checks, ended=reason == "stop")
+        faults = hollow(text, text_of(prompt), checks, ended=reason == "stop")
         thought = None if raw == text else raw
         answers.append(
             Answer(*(name, prompt, text, reason, split, kinds, follows, texts, faults), raw=thought)

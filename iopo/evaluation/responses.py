@@ -95,11 +95,12 @@ def read_responses(path: str | Path, items: list[Item], known: set[str]) -> Resp
     reported, not fatal. Raises ValueError without a file or rows, on rows of another form, on two
     different answers to one item, and if no id fits.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"responses.path={path}: no such file")
     texts: dict[str, str] = {}
     reasons: list[str] = []
-    rows = list(iter_records(path))
+    try:
+        rows = list(iter_records(path))
+    except FileNotFoundError as error:
+        raise ValueError(f"responses.path={error}") from error
     for place, row, fault in rows:
         if not isinstance(row, dict):  # half of a surrogate pair is scored as any other answer
             reasons.append(f"{place}: {fault or f'expected an object, found {type(row).__name__}'}")

@@ -1,7 +1,7 @@
 """`make demo`: SFT, then IOPO, on a real small model, and what that did to its answers.
 
 Runs `train.py` twice as a user would, scores the base model and both stages on held-out quads, and
-writes summary.json and report.html. A stage that is already complete is not run again.
+writes summary.json, answers.jsonl and report.html. A stage that is complete is not run again.
 """
 
 import argparse
@@ -12,12 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from iopo.files import write_records
 from iopo.page import page
 from iopo.stats import shown
 
@@ -33,7 +35,8 @@ IOPO = ("data.limit_rows=96", *SMALL)
 HELD_OUT = {"seen": "heldout.jsonl", "unseen_kinds": "heldout_kinds.jsonl"}
 SCORED = 40  # of the test's by log-prob too
 SHOWN = 24  # prompts on the page
-STAGES = ("base", "sft", "trained")
+STAGES = {"base": "base", "sft": "SFT", "trained": "IOPO"}  # in summary.json, and for people
+LAST = "trained"
 MEASURES = {
     "follows_and_answers": "follows all and answers",
     "follows_and_answers_seen": "  kinds seen in training",
@@ -65,9 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     summary["peak_rss_gb"] = round(max(peaks) * 1024 / 1e9, 2)
     (args.run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    rows = [{"stage": stage} | asdict(a) for stage in STAGES for a in answers[stage]]
+    write_records(args.run / "answers.jsonl", rows)
     write_page(args.run, summary, answers)
     print_table(summary)
-    print(f"{args.run}/summary.json, {args.run}/report.html, {args.run}/iopo/report.html (curves)")
+    print(f"{args.run}: summary.json, answers.jsonl, report.html, iopo/report.html (curves)")
 
 
 def call(*arguments: str) -> None:
@@ -125,12 +130,14 @@ def score(run: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     for stage, path in zip(STAGES, folders, strict=True):
         print(f"scoring {stage} on {len(rows)} held-out quads", flush=True)
         config = EvaluateConfig(
-            BenchmarkSection("quads", scored=SCORED, base="demo", controls=stage == STAGES[-1]),
+            BenchmarkSection("quads", scored=SCORED, base="demo", controls=stage == LAST),
             model=ModelSection(str(path)),
             generate=GenerateSection(max_new_tokens=128, batch_size=len(rows)),
         )
         summary[stage], answers[stage] = quads.score_model(config, rows)
-    summary["gain"] = {stage: heldout.gain(answers["base"], answers[stage]) for stage in STAGES[1:]}
+    summary["gain"] = {
+        stage: heldout.gain(answers["base"], answers[stage]) for stage in list(STAGES)[1:]
+    }
     summary["gain"]["iopo_over_sft"] = heldout.gain(answers["sft"], answers["trained"])
     return summary, answers
 
@@ -141,25 +148,32 @@ def table_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
         (label, *(shown(summary[stage][key]) for stage in STAGES), str(summary["base"][key]["n"]))
         for key, label in MEASURES.items()
     ]
-    for name, cell in summary[STAGES[-1]]["controls"].items():
+    for name, cell in summary[LAST]["controls"].items():
         label = f"control: group accuracy, {name.replace('_', ' ')}"
         rows.append((label, "", "", shown(cell), str(cell["n"])))
     return rows
 
 
+def gain_lines(summary: dict[str, Any]) -> list[str]:
+    """Differences of the stages, in points with intervals."""
+    pairs = {"SFT over base": "sft", "IOPO over base": LAST, "IOPO over SFT": "iopo_over_sft"}
+    return [
+        f"{label}, points, paired by quad: "
+        + ", ".join(f"{MEASURES[m]} {shown(g, sign='+')}" for m, g in summary["gain"][key].items())
+        for label, key in pairs.items()
+    ]
+
+
 def print_table(summary: dict[str, Any]) -> None:
     """The three stages side by side, per cent with 95% intervals, then the paired gains."""
     table = Table("measure", title="Held-out tasks, % [95% interval]", title_justify="left")
-    for name in (*STAGES, "n"):
+    for name in (*STAGES.values(), "n"):
         table.add_column(name, justify="right")
     for row in table_rows(summary):
         table.add_row(*row)
     Console(width=110).print(table)
-    gains = summary["gain"]
-    for label, key in (("SFT over base", "sft"), ("IOPO over base", "trained"),
-                       ("IOPO over SFT", "iopo_over_sft")):  # fmt: skip
-        points = ", ".join(f"{MEASURES[m]} {shown(g, sign='+')}" for m, g in gains[key].items())
-        print(f"{label}, points, paired by quad: {points}")
+    for line in gain_lines(summary):
+        print(line)
     print(f"this call: {summary['seconds']:.0f} s, largest process {summary['peak_rss_gb']:.1f} GB")
 
 
@@ -168,9 +182,14 @@ PAGE = page("""
 answer; of the base model's, {{ base }} %.</b></p>
 <p>Held-out tasks; per cent with 95% intervals. {{ seconds }} s, largest process {{ memory }} GB.
 Curves: <a href="sft/report.html">SFT</a>, <a href="iopo/report.html">IOPO</a>.</p>
+{% macro numbers(rows) %}
 <table><tr><th>measure</th>{% for s in stages %}<th>{{ s }}</th>{% endfor %}<th>n</th></tr>
 {% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}
 </table>
+{% endmacro %}
+{{ numbers(rows[:5]) }}
+{% for line in gains %}<p>{{ line }}</p>{% endfor %}
+<details><summary>By log-prob</summary>{{ numbers(rows[5:]) }}</details>
 <h2>Answers to held-out prompts</h2>
 <p>Drawn by seed: {{ shown[0] }} of the {{ of[0] }} answers that follow all constraints and answer
 after training, {{ shown[1] }} of the other {{ of[1] }}.</p>
@@ -191,8 +210,9 @@ def write_page(run: Path, summary: dict[str, Any], answers: dict[str, list[Any]]
     drawn = [rng.sample(some, min(SHOWN // 2, len(some))) for some in (wins, others)]
     base, trained = (shown(summary[stage]["follows_and_answers"]) for stage in ("base", "trained"))
     text = PAGE.render(
-        title="IOPO on SmolLM2-135M-Instruct", base=base, trained=trained, stages=STAGES,
-        rows=table_rows(summary), samples=rng.sample(sum(drawn, []), sum(map(len, drawn))), zip=zip,
+        title="IOPO on SmolLM2-135M-Instruct", base=base, trained=trained, stages=STAGES.values(),
+        rows=table_rows(summary), gains=gain_lines(summary), zip=zip,
+        samples=rng.sample(sum(drawn, []), sum(map(len, drawn))),
         shown=list(map(len, drawn)), of=(len(wins), len(others)), seconds=summary["seconds"],
         memory=summary["peak_rss_gb"],
     )  # fmt: skip

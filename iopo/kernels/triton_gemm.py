@@ -288,5 +288,12 @@ def _aligned(inputs: Inputs) -> tuple[Inputs, int]:
     if padding:
         hidden_RD = torch.nn.functional.pad(hidden_RD, (0, padding))
         weight_VD = torch.nn.functional.pad(weight_VD, (0, padding))
-    tensors = (hidden_RD, weight_VD, inputs.targets_R, inputs.bias_V)
-    return Inputs(*(x if x is None else x.contiguous() for x in tensors), inputs.softcap), width
+    bias_V = inputs.bias_V
+    made = Inputs(
+        hidden_RD.contiguous(),
+        weight_VD.contiguous(),
+        inputs.targets_R.contiguous(),
+        None if bias_V is None else bias_V.contiguous(),
+        inputs.softcap,
+    )
+    return made, width

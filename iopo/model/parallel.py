@@ -154,17 +154,18 @@ def prepare(
 ) -> TrainModel:
     """Place, shard or replicate a model (changed in place) whose root's forward does all its work.
 
+    Several processes all get the weights of rank 0; on others the model may be on the meta device.
+
     dtype: of the computation. Parameters that train are kept in fp32 at least; adapters stay fp32
         and frozen parameters as they are.
     mesh: shard over it (make_mesh); None replicates on all processes of the default group.
     offload: keep sharded parameters and optimizer state in host memory.
     block_options: what is recomputed and compiled.
-    Every process gets the weights of rank 0: on others the model may be on the meta device.
     """
-    broadcast = dist.is_initialized() and dist.get_world_size() > 1
     accum_dtype = dtype if torch.finfo(dtype).bits >= 32 else torch.float32
     _exact_embedding_gradient(language_model(model))
     wrap_blocks(model, block_options)
+    broadcast = dist.is_initialized() and dist.get_world_size() > 1
     if broadcast:
         _agree_on_tensors(model)
     if mesh is None:

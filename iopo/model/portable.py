@@ -69,9 +69,10 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, template: s
     if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 wants names for them
         wanted["additional_special_tokens"] = wanted.pop("extra_special_tokens")
     for name, text in named.items():
-        file = f"additional_chat_templates/{name}" if name != "default" else "chat_template"
-        (folder / file).parent.mkdir(exist_ok=True)
-        (folder / f"{file}.jinja").write_text(text, encoding="utf-8")
+        short = f"additional_chat_templates/{name}" if name != "default" else "chat_template"
+        target = folder / f"{short}.jinja"
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(text, encoding="utf-8")
     if wanted != config:
         text = json.dumps(wanted, indent=2, ensure_ascii=False, sort_keys=True)
         path.write_text(text + "\n", encoding="utf-8")

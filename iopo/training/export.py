@@ -8,19 +8,19 @@ a checkpoint of a run to DIR/exported/step-0000000N.
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from iopo.config import Checkpointing, Dtype, ExportConfig, TrainConfig
+from iopo.config import Checkpointing, Dtype, ExportConfig, ModelConfig, TrainConfig
 from iopo.data.chat import Chat
 from iopo.data.layout import Batch, build_plain
 from iopo.data.tokenize import Example
@@ -37,7 +37,7 @@ from iopo.training.checkpoint.folders import complete_folders, latest, step_of
 from iopo.training.checkpoint.resume import load_checkpoint
 from iopo.training.launch.placement import RankInfo
 from iopo.training.launch.signals import Control, heartbeat
-from iopo.training.logger import read_metrics, set_up_logging
+from iopo.training.logger import set_up_logging
 from iopo.training.model_card import ADAPTER, BASE, FULL, MERGED, Facts, card, hub_id
 from iopo.training.setup import Run, build_run
 
@@ -49,51 +49,61 @@ PROBE = "A model that was saved must give, once it is loaded again, the same ans
 TOLERANCE = {torch.bfloat16: 0.1, torch.float32: 1e-3, torch.float64: 1e-6}
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What an export says of where it comes from.
+
+    base: what an adapter names as its base model; None writes the base to export-base/ first.
+    dtype: of the saved weights, adapters excepted; None: the one that the model computes in.
+    describe: the text of README.md for a kind of export (model_card.py).
+    """
+
+    base: str | None = None
+    dtype: torch.dtype | None = None
+    describe: Callable[[str], str] | None = None
+
+
 class ExportError(RuntimeError):
     """An export that does not read back as what was trained; its folder was not made."""
 
 
-def export(run: Run, folder: Path, cfg: TrainConfig, step: int, ranks: RankInfo) -> None:
-    """Write what cfg.export asks for into `folder`. Every rank calls it; rank 0 writes.
-
-    step: whose weights these are; cfg.run holds its numbers.
-    """
-    if not cfg.export.any:
+def export(run: Run, folder: Path, facts: Facts, ranks: RankInfo) -> None:
+    """Write what the config asks for into `folder`. Every rank calls it; rank 0 writes."""
+    cfg, model, path = facts.cfg.export, facts.cfg.model, run.inputs.model_path
+    base: str | None = None
+    dtype: torch.dtype | None = None
+    if not cfg.any:
         return
     # The adapter's base is model.path, unless the run changed or drew it: then it is written too.
-    path, base, dtype = run.inputs.model_path, None, None
-    if path is not None and cfg.model.adapter is None:
+    if path is not None and model.adapter is None:
         # Others find a model by its id on the hub, or in its folder, wherever they look from.
-        hub = cfg.model.path != "demo" and hub_id(cfg.model.path)
+        hub = None if model.path == "demo" else hub_id(model.path)
         base = hub or str(path.resolve())
-    if cfg.export.dtype is not Dtype.auto:
-        dtype = DTYPES[cfg.export.dtype]
+    if cfg.dtype is not Dtype.auto:
+        dtype = DTYPES[cfg.dtype]
     elif path is not None:
-        dtype = read_config(path).dtype
-    rows = read_metrics(Path(cfg.run), "heldout") if ranks.is_main else []
-    heldout = next((row for row in rows if row["step"] == step), {})
-    quads = len(run.inputs.heldout)
-    facts = Facts(cfg, path, run.inputs.data_hash, step, heldout, quads)
-    describe = partial(card, facts)
+        found = read_config(path).dtype
+        dtype = found if isinstance(found, torch.dtype) else None
+    origin = Origin(base, dtype, partial(card, facts))
     with progress(None, f"exporting to {folder}"):
-        write_exports(run.model, folder, cfg.export, run.inputs.chat, base, ranks, dtype, describe)
-    if ranks.is_main and cfg.export.push_to_hub is not None:
-        push(folder / (FOLDER if cfg.export.model else MERGED_FOLDER), cfg.export.push_to_hub)
+        write_exports(run.model, folder, cfg, run.inputs.chat, origin, ranks)
+    if ranks.is_main and cfg.push_to_hub is not None:
+        push(folder / (FOLDER if cfg.model else MERGED_FOLDER), cfg.push_to_hub)
 
 
-def check_push(cfg: TrainConfig) -> None:
+def check_push(cfg: ExportConfig, model: ModelConfig) -> None:
     """Raises ValueError, before any training, for an export that could not be pushed or used."""
-    if cfg.export.push_to_hub is None:
+    if cfg.push_to_hub is None:
         return
     if not get_token():
         raise ValueError(
             "export.push_to_hub: no token; set HF_TOKEN to one that may write, or run hf auth login"
         )
-    adapter = cfg.model.lora.rank > 0 and cfg.export.model
-    if adapter and (cfg.model.path == "demo" or not hub_id(cfg.model.path)):
+    adapter = model.lora.rank > 0 and cfg.model
+    if adapter and (model.path == "demo" or not hub_id(model.path) or model.adapter):
         raise ValueError(
-            f"export.push_to_hub: others could not load an adapter of {cfg.model.path or 'a'}, a "
-            "model that only this machine has; set export.merged=true export.model=false"
+            "export.push_to_hub: others could not load the adapter, as its base is on this machine "
+            "alone; set export.merged=true export.model=false"
         )
 
 
@@ -107,17 +117,17 @@ def push(folder: Path, name: str) -> None:
         hub = HfApi()
         hub.create_repo(name, private=True, exist_ok=True)
         hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Export of iopo")
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # the hub's, the network's, its client's
         raise ExportError(
             f"{folder} is complete, but was not pushed to {name}: {redact(str(error))}\n"
             f"Push it by hand: hf upload {name} {folder}"
         ) from error
 
 
-def export_run(run: Run, folder: Path, cfg: TrainConfig, ranks: RankInfo) -> None:
+def export_run(run: Run, folder: Path, facts: Facts, ranks: RankInfo) -> None:
     """As `export`, at the end of the run in `folder`; an error says how to export again."""
     try:
-        export(run, folder, cfg, run.job.steps, ranks)
+        export(run, folder, facts, ranks)
     except Exception as error:
         newest, _ = latest(folder)
         why = f"the export failed: {type(error).__name__}: {error}"
@@ -150,7 +160,7 @@ def export_step(cfg: TrainConfig, scratch: Path, ranks: RankInfo, control: Contr
     place = folder / "exported" / folders[step].name
     if ranks.is_main:
         place.mkdir(parents=True, exist_ok=True)
-    export(run, place, cfg, step, ranks)
+    export(run, place, Facts(cfg, run.inputs, step), ranks)
     log.info(f"{folders[step]} -> {place}")
 
 
@@ -159,16 +169,11 @@ def write_exports(
     run: Path,
     cfg: ExportConfig,
     chat: Chat,
-    base: str | None,
+    origin: Origin,
     ranks: RankInfo,
-    dtype: torch.dtype | None = None,
-    describe: Callable[[str], str] | None = None,
 ) -> None:
     """export/: the model, or with LoRA the adapter; export-merged/: with LoRA, the whole model.
 
-    base: what the adapter names as its base model; None writes the base to export-base/ first.
-    dtype: of the saved weights, adapters excepted; None: the one that the model computes in.
-    describe: the text of README.md for a kind of export (model_card.py).
     Each comes with the chat that was trained on: the template with its date and options fixed, and
     the token that ends a response among the ends of generation_config.json.
     Raises ExportError if a written model does not read back as the one in training.
@@ -178,7 +183,7 @@ def write_exports(
     example = Example(id="probe", prompts=(ids[:half],), responses=((ids[half:],),))
     probe = build_plain([example]).to(ranks.device)
     expected = _score(train_model.model, probe)
-    dtype = dtype or train_model.dtype
+    dtype, base = origin.dtype or train_model.dtype, origin.base
     layers = lora.adapters(language_model(train_model.model))
     only = ".lora_" if layers and base is not None and not cfg.merged else ""
     tensors = gather(train_model, dtype, keep=ranks.is_main, only=only)
@@ -187,8 +192,8 @@ def write_exports(
 
     def finish(new: Path, kind: str) -> None:
         _save_chat(train_model, new, chat)
-        if describe is not None:
-            (new / "README.md").write_text(describe(kind), encoding="utf-8")
+        if origin.describe is not None:
+            (new / "README.md").write_text(origin.describe(kind), encoding="utf-8")
 
     def write(folder: Path, weights: dict[str, Tensor], kind: str) -> None:
         with replacing(folder) as new:

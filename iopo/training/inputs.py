@@ -18,7 +18,7 @@ from iopo.data.chat import Chat
 from iopo.data.example import Example
 from iopo.data.rows import Quad, Row, read_rows, rows_for, spread
 from iopo.data.tokenize import Encoder, Limits, Report, tokenize_file
-from iopo.files import cache_root, sha256_file
+from iopo.files import cache_root, sha256_rows
 from iopo.model.attention import SHARED
 from iopo.model.host_memory import trim_malloc
 from iopo.model.load import (
@@ -65,13 +65,12 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
     """
     data = cfg.data
     if data.train is None:
-        raise ValueError("data.train: not set; give a .jsonl or .json file (data/README.md)")
+        raise ValueError("data.train: not set; give a file of rows (data/README.md)")
     of = objectives.OBJECTIVES[cfg.objective.name].rows
     cache = Path(data.cache_dir or cache_root() / "tokens")
-    # A missing file has no hash; reading it says what to do.
     files = [file for file in (data.train, data.heldout) if file is not None]
     with progress(None, "hashing the data"):
-        hashes = [sha256_file(file) if Path(file).is_file() else "" for file in files]
+        hashes = [_hash(file) for file in files]
     counted = cfg.objective.margin_per_constraint > 0
     train_id = [hashes[0], of.kind, data.limit_rows, data.quad_rows, counted]
     # Rows that were tokenised before were checked then, and are not read again.
@@ -79,7 +78,7 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
     heldout_quads: list[Quad] = []
     if data.heldout is not None:
         with progress(None, f"reading {data.heldout}"):
-            rows = read_rows(Path(data.heldout), kind="quad")
+            rows = read_rows(data.heldout, kind="quad")
         heldout_quads = spread([r for r in rows if isinstance(r, Quad)], cfg.evaluation.quads)
 
     model_path = None if cfg.model.tiny is not None else resolve_model(str(cfg.model.path))
@@ -116,6 +115,14 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
         policy, chat, inputs.samples(cfg.evaluation.samples), cfg.evaluation.max_new_tokens
     )
     return inputs
+
+
+def _hash(source: str) -> str:
+    """sha256_rows; "" for a missing file: reading it says what to do."""
+    try:
+        return sha256_rows(source)
+    except FileNotFoundError:
+        return ""
 
 
 def _train_rows(cfg: TrainConfig) -> list[Row]:

@@ -4,8 +4,9 @@ Numbers are those of the run; what is not known is left out.
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -15,6 +16,9 @@ import iopo
 from iopo import stats
 from iopo.config import HELDOUT_MEASURES, TrainConfig
 from iopo.model.load import DEMO_ID
+from iopo.objectives import OBJECTIVES
+from iopo.training.inputs import Inputs
+from iopo.training.logger import read_metrics
 
 LICENCES = {DEMO_ID: "apache-2.0"}  # of bases whose folder says nothing
 PAPER = "[IOPO, arXiv 2411.06208](https://arxiv.org/abs/2411.06208)"
@@ -23,22 +27,26 @@ ADAPTER, MERGED, FULL, BASE = "adapter", "merged", "model", "base"
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card says of a run. heldout: a row of metrics.jsonl, on `quads` held-out quads."""
+    """What a card says: of the run in cfg.run, at a step."""
 
     cfg: TrainConfig
-    base: Path | None  # folder of the starting weights; None: random ones
-    data_hash: str
+    inputs: Inputs
     step: int
-    heldout: dict[str, float] = field(default_factory=dict)
-    quads: int = 0
+
+    def heldout(self) -> dict[str, Any]:
+        """What was measured on held-out quads at this step; {} if nothing was."""
+        run = Path(self.cfg.run)
+        rows = read_metrics(run, "heldout") if (run / "metrics.jsonl").exists() else []
+        return next((row for row in rows if row["step"] == self.step), {})
 
 
 def card(facts: Facts, kind: str) -> str:
     """The text of README.md for an export of a kind: adapter, merged, model, base."""
     cfg, of = facts.cfg, facts.cfg.objective
     base, name = hub_id(cfg.model.path), cfg.objective.name
+    reads = sorted(OBJECTIVES[name].reads)
     data = ModelCardData(
-        license=licence(facts.base, base),
+        license=licence(facts.inputs.model_path, base),
         base_model=base,
         base_model_relation=None if base is None else "adapter" if kind == ADAPTER else "finetune",
         library_name="peft" if kind == ADAPTER else "transformers",
@@ -55,13 +63,13 @@ def card(facts: Facts, kind: str) -> str:
     }[kind]
     lora = cfg.model.lora
     rows = {
-        "Objective": f"`{name}`, beta {of.beta:g}, link `{of.link}`",
+        "Objective": ", ".join([f"`{name}`", *(f"{key} {getattr(of, key)}" for key in reads)]),
         "Adapter": f"rank {lora.rank}, alpha {lora.alpha:g}, `{lora.targets}`" if lora.rank else "",
         "Data": ", ".join(
             f"`{Path(file).name}` (sha256 `{digest}`)"
             for file, digest in zip(
                 filter(None, (cfg.data.train, cfg.data.heldout)),
-                facts.data_hash.split(),
+                facts.inputs.data_hash.split(),
                 strict=False,
             )
         ),
@@ -115,20 +123,20 @@ def licence(folder: Path | None, base: str | None) -> str | None:
 
 def _heldout(facts: Facts) -> str:
     """Shares of the held-out quads with Wilson intervals (without scipy: the shares alone)."""
-    lines = []
+    lines, measured, quads = [], facts.heldout(), len(facts.inputs.heldout)
     for name in HELDOUT_MEASURES[1:]:  # shares; the first is the loss
-        if name not in facts.heldout or not facts.quads:
+        if name not in measured:
             continue
-        value = facts.heldout[name]
+        value = measured[name]
         try:
-            text = stats.shown(stats.wilson(round(value * facts.quads), facts.quads))
+            text = stats.shown(stats.wilson(round(value * quads), quads))
         except ValueError:
             text = f"{100 * value:.1f}"
         lines.append(f"| {name} | {text} |\n")
     if not lines:
         return ""
     return (
-        f"## Held out\n\nPercent of {facts.quads} held-out quads by log-probability, with 95 % "
+        f"## Held out\n\nPercent of {quads} held-out quads by log-probability, with 95 % "
         "intervals: the matched pairs above the mismatched ones; each response preferring its "
         "instruction (x) and each instruction its response (y).\n\n"
         f"| | |\n|---|---|\n{''.join(lines)}"

@@ -9,6 +9,7 @@ from iopo.config import EvaluationConfig
 from iopo.constraints.answers import hollow
 from iopo.constraints.text import after_thinking
 from iopo.data.chat import Chat
+from iopo.data.columns import text_of
 from iopo.data.rows import Quad
 from iopo.files import read_records, write_records
 from iopo.model.generate import Decoding, generate
@@ -67,14 +68,15 @@ def answer(
         # constraints of other kinds need a judge
         rows = [row for row in quad.c1 or [] if row.get("kind") in constraints.KINDS]
         rules, text = [constraints.from_dict(row) for row in rows], generation.text.strip()
+        prompt = text_of(quad.x1)
         verdicts = zip(rows, constraints.follows(rules, after_thinking(text)), strict=True)
         answers.append(
             {
                 "id": quad.id,
-                "prompt": quad.x1,
+                "prompt": prompt,
                 "text": text,
                 "constraints": [{"text": row["text"], "follows": bool(ok)} for row, ok in verdicts],
-                "hollow": hollow(text, quad.x1, rules, ended=generation.finish_reason == "stop"),
+                "hollow": hollow(text, prompt, rules, ended=generation.finish_reason == "stop"),
             }
         )
     return answers

@@ -15,6 +15,7 @@ from iopo.construct.proposals import SEEN_KINDS
 from iopo.construct.prose import ends_a_sentence
 from iopo.construct.quadruples import Balance, Candidate, four_cells
 from iopo.construct.responses import model_sampler, sample_all
+from iopo.construct.summary import deviations
 from iopo.construct.tasks import Task, instruction, read_tasks
 from iopo.construct.verified import split_of
 from iopo.files import read_records, write_records
@@ -316,7 +317,7 @@ def test_verify_warns_when_lengths_tell(tmp_path, train):
     path = tmp_path / "leaks.jsonl"
     write_records(path, [ordered(row) for row in train[:60]])
     _, summary = verify.verify([path])
-    assert verify.deviations(summary.together) > 3 and "warning" in verify.report(summary)
+    assert deviations(summary.together) > 3 and "warning" in verify.report(summary)
 
 
 def test_ends_a_sentence():

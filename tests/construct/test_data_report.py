@@ -6,8 +6,9 @@ from collections import Counter
 from pathlib import Path
 
 from iopo.constraints import KINDS
-from iopo.construct import report, taxonomy
-from iopo.construct.verify import Summary, deviations
+from iopo.construct import report
+from iopo.construct.summary import Summary, deviations, measured
+from iopo.construct.trace import taxonomy
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [ROOT / "data" / "verified" / f"{name}.jsonl" for name in ("heldout", "heldout_kinds")]
@@ -49,7 +50,7 @@ def test_side_guesser_finds_a_leak_and_no_other():
     for _ in range(500):
         texts = [" ".join(rng.choices(words, k=rng.randint(5, 20))) for _ in (1, 2)]
         row = {"x1": "", "x2": "", "y1": texts[0], "y2": texts[1]}
-        fair.count(row, (), ())
-        leaking.count({**row, "y1": "Certainly! " + texts[0]}, (), ())
+        fair.add(measured(row, [[], []]))
+        leaking.add(measured({**row, "y1": "Certainly! " + texts[0]}, [[], []]))
     assert abs(deviations(fair.guesser.guesses)) < 3 and abs(deviations(fair.longer)) < 3
     assert deviations(leaking.guesser.guesses) > 10 and deviations(leaking.longer) > 3

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from iopo import construct
 from iopo.construct import exporters, importers
 from iopo.construct import relabel as relabelling
 from iopo.construct.prose import script_of
@@ -56,19 +58,20 @@ def turn(role: str, text: str) -> dict:
         (
             {"chosen": [turn("user", "P"), turn("assistant", "Q"), turn("user", "R"),
                         turn("assistant", "A")], "rejected": "B"},
-            "several turns",
+            "'chosen' and 'rejected' differ before their last turn, expected one prompt",
         ),
         (
             {"prompt": [turn("user", "P"), turn("assistant", "Q"), turn("user", "R")],
              "chosen": [turn("user", "R"), turn("assistant", "A")], "rejected": "B"},
-            "several turns",
+            ((("user", "P"), ("assistant", "Q"), ("user", "R")), "A", "B", None),
         ),
         ({"prompt": "P", "chosen": [turn("assistant", "A"), turn("tool", "T")],
-          "rejected": "B"}, "several turns"),
+          "rejected": "B"},
+         "'chosen' has the turns ..., expected one of the assistant at the end"),
         ({"prompt": "P", "system": "S", "chosen": "A", "rejected": "B"}, ("P", "A", "B", "S")),
         (
             {"prompt": "P", "chosen": [turn("user", "Q"), turn("assistant", "A")], "rejected": "B"},
-            "the two sides answer different prompts",
+            "'prompt' is not what stands before the last turn of 'chosen'",
         ),
         ({"prompt": "P", "system": " ", "chosen": "A", "rejected": "B"}, ("P", "A", "B", None)),
         (
@@ -237,6 +240,41 @@ def test_relabelled_pairs_pass_verify_and_splits_hold(tmp_path):
     before = [path.read_text() for path in files]
     made(tmp_path, pairs)
     assert [path.read_text() for path in files] == before
+
+
+def test_blocks_processes_and_a_kill_change_nothing(tmp_path, monkeypatch):
+    """Small blocks over two processes, against this one; then a run that dies after two blocks."""
+    monkeypatch.setattr(construct, "BLOCK_ROWS", 40)
+    pairs = pairs_of_quads()
+    counts, files = made(tmp_path, [*pairs, pairs[0] | {"prompt": "Another prompt."}])
+    texts = [path.read_text() for path in files]
+    assert counts["dropped"]["repeated response"] == 1, "found across blocks"
+    assert [str(v) for v in verify(files)[0]] == []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert made(tmp_path, [*pairs, pairs[0] | {"prompt": "Another prompt."}])[0] == counts
+    assert [path.read_text() for path in files] == texts
+    write_text, asked = relabelling.write_text, []
+
+    def dies(path: Path, text: str) -> None:
+        write_text(path, text)
+        asked.append(path)
+        if len(asked) == 2:
+            files[0].open("a").write("torn")
+            raise KeyboardInterrupt
+
+    source = tmp_path / "pairs.jsonl"
+    recipe = RelabelRecipe(source=str(source), out=str(tmp_path / "out"), heldout_share=0.4)
+    with monkeypatch.context() as dying, pytest.raises(KeyboardInterrupt):
+        dying.setattr(relabelling, "write_text", dies)
+        relabel_file(recipe)
+    read = []
+    monkeypatch.setattr(
+        relabelling, "_relabel_block",
+        lambda r, n, p, work=relabelling._relabel_block: read.append(len(p)) or work(r, n, p),
+    )  # fmt: skip
+    assert relabel_file(recipe) == counts and sum(read) == len(pairs) + 1 - 80
+    assert [path.read_text() for path in files] == texts
+    assert not (tmp_path / "out" / "progress.json").exists()
 
 
 def test_relabelling_leaves_out_what_is_no_use(tmp_path):

@@ -14,9 +14,9 @@ import pytest
 from helpers_judge import Answer, StubServer
 from omegaconf import OmegaConf
 
-from iopo.construct import taxonomy
 from iopo.construct.trace import replies as trace_replies
 from iopo.construct.trace import stages as trace_stages
+from iopo.construct.trace import taxonomy
 from iopo.construct.trace.config import LANGUAGES, OPERATIONS, TraceRecipe
 from iopo.construct.trace.pipeline import run
 from iopo.construct.trace.replies import Rejected, Unreadable

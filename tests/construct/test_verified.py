@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from iopo.construct.summary import deviations
 from iopo.construct.tasks import read_tasks
 from iopo.construct.verified import (
     VerifiedRecipe,
@@ -16,7 +17,7 @@ from iopo.construct.verified import (
     split_of,
     whole_text,
 )
-from iopo.construct.verify import deviations, verify
+from iopo.construct.verify import verify
 from iopo.files import read_records
 
 FOLDER = Path(__file__).resolve().parents[2] / "data" / "verified"

@@ -11,6 +11,7 @@ from iopo.data.chat import Chat, tokenizer_hash
 from iopo.data.rows import Quad
 from iopo.data.tokenize import Encoder, Limits, tokenize_rows
 from iopo.model.load import byte_tokenizer
+from iopo.model.portable import save_tokenizer
 
 # of the kinds of Mistral 7B v0.1 and of Zephyr
 INST = (
@@ -110,7 +111,7 @@ def test_the_saved_template_asks_with_the_text_of_training(tmp_path, before, opt
     dated = before + "{{ 'Today: ' + strftime_now('%d %b %Y') + '\n' }}" + THINKING
     chat = Chat(tiny_tokenizer(dated + "{% endif %}" * ("if" in before)), options=options)
     kept = chat.tokenizer.chat_template
-    chat.save(tmp_path)
+    save_tokenizer(chat.tokenizer, tmp_path, chat.saved_template())
     assert chat.tokenizer.chat_template == kept
     stock = AutoTokenizer.from_pretrained(tmp_path)
     messages = [{"role": "user", "content": "ask"}]

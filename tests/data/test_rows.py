@@ -248,7 +248,10 @@ def human(*texts: str) -> list[dict]:
     ("change", "message"),
     [
         ({"conversations": human("a")}, "ordinary preference pair: give it as x, chosen, rejected"),
-        ({"conversations": human(*"abcdef")}, "dialogues of several turns are not supported"),
+        (
+            {"conversations": human(*"abcdef")},
+            "two dialogues of one length, each from a user turn to",
+        ),
         ({"conversations": human(*"abc")}, "expected two user turns"),
         ({"conversations": "a"}, "'conversations': found str, expected a list of messages"),
         ({"conversations": []}, "'conversations': found empty, expected a list of messages"),
@@ -335,5 +338,5 @@ def test_the_readme_shows_real_messages(write, block):
     if state == "good":
         assert len(read_rows(path)) == 1
     else:
-        shown = error_of(path, None if kind == "sharegpt" else kind).splitlines()[1].strip()
+        shown = error_of(path, kind if kind in checks.GOOD_ROW else None).splitlines()[1].strip()
         assert shown.replace(str(path), path.name) == message

@@ -18,7 +18,7 @@ from iopo.logprobs import LogProbs
 from iopo.model import lora, parallel
 from iopo.model.load import byte_tokenizer
 from iopo.model.parallel import BlockOptions
-from iopo.training.export import write_exports
+from iopo.training.export import Origin, write_exports
 from iopo.training.launch.placement import RankInfo
 from iopo.training.policy import check_sharding
 
@@ -156,7 +156,7 @@ def worker(rank, folder):
         mesh=parallel.make_mesh("cpu"),
     )
     ranks = RankInfo(rank, 2, rank, 2, CPU)
-    write_exports(exported, Path(folder), ExportConfig(), Chat(byte_tokenizer()), None, ranks)
+    write_exports(exported, Path(folder), ExportConfig(), Chat(byte_tokenizer()), Origin(), ranks)
     torch.save(results, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 

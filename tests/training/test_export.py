@@ -45,7 +45,7 @@ def trained(model, dtype=torch.float32):
 
 def write(train_model, run, *, base="org/base", merged=False):
     cfg, alone = ExportConfig(merged=merged), RankInfo(0, 1, 0, 1, CPU)
-    export.write_exports(train_model, run, cfg, Chat(byte_tokenizer()), base, alone)
+    export.write_exports(train_model, run, cfg, Chat(byte_tokenizer()), export.Origin(base), alone)
 
 
 def test_files_get_the_mode_of_the_umask_and_the_dtype_of_the_base(tmp_path):
@@ -59,8 +59,8 @@ def test_files_get_the_mode_of_the_umask_and_the_dtype_of_the_base(tmp_path):
     assert {oct(file.stat().st_mode & 0o777) for file in files} == {"0o640"}
     train_model = trained(tiny_llama())  # computes in fp32, on a base in bf16
     cfg, alone = ExportConfig(), RankInfo(0, 1, 0, 1, CPU)
-    chat, dtype = Chat(byte_tokenizer()), torch.bfloat16
-    export.write_exports(train_model, tmp_path / "bf16", cfg, chat, None, alone, dtype)
+    chat, origin = Chat(byte_tokenizer()), export.Origin(dtype=torch.bfloat16)
+    export.write_exports(train_model, tmp_path / "bf16", cfg, chat, origin, alone)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "bf16" / "export", dtype="auto")
     assert {p.dtype for p in stock.parameters()} == {torch.bfloat16}
     torch.testing.assert_close(
@@ -108,7 +108,7 @@ def test_exports_carry_the_chat_of_training(tmp_path):
     chat = Chat(tokenizer, options={"enable_thinking": False})
     train_model = trained(adapted(tiny_qwen2(vocab=400, eos_token_id=5)))
     cfg, alone = ExportConfig(merged=True), RankInfo(0, 1, 0, 1, CPU)
-    export.write_exports(train_model, tmp_path, cfg, chat, None, alone)
+    export.write_exports(train_model, tmp_path, cfg, chat, export.Origin(), alone)
     for name in ("export", "export-merged", "export-base"):
         assert GenerationConfig.from_pretrained(tmp_path / name).eos_token_id == [0, 2, 5]
         stock = AutoTokenizer.from_pretrained(tmp_path / name)

@@ -3,8 +3,9 @@
 import base64
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -13,18 +14,25 @@ from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
 from iopo.config import DataConfig, ExportConfig, LoraConfig, ModelConfig, TrainConfig
+from iopo.files import write_records
 from iopo.training import export
 from iopo.training.model_card import ADAPTER, BASE, FULL, MERGED, Facts, card
 
 
-def facts(**model) -> Facts:
+def facts(run: Path, **model) -> Facts:
     cfg = TrainConfig(
-        run="runs/x",
+        run=str(run),
         model=ModelConfig(**model),
         data=DataConfig(train="/home/someone/train.jsonl", heldout="heldout.jsonl"),
     )
-    heldout = {"step": 7, "loss": 0.5, "group_accuracy": 0.75, "x_preference": 0.5}
-    return Facts(cfg, None, "a" * 64 + " " + "b" * 64, 7, heldout, quads=40)
+    measured = {"loss": 0.5, "group_accuracy": 0.75, "x_preference": 0.5}
+    rows = [{"step": step, "split": "heldout", **measured} for step in (7, 8)]
+    rows[1]["group_accuracy"] = 1.0
+    write_records(run / "metrics.jsonl", rows)
+    inputs: Any = SimpleNamespace(
+        model_path=run, data_hash="a" * 64 + " " + "b" * 64, heldout=[None] * 40
+    )
+    return Facts(cfg, inputs, 7)
 
 
 @pytest.mark.parametrize("kind", [ADAPTER, MERGED, FULL, BASE])
@@ -34,7 +42,7 @@ def test_a_card_says_what_was_done_in_metadata_that_the_hub_takes(tmp_path, kind
     if path == "folder":
         (tmp_path / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n# Base\n")
         model["path"] = str(tmp_path)
-    found = replace(facts(**model, lora=LoraConfig(rank=12)), base=tmp_path)
+    found = facts(tmp_path, **model, lora=LoraConfig(rank=12))
     text = card(found, kind)
     data = ModelCard(text, ignore_metadata_errors=False).data.to_dict()
     assert data["library_name"] == ("peft" if kind == ADAPTER else "transformers")
@@ -44,8 +52,9 @@ def test_a_card_says_what_was_done_in_metadata_that_the_hub_takes(tmp_path, kind
         None if expected is None else "adapter" if kind == ADAPTER else "finetune"
     )
     assert data.get("license") == {"demo": "apache-2.0", "folder": "mit"}.get(path)
-    for said in ("`iopo`, beta 0.1", "rank 12", "`train.jsonl` (sha256 `" + "a" * 64, "`heldout",
-                 "7 of 16 examples", "75.0 [59.8, 85.8]", "40 held-out quads"):  # fmt: skip
+    for said in ("| Objective | `iopo`, beta 0.1", "rank 12", "`heldout",
+                 "`train.jsonl` (sha256 `" + "a" * 64, "7 of 16 examples",
+                 "75.0 [59.8, 85.8]", "40 held-out quads"):  # fmt: skip
         assert said in text, said
     assert "/home/someone" not in text and str(tmp_path) not in text
     assert ("--max-lora-rank 16" in text) == (kind == ADAPTER)
@@ -90,31 +99,34 @@ def test_an_export_is_pushed_whole_with_the_token_of_the_environment(
     a_hub(httpserver, pushed, "hf_good")
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", httpserver.url_for("").rstrip("/"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    (tmp_path / "README.md").write_text(card(facts(path="demo"), FULL))
+    folder = tmp_path / "export"
+    folder.mkdir()
+    (tmp_path / "run").mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "README.md").write_text(card(facts(tmp_path / "run", path="demo"), FULL))
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(export.ExportError, match="is complete, but was not pushed") as caught:
-        export.push(tmp_path, "org/name")
-    assert f"hf upload org/name {tmp_path}" in str(caught.value) and not pushed
+        export.push(folder, "org/name")
+    assert f"hf upload org/name {folder}" in str(caught.value) and not pushed
     monkeypatch.setenv("HF_TOKEN", "hf_good")
-    export.push(tmp_path, "org/name")
-    assert pushed == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    export.push(folder, "org/name")
+    assert pushed == {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def test_what_could_not_be_pushed_is_refused_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
-    cfg = facts(path="org/base", lora=LoraConfig(rank=4)).cfg
-    export.check_push(cfg)  # nothing is pushed
+    cfg = facts(tmp_path, path="org/base", lora=LoraConfig(rank=4)).cfg
+    export.check_push(cfg.export, cfg.model)  # nothing is pushed
     cfg.export = ExportConfig(push_to_hub="org/name")
     with pytest.raises(ValueError, match="HF_TOKEN"):
-        export.check_push(cfg)
+        export.check_push(cfg.export, cfg.model)
     monkeypatch.setenv("HF_TOKEN", "hf_good")
-    export.check_push(cfg)
+    export.check_push(cfg.export, cfg.model)
     cfg.model.path = "demo"
     with pytest.raises(ValueError, match="export.merged=true export.model=false"):
-        export.check_push(cfg)
+        export.check_push(cfg.export, cfg.model)
     for options in ({"push_to_hub": "name"}, {"push_to_hub": "org/name", "model": False}):
         with pytest.raises(ValueError, match="push_to_hub"):
             ExportConfig(**options)

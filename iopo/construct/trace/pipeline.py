@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from iopo.constraints.text import after_thinking
-from iopo.construct import importers, taxonomy
+from iopo.construct import importers
+from iopo.construct.trace import taxonomy
 from iopo.construct.trace.config import TraceRecipe
 from iopo.construct.trace.replies import Rejected, Unreadable
 from iopo.construct.trace.stages import STAGES, Ask, Context, Row, Stage, language_of

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from iopo.construct.taxonomy import MOST_CONSTRAINTS, Dimension, named
+from iopo.construct.trace.taxonomy import MOST_CONSTRAINTS, Dimension, named
 from iopo.evaluation.judge.parse import Unreadable, json_objects
 
 NOTHING = "NULL"  # stands for a missing input or for no constraints, as in the paper

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from iopo.constraints.text import after_thinking, han_characters
-from iopo.construct import taxonomy
 from iopo.construct.tasks import Task, instruction, quad_row
-from iopo.construct.taxonomy import Dimension
-from iopo.construct.trace import replies
+from iopo.construct.trace import replies, taxonomy
 from iopo.construct.trace.config import TraceRecipe
 from iopo.construct.trace.replies import NOTHING, Rejected
+from iopo.construct.trace.taxonomy import Dimension
 from iopo.evaluation.endpoint import Request
 from iopo.evaluation.judge.prompts import Question
 from iopo.files import sha256_text

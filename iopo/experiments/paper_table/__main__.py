@@ -192,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, runner.stop)
     try:
         compare(Comparison(args, runner))
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
     for name in runner.failed:

@@ -200,8 +200,6 @@ def _numbered(constraints: list[Row]) -> str:
 
 
 def _read(path: Path) -> list[Row]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected quads with task, c1 and c2 (.jsonl)")
     rows = given_records(path)
     for place, row in rows:
         missing = [k for k in ("id", "task", "x1", "y1", "x2", "y2", "c1", "c2") if not row.get(k)]

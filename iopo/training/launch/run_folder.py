@@ -74,7 +74,7 @@ def describe_environment(repository: Path) -> dict[str, Any]:
     """One entry of environment.json, not redacted yet. repository: folder of the source; without
     git, or outside a repository, the commit is null."""
     # looked up by name: one broken package among the others would end a walk through all
-    installed = [name for name in _PACKAGES if next(metadata.distributions(name=name), None)]
+    installed = [name for name in _PACKAGES if any(metadata.distributions(name=name))]
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -13,6 +13,7 @@ from iopo.data.layout import build_shared
 from iopo.data.rows import spread
 from iopo.model.demo_model import demo_folder
 from iopo.objectives import Rows
+from iopo.sources import files_of
 from iopo.training.plan.description import PlannedRun
 from iopo.training.plan.trace import attended_pairs
 from iopo.training.split import Splitting, by_prompt
@@ -58,7 +59,9 @@ def example_of(rows: Rows, prompt_tokens: int, response_tokens: int) -> Example:
 
 def missing_for_lengths(data: DataConfig, model: ModelConfig) -> str | None:
     """What keeps the lengths of the data from being known on this machine; None if nothing."""
-    if data.train is None or not Path(data.train).is_file():
+    try:
+        files_of(data.train or "")
+    except FileNotFoundError:
         return f"{data.train} is not here"
     demo = model.path == "demo" and demo_folder().is_dir()
     known = demo or model.tiny is not None or Path(str(model.path)).expanduser().is_dir()

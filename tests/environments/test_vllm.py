@@ -1,4 +1,4 @@
-"""Exports served by vLLM answer as in process: pytest -s -m slow tests/evaluation/test_vllm.py
+"""Exports served by vLLM answer as in process: pytest -s -m slow tests/environments/test_vllm.py
 
 Makes an environment with vLLM's CPU build at the first run (minutes, 3.4 GB).
 """
@@ -79,7 +79,7 @@ def made(tmp_path_factory) -> Path:
         cfg = ExportConfig(merged=name == "lora")
         alone = RankInfo(0, 1, 0, 1, torch.device("cpu"))
         chat = Chat(load_tokenizer(base))
-        export.write_exports(train_model, folder / name, cfg, chat, str(base), alone)
+        export.write_exports(train_model, folder / name, cfg, chat, export.Origin(str(base)), alone)
     written = json.loads((folder / "full/export/generation_config.json").read_text())
     assert written.items() >= SAMPLING.items()
     write_records(folder / "data.jsonl", rows())
@@ -111,7 +111,10 @@ def vllm(log: Path, *arguments: str) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         server.terminate()
-        server.wait(60)
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:
+            server.kill()
 
 
 def answers(made: Path, out: str, **source) -> list[dict]:
@@ -140,7 +143,7 @@ def log_probs(made: Path, url: str, name: str, section: ModelSection, found: lis
         before = chat.prompt_ids(chat.messages(prompt["prompt"]))
         response = chat.tokenizer(row["response"], add_special_tokens=False)["input_ids"]
         ids = before + response + [chat.end_of_turn()]
-        body = {"model": name, "prompt": ids, "max_tokens": 1, "prompt_logprobs": 0}
+        body = {"model": name, "prompt": ids, "max_tokens": 1, "prompt_logprobs": 1}
         asked = urllib.request.Request(
             f"{url}/completions",
             json.dumps(body | {"temperature": 0}).encode(),

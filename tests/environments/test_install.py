@@ -1,5 +1,6 @@
 """What is installed: one version, a wheel that is whole, an environment made by uv."""
 
+import doctest
 import re
 import shutil
 import subprocess
@@ -9,14 +10,16 @@ from pathlib import Path
 
 import pytest
 
-import iopo
+import iopo.kernels
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 IMPORT_ALL = """
-import importlib, pathlib, pkgutil, sys
+import importlib.util, pathlib, pkgutil, sys
 import iopo
 assert pathlib.Path(iopo.__file__).is_relative_to(sys.prefix), iopo.__file__
 names = [m.name for m in pkgutil.walk_packages(iopo.__path__, "iopo.")]
+if importlib.util.find_spec("triton") is None:  # comes with torch for CUDA
+    names.remove("iopo.kernels.triton_gemm")
 for name in names:
     importlib.import_module(name)
 print(len(names), "modules")
@@ -30,10 +33,9 @@ def test_the_version_is_the_same_everywhere():
     assert headings[0] == iopo.__version__
 
 
-def test_the_examples_of_the_kernels_run():
-    command = [sys.executable, "-m", "iopo.kernels"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "0 failed" in done.stdout, done.stdout[-2000:] + done.stderr
+def test_the_examples_of_the_kernels_hold():
+    found = doctest.testmod(iopo.kernels)
+    assert found.attempted and not found.failed
 
 
 @pytest.mark.slow

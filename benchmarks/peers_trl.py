@@ -1,8 +1,8 @@
 """DPO steps by TRL's trainer, on token ids from standard input; imports nothing of this project's.
 
-trl_peer.py runs it in an environment of its own. Prints one line of JSON: losses and seconds of
-each step, and the peak memory of training. --tuned: without activation checkpointing, and with the
-reference's log-probs computed before training.
+peers.py runs it in an environment of its own. Prints one line of JSON: losses and seconds of each
+step, and the peak memory of training. --fastest: without activation checkpointing, and with the
+reference's log-probs computed before training. --narrow: weights in the dtype of the task.
 """
 
 import json
@@ -26,25 +26,26 @@ class TokenisedDPOTrainer(DPOTrainer):
 
 
 class Clock(TrainerCallback):
-    """Seconds of each optimizer step."""
+    """Seconds of each optimizer step, on the clock of the task."""
 
-    def __init__(self):
-        self.seconds: list[float] = []
+    def __init__(self, now):
+        self.now, self.seconds = now, []
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.started = time.perf_counter()
+        self.started = self.now()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(time.perf_counter() - self.started)
+        self.seconds.append(self.now() - self.started)
 
 
 def main() -> None:
-    task, tuned = json.loads(sys.stdin.read()), "--tuned" in sys.argv
+    task, fastest = json.loads(sys.stdin.read()), "--fastest" in sys.argv
     torch.set_num_threads(task["threads"])
     rows = task["pairs"]
     before = common.resident_gb()
-    model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32)
-    clock = Clock()
+    dtype = getattr(torch, task["dtype"]) if "--narrow" in sys.argv else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=dtype)
+    clock = Clock(getattr(time, task["clock"]))
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
             output_dir=folder,
@@ -56,8 +57,8 @@ def main() -> None:
             lr_scheduler_type="constant",
             weight_decay=0.0,
             max_grad_norm=1.0,
-            gradient_checkpointing=not tuned,
-            precompute_ref_log_probs=tuned,
+            gradient_checkpointing=not fastest,
+            precompute_ref_log_probs=fastest,
             bf16=task["dtype"] == "bfloat16",
             use_cpu=True,
             dataloader_pin_memory=False,

@@ -1,0 +1,204 @@
+"""Quads from prompts with checkable constraints and a model's answers to them.
+
+relabel: two answers that both follow the prompt's constraints are told apart by further ones, which
+become x1 and x2. follow: where the row holds the wording of its constraints (`constraint`), they
+are taken out of the prompt and written anew, and in x2 one of them is replaced by another that
+excludes it. The model answers both; a pair of answers in all four cells is a quad.
+"""
+
+import json
+import logging
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from iopo.constraints import Constraint, compatible
+from iopo.constraints.answers import hollow
+from iopo.constraints.text import after_thinking
+from iopo.construct import importers, require
+from iopo.construct.audit import Checks, constraints_of, kind_of, verdicts
+from iopo.construct.quadruples import Candidate, follow_jobs, followed, to_row
+from iopo.construct.relabel import SPLITS, Relabeller, RelabelRecipe, split_of
+from iopo.construct.responses import Sampler, endpoint_sampler, model_sampler, sample_all
+from iopo.construct.tasks import Task, digest
+from iopo.construct.verify import verify
+from iopo.data.rows import Pair
+from iopo.evaluation.config import EndpointSection
+from iopo.files import given_records, write_records, write_text
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class IfSeedsRecipe:
+    """What may be set of the recipe `ifseeds` (conf/recipe/ifseeds.yaml)."""
+
+    name: str = "ifseeds"
+    source: str | None = None  # prompts with constraints, in columns of audit.py
+    out: str = "runs/ifseeds"  # folder of all files, the responses among them
+    model_path: str | None = None
+    endpoint: EndpointSection = field(default_factory=EndpointSection)  # in place of a model
+    seed: int = 0
+    samples: int = 4  # responses to each prompt
+    max_new_tokens: int = 512
+    temperature: float = 0.8
+    top_p: float = 0.95
+    template_options: dict[str, Any] = field(default_factory=dict)
+    limit: int | None = None  # prompts
+    heldout_share: float = 0.1  # of the prompts, by hash; half of it for the held-out kinds
+    most_share: float = 0.15  # of the constraints that one kind may have
+    most_words: int = 600  # of a response
+
+    def __post_init__(self) -> None:
+        require(self, "samples", self.samples >= 2, "2 or more: a quad needs two responses")
+
+    def sampler(self) -> Sampler:
+        """The server of `endpoint`, or the model at `model_path`."""
+        if self.endpoint.base_url is not None:
+            return endpoint_sampler(self.endpoint, self.max_new_tokens, self.temperature)
+        how = (self.max_new_tokens, self.temperature, self.top_p, self.template_options)
+        return model_sampler(self.model_path, *how)
+
+
+@dataclass(frozen=True)
+class Seed:
+    """A prompt, its constraints, and the prompt without them where their wording is known."""
+
+    id: str
+    prompt: str
+    checks: Checks
+    bare: str | None
+
+    @property
+    def constraints(self) -> tuple[Constraint, ...]:
+        return tuple(chain.from_iterable(self.checks.values()))
+
+
+def read_checkable(source: str, limit: int | None) -> tuple[list[Seed], Counter[str]]:
+    """The prompts of a source with their constraints, and why others are left out."""
+    seeds: dict[str, Seed] = {}
+    dropped: Counter[str] = Counter()
+    for _, row in given_records(source):
+        prompt = importers.instruction_of(row)
+        try:
+            if not prompt:
+                raise ValueError("no prompt of one turn")
+            checks = constraints_of(row)
+        except ValueError as error:
+            dropped[str(error).partition(": bad arguments")[0][:100]] += 1
+            continue
+        said = row.get("constraint")
+        bare = None
+        if isinstance(said, str) and said.strip() and said.strip() in prompt:
+            bare = " ".join(prompt.replace(said.strip(), " ").split(" ")).strip() or None
+        seed = Seed(digest(prompt), prompt, checks, bare)
+        if seed.id in seeds:
+            dropped["repeated prompt"] += 1
+        elif limit is None or len(seeds) < limit:
+            seeds[seed.id] = seed
+    return list(seeds.values()), dropped
+
+
+def candidates(seeds: list[Seed], seed: int) -> Iterator[Candidate]:
+    """Pairs of instructions, the second with one constraint replaced by one that excludes it."""
+    for source in seeds:
+        rng = random.Random(f"{seed}/{source.id}")
+        own = source.constraints
+        found = [
+            (*own[:n], other, *own[n + 1 :])
+            for n, constraint in enumerate(own)
+            for other in constraint.alternatives(rng)
+        ]
+        found = [side for side in found if compatible(side)]
+        if source.bare is not None and found and compatible(own):
+            yield Candidate(Task(source.bare), own, "", rng.choice(found), "", "follow")
+
+
+def build(recipe: IfSeedsRecipe, sampler: Sampler) -> str:
+    """Sample what is missing, write the files of each split and counts.json; returns a table.
+
+    Raises ValueError without a source or a checkable prompt, and if verify finds a fault.
+    """
+    if recipe.source is None:
+        raise ValueError("recipe.source is not set; expected prompts whose rows carry constraints")
+    seeds, dropped = read_checkable(recipe.source, recipe.limit)
+    if not seeds:
+        raise ValueError(f"{recipe.source}: no prompt with checkable constraints: {dict(dropped)}")
+    pairs = list(candidates(seeds, recipe.seed))
+    jobs = {f"{s.id}-{n}": s.prompt for n in range(recipe.samples) for s in seeds}
+    for n in range(recipe.samples):
+        for candidate in pairs:
+            jobs |= follow_jobs(candidate, n)
+    out = Path(recipe.out)
+    said = sample_all(jobs, out / "responses.jsonl", sampler, recipe.seed)
+    relabeller = Relabeller(
+        RelabelRecipe(seed=recipe.seed, most_share=recipe.most_share, most_words=recipe.most_words)
+    )
+    rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    outcomes: Counter[str] = Counter()
+    kinds: defaultdict[str, Counter[bool]] = defaultdict(Counter)
+
+    def admit(source: str, row: dict[str, Any] | str) -> None:
+        outcomes[f"{source}: {row if isinstance(row, str) else 'accepted'}"] += 1
+        if not isinstance(row, str):
+            rows[row["split"]].append(row)
+
+    for seed in seeds:
+        texts = [after_thinking(said[f"{seed.id}-{n}"]).strip() for n in range(recipe.samples)]
+        good = list(_right(seed, texts, kinds))
+        for first, second in zip(good[::2], good[1::2], strict=False):
+            pair = Pair(seed.id, seed.prompt, first, second)
+            split = split_of(seed.prompt, recipe.heldout_share)
+            admit("relabel", relabeller.row(pair, Task(seed.prompt), split))
+    for candidate in pairs:
+        result = followed(candidate, said, recipe.samples)
+        if isinstance(result, Candidate):
+            row = to_row(result, split_of(candidate.task.description, recipe.heldout_share))
+            admit("follow", relabeller.join(row) or row)
+        else:
+            admit("follow", result)
+    files = [out / f"{split}.jsonl" for split in SPLITS]
+    for path, of in zip(files, rows.values(), strict=True):
+        write_records(path, of)
+    _write_counts(out / "counts.json", len(seeds), rows, outcomes, dropped, kinds)
+    found, _ = verify(files)
+    if found:
+        raise ValueError(f"{len(found)} faults in {out}, first: {found[0]}")
+    return "\n".join(
+        [f"{len(seeds)} prompts; quads: {', '.join(f'{k} {len(v)}' for k, v in rows.items())}"]
+        + [f"{what}: {n}" for what, n in outcomes.most_common()]
+        + [f"prompts left out, {why}: {n}" for why, n in dropped.most_common()]
+        + [f"{kind}: {found[True]} of {found.total()} followed" for kind, found in kinds.items()]
+    )
+
+
+def _right(seed: Seed, texts: list[str], kinds: Mapping[str, Counter[bool]]) -> Iterator[str]:
+    """The different texts that follow all constraints and answer; counts every verdict by kind."""
+    for text in dict.fromkeys(texts):
+        verdict = verdicts(seed.checks, text)
+        for name, is_so in verdict.items():
+            kinds[kind_of(name)][is_so] += 1
+        if all(verdict.values()) and not hollow(text, seed.prompt, seed.constraints):
+            yield text
+
+
+def _write_counts(
+    path: Path,
+    seeds: int,
+    rows: Mapping[str, list[dict[str, Any]]],
+    outcomes: Counter[str],
+    dropped: Counter[str],
+    kinds: Mapping[str, Counter[bool]],
+) -> None:
+    counts = {
+        "prompts": seeds,
+        "out": {split: len(found) for split, found in rows.items()},
+        "outcomes": dict(outcomes.most_common()),
+        "prompts left out": dict(dropped.most_common()),
+        "followed": {kind: [found[True], found.total()] for kind, found in kinds.items()},
+    }
+    write_text(path, json.dumps(counts, indent=1, ensure_ascii=False) + "\n")
