@@ -7,7 +7,6 @@ The thresholds were chosen on one half of 150 labelled answers and tested on the
 """
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -29,12 +28,15 @@ ECHO_WORDS = 5  # of a line: a shorter one is a title or a name
 MOST_ECHOED = 0.5  # share of the words that stand in such lines
 # Words about the form of an answer; 99.9 % of the responses of data/verified have at most 8 %.
 MOST_FORM_WORDS = 0.12
-_FORM_WORD = re.compile(
-    r"\b(?:answer|response|reply|sentence|words?|phrase|comma|paragraph|line|bullet|point|letter|title"
-    r"|lowercase|uppercase|capital|exact|exactly|instruction|prompt|constraint)s?\b"
-    "|回答|回复|句子|段落|逗号|词语|开头|结尾|要求",
-    re.IGNORECASE,
+_FORM_WORDS = frozenset(
+    word + ending
+    for word in (
+        "answer response reply sentence word phrase comma paragraph line bullet point letter title "
+        "lowercase uppercase capital exact exactly instruction prompt constraint"
+    ).split()
+    for ending in ("", "s")
 )
+_FORM_WORD_ZH = re.compile("回答|回复|句子|段落|逗号|词语|开头|结尾|要求")
 # Prose is made of function words: 30 to 50 % of English, 7 % in the barest list of data/verified.
 # Lists of words, gibberish and other languages have none.
 LEAST_FUNCTION_WORDS = 0.05
@@ -83,11 +85,11 @@ def hollow(
     own = "\n".join(parts)
     found = {
         "cut_off": not ended,
-        "too_short": size(_HEADING.sub("", own)) < least_words(rules),
+        "too_short": _size_beside_headings(own) < least_words(rules),
         "repetitive": any(repeated(part) > MOST_REPEATED for part in parts),
         "echo": echoed(own, prompt) > MOST_ECHOED,
         "restates": not any(isinstance(rule, ConstrainedResponse) for rule in rules)
-        and len(_FORM_WORD.findall(own)) > MOST_FORM_WORDS * size(own),
+        and _form_words(own) > MOST_FORM_WORDS * size(own),
         "no_prose": not (_asks_for_a_language(rules) or reads_like(own, prompt)),
     }
     return tuple(name for name, is_so in found.items() if is_so)
@@ -97,6 +99,17 @@ def size(text: str) -> float:
     """Length in words; of Chinese and Japanese, CHARACTERS_PER_WORD count as one."""
     characters = cut.unspaced_characters(text)
     return len(cut.tokens(text)) - characters + characters / CHARACTERS_PER_WORD
+
+
+@lru_cache(maxsize=cut.KEPT)
+def _size_beside_headings(text: str) -> float:
+    return size(_HEADING.sub("", text))
+
+
+@lru_cache(maxsize=cut.KEPT)
+def _form_words(text: str) -> int:
+    found = sum(map(_FORM_WORDS.__contains__, cut.tokens(text)))
+    return found if text.isascii() else found + len(_FORM_WORD_ZH.findall(text))
 
 
 def least_words(rules: Sequence[Constraint]) -> float:
@@ -111,13 +124,18 @@ def least_words(rules: Sequence[Constraint]) -> float:
     return min(bounds)
 
 
+@lru_cache(maxsize=cut.KEPT)
 def repeated(text: str) -> float:
     """The share of word 4-grams (Chinese, Japanese: 6 characters) that occurred before, 0 to 1."""
     found = cut.tokens(text)
     unspaced = 2 * cut.unspaced_characters(text) > len(found)
     n = int(GRAM * CHARACTERS_PER_WORD) if unspaced else GRAM
-    grams = Counter(tuple(found[i : i + n]) for i in range(len(found) - n + 1))
-    return 1 - len(grams) / grams.total() if grams else 0.0
+    grams = max(0, len(found) - n + 1)
+    return 1 - len(_grams(found, n)) / grams if grams else 0.0
+
+
+def _grams(found: Sequence[str], n: int) -> set[tuple[str, ...]]:
+    return set(zip(*(found[i:] for i in range(n)), strict=False))
 
 
 def echoed(text: str, prompt: str) -> float:
@@ -126,6 +144,8 @@ def echoed(text: str, prompt: str) -> float:
     >>> echoed("Here it is:\\n- Name three kinds of fruit.", "Name three kinds of fruit. Be brief.")
     0.625
     """
+    if _grams(cut.tokens(text), ECHO_WORDS).isdisjoint(_grams(cut.tokens(prompt), ECHO_WORDS)):
+        return 0.0  # no line can be there
     given = _spaced(prompt)
     lines = {line for line in cut.sentences(text) if size(line) >= ECHO_WORDS}
     words = sum(size(line) for line in lines if _spaced(line) in given)
@@ -149,6 +169,7 @@ def _language(text: str) -> frozenset[str] | None:
     return best if _share(text, best) >= LEAST_FUNCTION_WORDS else None
 
 
+@lru_cache(maxsize=cut.KEPT)
 def _share(text: str, words: frozenset[str]) -> float:
     found = cut.tokens(text)
     return sum(map(words.__contains__, found)) / max(1, len(found))
