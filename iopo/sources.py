@@ -30,6 +30,8 @@ def files_of(source: str | Path) -> list[Path]:
         return list(_from_hub(*found.groups()))
     if str(source).startswith("hf:"):
         raise ValueError(f"{source}: expected hf://ORG/NAME[@REVISION][:SPLIT]")
+    if not str(source):
+        raise FileNotFoundError("no file or folder is named")
     path = Path(source)
     folder, colon, name = str(source).rpartition(":")
     if not path.exists() and colon and Path(folder).is_dir():

@@ -159,9 +159,11 @@ def prepare(
     mesh: shard over it (make_mesh); None replicates on all processes of the default group.
     offload: keep sharded parameters and optimizer state in host memory.
     block_options: what is recomputed and compiled.
-    Every process gets the weights of rank 0: on others the model may be on the meta device.
+    Every process gets the weights of rank 0: on others the model may be on the meta device. A plan
+    (device: meta) is one process's own.
     """
-    broadcast = dist.is_initialized() and dist.get_world_size() > 1
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    broadcast = several and device.type != "meta"
     accum_dtype = dtype if torch.finfo(dtype).bits >= 32 else torch.float32
     _exact_embedding_gradient(language_model(model))
     wrap_blocks(model, block_options)

@@ -39,6 +39,8 @@ SHOWN = {
     "iopo/evaluation/responses.py": ["answers", "answers"],
     "iopo/evaluation/judge/engine.py": ["judged"],
     "iopo/construct/responses.py": ["responses"],
+    "iopo/construct/relabel.py": ["relabelling {}"],
+    "iopo/construct/verify.py": ["verifying"],
 }
 
 
