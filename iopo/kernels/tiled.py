@@ -87,7 +87,7 @@ def forward(
     sum_R, target_R, slope_R = (torch.zeros_like(reference_R) for _ in range(3))
     mean_RD = torch.zeros_like(hidden_RD) if with_gradient else None
     logits_buffer, weight_buffer = _buffers(hidden_RD, weight_VD, tile_words(dtype))
-    with _products_of(dtype):
+    with products_of(dtype):
         for vocab in _spans(weight_VD.shape[0], tile_words(dtype)):
             weight_vD = _widened(weight_VD[vocab], weight_buffer)
             for rows in _spans(hidden_RD.shape[0], ROWS):
@@ -195,7 +195,7 @@ def backward(
     in_place = need_weight and errors == wide
     errors_buffer = hidden_RD.new_empty(kept_rows * len(weight_buffer), dtype=errors)
     scaled_RD = (hidden_RD * factor_R[:, None]).to(errors) if need_weight else hidden_RD
-    with _products_of(dtype):
+    with products_of(dtype):
         for vocab in _spans(weight_VD.shape[0], tile_words(dtype)):
             weight_vD = _widened(weight_VD[vocab], weight_buffer)
             errors_Rv = errors_buffer[: kept_rows * len(weight_vD)].view(kept_rows, len(weight_vD))
@@ -275,7 +275,7 @@ def _measured_speed() -> float:
 
 
 @contextmanager
-def _products_of(dtype: torch.dtype) -> Iterator[None]:
+def products_of(dtype: torch.dtype) -> Iterator[None]:
     """Let oneDNN multiply float32 matrices on the bfloat16 unit, if the inputs were bfloat16.
 
     On a CPU this is the way to bfloat16 products with float32 results: torch.mm(out_dtype=...) is

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from iopo.data.layout import segments
-from iopo.model import attention
+from iopo.model import attention, attention_cpu
 from iopo.model.attention import forward_arguments, shared_attention
 from iopo.model.attention_cpu import segment_attention, segment_attention_backward
 
@@ -63,8 +63,15 @@ def assert_close(actual, expected, tolerance=1e-12):
         torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=tolerance)
 
 
+@pytest.fixture(params=["kernel", "written out"])
+def way(request, monkeypatch):
+    """Each of the two ways of the CPU, whatever the dtype and the machine."""
+    written = request.param == "written out"
+    monkeypatch.setattr(attention_cpu, "_written_out", lambda dtype, tree: written)
+
+
 @HEADS
-def test_segments_equal_the_masked_softmax(heads, groups):
+def test_segments_equal_the_masked_softmax(heads, groups, way):
     query, key, value = inputs(heads, groups)
     out, lse = segment_attention(query, key, value, segments(RANGES).ranges_N4, 0.3)
     expected, scores = by_definition(query, key, value, 0.3)
@@ -73,7 +80,7 @@ def test_segments_equal_the_masked_softmax(heads, groups):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
-def test_narrow_dtypes_are_as_exact_as_they_can_be(dtype, tolerance):
+def test_narrow_dtypes_are_as_exact_as_they_can_be(dtype, tolerance, way):
     query, key, value = inputs(6, 2, dtype)
     out, lse = segment_attention(query, key, value, segments(RANGES).ranges_N4, 0.3)
     wide = [x.detach().double().requires_grad_() for x in (query, key, value)]
@@ -83,7 +90,7 @@ def test_narrow_dtypes_are_as_exact_as_they_can_be(dtype, tolerance):
     assert_close(gradients(out, query, key, value), gradients(expected, *wide), tolerance)
 
 
-def test_the_operators_keep_torchs_contract():
+def test_the_operators_keep_torchs_contract(way):
     """Fake kernels, autograd registration and no aliasing, as torch.compile relies on them."""
     query, key, value = inputs(4, 2)
     ranges_N4 = segments(RANGES).ranges_N4
