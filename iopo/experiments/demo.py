@@ -6,6 +6,7 @@ writes summary.json, answers.jsonl and report.html. A stage that is complete is 
 
 import argparse
 import json
+import logging
 import random
 import resource
 import subprocess
@@ -55,9 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of the demo")
     args = parser.parse_args(arguments)
     started = time.time()
-    call("-c", "from iopo.model.load import resolve_model; resolve_model('demo')")
+    call("-c", "from iopo.experiments.demo import fetch; fetch()")
     train(args.run / "sft", "smollm2_135m_sft", *SFT)
     train(args.run / "iopo", "smollm2_135m_iopo", f"model.path={args.run}/sft/export", *IOPO)
+    show_progress()
     summary, answers = score(args.run)
     # of this call: a stage that was complete before it took no time in it
     summary["seconds"] = round(time.time() - started, 1)
@@ -73,6 +75,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_page(args.run, summary, answers)
     print_table(summary)
     print(f"{args.run}: summary.json, answers.jsonl, report.html, iopo/report.html (curves)")
+
+
+def show_progress() -> None:
+    """Let the package say how far it is, as train.py does."""
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logging.getLogger("iopo").setLevel(logging.INFO)
+
+
+def fetch() -> None:
+    """Download and convert the demo model, unless it is in the cache."""
+    from iopo.model.load import resolve_model
+
+    show_progress()
+    resolve_model("demo")
 
 
 def call(*arguments: str) -> None:
