@@ -80,7 +80,7 @@ def segment_attention_backward(
     ranges_N4: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of segment_attention for query, key and value, in their shapes and dtypes."""
-    dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (query, key, value))  # not in their strides
     for tree in _trees(ranges_N4):
         at = slice(tree[0][0], tree[-1][1])
         rows = (grad[at], query[at], key[at], value[at], out[at])
@@ -135,7 +135,7 @@ def _softmax(rows: Sequence[Tensor], mask_SS: Tensor, scale: float, to: Sequence
     # the largest weight is 1 over the sum of exponentials less the largest score
     lse.unflatten(0, (key.shape[1], -1)).copy_((top - weights.amax(-1, keepdim=True).log())[..., 0])
     made = torch.bmm(weights.to(query.dtype).flatten(1, 2), value.transpose(0, 1))
-    _by_group(out, key.shape[1], query.shape[1]).copy_(made.view_as(_heads(query, key)))
+    _heads(out, key).copy_(made.view_as(_heads(query, key)))
 
 
 def _softmax_backward(
@@ -144,7 +144,7 @@ def _softmax_backward(
     """As _flash_backward. The weights and their gradients are rounded to the inputs' dtype, as they
     are on a GPU; all sums are wide, and rounded once."""
     grad, query, key, value, out = rows
-    groups, dtype, wide = key.shape[1], query.dtype, mask_SS.dtype
+    dtype, wide = query.dtype, mask_SS.dtype
     # exp(scores - lse) are the same numbers in three times the time: -inf is slow to exponentiate
     weights = torch.softmax(_scores(query, key, mask_SS, scale), -1).flatten(1, 2)
     g, q, o = (_heads(x, key).flatten(1, 2) for x in (grad, query, out))
@@ -156,7 +156,7 @@ def _softmax_backward(
     weights = weights.to(dtype)
     dq, dk, dv = to
     made = torch.bmm(of_scores, k).view_as(_heads(query, key))
-    _by_group(dq, groups, query.shape[1]).copy_(made)
+    _heads(dq, key).copy_(made)
     dk.transpose(0, 1).copy_(torch.bmm(of_scores.transpose(1, 2), q))
     dv.transpose(0, 1).copy_(torch.bmm(weights.transpose(1, 2), g))
 

@@ -97,6 +97,8 @@ def test_the_operators_keep_torchs_contract(way):
     torch.library.opcheck(segment_attention, (query, key, value, ranges_N4, 0.3))
     out, lse = segment_attention(query, key, value, ranges_N4, 0.3)
     plain = [x.detach() for x in (out, query, key, value, out, lse)]
+    strided = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in plain[:4]]  # as a model's
+    torch.library.opcheck(segment_attention_backward, (*strided, *plain[4:], ranges_N4, 0.3))
     torch.library.opcheck(segment_attention_backward, (*plain, ranges_N4, 0.3))
 
 
