@@ -9,7 +9,15 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+from iopo.evaluation.config import (
+    BenchmarkSection,
+    DataSection,
+    EvaluateConfig,
+    ResponsesSection,
+)
 
 PLAIN = "this is a long and plain english sentence that should be easy to recognise"
 
@@ -21,6 +29,20 @@ def ifeval_rows(*keys: int) -> list[dict[str, Any]]:
     return [
         {"key": key, "prompt": f"Write {key} words. Do not use any commas.", **row} for key in keys
     ]
+
+
+def settings(data: Path, answers: Path | None = None, **changes) -> EvaluateConfig:
+    """IFEval on the rows in `data`, written beside it."""
+    return EvaluateConfig(
+        **{
+            "benchmark": BenchmarkSection("ifeval"),
+            "data": DataSection(str(data)),
+            "responses": ResponsesSection(None if answers is None else str(answers)),
+            "out": str(data.parent / "out"),
+            "bootstrap": 50,
+        }
+        | changes
+    )
 
 
 @dataclass

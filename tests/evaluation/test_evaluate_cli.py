@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers_judge import PLAIN, Answer, StubServer, ifeval_rows
+from helpers_judge import PLAIN, Answer, StubServer, ifeval_rows, settings
 from helpers_models import tiny_llama
 from helpers_tokenizer import THINKING, tiny_tokenizer
 from hydra import compose, initialize_config_dir
@@ -17,11 +17,9 @@ from omegaconf import OmegaConf
 from iopo.evaluation.config import (
     BOOTSTRAP,
     BenchmarkSection,
-    DataSection,
     EvaluateConfig,
     GenerateSection,
     ModelSection,
-    ResponsesSection,
 )
 from iopo.evaluation.responses import default_out
 from iopo.evaluation.run import evaluate, find, names
@@ -35,19 +33,6 @@ ROWS = ifeval_rows(1000, 1001, 1005, 1012)
 def data(tmp_path: Path) -> Path:
     write_records(tmp_path / "data.jsonl", ROWS)
     return tmp_path / "data.jsonl"
-
-
-def settings(data: Path, answers: Path | None = None, **changes) -> EvaluateConfig:
-    return EvaluateConfig(
-        **{
-            "benchmark": BenchmarkSection("ifeval"),
-            "data": DataSection(str(data)),
-            "responses": ResponsesSection(None if answers is None else str(answers)),
-            "out": str(data.parent / "out"),
-            "bootstrap": 50,
-        }
-        | changes
-    )
 
 
 def compose_evaluate(*overrides: str) -> EvaluateConfig:

@@ -4,14 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers_judge import PLAIN, Answer, StubServer, ifeval_rows
+from helpers_judge import PLAIN, Answer, StubServer, ifeval_rows, settings
 
 from iopo.evaluation.config import (
-    BenchmarkSection,
-    DataSection,
-    EvaluateConfig,
     GenerateSection,
-    ResponsesSection,
 )
 from iopo.evaluation.endpoint import EndpointError
 from iopo.evaluation.run import evaluate
@@ -22,19 +18,6 @@ from iopo.files import read_records, write_records
 def data(tmp_path: Path) -> Path:
     write_records(tmp_path / "data.jsonl", ifeval_rows(1000, 1001, 1005, 1012))
     return tmp_path / "data.jsonl"
-
-
-def settings(data: Path, answers: Path | None = None, **changes) -> EvaluateConfig:
-    return EvaluateConfig(
-        **{
-            "benchmark": BenchmarkSection("ifeval"),
-            "data": DataSection(str(data)),
-            "responses": ResponsesSection(None if answers is None else str(answers)),
-            "out": str(data.parent / "out"),
-            "bootstrap": 50,
-        }
-        | changes
-    )
 
 
 def test_answers_from_a_server_are_kept_when_it_fails(data: Path, tmp_path: Path) -> None:
