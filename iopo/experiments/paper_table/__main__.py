@@ -29,17 +29,18 @@ from iopo.experiments.paper_table.jobs import REPOSITORY, Job, Runner, print_now
 
 # Chosen before any result, as all sizes here and in conf/sweep/paper_table.yaml. The second number
 # of a method says how strongly it prefers: beta, or ORPO's weight. SFT has none.
-LEARNING_RATES = ("1e-5", "3e-5")
+LEARNING_RATES = ("2e-5", "5e-5")
 BETA = ("objective.beta", ("0.05", "0.2"))
 STRENGTH = {
     "dpo": BETA, "output_preference": BETA, "input_preference": BETA, "iopo_three": BETA,
     "iopo": BETA, "simpo": ("objective.beta", ("2", "8")),
     "orpo": ("objective.odds_weight", ("0.1", "1.0")), "sft": None,
 }  # fmt: skip
-SFT = ("objective=sft", "optim.lr=1e-4", "optim.global_batch_quads=8", "evaluation.quads=8",
-       "evaluation.samples=0")  # fmt: skip
+SFT = ("objective=sft", "optim.lr=1e-4", "optim.global_batch_quads=8", "optim.max_steps=24",
+       "evaluation.quads=8", "evaluation.samples=0")  # fmt: skip
 QUADS_TOKENS, IFEVAL_TOKENS = 128, 256  # longest answers
-IFEVAL_ON = ("base", "sft", "seed1")  # folders: one model a method, it takes a quarter of an hour
+# folders of models or methods: a quarter of an hour a model
+IFEVAL_ON = ("base", "sft", "iopo", "output_preference", "input_preference")
 
 
 class Comparison:
@@ -86,7 +87,8 @@ class Comparison:
     def measure(self, model: str | Path, folder: Path) -> None:
         """Everything that the table needs of one model."""
         self.quads(model, folder / "quads", "test")
-        if self.args.ifeval is not None and folder.name in IFEVAL_ON:
+        asked = folder.name in IFEVAL_ON or folder.parent.name in IFEVAL_ON
+        if self.args.ifeval is not None and asked:
             self.evaluate(
                 "ifeval", model, folder / "ifeval", f"data.path={self.args.ifeval}",
                 f"generate.max_new_tokens={IFEVAL_TOKENS}",
@@ -150,6 +152,8 @@ class Comparison:
 
         for job in jobs_of(name):
             method, seed = job.pop("+method"), job.pop("seed")
+            if int(seed) not in self.args.seeds:
+                continue
             if method not in self.args.methods and name == "paper_table":
                 continue
             # an ablation's method is IOPO with a change
@@ -205,7 +209,7 @@ def keep_arguments(args: argparse.Namespace) -> None:
 
     IFEval may be added to a run that began without it.
     """
-    free = ("run", "sweeps", "methods", "jobs", "data_only", "without_ifeval", "ifeval")
+    free = ("run", "sweeps", "methods", "seeds", "jobs", "data_only", "without_ifeval", "ifeval")
     kept = {key: value for key, value in vars(args).items() if key not in free}
     check_manifest(args.run / "arguments.json", json.loads(json.dumps(kept, default=str)))
 
@@ -253,11 +257,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--heldout", type=absolute, nargs="+", default=heldout, help="of other tasks")
     add("--ifeval", type=absolute, default=ifeval, help="default: $IOPO_DATA_DIR/ifeval/...")
     add("--without-ifeval", action="store_true", help="leave IFEval out of the table")
-    add("--methods", nargs="+", choices=STRENGTH, default=list(STRENGTH))
-    add("--quads", type=int, default=96, help="training quads, each seen once by IOPO")
-    add("--validation", type=int, default=32, help="quads that rates are chosen on")
-    add("--test", type=int, default=96, help="held-out quads that models are measured on")
-    add("--grid-steps", type=int, default=8, help="optimizer steps of a point of the grid")
+    swept = load_yaml("sweep", "paper_table")["hydra"]["sweeper"]["params"]["+method"].split(",")
+    add("--methods", nargs="+", choices=STRENGTH, default=swept)
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="those of the sweep")
+    add("--quads", type=int, default=1400, help="training quads")
+    add("--validation", type=int, default=150, help="quads that rates are chosen on")
+    add("--test", type=int, default=300, help="held-out quads, in thirds by what is new in them")
+    add("--grid-steps", type=int, default=40, help="optimizer steps of a point of the grid")
     add("--data-only", action="store_true", help="write the rows of all methods and stop")
     add("--jobs", type=int, default=1, help="jobs at once; they share the cores")
     add("overrides", nargs="*", help="key=value for every train.py")

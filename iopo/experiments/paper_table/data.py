@@ -21,7 +21,7 @@ from iopo.constraints import Constraint, follows, from_dict
 from iopo.constraints import text as cut
 from iopo.constraints.marks import Commas
 from iopo.construct.proposals import CLOSINGS, OPENINGS
-from iopo.construct.quadruples import four_cells
+from iopo.construct.quadruples import MATCH, four_cells
 from iopo.construct.tasks import INPUT_MARK, Task
 from iopo.data.rows import spread
 from iopo.files import given_records, sha256_text, write_records
@@ -50,12 +50,11 @@ def make(
     shared = {_task(row).key for row in rows} & {_task(row).key for row in tests}
     if shared:
         raise ValueError(f"{len(shared)} tasks are in {train} and in a held-out file; nothing made")
-    tests = spread(tests, test)
     seen = {_name(c) for row in own for c in (*row["c1"], *row["c2"])}
     files = {
         "train": own,
         "validation": [row | {"split": "validation"} for row in apart],
-        "test": [row | {"split": unseen(row, seen)} for row in tests],
+        "test": in_thirds(tests, seen, test),
         "worse": [pair for row in own for pair in worse_pairs(row)],
         "add_delete": [add_delete(row) for row in own],
     }
@@ -71,12 +70,40 @@ def make(
     return counts
 
 
+def in_thirds(rows: Sequence[Row], seen: set[tuple[str, str]], wanted: int) -> list[Row]:
+    """`wanted` rows with what training, which had the constraints `seen`, never saw of them:
+    as near to a third each of unseen_kinds, unseen_params and seen as the rows allow.
+
+    Few rows ask for seen constraints alone, so those that can do without the others lose them.
+    """
+    found: dict[str, list[Row]] = {"unseen_kinds": [], "seen": [], "unseen_params": []}
+    for row in rows:
+        split = unseen(row, seen)
+        less = only_seen(row, seen) if split == "unseen_params" else None
+        if less is not None and len(found["seen"]) <= len(found["unseen_params"]):
+            row, split = less, "seen"
+        found[split].append(row | {"split": split})
+    made: list[Row] = []
+    for n, (_, of) in enumerate(sorted(found.items(), key=lambda item: len(item[1]))):
+        made += spread(of, (wanted - len(made)) // (len(found) - n))
+    return made
+
+
 def unseen(row: Row, seen: set[tuple[str, str]]) -> str:
     """What training, which had the constraints `seen`, never saw of a row."""
     asked = {_name(c) for c in (*row["c1"], *row["c2"])}
     if {kind for kind, _ in asked} - {kind for kind, _ in seen}:
         return "unseen_kinds"
     return "unseen_params" if asked - seen else "seen"
+
+
+def only_seen(row: Row, seen: set[tuple[str, str]]) -> Row | None:
+    """The row without constraints that training never saw; None if it is then no quad."""
+    left = {c: [one for one in row[c] if _name(one) in seen] for c in ("c1", "c2")}
+    c1, c2 = ([from_dict(one) for one in of] for of in left.values())
+    if not c1 or not c2 or four_cells(c1, row["y1"], c2, row["y2"]) != MATCH:
+        return None
+    return row | left | {f"x{n}": _asking(row, n, left[f"c{n}"]) for n in (1, 2)}
 
 
 # --- DPO's pairs: the same response with a constraint broken --------------------------------------
@@ -177,10 +204,7 @@ def add_delete(row: Row) -> Row:
     side, kept = (1, kept1) if delete else (2, kept2)
     asked = row[f"c{side}"]
     left = [c for c, keep in zip(asked, kept, strict=True) if keep]
-    x, before = row[f"x{side}"], _numbered(asked)
-    if x.count(before) != 1:
-        raise ValueError(f"expected the constraints as numbered lines, once, in: {x!r}")
-    x = x.replace(before, _numbered(left))
+    x = _asking(row, side, left)
     changed = {"x2": x, "c2": left} if delete else {"x1": x, "c1": left}
     made = row | changed | {"id": row["id"] + ("/delete" if delete else "/add")}
     cells = four_cells(
@@ -190,6 +214,14 @@ def add_delete(row: Row) -> Row:
     if cells != ((True, False, True, True) if delete else (True, True, True, False)):
         raise ValueError(f"quad {row['id']}: y1 and y2 do not exclude one another (match {cells})")
     return made | {"match": [int(cell) for cell in cells]}
+
+
+def _asking(row: Row, side: int, constraints: list[Row]) -> str:
+    """The row's x1 or x2 with these constraints in place of its own."""
+    x, before = row[f"x{side}"], _numbered(row[f"c{side}"])
+    if x.count(before) != 1:
+        raise ValueError(f"expected the constraints as numbered lines, once, in: {x!r}")
+    return x.replace(before, _numbered(constraints))
 
 
 def _numbered(constraints: list[Row]) -> str:

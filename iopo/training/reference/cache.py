@@ -205,19 +205,24 @@ def _compute(
     return rows
 
 
-def recheck(cached_EM: Tensor, again_EM: Tensor, tolerance: float, where: Path) -> float:
-    """The largest difference of cached log-probs from those scored again, in nats.
+def recheck(
+    cached_EM: Tensor, again_EM: Tensor, tokens_EM: Tensor, tolerance: float, where: Path
+) -> float:
+    """How far cached log-probs are from those scored again: nats per square root of a response's
+    tokens, root mean square over all members.
 
+    Rounding adds up at random over the tokens, and the largest of some members says little of it.
     Raises ValueError above `tolerance`: the cache was made with this model and these versions, so
     the machine computes otherwise than the one that made it.
     """
-    difference = (again_EM.float().cpu() - cached_EM).abs().max().item()
+    scaled_EM = (again_EM.float().cpu() - cached_EM) / tokens_EM.sqrt()
+    difference = scaled_EM.square().mean().sqrt().item()
     if not difference <= tolerance:
         raise ValueError(
-            f"{where}: cached log-probs differ from recomputed ones by {difference:.3g} nats "
-            f"(tolerance {tolerance:.3g}). Its manifest is this run's (weights, config, tokenizer, "
-            "data, versions), so the machine that filled it computes otherwise. Set "
-            "reference.cache_dir to a folder of this run's own, or reference.source=live; leave "
-            "this cache to the runs that share it"
+            f"{where}: cached log-probs differ from recomputed ones by {difference:.3g} nats per "
+            f"square root of a token (tolerance {tolerance:.3g}). Its manifest is this run's "
+            "(weights, config, tokenizer, data, versions), so the machine that filled it computes "
+            "otherwise. Set reference.cache_dir to a folder of this run's own, or "
+            "reference.source=live; leave this cache to the runs that share it"
         )
     return difference
