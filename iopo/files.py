@@ -294,9 +294,10 @@ def replacing(target: str | Path) -> Iterator[Path]:
     """A path beside `target` for a new file or folder, which takes its place when the block ends.
 
     A reader, or a crash, sees the old one or the new one, whole. After an error nothing is left.
-    The files of a folder get the mode of the umask.
+    The folders above it are made; the files of a folder get the mode of the umask.
     """
     target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
     new, old = (target.with_name(f".{kind}.{os.getpid()}.{target.name}") for kind in ("new", "old"))
     try:
         yield new
