@@ -7,7 +7,7 @@ Letters: N values or units (prompts, quads, blocks of text), C clusters, S seeds
 resamples. All intervals are 95% intervals.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
@@ -31,6 +31,13 @@ class Estimate(TypedDict):
     low: float
     high: float
     n: int
+
+
+class Difference(Estimate):
+    """An estimate of a difference and p, the two-sided probability of one as far from zero if
+    there is none: twice the share of resamples on the other side of zero."""
+
+    p: float
 
 
 def scipy_stats() -> ModuleType:
@@ -168,7 +175,7 @@ def estimate(a: Scores, *, resamples: int = RESAMPLES) -> Estimate:
     return interval(a.value, _ratios(a, seeds_RS, units_RN), len(a.units))
 
 
-def difference(a: Scores, b: Scores, *, resamples: int = RESAMPLES) -> Estimate:
+def difference(a: Scores, b: Scores, *, resamples: int = RESAMPLES) -> Difference:
     """b - a, paired by unit and by seed, with an interval from resampling both.
 
     A resample draws units with replacement and, independently, seeds; a model without seeds is the
@@ -185,7 +192,20 @@ def difference(a: Scores, b: Scores, *, resamples: int = RESAMPLES) -> Estimate:
     count = max(len(a.numerator_SN), len(b.numerator_SN))
     seeds_RS, units_RN = _draws(count, len(a.units), resamples)
     differences_R = _ratios(b, seeds_RS, units_RN) - _ratios(a, seeds_RS, units_RN)
-    return interval(b.value - a.value, differences_R, len(a.units))
+    below, above = ((differences_R <= 0).sum(), (differences_R >= 0).sum())
+    p = min(1.0, 2 * float(min(below, above) + 1) / (resamples + 1))
+    found = interval(b.value - a.value, differences_R, len(a.units))
+    return {**found, "p": p}
+
+
+def holm(p_N: Sequence[float]) -> list[float]:
+    """Each p corrected for all N comparisons (Holm, 1979): below 0.05 for one where nothing differs
+    in at most 5 % of all such tables."""
+    corrected, least = dict[int, float](), 0.0
+    for place, n in enumerate(sorted(range(len(p_N)), key=lambda n: p_N[n])):
+        least = max(least, min(1.0, (len(p_N) - place) * p_N[n]))
+        corrected[n] = least
+    return [corrected[n] for n in range(len(p_N))]
 
 
 @lru_cache(maxsize=8)  # drawing takes longer than what is done with the draws

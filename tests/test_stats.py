@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from iopo import stats
 from iopo.stats import bootstrap, mcnemar_exact, resample, wilson
 
 pytest.importorskip("scipy.stats")
@@ -114,3 +115,21 @@ def test_without_scipy_the_message_names_the_extra(monkeypatch):
     with pytest.raises(ValueError, match=r"iopo\[eval\]"):
         wilson(1, 2)
     assert bootstrap([1.0, 2.0])["n"] == 2
+
+
+def test_holm_corrects_for_the_number_of_comparisons():
+    """By hand: 0.01 x 4, 0.02 x 3, then never below the one before."""
+    assert stats.holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert stats.holm([0.6, 0.9]) == [1.0, 1.0]
+
+
+def test_the_p_of_a_difference_agrees_with_its_interval():
+    rng = np.random.default_rng(0)
+    for shift in (0.0, 0.05, 0.1, 0.15, 0.3):
+        a, b = (
+            stats.Scores((), tuple(map(str, range(100))), x[None], np.ones((1, 100)))
+            for x in (rng.normal(0, 1, 100), rng.normal(shift * 3, 1, 100))
+        )
+        found = stats.difference(a, b)
+        outside = not found["low"] <= 0 <= found["high"]
+        assert outside == (found["p"] < 0.05), found

@@ -112,7 +112,7 @@ def test_a_run_goes_on_only_with_the_arguments_that_it_began_with(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_stopped_and_a_killed_comparison_end_with_every_job_done_once(folder):
-    run = command(folder, "--methods", "iopo", "--jobs", "2")
+    run = command(folder, "--methods", "iopo", "--seeds", "1", "2", "3", "--jobs", "2")
     for kill in (signal.SIGTERM, signal.SIGKILL):
         done = len(jobs(folder))
         process = subprocess.Popen(run, cwd=ROOT, env=environment(folder))

@@ -50,7 +50,41 @@ def test_test_rows_say_what_training_never_saw(made):
         new_value = any((c["kind"], c["params"]) not in values for c in own)
         expected = "unseen_kinds" if new_kind else "unseen_params" if new_value else "seen"
         assert row["split"] == expected
+        assert cells(row) == (True, False, True, False)
     assert {row["split"] for row in made["test"]} >= {"unseen_kinds", "unseen_params"}
+
+
+def test_a_third_of_the_test_asks_for_nothing_new(tmp_path):
+    counts = comparison.make(
+        DATA / "train.jsonl", HELDOUT, tmp_path, quads=1400, validation=150, test=300
+    )
+    assert min(counts["test_splits"].values()) >= 95, counts["test_splits"]
+    rows = [json.loads(x) for x in (tmp_path / "test.jsonl").read_text().splitlines()]
+    for row in (row for row in rows if row["split"] == "seen"):
+        assert cells(row) == (True, False, True, False)
+        assert row["x1"].count("\n") >= len(row["c1"]), "the prompt still lists its constraints"
+        assert all(c["text"] in row["x1"] for c in row["c1"])
+
+
+def test_asymmetric_quads_have_an_easy_side_and_stay_strict(made):
+    assert len(made["asymmetric"]) > 60
+    for row in made["asymmetric"]:
+        easy, hard = (1, 2) if len(row["y1"]) < len(row["y2"]) else (2, 1)
+        assert len(row[f"c{easy}"]) == 1 and len(row[f"c{hard}"]) >= 3
+        assert cells(row) == (True, False, True, False)
+
+
+def test_noise_exchanges_the_responses_of_its_share(made):
+    """More noise keeps the wrong labels of less."""
+    right = {row["id"]: row["y1"] for row in made["train"]}
+    wrong = {
+        name: {row["id"] for row in made[name] if row["y1"] != right[row["id"]]}
+        for name in ("noise10", "noise30")
+    }
+    assert wrong["noise10"] < wrong["noise30"]
+    assert 0.2 < len(wrong["noise30"]) / len(right) < 0.4
+    for row in made["noise30"]:
+        assert row["id"] in wrong["noise30"] or cells(row) == (True, False, True, False)
 
 
 def test_a_worse_answer_breaks_a_constraint_and_the_right_one_none(made):

@@ -106,7 +106,7 @@ def test_only_what_excludes_zero_is_called_a_gain(run):
     row = next(x for x in against_sft.splitlines() if x.startswith("| follows all"))
     head = next(x for x in against_sft.splitlines() if x.startswith("|  |"))
     cells = dict(zip(head.split("|")[2:-1], row.split("|")[2:-1], strict=True))
-    assert cells[" IOPO "].startswith(" +37.5 [") and cells[" IOPO "].endswith(" gain ")
+    assert cells[" IOPO "].startswith(" +37.5 [") and cells[" IOPO "].endswith(" gain† ")
     assert cells[" DPO "].startswith(" +1.9 [") and cells[" DPO "].endswith(" not shown ")
     same = next(x for x in against_sft.splitlines() if x.startswith("| IFEval prompt strict"))
     assert same.count("+0.0 [+0.0, +0.0] not shown") == 3

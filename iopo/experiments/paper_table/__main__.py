@@ -161,8 +161,11 @@ class Comparison:
             if rates is None:
                 print_now(f"{name}: no point of the grid worked for {method}; it is left out")
                 continue
+            if rows := job.get("data.train"):  # in the sweep's own folder, here in that of --run
+                job["data.train"] = f"{self.run}/data/{Path(rows).name}"
             swept = [f"{key}={value}" for key, value in job.items()]
-            label = "-".join([method, *swept]).replace("=", "-")  # no sign that Hydra reads
+            changes = [f"{key}-{value.split('/')[-1]}" for key, value in job.items()]
+            label = "-".join([method, *changes])  # no sign that Hydra reads
             folder = self.run / name / label / f"seed{seed}"
             kept = [rate for rate in rates if rate.split("=")[0] not in job]
             tasks.append(partial(train_and_measure, folder, method, f"seed={seed}", *kept, *swept))

@@ -3,8 +3,9 @@
 train.jsonl, validation.jsonl and test.jsonl are quads, no task in two of them; worse.jsonl has
 DPO's pairs (the right response, and the same with a constraint broken); add_delete.jsonl has the
 responses of train under instructions that differ by added or deleted constraints alone, as two of
-the paper's three operations make them. Every row of the last two is made from a row of train.jsonl
-and checked by code.
+the paper's three operations make them; asymmetric.jsonl quads with an easy and a hard side, noise10
+and noise30.jsonl quads of which so many per cent are labelled the wrong way round. All of these are
+made from rows of train.jsonl; worse and add_delete are checked by code.
 """
 
 from __future__ import annotations
@@ -57,6 +58,9 @@ def make(
         "test": in_thirds(tests, seen, test),
         "worse": [pair for row in own for pair in worse_pairs(row)],
         "add_delete": [add_delete(row) for row in own],
+        "asymmetric": [less for row in own if (less := asymmetric(row))],
+        "noise10": [swapped(row, 0.1) for row in own],
+        "noise30": [swapped(row, 0.3) for row in own],
     }
     for name, content in files.items():
         write_records(out / f"{name}.jsonl", content)
@@ -216,6 +220,31 @@ def add_delete(row: Row) -> Row:
     return made | {"match": [int(cell) for cell in cells]}
 
 
+# --- where the joint sigmoid and two sigmoids could differ ----------------------------------------
+
+
+def asymmetric(row: Row) -> Row | None:
+    """The row with one constraint on the side of the shorter response, which the other breaks: an
+    easy side and a hard one. None unless the hard side has three or more."""
+    easy, hard = (1, 2) if len(row["y1"]) < len(row["y2"]) else (2, 1)
+    asked = row[f"c{easy}"]
+    kept = follows([from_dict(c) for c in asked], row[f"y{hard}"])
+    left = [c for c, keep in zip(asked, kept, strict=True) if not keep][:1]
+    if len(row[f"c{hard}"]) < 3:
+        return None
+    return row | {f"c{easy}": left, f"x{easy}": _asking(row, easy, left)}
+
+
+def swapped(row: Row, share: float) -> Row:
+    """The row, with its responses exchanged in this share of all rows, by hash: a wrong label."""
+    if int(sha256_text("noise " + row["id"]), 16) % 1000 >= 1000 * share:
+        return row
+    return row | {"y1": row["y2"], "y2": row["y1"]}
+
+
+# --- rows and files -------------------------------------------------------------------------------
+
+
 def _asking(row: Row, side: int, constraints: list[Row]) -> str:
     """The row's x1 or x2 with these constraints in place of its own."""
     x, before = row[f"x{side}"], _numbered(row[f"c{side}"])
@@ -226,9 +255,6 @@ def _asking(row: Row, side: int, constraints: list[Row]) -> str:
 
 def _numbered(constraints: list[Row]) -> str:
     return "".join(f"\n{n}. {c['text']}" for n, c in enumerate(constraints, start=1))
-
-
-# --- files ----------------------------------------------------------------------------------------
 
 
 def _read(path: Path) -> list[Row]:

@@ -93,6 +93,10 @@ def _add_logps(out: Measures, folder: Path, reference: Path) -> None:
         out[name] = {quad: (float(right), 1.0) for quad, right in rights}
     for quad, logps in policy.items():
         r11, r12, r22, r21 = (a - b for a, b in zip(logps, sft[quad], strict=True))
+        smaller, larger = sorted((r11 - r12, r22 - r21))
+        out["one_margin_negative"][quad] = (float(smaller < 0 < larger), 1.0)
+        out["smaller_margin"][quad] = (smaller, 1.0)
+        out["larger_margin"][quad] = (larger, 1.0)
         out["logratio_matched"][quad] = (r11 + r22, 2.0)
         out["logratio_mismatched"][quad] = (r12 + r21, 2.0)
 

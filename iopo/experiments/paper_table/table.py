@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from iopo import stats
 from iopo.experiments.paper_table.measures import IFEVAL, Runs, cost, find, measures, provenance
-from iopo.stats import Estimate, Scores
+from iopo.stats import Difference, Estimate, Scores
 
 # name -> (label, factor for printing, 1 or -1 where more is better or worse, 0: neither)
 METRICS = {
@@ -32,6 +32,9 @@ METRICS = {
     "group_accuracy": ("group accuracy, %", 100, 1),
     "x_preference": ("x-preference, %", 100, 1),
     "y_preference": ("y-preference, %", 100, 1),
+    "one_margin_negative": ("quads with one output margin below 0, %", 100, -1),
+    "smaller_margin": ("smaller output margin of a quad, nats", 1, 1),
+    "larger_margin": ("larger output margin of a quad, nats", 1, 0),
     "logratio_matched": ("log-ratio of matched members, nats", 1, 0),
     "logratio_mismatched": ("log-ratio of mismatched members, nats", 1, 0),
     "as_sft": ("answers word for word SFT's, %", 100, 0),
@@ -46,7 +49,8 @@ SECTIONS = {
         m for m in METRICS if m.startswith(("following", "answering", "constraints"))
     ],
     "IFEval": list(IFEVAL),
-    "Preferences, by log-prob": ["group_accuracy", "x_preference", "y_preference"],
+    "Preferences, by log-prob": ["group_accuracy", "x_preference", "y_preference",
+                                 "one_margin_negative", "smaller_margin", "larger_margin"],
     "Drift": ["logratio_matched", "logratio_mismatched", "as_sft", "words", "empty", "cut_off",
               "repetitive", "plain_text"],
 }  # fmt: skip
@@ -62,6 +66,7 @@ COLOURS = {"gain": "#2b5c8a", "loss": "#9c3d54"}
 GREY = "#7f8c8d"  # neither, or the interval holds zero
 Table = tuple[str, list[str], list[list[str]]]  # title, head, rows
 Estimates = Mapping[str, Mapping[str, Estimate]]  # method -> metric -> estimate
+Differences = Mapping[str, Mapping[str, Difference]]
 
 
 def write(run: Path, sweep: str) -> list[str]:
@@ -115,7 +120,7 @@ def write(run: Path, sweep: str) -> list[str]:
     return [*map(_markdown, against), f"written: {run}/{sweep}.md, {sweep}.json, {picture}"]
 
 
-def _differences(a: dict[str, Scores], b: dict[str, Scores]) -> dict[str, Estimate]:
+def _differences(a: dict[str, Scores], b: dict[str, Scores]) -> dict[str, Difference]:
     return {metric: stats.difference(a[metric], b[metric]) for metric in a if metric in b}
 
 
@@ -145,14 +150,22 @@ def _costs(run: Path, runs: Runs) -> Table:
 
 
 def _differences_table(
-    title: str, columns: Estimates, metrics: Sequence[str] = tuple(METRICS)
+    title: str, columns: Differences, metrics: Sequence[str] = tuple(METRICS)
 ) -> Table:
-    """One row a metric: the paired differences and what may be said of them."""
+    """One row a metric: the paired differences, what may be said of them, and whether that holds
+    when all comparisons of the table are taken together."""
+    metrics = [m for m in metrics if any(m in of for of in columns.values())]
+    compared = [(m, name) for m in metrics for name, of in columns.items() if m in of]
+    corrected = stats.holm([columns[name][m]["p"] for m, name in compared])
+    holds = {cell for cell, p in zip(compared, corrected, strict=True) if p < 0.05}
     cells = [
-        [METRICS[m][0], *(_difference(of[m], m) if m in of else "" for of in columns.values())]
+        [METRICS[m][0]] + [
+            _difference(of[m], m) + ("†" if (m, name) in holds else "") if m in of else ""
+            for name, of in columns.items()
+        ]
         for m in metrics
-        if any(m in of for of in columns.values())
-    ]
+    ]  # fmt: skip
+    title += f" (†: also after Holm's correction for {len(compared)} comparisons)"
     return title, ["", *columns], cells
 
 
