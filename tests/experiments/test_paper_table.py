@@ -60,7 +60,7 @@ def test_every_method_sees_as_many_members_a_step_and_all_of_the_quads():
     """24 members a step and 16 steps: 96 quads of four members."""
     for path in (CONF / "method").glob("*.yaml"):
         cfg = config("+sweep=paper_table", f"+method={path.stem}")
-        members = objectives.OBJECTIVES[cfg.objective.name].members
+        members = len(objectives.OBJECTIVES[cfg.objective.name].rows.members)
         assert cfg.optim.global_batch_quads * members == 24, path.stem
         seen = cfg.optim.global_batch_quads * cfg.optim.max_steps
         rows = 96 * (2 if members < 3 else 1)
