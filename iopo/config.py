@@ -102,7 +102,8 @@ class ObjectiveConfig(Options):
             _require(e > 0, key, e, "more than 0 with objective.link=exo (for example 0.001)")
         if self.link not in SMOOTHED_LINKS:
             _require(e == 0, key, e, f"0: objective.link={self.link} has none")
-        weights = ("gamma", "odds_weight", "sft_weight", "margin_per_constraint")
+        _require(0 < self.clip < 1, "objective.clip", self.clip, "0 < clip < 1")
+        weights = ("gamma", "odds_weight", "sft_weight", "margin_per_constraint", "kl_weight")
         _at_least(self, "objective", 0, *weights)
         for option in fields(Options):
             value = getattr(self, option.name)
@@ -246,6 +247,7 @@ class PlanConfig:
     network_gb_per_s: float = 320.0
     prompt_tokens: int = 200
     response_tokens: int = 300
+    group_responses: int = 8
 
     def __post_init__(self):
         for key in self.__dataclass_fields__:
@@ -296,8 +298,8 @@ class TrainConfig:
         )
         of_name = f"has no effect with objective.name={name}, which"
         _refuse(
-            self.data.quad_rows is QuadRows.first and on_quads,
-            f"data.quad_rows=first {of_name} takes whole quads; remove it",
+            self.data.quad_rows is QuadRows.first and objective.rows.kind not in ("pair", "sft"),
+            f"data.quad_rows=first {of_name} takes whole {objective.rows.kind}s; remove it",
         )
         _refuse(
             source is not ReferenceSource.auto and not objective.reference,

@@ -1,6 +1,7 @@
 """The objectives: log-probabilities in, one loss per example out. Nothing else happens here.
 
-Letters: Q quads, P pairs, E examples (either), 4 the members of a quad, always in the order
+Letters: Q quads, P pairs, E examples (either), G responses of a group, 4 the members of a quad,
+always in the order
     x1y1, x1y2, x2y2, x2y1        (columns 0, 1, 2, 3)
 `policy` and `reference` hold log pi(y|x) in nats, summed over the response's tokens, end-of-turn
 included. r = policy - reference is the log-ratio; only `policy` receives gradient. Every function
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -195,6 +197,56 @@ def sft_anchor(policy_Q4: Tensor, tokens_Q4: Tensor) -> Tensor:
     return -(policy_Q4[:, matched] / tokens_Q4[:, matched]).mean(1)
 
 
+# --- objectives on groups: a prompt, G responses that the reference sampled, and their rewards ----
+
+SMALLEST_STD = 1e-6  # added to a group's deviation: rewards that differ by rounding teach nothing
+
+
+def advantages(rewards_EG: Tensor) -> Tensor:
+    """A_i = (reward_i - mean) / (std + SMALLEST_STD) in each group, float64 [E, G], no gradient.
+
+    GRPO, arXiv 2402.03300, section 4.1.2; std is the root of the mean square over the G rewards.
+    They add up to 0, and are exactly 0 in a group whose rewards are equal: it teaches nothing.
+    """
+    rewards_EG = rewards_EG.detach().double()
+    centred_EG = rewards_EG - rewards_EG.mean(1, keepdim=True)
+    std_E1 = centred_EG.square().mean(1, keepdim=True).sqrt()
+    equal_E1 = rewards_EG.amax(1, keepdim=True) == rewards_EG.amin(1, keepdim=True)
+    return (centred_EG / (std_E1 + SMALLEST_STD)).masked_fill(equal_E1, 0)
+
+
+def grpo(
+    policy_EG: Tensor,
+    reference_EG: Tensor,
+    tokens_EG: Tensor,
+    rewards_EG: Tensor,
+    *,
+    clip: float,
+    kl_weight: float = 0.0,
+) -> Tensor:
+    """- mean_i [ min(s_i A_i, clamp(s_i, 1 - clip, 1 + clip) A_i) - kl_weight k_i ], by group. [E].
+
+    s_i = exp(m_i), m_i = (policy_i - reference_i) / tokens_i: the ratio of a whole response, as a
+        mean over its tokens (GSPO, arXiv 2507.18071, Eq. 5-7), so that summed log-probs suffice.
+    A_i = `advantages` of rewards_EG, float [E, G] (GRPO, arXiv 2402.03300).
+    k_i = exp(-m_i) - 1 + m_i >= 0: the estimator of GRPO's Eq. 4, of the mean instead of token by
+        token, which makes it a lower bound of theirs.
+
+    The reference has to be the policy that sampled the responses: where the policy equals it, s = 1
+    and the gradient is - mean_i A_i grad (mean log-prob of response i), GRPO's on-policy one. clip
+    > 0 is on the scale of a log-prob per token. What GRPO is blamed for stays (Dr. GRPO, arXiv
+    2503.20783): the std weights groups that nearly all pass or fail more, the mean long responses
+    less.
+    """
+    A_EG = advantages(rewards_EG).to(policy_EG.dtype)
+    m_EG = log_ratio(policy_EG, reference_EG, rewards_EG.shape[1]) / tokens_EG
+    s_EG = m_EG.exp()
+    surrogate_EG = torch.minimum(s_EG * A_EG, s_EG.clamp(1 - clip, 1 + clip) * A_EG)
+    if kl_weight:
+        surrogate_EG = surrogate_EG - kl_weight * ((-m_EG).expm1() + m_EG)
+    return -surrogate_EG.mean(1)
+
+
 # --- the table ------------------------------------------------------------------------------------
 
 
@@ -209,6 +261,8 @@ class Options:
     odds_weight: float = 0.1  # ORPO
     sft_weight: float = 0.0
     margin_per_constraint: float = 0.0
+    clip: float = 0.02  # GRPO: of a response's ratio to the reference, mean over its tokens
+    kl_weight: float = 0.0  # GRPO
 
 
 def _quad_margins(r_Q4: Tensor) -> dict[str, Tensor]:
@@ -226,11 +280,13 @@ def _quad_margins(r_Q4: Tensor) -> dict[str, Tensor]:
 class Rows:
     """What an example of an objective is made of.
 
-    kind: of the data's rows: quad | pair | sft.
-    members: names, in the order of the columns.
+    kind: of the data's rows: quad | pair | sft | group.
+    members: names, in the order of the columns; one name for all members of a group.
     responses: how many under each prompt; (2, 1) are two under the first and one under the second.
+        Groups have as many as the data says; these are those of a group that a quad holds.
     columns: of a quad's four log-probs, those that make the examples that a quad holds, one after
-        the other: a quad is one quad, two pairs or two sft rows.
+        the other: a quad is one quad, two pairs, two sft rows or two groups.
+    rewards: where the loss reads rewards, those of the members of an example that a quad holds.
     margins: log-ratios [E, members] -> what is reported of them, in nats, by name, `margin` first.
     """
 
@@ -239,6 +295,11 @@ class Rows:
     responses: tuple[int, ...]
     columns: tuple[int, ...]
     margins: Callable[[Tensor], dict[str, Tensor]] = lambda r_EM: {}
+    rewards: tuple[float, ...] = ()
+
+    def of_quads(self, values_Q4: Tensor) -> Tensor:
+        """Numbers of the members of quads as those of the examples in them, [E, responses]."""
+        return values_Q4[:, list(self.columns)].reshape(-1, sum(self.responses))
 
 
 QUAD = Rows("quad", MEMBERS, (2, 2), (X1Y1, X1Y2, X2Y2, X2Y1), _quad_margins)
@@ -251,6 +312,7 @@ PAIR = Rows(
     lambda r_P2: {"margin": r_P2[:, 0] - r_P2[:, 1]},
 )  # fmt: skip
 SINGLE = Rows("sft", ("y",), (1,), (X1Y1, X2Y2))
+GROUP = Rows("group", ("y",), (2,), (X1Y1, X1Y2, X2Y2, X2Y1), rewards=(1.0, 0.0))
 
 
 @dataclass(frozen=True)
@@ -258,7 +320,8 @@ class Objective:
     """An objective and everything that the program must know of it.
 
     loss: -> loss_E, of (policy_EM, reference_EM, link) if the objective compares the policy with a
-        reference, else of (policy_EM, tokens_EM, options).
+        reference, else of (policy_EM, tokens_EM, options); on groups of (policy_EM, reference_EM,
+        tokens_EM, rewards_EM, options).
     reads: the options that change it; another one that is set is refused.
     reference: whether it compares the policy with a reference.
     direction: dloss/dpolicy of an example is one scalar times this, whatever the log-probs are;
@@ -270,10 +333,6 @@ class Objective:
     reads: tuple[str, ...]
     reference: bool = False
     direction: tuple[int, ...] | None = None
-
-    @property
-    def members(self) -> int:
-        return len(self.rows.members)
 
 
 LINKED = ("beta", "link", "label_smoothing", "sft_weight")
@@ -293,6 +352,14 @@ OBJECTIVES = {
         PAIR, lambda policy, tokens, o: orpo(policy, tokens, weight=o.odds_weight), ("odds_weight",)
     ),
     "sft": Objective(SINGLE, lambda policy, tokens, o: sft(policy, tokens), ()),
+    "grpo": Objective(
+        GROUP,
+        lambda policy, reference, tokens, rewards, o: grpo(
+            policy, reference, tokens, rewards, clip=o.clip, kl_weight=o.kl_weight
+        ),
+        ("clip", "kl_weight"),
+        True,
+    ),
 }
 
 
@@ -301,25 +368,28 @@ def compute(
     policy_EM: Tensor,
     reference_EM: Tensor | None,
     tokens_EM: Tensor,
-    differing_E: Tensor,
+    facts: Tensor,
     options: Options,
 ) -> Tensor:
     """Loss per example [E] of the objective called `name`, float32.
 
     policy_EM, reference_EM: [E, members] as in OBJECTIVES; reference None where not needed.
-    tokens_EM: response tokens scored per member, integer. differing_E: constraints in which x1 and
-    x2 differ; with margin_per_constraint = g the argument of the sigmoid is beta m - g differing,
-    a margin that grows with the distance of the instructions (RPO, arXiv 2505.22172).
+    tokens_EM: response tokens scored per member, integer. facts: what the rows say; of groups the
+    rewards [E, members], of others the constraints in which x1 and x2 differ, [E]: with
+    margin_per_constraint = g the argument of the sigmoid is beta m - g differing, a margin that
+    grows with the distance of the instructions (RPO, arXiv 2505.22172).
     """
     smoothed = options.link in SMOOTHED_LINKS
     smoothing = {"label_smoothing": options.label_smoothing} if smoothed else {}
 
     def link(margin_E: Tensor) -> Tensor:
-        offset_E = options.margin_per_constraint * differing_E / options.beta
+        offset_E = options.margin_per_constraint * facts / options.beta
         return LINKS[options.link](margin_E - offset_E, beta=options.beta, **smoothing)
 
     objective = OBJECTIVES[name]
-    if objective.reference:
+    if objective.rows.rewards:
+        loss_E = objective.loss(policy_EM, reference_EM, tokens_EM, facts, options)
+    elif objective.reference:
         loss_E = objective.loss(policy_EM, reference_EM, link)
     else:
         loss_E = objective.loss(policy_EM, tokens_EM, options)

@@ -81,6 +81,8 @@ def test_unknown_keys_fail_by_name(override):
         ("objective.beta=-1", "objective.beta"),
         ("objective.name=ippo", "objective.name.*one of iopo"),
         ("objective.gamma=1", "objective.gamma=1.0 has no effect with objective.name=iopo"),
+        ("objective.clip=0.1", "objective.clip=0.1 has no effect .*used by grpo"),
+        ("objective.clip=1", "objective.clip: found 1.0, expected 0 < clip < 1"),
         ("objective.label_smoothing=0.5", "0 <= e < 0.5"),
         ("objective.link=exo", "more than 0 with objective.link=exo"),
         ("optim.warmup_ratio=1", "optim.warmup_ratio"),
@@ -108,6 +110,9 @@ def test_wrong_values_fail_by_name(override, message):
     ("objective", "override", "message"),
     [
         ("orpo", "objective.beta=0.2", "objective.beta=0.2 has no effect"),
+        ("grpo", "objective.beta=0.2", "objective.beta=0.2 has no effect"),
+        ("grpo", "data.quad_rows=first", "objective.name=grpo, which takes whole groups"),
+        ("grpo", "parallel.split_quads=true", "two prompts"),
         ("sft", "reference.source=live", "reference.source=live has no effect"),
     ],
 )

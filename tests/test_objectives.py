@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from helpers_models import tiny_llama
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
@@ -58,7 +58,7 @@ def test_iopo_by_hand():
     "name", ["iopo", "iopo_three", "input_preference", "output_preference", "dpo"]
 )
 def test_ln2_where_policy_is_reference(name):
-    logps = torch.randn(5, O.OBJECTIVES[name].members) * 50
+    logps = torch.randn(5, len(O.OBJECTIVES[name].rows.members)) * 50
     tokens = torch.full(logps.shape, 7)
     loss = compute(name, logps, logps.clone(), tokens, torch.zeros(5), Options())
     torch.testing.assert_close(loss, torch.full((5,), LN2), atol=1e-7, rtol=0)
@@ -119,6 +119,7 @@ def test_at_the_start_both_rows_and_input_preference_point_where_iopo_points():
     torch.testing.assert_close(grads[2], grads[0] / 2)
 
 
+OFF_POLICY = Options(clip=0.2, kl_weight=0.3)
 OPTIONS = [
     ("iopo", Options(link="sigmoid", label_smoothing=0.1, sft_weight=0.3)),
     ("iopo", Options(link="ipo")),
@@ -131,19 +132,20 @@ OPTIONS = [
     ("simpo", Options(beta=2.0, gamma=1.0)),
     ("orpo", Options()),
     ("sft", Options()),
+    ("grpo", OFF_POLICY),
 ]
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
 def test_gradients_match_finite_differences(name, options):
-    members = O.OBJECTIVES[name].members
+    members = sum(O.OBJECTIVES[name].rows.responses)
     torch.manual_seed(0)
     policy = (-20 * torch.rand(3, members, dtype=torch.float64) - 1).requires_grad_()
     reference = -20 * torch.rand(3, members, dtype=torch.float64) - 1
     tokens = torch.randint(3, 9, (3, members))
-    differing = torch.tensor([1, 2, 0])
+    facts = torch.rand(3, members) if name == "grpo" else torch.tensor([1, 2, 0])
     assert gradcheck(
-        lambda p: compute(name, p, reference, tokens, differing, options), (policy,), atol=1e-8
+        lambda p: compute(name, p, reference, tokens, facts, options), (policy,), atol=1e-8
     )
 
 
@@ -161,6 +163,96 @@ def test_direction_is_that_of_the_gradient(name, options):
     scalar = policy.grad[:, :1] / direction[0]
     assert (scalar != 0).all()
     torch.testing.assert_close(policy.grad, scalar * direction)
+
+
+group_values = st.integers(2, 6).flatmap(
+    lambda size: st.lists(st.lists(st.floats(-30, -1), min_size=size, max_size=size), min_size=3,
+                          max_size=3)
+)  # fmt: skip
+
+
+def group(numbers) -> tuple[torch.Tensor, ...]:
+    """policy (a leaf), reference, tokens and rewards [1, G] of three lists of numbers."""
+    policy, reference, rewards = torch.tensor(numbers, dtype=torch.float64)[:, None].unbind()
+    tokens = torch.arange(2, 2 + policy.shape[1])[None]
+    return policy.clone().requires_grad_(), reference, tokens, rewards
+
+
+def grpo_gradient(policy, reference, tokens, rewards, options=Options()):  # noqa: B008
+    loss = compute("grpo", policy, reference, tokens, rewards, options)
+    loss.sum().backward()
+    return loss.detach(), policy.grad
+
+
+def written_out(policy, reference, tokens, rewards, options) -> float:
+    """The loss of one group, response by response, in Python's numbers."""
+    policy, reference, tokens, rewards = (
+        x[0].tolist() for x in (policy, reference, tokens, rewards)
+    )
+    size, mean = len(rewards), sum(rewards) / len(rewards)
+    std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / size)
+    total = 0.0
+    for p, q, n, r in zip(policy, reference, tokens, rewards, strict=True):
+        advantage = (r - mean) / (std + 1e-6) if len(set(rewards)) > 1 else 0
+        ratio = math.exp((p - q) / n)
+        clipped = min(max(ratio, 1 - options.clip), 1 + options.clip)
+        kl = 1 / ratio - 1 - math.log(1 / ratio)
+        total += min(ratio * advantage, clipped * advantage) - options.kl_weight * kl
+    return -total / size
+
+
+@given(group_values)
+def test_grpo_and_its_gradient_are_those_of_the_written_out_sum(numbers):
+    policy, *rest = group(numbers)
+    loss, gradient = grpo_gradient(policy, *rest, OFF_POLICY)
+    assert loss.item() == pytest.approx(written_out(policy, *rest, OFF_POLICY), rel=1e-9, abs=1e-9)
+    for i in range(policy.shape[1]):
+        step = torch.zeros_like(policy)
+        step[0, i] = 1e-5
+        sides = [written_out(policy.detach() + s * step, *rest, OFF_POLICY) for s in (1, 0, -1)]
+        slopes = (sides[0] - sides[1]) / 1e-5, (sides[1] - sides[2]) / 1e-5
+        if math.isclose(*slopes, rel_tol=1e-2, abs_tol=1e-4):  # not at an edge of the clip
+            assert gradient[0, i].item() == pytest.approx(sum(slopes) / 2, rel=1e-2, abs=1e-4)
+
+
+@given(group_values)
+def test_advantages_sum_to_zero(numbers):
+    *_, rewards = group(numbers)
+    found = O.advantages(rewards)
+    assert found.sum().abs() < 1e-6 and found.abs().max() <= math.sqrt(found.shape[1])
+    assume(rewards.std() > 0.1)  # then neither the rewards' scale nor their offset matters
+    torch.testing.assert_close(O.advantages(3 * rewards + 1), found, atol=1e-4, rtol=1e-3)
+
+
+@given(group_values, st.floats(-1, 1))
+def test_a_group_with_equal_rewards_has_no_gradient(numbers, reward):
+    policy, reference, tokens, rewards = group(numbers)
+    equal = torch.full(rewards.shape, reward)  # float32, as rewards are read
+    assert not O.advantages(equal).any()
+    loss, gradient = grpo_gradient(policy, reference, tokens, equal)
+    assert loss.item() == 0 and not gradient.any()
+
+
+@given(group_values)
+def test_where_policy_is_reference_grpo_is_the_policy_gradient(numbers):
+    policy, _, tokens, rewards = group(numbers)
+    plain = policy.detach().clone().requires_grad_()
+    (-(O.advantages(rewards) * plain / tokens).mean(1)).sum().backward()
+    loss, gradient = grpo_gradient(policy, policy.detach(), tokens, rewards, OFF_POLICY)
+    torch.testing.assert_close(gradient, plain.grad)
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_grpo_stops_pushing_at_the_clip():
+    """A ratio of e per token: the good response is far enough up, the bad one is still pushed down
+    from there, and both are where they should be if each moved the other way."""
+    reference, tokens = torch.full((1, 2), -20.0), torch.tensor([[4, 4]])
+    for up, pushed in ((4.0, [False, True]), (-4.0, [True, False])):
+        policy = (reference + up).requires_grad_()
+        _, gradient = grpo_gradient(policy, reference, tokens, torch.tensor([[1.0, 0.0]]))
+        assert (gradient[0] != 0).tolist() == pushed
+    with pytest.raises(ValueError, match=r"\[examples, 3\]"):
+        grpo_gradient(reference.clone(), reference, tokens, torch.zeros(1, 3))
 
 
 def test_links_by_hand():
@@ -238,7 +330,7 @@ def test_a_new_objective_is_one_line_of_the_table(monkeypatch):
     model = tiny_llama(vocab=258, attention=SHARED)
     train_model = prepare(LogProbs(model), device=CPU, dtype=torch.float32, mesh=None)
     optimizer = torch.optim.SGD(train_model.parameters.values(), lr=0.1)
-    zeros = Reference(lambda rows, batch: torch.zeros(1, toy.members), "cache", "", 1.0)
+    zeros = Reference(lambda rows, batch: torch.zeros(1, 3), "cache", "", 1.0)
     (step,) = train_steps(job_of("toy", [example]), train_model, optimizer, zeros, first_step=1)
     assert set(step.reduce()) >= {"loss", "margin", "accuracy", "logratio/x2y1"}
 

@@ -2,17 +2,22 @@
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from iopo.data.columns import text_of
 
 OPTIONAL = {
     "quad": ("id", "system", "c1", "c2"), "pair": ("id", "system"), "sft": ("id", "system"),
+    "group": ("id", "system"),
 }  # fmt: skip
 # The two texts of each tuple must differ, or the row asks for nothing.
-DIFFERENT = {"quad": (("x1", "x2"), ("y1", "y2")), "pair": (("chosen", "rejected"),), "sft": ()}
-GOOD_ROW = {
+DIFFERENT: dict[str, tuple[tuple[str, str], ...]] = {
+    "quad": (("x1", "x2"), ("y1", "y2")), "pair": (("chosen", "rejected"),), "sft": (), "group": (),
+}  # fmt: skip
+GOOD_ROW: dict[str, dict[str, Any]] = {
     "quad": {
         "x1": "Name a fruit. Use capital letters only.",
         "y1": "APPLE",
@@ -21,6 +26,7 @@ GOOD_ROW = {
     },
     "pair": {"x": "Name a fruit.", "chosen": "An apple.", "rejected": "A chair."},
     "sft": {"x": "Name a fruit.", "y": "An apple."},
+    "group": {"x": "Name a fruit.", "responses": ["An apple.", "A chair."], "rewards": [1.0, 0.0]},
 }
 REQUIRED = {kind: tuple(row) for kind, row in GOOD_ROW.items()}
 # Names other projects give to our keys: a hint only, never read as if they were ours.
@@ -74,7 +80,7 @@ def kind_of(row: Mapping[str, object]) -> str | None:
 
 
 def check_row(row: Mapping[str, object], kind: str) -> list[str]:
-    """All faults of one decoded row of `kind` ("quad" | "pair" | "sft"); empty when it is good.
+    """All faults of one decoded row of `kind` (a key of GOOD_ROW); empty when it is good.
 
     Keys that belong to no kind and look like none of ours (`task`, `source`, `gen`, ...) are fine.
     """
@@ -88,6 +94,7 @@ def check_row(row: Mapping[str, object], kind: str) -> list[str]:
         key: text_of(value) for key in wanted if isinstance(value := row.get(key), str | tuple)
     }
     beside = [text for key, text in texts.items() if not key.startswith("x")]
+    beside += _texts(row["responses"]) if kind == "group" and "responses" in row else []
     used = ["\n".join((text, *beside)) for key, text in texts.items() if key.startswith("x")]
     faults += [
         f"{key!r} ({_short(row[key])}) is part of the prompt and would be lost: "
@@ -95,7 +102,11 @@ def check_row(row: Mapping[str, object], kind: str) -> list[str]:
         for key in lost(row, used or [""])
         if key not in typos
     ]
+    if kind == "group" and {"responses", "rewards"} <= row.keys():
+        faults += _group_faults(row["responses"], row["rewards"])
     for key in (*REQUIRED[kind], "id", "system"):
+        if key in ("responses", "rewards"):
+            continue
         if key in row and (row[key] is not None or key in REQUIRED[kind]):
             faults += _text_faults(key, row[key])
     for first, second in DIFFERENT[kind]:
@@ -142,6 +153,21 @@ def _text_faults(key: str, value: object) -> list[str]:
     if not value.strip():
         return [f"{key!r} is empty, expected text"]
     return []
+
+
+def _group_faults(responses: object, rewards: object) -> list[str]:
+    faults = []
+    texts = responses if isinstance(responses, list) else []
+    if len(texts) < 2 or not all(isinstance(text, str) for text in texts):
+        expected = "expected a list of two texts or more"
+        faults.append(f"'responses' is {_json_type(responses)} ({_short(responses)}), {expected}")
+    numbers: list[Any] = rewards if isinstance(rewards, list) else [None]
+    if not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
+        expected = "expected a list of finite numbers"
+        faults.append(f"'rewards' is {_json_type(rewards)} ({_short(rewards)}), {expected}")
+    if not faults and len(texts) != len(numbers):
+        faults.append(f"{len(texts)} 'responses' have {len(numbers)} 'rewards', expected one each")
+    return faults
 
 
 def _constraint_faults(key: str, value: object) -> list[str]:

@@ -110,6 +110,8 @@ def own_columns(row: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         return _from_sharegpt(out)
     if "x1" in row or "x2" in row:
         return _quad(out)
+    if "responses" in row:  # of a group: only its prompt may be messages
+        return _moved(out, "x", {}) if isinstance(row.get("x"), list) else (out, [])
     sources = {name: name for name in ("chosen", "rejected") if name in row}
     if not sources and (y := next((k for k in ("y", "completion", "messages") if k in row), None)):
         sources = {"y": y}

@@ -20,14 +20,17 @@ class Example:
     iopo_three  prompts (x1, x2), responses ((y1, y2), (y1,)): members x1y1, x1y2, x2y1
     pair        prompts (x,), responses ((chosen, rejected),)
     sft         prompts (x,), responses ((y,),)
+    group       prompts (x,), responses (as many as the file's rows have,)
     Responses end with the end-of-turn token, unless truncated.
     differing: how many constraints of x1 and x2 differ; 0 when the row does not say.
+    rewards: of the responses of a group.
     """
 
     id: str
     prompts: tuple[np.ndarray, ...]
     responses: tuple[tuple[np.ndarray, ...], ...]
     differing: int = 0
+    rewards: tuple[float, ...] = ()
 
     def members(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """(prompt, response) of each member."""
@@ -40,7 +43,7 @@ class Example:
 
 
 def content_key(example: Example) -> str:
-    """sha256 (hex) of the example's token ids and shape, whatever its id."""
+    """sha256 (hex) of the example's token ids and shape, whatever its id and rewards."""
     digest = hashlib.sha256()
     for prompt, responses in zip(example.prompts, example.responses, strict=True):
         digest.update(f"prompt {len(prompt)} {len(responses)} ".encode())

@@ -1,4 +1,4 @@
-"""Rows of text: what a quad, a pair and an sft row are, and how files of them are read and checked.
+"""Rows of text: what quads, pairs, sft rows and groups are, and how files of them are read.
 
 Every fault of a file is reported in one ValueError, before anything is tokenised or loaded.
 Rows of TRL and of the authors' release are read as ours (columns.py).
@@ -71,16 +71,28 @@ class Sft:
     system: str | None = None
 
 
-Row = Quad | Pair | Sft
+@dataclass(frozen=True, slots=True)
+class Group:
+    """An instruction, responses that a policy sampled, equal ones too, and the reward of each."""
+
+    id: str
+    x: Prompt
+    responses: list[str]
+    rewards: list[float]
+    system: str | None = None
+
+
+Row = Quad | Pair | Sft | Group
 T = TypeVar("T")
-CLASSES: dict[str, type[Quad] | type[Pair] | type[Sft]] = {"quad": Quad, "pair": Pair, "sft": Sft}
+CLASSES: dict[str, type[Row]] = {"quad": Quad, "pair": Pair, "sft": Sft, "group": Group}
 
 
 def read_rows(path: str | Path, kind: str | None = None) -> list[Row]:
     """The rows of a source (iopo/sources.py), in order.
 
-    kind: "quad" | "pair" | "sft", or None for the kind of the file's first readable row; one file
-    holds one kind. A row without an id gets the first 16 hex digits of the sha256 of its texts.
+    kind: "quad" | "pair" | "sft" | "group", or None for the kind of the file's first readable row;
+    one file holds one kind, its groups of one size. A row without an id gets the first 16 hex
+    digits of the sha256 of its texts.
     Raises ValueError that lists every bad row with its place, what was found and a good row.
     """
     try:
@@ -111,6 +123,11 @@ def read_rows(path: str | Path, kind: str | None = None) -> list[Row]:
             given = isinstance(decoded, dict) and decoded.get("id") is not None
             what = f"'id' {row.id!r} is that of" if given else "all texts are those of"
             faults.append(f"{what} {place_of_id[row.id]}, expected each row once")
+        if isinstance(row, Group) and rows and isinstance(first := rows[0], Group):
+            count, expected = len(row.responses), len(first.responses)
+            if count != expected:
+                where = f"as in {place_of_id[first.id]}"
+                faults.append(f"'responses' has {count} texts, expected {expected} {where}")
         if row is None or faults:
             bad.append(f"{place}: {'; '.join(faults)}")
             continue
@@ -132,8 +149,9 @@ def _row(decoded: dict[str, Any], kind: str | None) -> tuple[Row | None, list[st
     """One row under our keys, or None and its faults."""
     if kind is None:
         found = ", ".join(sorted(decoded)) or "(none)"
-        expected = "expected x1, y1, x2, y2 or x, chosen, rejected or x, y, or TRL's columns"
-        return None, [f"the row is neither quad, pair nor sft; found the keys {found}, {expected}"]
+        expected = "expected x1, y1, x2, y2 or x, chosen, rejected or x, y or x, responses, rewards"
+        found = f"found the keys {found}, {expected}, or TRL's columns"
+        return None, [f"the row is neither quad, pair, sft nor group; {found}"]
     if faults := checks.check_row(decoded, kind):
         return None, faults
     texts, options = checks.REQUIRED[kind], checks.OPTIONAL[kind]
@@ -145,7 +163,7 @@ def _row(decoded: dict[str, Any], kind: str | None) -> tuple[Row | None, list[st
 
 
 def rows_for(kind: str, rows: Sequence[Row], quad_rows: str = "both") -> list[Row]:
-    """The rows as an objective of `kind` ("quad" | "pair" | "sft") needs them.
+    """The rows as an objective of `kind` ("quad" | "pair" | "sft" | "group") needs them.
 
     A quad becomes two pairs, (x1, y1 over y2) and (x2, y2 over y1), or two sft rows, (x1, y1) and
     (x2, y2); with quad_rows="first" only the first of each (the authors' DPO and SFT baselines).
@@ -156,7 +174,7 @@ def rows_for(kind: str, rows: Sequence[Row], quad_rows: str = "both") -> list[Ro
     for row in rows:
         if isinstance(row, CLASSES[kind]):
             out.append(row)
-        elif isinstance(row, Quad):
+        elif isinstance(row, Quad) and kind in ("pair", "sft"):
             halves = ((row.x1, row.y1, row.y2), (row.x2, row.y2, row.y1))
             for n, (x, y, other) in enumerate(halves if quad_rows == "both" else halves[:1], 1):
                 pair = Pair(f"{row.id}/{n}", x, y, other, row.system)

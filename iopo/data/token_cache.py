@@ -21,7 +21,7 @@ from iopo.data.example import Example, Report
 from iopo.files import replacing, sha256_text
 
 Add = Callable[[Sequence[Example]], None]
-ROW = 2  # columns of `rows`, int64, before the segments' ends: the id's end, differing
+ROW = 2  # columns of `rows`, int64: the id's end, differing, the bits of rewards, segments' ends
 
 
 def key(parts: Sequence[object]) -> str:
@@ -50,11 +50,13 @@ class Examples(Sequence[Example]):
             meta = json.loads((folder / "meta.json").read_text())
             self.report = Report(**meta["report"])
             self.responses: tuple[int, ...] = tuple(meta["responses"])
+            self._row = ROW + meta["rewards"]  # columns before the segments' ends
             self._tokens, self._ids, rows = (
                 np.asarray(np.memmap(folder / name, dtype=dtype, mode="r"))
                 for name, dtype in (("tokens", "<i4"), ("ids", "u1"), ("rows", "<i8"))
             )
-            self._rows = rows.reshape(self.report.kept, ROW + sum(1 + n for n in self.responses))
+            columns = self._row + sum(1 + n for n in self.responses)
+            self._rows = rows.reshape(self.report.kept, columns)
             fits = self._rows[-1, [0, -1]].tolist() == [len(self._ids), len(self._tokens)]
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder}: {error}; delete this folder") from error
@@ -72,7 +74,8 @@ class Examples(Sequence[Example]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]  # IndexError beyond the end
-        id_end, differing, *ends = self._rows[index].tolist()
+        row = self._rows[index]
+        (id_end, differing), ends = row[:ROW].tolist(), row[self._row :].tolist()
         id_start, start = self._rows[index - 1, [0, -1]].tolist() if index else (0, 0)
         starts = iter(zip([start, *ends], ends, strict=False))
 
@@ -82,12 +85,14 @@ class Examples(Sequence[Example]):
 
         forest = [(segment(), tuple(segment() for _ in range(n))) for n in self.responses]
         prompts, responses = zip(*forest, strict=True)
-        return Example(bytes(self._ids[id_start:id_end]).decode(), prompts, responses, differing)
+        rewards = tuple(row[ROW : self._row].view("<f8").tolist())
+        name = bytes(self._ids[id_start:id_end]).decode()
+        return Example(name, prompts, responses, differing, rewards)
 
     def lengths(self) -> np.ndarray:
         """Tokens of each segment, int64 [N, prompts + responses]: a prompt, then its responses."""
         before = np.append(0, self._rows[:-1, -1])[:, None]
-        return np.diff(self._rows[:, ROW:], axis=1, prepend=before)
+        return np.diff(self._rows[:, self._row :], axis=1, prepend=before)
 
 
 def get(
@@ -115,7 +120,7 @@ def get(
 
 
 def _write(folder: Path, work: Callable[[Add], Report]) -> None:
-    shapes: set[tuple[int, ...]] = set()
+    shapes: set[tuple[tuple[int, ...], int]] = set()
     end = id_end = 0
     with (
         _on_disk(folder / "tokens") as tokens,
@@ -130,13 +135,17 @@ def _write(folder: Path, work: Callable[[Add], Report]) -> None:
                 ends = end + np.cumsum([*map(len, segments)], dtype=np.int64)
                 end, id_end = int(ends[-1]), id_end + ids.write(example.id.encode())
                 tokens.write(np.concatenate(segments).astype("<i4").tobytes())
-                rows.write(np.array([id_end, example.differing, *ends], dtype="<i8").tobytes())
-                shapes.add(tuple(map(len, example.responses)))
+                rewards = np.array(example.rewards, dtype="<f8").view("<i8")
+                row = [id_end, example.differing, *rewards, *ends]
+                rows.write(np.array(row, dtype="<i8").tobytes())
+                shapes.add((tuple(map(len, example.responses)), len(rewards)))
 
         report = work(add)
     assert len(shapes) == 1, "one file holds one kind of row"
+    responses, count = shapes.pop()
+    about = {"responses": responses, "rewards": count, "report": asdict(report)}
     with _on_disk(folder / "meta.json") as meta:
-        meta.write(json.dumps({"responses": shapes.pop(), "report": asdict(report)}).encode())
+        meta.write(json.dumps(about).encode())
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from iopo.data import token_cache
 from iopo.data.chat import Chat, special_texts, tokenizer_hash
 from iopo.data.columns import Prompt, last_turn, text_of
 from iopo.data.example import Example, Report, percentiles
-from iopo.data.rows import MAX_LISTED, Pair, Quad, Row
+from iopo.data.rows import MAX_LISTED, Group, Pair, Quad, Row
 from iopo.data.token_cache import Add, Examples
 from iopo.files import shortened
 from iopo.progress import progress
@@ -175,14 +175,16 @@ class Encoder:
             prompts = [self._cut_prompt(*cut) for cut in zip(prompts, trees, strict=True)]
             responses = [[ids[:most_y] for ids in ys] for ys in responses]
             for reason, both in ((EQUAL_PROMPTS, prompts), (EQUAL_RESPONSES, responses[0])):
-                if len(both) == 2 and np.array_equal(both[0], both[1]):
+                two = len(both) == 2 and not isinstance(row, Group)  # samples may be equal
+                if two and np.array_equal(both[0], both[1]):
                     outcome.dropped.append((reason, row.id))
                     return
             outcome.truncated += [(reason, row.id) for reason, _ in too_long]
         if any(merges for _, merges in after.values()):
             outcome.joint.append(row.id)
         forest = tuple(map(tuple, responses))
-        outcome.examples.append(Example(row.id, tuple(prompts), forest, _differing(row)))
+        rewards = tuple(row.rewards) if isinstance(row, Group) else ()
+        outcome.examples.append(Example(row.id, tuple(prompts), forest, _differing(row), rewards))
 
     def _until_end(self, ids: np.ndarray, text: str) -> np.ndarray:
         """Tokens of a response up to and including the first end-of-turn token."""
@@ -221,6 +223,8 @@ def _forest(row: Row, columns: tuple[int, ...]) -> tuple[tuple[Prompt, tuple[str
         return ((row.x1, under_x1), (row.x2, under_x2))
     if isinstance(row, Pair):
         return ((row.x, (row.chosen, row.rejected)),)
+    if isinstance(row, Group):
+        return ((row.x, tuple(row.responses)),)
     return ((row.x, (row.y,)),)
 
 

@@ -211,18 +211,19 @@ def score(
     rows_of = objectives.OBJECTIVES[job.objective].rows
     tokens_EM = batch.scored_M.view(batch.examples, batch.members)
     differing_E = torch.tensor([row.differing for row in rows], device=policy_EM.device)
-    if batch.members != len(rows_of.members):
-
-        def of_quads(values_Q4: Tensor) -> Tensor:
-            return values_Q4[:, list(rows_of.columns)].reshape(-1, len(rows_of.members))
-
-        policy_EM, tokens_EM = of_quads(policy_EM), of_quads(tokens_EM)
-        reference_EM = None if reference_EM is None else of_quads(reference_EM)
+    rewards_EM = None
+    if rows[0].rewards:
+        rewards_EM = torch.tensor([row.rewards for row in rows], device=policy_EM.device)
+    elif batch.members != sum(rows_of.responses):
+        policy_EM, tokens_EM = rows_of.of_quads(policy_EM), rows_of.of_quads(tokens_EM)
+        reference_EM = None if reference_EM is None else rows_of.of_quads(reference_EM)
         differing_E = differing_E.repeat_interleave(len(policy_EM) // len(rows))
-    loss_E = objectives.compute(
-        job.objective, policy_EM, reference_EM, tokens_EM, differing_E, job.options
-    )
-    return loss_E, metrics.per_example(rows_of, loss_E, policy_EM, reference_EM, tokens_EM)
+        if rows_of.rewards:
+            rewards_EM = policy_EM.new_tensor(rows_of.rewards).expand_as(policy_EM)
+    values = (policy_EM, reference_EM, tokens_EM)
+    facts = differing_E if rewards_EM is None else rewards_EM
+    loss_E = objectives.compute(job.objective, *values, facts, job.options)
+    return loss_E, metrics.per_example(rows_of, loss_E, *values, rewards_EM)
 
 
 @torch.no_grad()

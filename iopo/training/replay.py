@@ -64,8 +64,10 @@ def describe_example(
     norm = train_model.reduce_and_clip(float("inf")).item()
     train_model.zero_grad()
     lines = [f"{rows[0].id}  loss {loss_E.item():.6g}  gradient norm {norm:.6g}"]
-    names = objectives.OBJECTIVES[job.objective].rows.members
     ours = policy_EM[0].tolist()
+    names = objectives.OBJECTIVES[job.objective].rows.members
+    if rewards := rows[0].rewards:
+        names = tuple(f"y{n} ({reward:g})" for n, reward in enumerate(rewards, 1))
     theirs = [float("nan")] * len(ours) if reference_EM is None else reference_EM[0].tolist()
     for name, tokens, a, b in zip(names, batch.scored_M.tolist(), ours, theirs, strict=True):
         lines.append(f"  {name:9s} {tokens:5d} tokens  policy {a:12.4f}  reference {b:12.4f} nats")

@@ -26,7 +26,7 @@ META = {
     "config": {
         "run": "a",
         "seed": 0,
-        "objective": {"beta": 0.1},
+        "objective": {"name": "iopo", "beta": 0.1},
         "optim": {"lr": 1e-5, "max_steps": 10},
         "tracker": {"log_every_steps": 1},
         "data": {"train": "x.jsonl", "workers": 0},
@@ -49,6 +49,12 @@ def changed(**flat) -> dict:
 
 def test_the_same_run_has_nothing_to_report():
     assert check_resume(META, changed()) == []
+
+
+def test_an_option_of_another_objective_that_came_later_is_no_change():
+    assert check_resume(META, changed(config__objective__clip=0.02)) == []
+    with pytest.raises(ValueError, match="objective.link: None -> 'hinge'"):
+        check_resume(META, changed(config__objective__link="hinge"))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from iopo.data import checks
-from iopo.data.rows import Pair, Quad, Sft, read_rows, rows_for
+from iopo.data.rows import CLASSES, Pair, Quad, Sft, read_rows, rows_for
 from iopo.files import sha256_file
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ def error_of(path: Path, kind: str | None = None) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("kind", "cls"), [("quad", Quad), ("pair", Pair), ("sft", Sft)])
+@pytest.mark.parametrize(("kind", "cls"), CLASSES.items())
 def test_the_good_rows_of_the_messages_are_good(write, kind, cls):
     (row,) = read_rows(write(checks.GOOD_ROW[kind]))
     assert isinstance(row, cls)
@@ -177,7 +177,9 @@ def test_one_file_holds_one_kind(write):
         "; found the keys x, y", "", error_of(path)
     )
     assert "'chosen' is missing" in error_of(write(QUAD), "pair")
-    assert "neither quad, pair nor sft; found the keys text" in error_of(write({"text": "a"}))
+    assert "neither quad, pair, sft nor group; found the keys text" in error_of(
+        write({"text": "a"})
+    )
 
 
 def test_line_separators_inside_a_text_do_not_split_rows(write):
@@ -291,7 +293,7 @@ def test_turns_have_either_keys_and_either_roles(write, speaker, keys):
 
 
 @pytest.mark.parametrize("empty", ["", " \n\t", None])
-@pytest.mark.parametrize("kind", ["quad", "pair", "sft"])
+@pytest.mark.parametrize("kind", CLASSES)
 def test_an_empty_system_prompt_is_none(write, kind, empty):
     good = checks.GOOD_ROW[kind]
     assert read_rows(write({**good, "system": empty})) == read_rows(write(good))
@@ -327,7 +329,7 @@ def readme_blocks() -> list[tuple[str, str, str, str | None]]:
 
 def test_the_readme_shows_one_good_and_three_bad_rows_of_each_format():
     kinds = [(block[1], block[0]) for block in readme_blocks()]
-    for kind in ("quad", "pair", "sft", "sharegpt"):
+    for kind in (*CLASSES, "sharegpt"):
         assert kinds.count((kind, "good")) == 1 and kinds.count((kind, "bad")) == 3
 
 

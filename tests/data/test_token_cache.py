@@ -15,7 +15,7 @@ from iopo.data import token_cache, tokenize
 from iopo.data.batching import member_counts, member_tokens, token_counts, tokens
 from iopo.data.chat import Chat
 from iopo.data.example import Example, content_key
-from iopo.data.rows import Quad, rows_for
+from iopo.data.rows import Group, Quad, rows_for
 from iopo.data.token_cache import Examples
 from iopo.data.tokenize import Encoder, Limits, tokenize_file, tokenize_rows
 from iopo.objectives import THREE
@@ -32,7 +32,7 @@ def chat() -> Chat:
 def assert_same(first: Sequence[Example], second: Sequence[Example]) -> None:
     assert len(first) == len(second)
     for one_, other in zip(first, second, strict=True):
-        assert (one_.id, one_.differing) == (other.id, other.differing)
+        assert (one_.id, one_.differing, one_.rewards) == (other.id, other.differing, other.rewards)
         assert content_key(one_) == content_key(other)
 
 
@@ -49,7 +49,8 @@ def folders(cache: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "workers"), [("quad", 2), ("quad", 1), ("iopo_three", 1), ("pair", 1), ("sft", 1)]
+    ("kind", "workers"),
+    [("quad", 2), ("quad", 1), ("iopo_three", 1), ("pair", 1), ("sft", 1), ("group", 1)],
 )
 def test_the_mapped_file_holds_what_memory_holds(chat, tmp_path, monkeypatch, kind, workers):
     monkeypatch.setattr(tokenize, "BLOCK_ROWS", 3)  # the last block is not full
@@ -58,7 +59,10 @@ def test_the_mapped_file_holds_what_memory_holds(chat, tmp_path, monkeypatch, ki
         Quad(f"{n} 苹果", f"ask {n}", "a" * n, "ask", "b", c1=c1, c2=c2 if n % 2 else None)
         for n in range(1, 9)
     ]
-    rows = rows_for("quad" if kind == "iopo_three" else kind, quads)
+    if kind == "group":
+        rows = [Group(q.id, q.x1, [q.y1, "", q.y2], [n, 0.1, -1e-9]) for n, q in enumerate(quads)]
+    else:
+        rows = rows_for("quad" if kind == "iopo_three" else kind, quads)
     columns = THREE.columns if kind == "iopo_three" else tokenize.ALL_MEMBERS
     encoder = Encoder(chat, Limits(1000, 5), columns)
     alone, report = tokenize_rows(rows, encoder)

@@ -19,7 +19,7 @@ from iopo.data.layout import build_plain, build_shared
 from iopo.logprobs import LogProbs
 from iopo.model.load import tiny_causal_lm
 from iopo.model.parallel import TrainModel, prepare
-from iopo.objectives import PAIR, QUAD, SINGLE, THREE
+from iopo.objectives import GROUP, PAIR, QUAD, SINGLE, THREE
 from iopo.training.plan.cost import Sizes, communication, gpu_memory, sizes_of, states
 from iopo.training.plan.description import PlannedRun, describe
 from iopo.training.plan.lengths import example_of
@@ -266,9 +266,16 @@ def test_what_is_not_modelled_is_refused():
         plan_report(config("model.path=/nowhere"))
 
 
-@pytest.mark.parametrize("rows", [QUAD, THREE, PAIR, SINGLE])
+@pytest.mark.parametrize("rows", [QUAD, THREE, PAIR, SINGLE, GROUP])
 def test_example_of_every_kind(rows):
-    assert build_shared([example_of(rows, 3, 2)]).members == len(rows.members)
+    assert build_shared([example_of(rows, 3, 2)]).members == sum(rows.responses)
+
+
+def test_groups_are_planned_with_the_responses_assumed_of_them():
+    asked = ("objective=grpo", "data.train=groups.jsonl", "plan_for.group_responses=3")
+    plan = plan_report(small_config(*asked))
+    of_plan = plan.cfg.plan_for
+    assert plan.work.tokens == of_plan.prompt_tokens + 3 * of_plan.response_tokens
 
 
 def test_planned_models_have_the_parameters_of_real_ones():

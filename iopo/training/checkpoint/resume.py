@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import fields
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from iopo.config import Resume, TrainConfig, plain
 from iopo.model.identity import differing
 from iopo.model.load import dtype_name
 from iopo.model.parallel import TrainModel
+from iopo.objectives import OBJECTIVES, Options
 from iopo.progress import progress
 from iopo.redact import redact
 from iopo.training import setup
@@ -82,7 +84,10 @@ def check_resume(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[s
             for what in differing(began, is_now)
         ]
     old, new = flatten(saved["config"]), flatten(current["config"])
-    for key in sorted(old.keys() | new.keys()):
+    # Options that the objective does not read are at their defaults, and were before they existed.
+    reads = OBJECTIVES[current["config"]["objective"]["name"]].reads
+    unread = {f"objective.{of.name}" for of in fields(Options) if of.name not in reads}
+    for key in sorted((old.keys() | new.keys()) - unread):
         before, now = old.get(key), new.get(key)
         if before == now:
             continue

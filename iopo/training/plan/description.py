@@ -1,6 +1,6 @@
 """What the plan of a run needs from its config, in one place."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -51,10 +51,13 @@ def describe(cfg: TrainConfig) -> PlannedRun:
     check_sharding(parallel, ranks)
     sharded = shards(cfg.model.lora, parallel, ranks)
     kind = objectives.OBJECTIVES[cfg.objective.name]
+    rows = kind.rows
+    if rows.kind == "group":  # as many as the data says, if it is here
+        rows = replace(rows, responses=(cfg.plan_for.group_responses,))
     device_type = "cpu" if parallel.device is Device.cpu else "cuda"
     return PlannedRun(
         cfg=cfg,
-        rows=kind.rows,
+        rows=rows,
         reference=cfg.reference.source if kind.reference else None,
         batching=batching(cfg.optim, cfg.data.layout, cfg.seed, ranks),
         splitting=splitting(cfg, ranks),

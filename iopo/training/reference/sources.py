@@ -15,7 +15,6 @@ import transformers
 from torch import Tensor
 
 import iopo
-from iopo import objectives
 from iopo.config import DataConfig, ModelConfig, ReferenceConfig
 from iopo.data.batching import member_counts
 from iopo.data.layout import Batch
@@ -104,7 +103,7 @@ def cached(cache: Cache, job: Job, model: TrainModel, recheck_rows: int) -> Refe
 
     if len(others := cache.nearest()) == 1:  # a cache that differs in more is of another run
         log.info(f"reference: a new cache; one that is there differs in its {others[0]} alone")
-    members = objectives.OBJECTIVES[job.objective].members
+    members = len(job.examples[0].members())
     rows = fill(cache, job.examples, members, score, batching)
     rows = rows | fill(cache, job.heldout, len(MEMBERS), score, batching)
     rounds = model.dtype is torch.bfloat16

@@ -16,7 +16,7 @@ PANELS = [
      0.0),
     ("Accuracy (margin > 0)", ["accuracy"], 0.5),
     ("Log-ratio to the reference (nats)",
-     [f"logratio/{m}" for m in ("x1y1", "x1y2", "x2y2", "x2y1", "chosen", "rejected")], 0.0),
+     [f"logratio/{m}" for m in ("x1y1", "x1y2", "x2y2", "x2y1", "chosen", "rejected", "y")], 0.0),
     ("Held-out preferences of the policy", ["group_accuracy", "x_preference", "y_preference"], 0.5),
     ("Gradient norm", ["grad_norm"], None),
 ]  # fmt: skip
