@@ -8,10 +8,12 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from iopo.constraints import Constraint, follows, from_dict
+from iopo.constraints import MEASURED_KINDS, Constraint, follows, from_dict, make
 from iopo.constraints.text import han_characters
+from iopo.construct.contrast import measured
 from iopo.construct.cousins import Asked, distractors
-from iopo.construct.proposals import measured
+
+_ALWAYS = ("at least", 1)
 
 
 class Listed:
@@ -66,7 +68,7 @@ class Listed:
         """One constraint with other parameters, in the same wording."""
         for i in rng.sample(range(len(self.constraints)), len(self.constraints)):
             old = self.constraints[i]
-            found = [*old.alternatives(rng), *measured(self.response, self.other, (old.kind,))]
+            found = [*old.alternatives(rng), *self._measured(old.kind)]
             rng.shuffle(found)
             for new in found:
                 if new.kind != old.kind or new in self.constraints:
@@ -76,6 +78,12 @@ class Listed:
                     texts = [*self.texts[:i], self._in_wording(i, new, rng), *self.texts[i + 1 :]]
                     return self._asked(texts, constraints)
         return "no other parameters that a text follows together with its own"
+
+    def _measured(self, kind: str) -> list[Constraint]:
+        """Constraints of the kind that the response follows, save those that all texts do."""
+        found = measured(kind, self.response, self.other) if kind in MEASURED_KINDS else []
+        made = [make(kind, **params) for params in found]
+        return [c for c in made if (c.params.get("relation"), c.params.get("number")) != _ALWAYS]
 
     def _can_be_followed(
         self, constraints: Sequence[Constraint], new: Constraint, rng: random.Random

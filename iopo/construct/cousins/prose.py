@@ -107,12 +107,14 @@ class Prose:
         spans = sorted(set(chain.from_iterable(self.about)), reverse=True)
         if not spans:
             return "no sentence found that is about a constraint"
-        text = self.prompt
-        for span in spans:
-            text = (
-                text[: span.start] + _reworded(span.of(text), self._words(), rng) + text[span.end :]
-            )
-        return "no rule for its words" if text == self.prompt else replace(self.asked, prompt=text)
+        for share in (RULE_SHARE, 1):  # all rules, where the draw took none
+            text = self.prompt
+            for span in spans:
+                said = _reworded(span.of(text), self._words(), share, rng)
+                text = _put(text, span, said)
+            if text != self.prompt:
+                return replace(self.asked, prompt=text)
+        return "no rule for its words"
 
     def _words(self) -> list[str]:
         """The constraints' own words, which no rule may change."""
@@ -145,16 +147,22 @@ class Prose:
 
     def _units(self) -> Iterator[Span]:
         """Sentences, with those that go on with them, that may trade places."""
-        about = {spans[0] for spans in self.about if len(spans) == 1}
+        about = {
+            spans[0]: re.compile(ABOUT[name], re.IGNORECASE)
+            for name, spans in zip(self.asked.ids, self.about, strict=True)
+            if len(spans) == 1
+        }
         for place, span in enumerate(self.spans):
-            text = span.of(self.prompt)
-            end = place + 1
-            while end < len(self.spans) and CONTINUES.match(self.spans[end].of(self.prompt)):
-                end += 1
-            unit = Span(span.start, self.spans[end - 1].end)
-            whole = unit.of(self.prompt)
-            ended = whole[-1] in '.!?"”' and not text.endswith((":", "P.S.")) and "\n" not in whole
-            if span in about and RULE_OPENING.match(text) and ended:
+            if span not in about or not RULE_OPENING.match(span.of(self.prompt)):
+                continue
+            later = place + 1
+            while later < len(self.spans) and CONTINUES.match(self.spans[later].of(self.prompt)):
+                later += 1
+            unit = Span(span.start, self.spans[later - 1].end)
+            text = unit.of(self.prompt)
+            ended = text[-1] in '.!?"”' and "\n" not in text and not text.endswith("P.S.")
+            more = later < len(self.spans) and self.spans[later] not in about
+            if ended and not (more and about[span].search(self.spans[later].of(self.prompt))):
                 yield unit
 
     def distractor(self, rng: random.Random) -> Asked | str:
@@ -228,7 +236,7 @@ def _places(text: str, word: str) -> list[Span]:
 # --- other words ---------------------------------------------------------------------------------
 
 
-def _reworded(sentence: str, words: list[str], rng: random.Random) -> str:
+def _reworded(sentence: str, words: list[str], share: float, rng: random.Random) -> str:
     fixed: list[str] = []
 
     def mask(match: re.Match[str]) -> str:
@@ -240,7 +248,7 @@ def _reworded(sentence: str, words: list[str], rng: random.Random) -> str:
         text = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", mask, text, flags=re.IGNORECASE)
     for pattern, others in RULES:
         new = rng.choice(others)
-        if (match := pattern.search(text)) and rng.random() < RULE_SHARE:
+        if (match := pattern.search(text)) and rng.random() < share:
             said = match.expand(new)
             said = said[:1].upper() + said[1:] if match.group()[:1].isupper() else said
             text = text[: match.start()] + said + text[match.end() :]

@@ -70,7 +70,8 @@ REWORDINGS: tuple[tuple[str, tuple[str, ...]], ...] = (
     # numbers
     (rf"at least {_N}\b", (r"no fewer than \1", r"a minimum of \1")),
     (rf"{_N} or more\b", (r"at least \1",)),
-    (rf"(?<!no )less than {_N}\b", (r"fewer than \1", r"under \1")),
+    (rf"(?<!no )less than {_N}\b(?! times)", (r"fewer than \1", r"under \1")),
+    (rf"(?<!no )less than {_N} times\b", (r"fewer than \1 times",)),
     (rf"(?<!no )fewer than {_N}\b", (r"less than \1",)),
     (r"less than twice\b", ("fewer than two times",)),
     (rf"at most {_N}\b", (r"no more than \1",)),
@@ -178,7 +179,7 @@ REWORDINGS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"must contain\b", ("should have", "has to contain")),
     (r"make sure to\b", ("be sure to",)),
     (r"make sure (?:that )?(?!to\b)", ("see to it that ",)),
-    (r"please ", ("",)),
+    (r"you are not allowed to\b", ("you must not",)),
 )
 RULES = tuple(
     (re.compile(rf"(?<![\w-]){pattern}", re.IGNORECASE), others) for pattern, others in REWORDINGS
