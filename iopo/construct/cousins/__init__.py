@@ -48,13 +48,14 @@ class Asked:
 def distractors(
     prompt: str, constraints: Sequence[Constraint], rng: random.Random
 ) -> Iterator[Constraint]:
-    """Constraints that may be added to these, in random order."""
+    """Constraints that may be added to these, in random order; to a fixed answer only bans."""
     said = set(cut.lower_words(prompt))
     unsaid = [word for word in COMMON_WORDS if word not in said]
     found = [make("forbid_words", words=[word]) for word in rng.sample(unsaid, min(2, len(unsaid)))]
-    found += [make("include_words", words=[w]) for w in rng.sample(NEUTRAL_WORDS, 2)]
     found.append(make("exclamations", relation="exactly", number=0))
-    found.append(make("highlights", relation="at least", number=rng.randint(1, 2)))
+    if not any(constraint.kind == "constrained_response" for constraint in constraints):
+        found += [make("include_words", words=[w]) for w in rng.sample(NEUTRAL_WORDS, 2)]
+        found.append(make("highlights", relation="at least", number=rng.randint(1, 2)))
     rng.shuffle(found)
     for new in found:
         if all(fit_together(new, old) for old in constraints):

@@ -135,9 +135,7 @@ class Prose:
             held = POINTS_BACK.search(unit.of(text)) or ADDS.match(after.lstrip())
             if not before.strip() or held:
                 return "its only constraint cannot stand first"
-            moved = re.sub(r"^also,? ", "", unit.of(text), flags=re.IGNORECASE)
-            rest = (before + after).strip()
-            return replace(self.asked, prompt=f"{moved[0].upper()}{moved[1:]} {rest}")
+            return replace(self.asked, prompt=f"{unit.of(text)} {(before + after).strip()}")
         order = rng.sample(units, len(units))
         if order == units:
             order = order[1:] + order[:1]
@@ -147,11 +145,10 @@ class Prose:
 
     def _units(self) -> Iterator[Span]:
         """Sentences, with those that go on with them, that may trade places."""
-        about = {
-            spans[0]: re.compile(ABOUT[name], re.IGNORECASE)
-            for name, spans in zip(self.asked.ids, self.about, strict=True)
-            if len(spans) == 1
-        }
+        about: dict[Span, str] = {}  # of a sentence: what others about the same things say
+        for name, spans in zip(self.asked.ids, self.about, strict=True):
+            if len(spans) == 1:
+                about[spans[0]] = f"{about.get(spans[0], '(?!)')}|{ABOUT[name]}"
         for place, span in enumerate(self.spans):
             if span not in about or not RULE_OPENING.match(span.of(self.prompt)):
                 continue
@@ -161,8 +158,8 @@ class Prose:
             unit = Span(span.start, self.spans[later - 1].end)
             text = unit.of(self.prompt)
             ended = text[-1] in '.!?"”' and "\n" not in text and not text.endswith("P.S.")
-            more = later < len(self.spans) and self.spans[later] not in about
-            if ended and not (more and about[span].search(self.spans[later].of(self.prompt))):
+            after = [s.of(self.prompt) for s in self.spans[later : later + 1] if s not in about]
+            if ended and not any(re.search(about[span], s, re.IGNORECASE) for s in after):
                 yield unit
 
     def distractor(self, rng: random.Random) -> Asked | str:
