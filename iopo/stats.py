@@ -107,7 +107,8 @@ def bootstrap(
 
 def ratios(numerator_N: Array, denominator_N: Array, index_RN: NDArray[np.int64]) -> Array:
     """Sum of the numerators over sum of the denominators [R] in resamples of units."""
-    return numerator_N[index_RN].sum(1) / denominator_N[index_RN].sum(1)
+    with np.errstate(invalid="ignore"):  # 0 / 0, where no drawn unit counts
+        return numerator_N[index_RN].sum(1) / denominator_N[index_RN].sum(1)
 
 
 def resample(

@@ -32,6 +32,7 @@ __all__ = [
     "from_function",
     "from_id",
     "from_ifeval",
+    "from_name",
     "loose_variants",
     "make",
 ]
@@ -72,6 +73,16 @@ def from_dict(row: Mapping[str, Any]) -> Constraint:
         )
     given = {name: value for name, value in row["params"].items() if value is not None}
     return make(row["kind"], **given)
+
+
+def from_name(name: str, kwargs: Mapping[str, Any]) -> Constraint:
+    """The constraint of an id of IFEval with its kwargs, or of a kind with its parameters.
+
+    Raises ValueError as `from_ifeval` and `from_dict` do.
+    """
+    if name in KINDS:
+        return from_dict({"kind": name, "params": kwargs})
+    return from_ifeval(name, kwargs)
 
 
 def compatible(constraints: Iterable[Constraint]) -> bool:

@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from iopo.evaluation import scoring
-from iopo.evaluation.report import number, scale_of
+from iopo.evaluation.report import better, number, scale_of
 from iopo.evaluation.scoring import Difference
 from iopo.files import read_records, write_text
-from iopo.stats import RESAMPLES, Estimate, shown
+from iopo.stats import RESAMPLES, Estimate, shown, word
 
 # Distinct in hue and in lightness, so that they survive printing in grey.
 COLOURS = ("#2b5c8a", "#d9822b", "#5fa55a", "#9c3d54", "#8a7cc2", "#7f8c8d", "#c9b037", "#3aa6a6")
@@ -79,10 +79,8 @@ def _difference_cells(name: str, row: Difference) -> list[str]:
     a, b = (f"{scale * value:.{digits}f}" for value in (row.a, row.b))
     gain: Estimate = {"value": row.difference, "low": row.low, "high": row.high, "n": row.units}
     test = "" if row.p is None else f"{row.only_a} / {row.only_b}, p = {row.p:.3g}"
-    if row.low > 0:
-        verdict = "B is better"
-    else:
-        verdict = "A is better" if row.high < 0 else "no difference shown"
+    gained = word(gain, better(row.metric))
+    verdict = {"gain": "B is better", "loss": "A is better"}.get(gained, "no difference shown")
     cells = [name, row.metric, str(row.units), a, b, shown(gain, scale, digits, "+")]
     return [*cells, test, verdict]
 
@@ -95,7 +93,8 @@ def draw_differences(found: dict[str, list[Difference]], path: Path) -> None:
     axes = figure.subplots()
     axes.axvline(0, color=GREY, linewidth=1)
     for position, (_, row) in enumerate(rows):
-        colour = COLOURS[0] if row.low > 0 else COLOURS[3] if row.high < 0 else GREY
+        better_side, worse_side = (COLOURS[0], COLOURS[3])[:: better(row.metric)]
+        colour = better_side if row.low > 0 else worse_side if row.high < 0 else GREY
         axes.plot([100 * row.low, 100 * row.high], [position, position], color=colour)
         axes.plot(100 * row.difference, position, "o", color=colour)
         axes.annotate(

@@ -142,7 +142,7 @@ class EvaluateConfig:
     judge: JudgeSection = field(default_factory=JudgeSection)
     responses: ResponsesSection = field(default_factory=ResponsesSection)
     out: str | None = None  # null: runs/evaluate/<benchmark>/<model>
-    limit: int | None = None  # only so many items, spread evenly over the file
+    limit: int | None = None  # only so many items (prompts with their cousins), spread evenly
     plan: bool = False  # print requests, tokens and cost, then stop; no server or model is touched
     bootstrap: int = BOOTSTRAP  # resamples behind each interval
     seed: int = 0  # of the bootstrap

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from iopo.files import given_records, shortened
@@ -33,6 +34,12 @@ class Item:
     id: str
     messages: tuple[dict[str, str], ...]
     row: dict[str, Any]  # the row of the data file
+
+    @property
+    def group(self) -> str:
+        """The id of the prompt that it is a cousin of, else its own."""
+        of = self.row.get("cousin_of")
+        return self.id if of is None else str(whole(of))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +112,7 @@ def locate(source: Source, path: str | None) -> Path:
     return found
 
 
-def read_rows(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
+def read_rows(path: Path, fields: Mapping[str, type | UnionType]) -> list[dict[str, Any]]:
     """The rows of a data file; a whole number that is written as 1.0 is an int.
 
     Raises ValueError naming the first rows that lack a field or hold another type there.
@@ -114,11 +121,12 @@ def read_rows(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
     errors = []
     for place, row in rows:
         for name, kind in fields.items():
-            if kind is int and name in row:
+            if kind not in (str, list, dict) and name in row:
                 row[name] = whole(row[name])
             if not isinstance(row.get(name), kind):
                 found = type(row[name]).__name__ if name in row else "nothing"
-                errors.append(f"{place}: {name}: found {found}, expected {kind.__name__}")
+                expected = getattr(kind, "__name__", kind)
+                errors.append(f"{place}: {name}: found {found}, expected {expected}")
     if errors or not rows:
         listed = [*shortened(errors, 10), f"{path}: {len(rows)} rows; the right file?"]
         raise ValueError("\n".join(listed))
@@ -175,7 +183,8 @@ def add(table: Measures, metric: str, unit: str, value: float, weight: float = 1
 def strict_and_loose(items: list[Item], verdicts: list[Verdict]) -> Measures:
     """IFEval's measures, and IFBench's: prompt level (all instructions) and instruction level
     (micro), strict and loose, and by kind of instruction. Beside them the share that answers, as
-    far as the text says, and that of each reason why one does not."""
+    far as the text says, that of each reason why one does not, and the share that follows all
+    (strict) and answers."""
     table: Measures = {}
     reasons = sorted({reason for row in verdicts for reason in row["hollow"]})
     for item, row in zip(items, verdicts, strict=True):
@@ -184,7 +193,9 @@ def strict_and_loose(items: list[Item], verdicts: list[Verdict]) -> Measures:
             add(table, f"instruction_{mode}", item.id, sum(row[mode]), len(row[mode]))
             for name, held in zip(item.row["instruction_id_list"], row[mode], strict=True):
                 add(table, f"{mode}/{name}", item.id, held)
-        add(table, "answers", item.id, float(not row["hollow"]))
+        answers = not row["hollow"]
+        add(table, "follows_and_answers", item.id, float(answers and all(row["strict"])))
+        add(table, "answers", item.id, float(answers))
         for reason in reasons:
             add(table, f"hollow/{reason}", item.id, float(reason in row["hollow"]))
     return table

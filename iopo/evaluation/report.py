@@ -48,6 +48,11 @@ def scale_of(metric: str) -> tuple[float, int]:
     return (1, 2) if metric.startswith("CSL") else (100, 1)
 
 
+def better(metric: str) -> int:
+    """1 where more is better, -1 where less is."""
+    return -1 if metric.startswith("drop") else 1
+
+
 def number(metric: str, entry: Any) -> str:
     """A score as text, in percent (CSL: in levels): 12.3 [10.1, 14.9]."""
     return "not read" if entry["value"] is None else stats.shown(entry, *scale_of(metric))

@@ -47,7 +47,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise ValueError(f"+benchmark={name} is scored by code and asks no judge; remove judge")
     path = locate(benchmark.source, config.data.path)
     everything = benchmark.load(path)
-    items = spread(everything, config.limit)
+    groups: dict[str, list[Item]] = {}  # a prompt and its cousins are taken together
+    for item in everything:
+        groups.setdefault(item.group, []).append(item)
+    items = [item for group in spread(list(groups.values()), config.limit) for item in group]
     answers = None
     if config.responses.path is not None:
         known = {item.id for item in everything}

@@ -17,7 +17,7 @@ from iopo.stats import Units
 
 
 def summarise(table: Measures, *, resamples: int, seed: int) -> dict[str, dict[str, Any]]:
-    """{metric: {"value", "low", "high", "n", "method"}}, n the number of units.
+    """{metric: {"value", "low", "high", "n", "method"}}, n the number of units that have a weight.
 
     Shares of equally weighed units get Wilson's interval, and so does any share of exactly 0 or 1;
     everything else a bootstrap over units, so that the constraints of one item stay together.
@@ -151,6 +151,7 @@ def _ratios(units_U2: stats.Array, index_RU: NDArray[np.int64]) -> stats.Array:
 
 
 def _estimate(units_U2: stats.Array, *, resamples: int, seed: int) -> dict[str, Any]:
+    units_U2 = units_U2[units_U2[:, 1] > 0]  # a unit without weight says nothing about the ratio
     count = len(units_U2)
     if _is_share(units_U2):
         right = int(round(float((units_U2[:, 0] / units_U2[:, 1]).sum())))
