@@ -20,7 +20,7 @@ from typing import Any
 from iopo.constraints import Constraint, follows, from_dict
 from iopo.constraints import text as cut
 from iopo.constraints.marks import Commas
-from iopo.construct.proposals import CLOSINGS, OPENINGS
+from iopo.construct.proposals import CLOSINGS, OPENINGS, unseen, value_of
 from iopo.construct.quadruples import four_cells
 from iopo.construct.tasks import INPUT_MARK, Task
 from iopo.data.rows import spread
@@ -51,11 +51,12 @@ def make(
     if shared:
         raise ValueError(f"{len(shared)} tasks are in {train} and in a held-out file; nothing made")
     tests = spread(tests, test)
-    seen = {_name(c) for row in own for c in (*row["c1"], *row["c2"])}
+    seen = {value_of(c) for row in own for c in (*row["c1"], *row["c2"])}
+    kinds = {kind for kind, _ in seen}
     files = {
         "train": own,
         "validation": [row | {"split": "validation"} for row in apart],
-        "test": [row | {"split": unseen(row, seen)} for row in tests],
+        "test": [row | {"split": unseen(row, seen, kinds)} for row in tests],
         "worse": [pair for row in own for pair in worse_pairs(row)],
         "add_delete": [add_delete(row) for row in own],
     }
@@ -69,14 +70,6 @@ def make(
     }
     (out / "counts.json").write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
     return counts
-
-
-def unseen(row: Row, seen: set[tuple[str, str]]) -> str:
-    """What training, which had the constraints `seen`, never saw of a row."""
-    asked = {_name(c) for c in (*row["c1"], *row["c2"])}
-    if {kind for kind, _ in asked} - {kind for kind, _ in seen}:
-        return "unseen_kinds"
-    return "unseen_params" if asked - seen else "seen"
 
 
 # --- DPO's pairs: the same response with a constraint broken --------------------------------------
@@ -211,7 +204,3 @@ def _read(path: Path) -> list[Row]:
 def _task(row: Row) -> Task:
     description, _, text = row["task"].partition(INPUT_MARK)
     return Task(description, text or None)
-
-
-def _name(constraint: Row) -> tuple[str, str]:
-    return constraint["kind"], json.dumps(constraint["params"], sort_keys=True)
