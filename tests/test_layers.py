@@ -11,13 +11,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # A file imports only from its own part and from those that stand before it.
 ORDER = [
-    "progress", "sources", "files", "redact", "stats", "page", "objectives", "config", "entry",
+    "progress", "sources", "files", "jobs", "redact", "stats", "page", "objectives", "config", "entry",
     "constraints", "data", "kernels", "model", "logprobs", "agreement", "training", "evaluation",
     "construct", "rounds", "experiments",
 ]  # fmt: skip
 ENTRY_POINTS = ("train.py", "evaluate.py")
 HYDRA_ONLY_IN = {
     *("entry.py", "construct/__main__.py", "training/reference/__main__.py"),
+    "rounds/__main__.py",
     "training/launch/sweep_names.py",  # a callback, which Hydra calls
 }
 OPERATORS = ("iopo.kernels", "iopo.model.attention")  # their arguments are given from outside

@@ -10,7 +10,7 @@ import json
 import logging
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -21,13 +21,14 @@ from iopo.constraints.answers import hollow
 from iopo.constraints.text import after_thinking
 from iopo.construct import importers, require
 from iopo.construct.audit import Checks, constraints_of, kind_of, verdicts
+from iopo.construct.proposals import Value, value_of
 from iopo.construct.quadruples import Candidate, follow_jobs, followed, to_row
 from iopo.construct.relabel import SPLITS, Relabeller, RelabelRecipe, split_of
 from iopo.construct.responses import Sampler, endpoint_sampler, model_sampler, sample_all
 from iopo.construct.tasks import Task, digest
 from iopo.construct.verify import verify
 from iopo.data.rows import Pair
-from iopo.evaluation.config import EndpointSection
+from iopo.evaluation.config import EndpointSection, ModelSection
 from iopo.files import given_records, write_records, write_text
 
 log = logging.getLogger(__name__)
@@ -60,18 +61,18 @@ class IfSeedsRecipe:
         """The server of `endpoint`, or the model at `model_path`."""
         if self.endpoint.base_url is not None:
             return endpoint_sampler(self.endpoint, self.max_new_tokens, self.temperature)
-        how = (self.max_new_tokens, self.temperature, self.top_p, self.template_options)
-        return model_sampler(self.model_path, *how)
+        section = ModelSection(self.model_path, template_options=self.template_options)
+        return model_sampler(section, self.max_new_tokens, self.temperature, self.top_p)
 
 
 @dataclass(frozen=True)
 class Seed:
-    """A prompt, its constraints, and the prompt without them where their wording is known."""
+    """A prompt, its constraints, and the task without them where their wording is known."""
 
     id: str
     prompt: str
     checks: Checks
-    bare: str | None
+    task: Task | None
 
     @property
     def constraints(self) -> tuple[Constraint, ...]:
@@ -95,7 +96,7 @@ def read_checkable(source: str, limit: int | None) -> tuple[list[Seed], Counter[
         bare = None
         if isinstance(said, str) and said.strip() and said.strip() in prompt:
             bare = " ".join(prompt.replace(said.strip(), " ").split(" ")).strip() or None
-        seed = Seed(digest(prompt), prompt, checks, bare)
+        seed = Seed(digest(prompt), prompt, checks, None if bare is None else Task(bare))
         if seed.id in seeds:
             dropped["repeated prompt"] += 1
         elif limit is None or len(seeds) < limit:
@@ -103,19 +104,55 @@ def read_checkable(source: str, limit: int | None) -> tuple[list[Seed], Counter[
     return list(seeds.values()), dropped
 
 
-def candidates(seeds: list[Seed], seed: int) -> Iterator[Candidate]:
-    """Pairs of instructions, the second with one constraint replaced by one that excludes it."""
-    for source in seeds:
-        rng = random.Random(f"{seed}/{source.id}")
-        own = source.constraints
-        found = [
-            (*own[:n], other, *own[n + 1 :])
-            for n, constraint in enumerate(own)
-            for other in constraint.alternatives(rng)
-        ]
-        found = [side for side in found if compatible(side)]
-        if source.bare is not None and found and compatible(own):
-            yield Candidate(Task(source.bare), own, "", rng.choice(found), "", "follow")
+def candidate(
+    source: Seed, rng: random.Random, refused: Callable[[Constraint], bool] = lambda c: False
+) -> Candidate | None:
+    """Two instructions of a prompt's task, the second with one constraint replaced by another that
+    excludes it; None where there is no task or no such constraint.
+
+    refused: what must not take the place of a constraint.
+    """
+    own = source.constraints
+    found = [
+        (*own[:n], other, *own[n + 1 :])
+        for n, constraint in enumerate(own)
+        for other in constraint.alternatives(rng)
+        if not refused(other)
+    ]
+    found = [side for side in found if compatible(side)]
+    if source.task is None or not found or not compatible(own):
+        return None
+    return Candidate(source.task, own, "", rng.choice(found), "", "follow")
+
+
+class Admission:
+    """Quads let in one after the other, and what became of every draw."""
+
+    def __init__(self, relabeller: Relabeller, held: Container[Value] = ()):
+        self.relabeller = relabeller
+        self.held = held  # what no quad may ask for
+        self.rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+        self.outcomes: Counter[str] = Counter()
+
+    def relabel(self, pair: Pair, task: Task, split: str) -> bool:
+        """The quad of two answers to one prompt, measured; whether there is one."""
+        return self._count("relabel", self.relabeller.row(pair, task, split))
+
+    def follow(self, result: Candidate | str, split: str) -> bool:
+        """A candidate with answers that a model gave, or why there is none; whether it is in."""
+        if isinstance(result, str):
+            return self._count("follow", result)
+        row = to_row(result, split)
+        return self._count("follow", self.relabeller.join(row) or row)
+
+    def _count(self, source: str, row: dict[str, Any] | str) -> bool:
+        if isinstance(row, dict) and any(value_of(c) in self.held for c in row["c1"] + row["c2"]):
+            row = "held-out constraint"
+        self.outcomes[f"{source}: {row if isinstance(row, str) else 'accepted'}"] += 1
+        if isinstance(row, str):
+            return False
+        self.rows[row["split"]].append(row)
+        return True
 
 
 def build(recipe: IfSeedsRecipe, sampler: Sampler) -> str:
@@ -128,39 +165,32 @@ def build(recipe: IfSeedsRecipe, sampler: Sampler) -> str:
     seeds, dropped = read_checkable(recipe.source, recipe.limit)
     if not seeds:
         raise ValueError(f"{recipe.source}: no prompt with checkable constraints: {dict(dropped)}")
-    pairs = list(candidates(seeds, recipe.seed))
+    drawn = [candidate(seed, random.Random(f"{recipe.seed}/{seed.id}")) for seed in seeds]
+    pairs = [pair for pair in drawn if pair is not None]
     jobs = {f"{s.id}-{n}": s.prompt for n in range(recipe.samples) for s in seeds}
     for n in range(recipe.samples):
-        for candidate in pairs:
-            jobs |= follow_jobs(candidate, n)
+        for pair in pairs:
+            jobs |= follow_jobs(pair, n)
     out = Path(recipe.out)
     said = sample_all(jobs, out / "responses.jsonl", sampler, recipe.seed)
-    relabeller = Relabeller(
-        RelabelRecipe(seed=recipe.seed, most_share=recipe.most_share, most_words=recipe.most_words)
+    made = Admission(
+        Relabeller(
+            RelabelRecipe(
+                seed=recipe.seed, most_share=recipe.most_share, most_words=recipe.most_words
+            )
+        )
     )
-    rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    outcomes: Counter[str] = Counter()
     kinds: defaultdict[str, Counter[bool]] = defaultdict(Counter)
-
-    def admit(source: str, row: dict[str, Any] | str) -> None:
-        outcomes[f"{source}: {row if isinstance(row, str) else 'accepted'}"] += 1
-        if not isinstance(row, str):
-            rows[row["split"]].append(row)
-
     for seed in seeds:
         texts = [after_thinking(said[f"{seed.id}-{n}"]).strip() for n in range(recipe.samples)]
         good = list(_right(seed, texts, kinds))
+        split = split_of(seed.prompt, recipe.heldout_share)
         for first, second in zip(good[::2], good[1::2], strict=False):
-            pair = Pair(seed.id, seed.prompt, first, second)
-            split = split_of(seed.prompt, recipe.heldout_share)
-            admit("relabel", relabeller.row(pair, Task(seed.prompt), split))
-    for candidate in pairs:
-        result = followed(candidate, said, recipe.samples)
-        if isinstance(result, Candidate):
-            row = to_row(result, split_of(candidate.task.description, recipe.heldout_share))
-            admit("follow", relabeller.join(row) or row)
-        else:
-            admit("follow", result)
+            made.relabel(Pair(seed.id, seed.prompt, first, second), Task(seed.prompt), split)
+    for pair in pairs:
+        split = split_of(pair.task.description, recipe.heldout_share)
+        made.follow(followed(pair, said, recipe.samples), split)
+    rows, outcomes = made.rows, made.outcomes
     files = [out / f"{split}.jsonl" for split in SPLITS]
     for path, of in zip(files, rows.values(), strict=True):
         write_records(path, of)

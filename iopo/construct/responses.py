@@ -5,11 +5,11 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from iopo.evaluation.config import EndpointSection
+from iopo.evaluation.config import EndpointSection, ModelSection
 from iopo.evaluation.endpoint import Endpoint, Request, run_together
+from iopo.evaluation.responses import load_chat, load_model
 from iopo.files import Journal, read_records
 from iopo.progress import progress
 
@@ -59,39 +59,30 @@ def sample_all(
 
 
 def model_sampler(
-    model_path: str | None,
+    section: ModelSection,
     max_new_tokens: int,
     temperature: float,
     top_p: float,
-    template_options: Mapping[str, Any] = MappingProxyType({}),
+    system: str | None = None,
 ) -> Sampler:
-    """A sampler over a causal LM in process: a folder, a hub id or `demo` (resolve_model).
+    """A sampler over a causal LM in process.
 
     The model, and torch with it, is loaded at the first prompt: with a full cache none is needed.
     """
 
     @cache
-    def loaded(path: str) -> tuple[Any, Any]:
-        import torch
-
-        from iopo.data.chat import Chat
-        from iopo.model.load import default_dtype, load_causal_lm, load_tokenizer, resolve_model
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        folder = resolve_model(path)
-        chat = Chat(load_tokenizer(folder), options=dict(template_options))
-        model = load_causal_lm(folder, default_dtype(device))
-        return torch.nn.Module.to(model, device), chat
+    def loaded() -> tuple[Any, Any]:
+        return load_model(section), load_chat(section, system)
 
     def sampler(prompts: Sequence[str], seed: int) -> list[tuple[str, str]]:
-        if model_path is None:
+        if section.path is None:
             raise ValueError(
                 f"the cache lacks responses to {prompts[0]!r} and others; name a model that "
                 "writes them: recipe.model_path=demo"
             )
         from iopo.model.generate import Decoding, generate
 
-        model, chat = loaded(model_path)
+        model, chat = loaded()
         decoding = Decoding(max_new_tokens, temperature, top_p, batch_size=CHUNK, seed=seed)
         asked = [chat.messages(prompt) for prompt in prompts]
         with progress(len(prompts), "responses") as show:
@@ -101,12 +92,15 @@ def model_sampler(
     return sampler
 
 
-def endpoint_sampler(section: EndpointSection, max_tokens: int, temperature: float) -> Sampler:
+def endpoint_sampler(
+    section: EndpointSection, max_tokens: int, temperature: float, system: str | None = None
+) -> Sampler:
     """A sampler over an OpenAI-compatible server (extra `eval`).
 
     It raises EndpointError and RequestFailed; what was sampled before is kept, so the same command
     goes on from there.
     """
+    first = () if system is None else ({"role": "system", "content": system},)
 
     def sampler(prompts: Sequence[str], seed: int) -> list[tuple[str, str]]:
         async def ask_all() -> list[tuple[str, str]]:
@@ -114,8 +108,10 @@ def endpoint_sampler(section: EndpointSection, max_tokens: int, temperature: flo
             found: dict[int, tuple[str, str]] = {}
 
             async def ask(n: int, prompt: str) -> None:
-                messages = ({"role": "user", "content": prompt},)
-                asked = Request(endpoint.model, messages, temperature, max_tokens, seed + n)
+                messages = (*first, {"role": "user", "content": prompt})
+                asked = Request(
+                    endpoint.model, messages, temperature, max_tokens, seed + n, section.extra
+                )
                 reply = await endpoint.ask(asked)
                 found[n] = (reply.text.strip(), reply.finish_reason)
 

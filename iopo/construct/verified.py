@@ -25,6 +25,7 @@ from iopo.construct.responses import Sampler, model_sampler, sample_all
 from iopo.construct.tasks import Task, instruction, read_tasks
 from iopo.construct.verify import verify
 from iopo.data.rows import Pair
+from iopo.evaluation.config import ModelSection
 from iopo.files import write_records
 
 # What is asked after the bare task; most of them plain, so that prose prevails.
@@ -72,8 +73,8 @@ class VerifiedRecipe:
 
     def sampler(self) -> Sampler:
         """The model at model_path."""
-        how = (self.max_new_tokens, self.temperature, self.top_p, self.template_options)
-        return model_sampler(self.model_path, *how)
+        section = ModelSection(self.model_path, template_options=self.template_options)
+        return model_sampler(section, self.max_new_tokens, self.temperature, self.top_p)
 
 
 def build_verified(recipe: VerifiedRecipe, sampler: Sampler) -> str:

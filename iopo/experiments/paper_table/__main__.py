@@ -25,7 +25,7 @@ import yaml
 
 from iopo.evaluation.responses import check_manifest
 from iopo.experiments.paper_table import data
-from iopo.experiments.paper_table.jobs import REPOSITORY, Job, Runner, print_now
+from iopo.jobs import REPOSITORY, Job, Runner, print_now
 
 # Chosen before any result, as all sizes here and in conf/sweep/paper_table.yaml. The second number
 # of a method says how strongly it prefers: beta, or ORPO's weight. SFT has none.

@@ -21,7 +21,7 @@ from typing import Any
 from iopo.constraints import Constraint, follows, from_dict
 from iopo.constraints import text as cut
 from iopo.constraints.marks import Commas
-from iopo.construct.proposals import CLOSINGS, OPENINGS
+from iopo.construct.proposals import CLOSINGS, OPENINGS, Value, unseen, value_of
 from iopo.construct.quadruples import MATCH, four_cells
 from iopo.construct.tasks import INPUT_MARK, Task
 from iopo.data.rows import spread
@@ -51,7 +51,7 @@ def make(
     shared = {_task(row).key for row in rows} & {_task(row).key for row in tests}
     if shared:
         raise ValueError(f"{len(shared)} tasks are in {train} and in a held-out file; nothing made")
-    seen = {_name(c) for row in own for c in (*row["c1"], *row["c2"])}
+    seen = {value_of(c) for row in own for c in (*row["c1"], *row["c2"])}
     files = {
         "train": own,
         "validation": [row | {"split": "validation"} for row in apart],
@@ -74,15 +74,16 @@ def make(
     return counts
 
 
-def in_thirds(rows: Sequence[Row], seen: set[tuple[str, str]], wanted: int) -> list[Row]:
+def in_thirds(rows: Sequence[Row], seen: set[Value], wanted: int) -> list[Row]:
     """`wanted` rows with what training, which had the constraints `seen`, never saw of them:
     as near to a third each of unseen_kinds, unseen_params and seen as the rows allow.
 
     Few rows ask for seen constraints alone, so those that can do without the others lose them.
     """
+    kinds = {kind for kind, _ in seen}
     found: dict[str, list[Row]] = {"unseen_kinds": [], "seen": [], "unseen_params": []}
     for row in rows:
-        split = unseen(row, seen)
+        split = unseen(row, seen, kinds)
         less = only_seen(row, seen) if split == "unseen_params" else None
         if less is not None and len(found["seen"]) <= len(found["unseen_params"]):
             row, split = less, "seen"
@@ -93,17 +94,9 @@ def in_thirds(rows: Sequence[Row], seen: set[tuple[str, str]], wanted: int) -> l
     return made
 
 
-def unseen(row: Row, seen: set[tuple[str, str]]) -> str:
-    """What training, which had the constraints `seen`, never saw of a row."""
-    asked = {_name(c) for c in (*row["c1"], *row["c2"])}
-    if {kind for kind, _ in asked} - {kind for kind, _ in seen}:
-        return "unseen_kinds"
-    return "unseen_params" if asked - seen else "seen"
-
-
-def only_seen(row: Row, seen: set[tuple[str, str]]) -> Row | None:
+def only_seen(row: Row, seen: set[Value]) -> Row | None:
     """The row without constraints that training never saw; None if it is then no quad."""
-    left = {c: [one for one in row[c] if _name(one) in seen] for c in ("c1", "c2")}
+    left = {c: [one for one in row[c] if value_of(one) in seen] for c in ("c1", "c2")}
     c1, c2 = ([from_dict(one) for one in of] for of in left.values())
     if not c1 or not c2 or four_cells(c1, row["y1"], c2, row["y2"]) != MATCH:
         return None
@@ -269,7 +262,3 @@ def _read(path: Path) -> list[Row]:
 def _task(row: Row) -> Task:
     description, _, text = row["task"].partition(INPUT_MARK)
     return Task(description, text or None)
-
-
-def _name(constraint: Row) -> tuple[str, str]:
-    return constraint["kind"], json.dumps(constraint["params"], sort_keys=True)

@@ -11,8 +11,8 @@ from iopo.constraints.text import repeats
 from iopo.evaluation import scoring
 from iopo.evaluation.items import Measures
 from iopo.evaluation.quad_metrics import Answer
-from iopo.experiments.paper_table.jobs import costs
 from iopo.files import read_records
+from iopo.jobs import costs
 from iopo.training.logger import read_metrics
 from iopo.training.metrics import preferences
 

@@ -26,12 +26,13 @@ PANELS = [
 class Panel:
     """Curves over steps: ((step, value) points, format and further options of `Axes.plot`) each.
 
-    chance: what a coin would reach, as a grey line.
+    chance: what a coin would reach, as a grey line. over: the name of what is counted as steps.
     """
 
     title: str
     curves: list[tuple[list[tuple[float, float]], str, dict[str, Any]]]
     chance: float | None = None
+    over: str = "optimizer step"
 
 
 def plot_panels(path: Path, panels: Sequence[Panel], *, across: int, width: float) -> Path:
@@ -48,7 +49,7 @@ def plot_panels(path: Path, panels: Sequence[Panel], *, across: int, width: floa
             if points:
                 axis.plot(*zip(*points, strict=True), style, **options)
         axis.set_title(panel.title, fontsize=10)
-        axis.set_xlabel("optimizer step", fontsize=8)
+        axis.set_xlabel(panel.over, fontsize=8)
         axis.tick_params(labelsize=8)
         if panel.chance is not None:
             axis.axhline(panel.chance, color="0.7", linewidth=0.8, zorder=0)

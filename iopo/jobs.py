@@ -21,7 +21,7 @@ from typing import Any
 
 from iopo.files import read_records
 
-REPOSITORY = Path(__file__).resolve().parents[3]
+REPOSITORY = Path(__file__).resolve().parents[1]
 STOPPED = 75  # as train.py: saved, start again to go on
 print_now = partial(print, flush=True)  # the reader may be a log file
 
@@ -38,8 +38,8 @@ class Job:
 class Runner:
     """Runs jobs, several at once, keeps their output and what they cost in files."""
 
-    def __init__(self, run: Path, at_once: int):
-        self.run_dir, self.at_once = run, at_once
+    def __init__(self, run: Path, at_once: int, cwd: Path = REPOSITORY):
+        self.run_dir, self.at_once, self.cwd = run, at_once, cwd
         self.stopping = False
         self.failed: list[str] = []
         self.live: dict[str, int] = {}  # name -> process id
@@ -84,7 +84,7 @@ class Runner:
         started = time.time()
         with log.open("ab") as file:
             process = subprocess.Popen(
-                [sys.executable, *job.command], stdout=file, stderr=file, cwd=REPOSITORY,
+                [sys.executable, *job.command], stdout=file, stderr=file, cwd=self.cwd,
                 env=threads | os.environ, pass_fds=[self.held.fileno()],
             )  # fmt: skip
             self.live[job.name] = process.pid

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from iopo.experiments.paper_table.jobs import STOPPED, Job, Runner, costs
+from iopo.jobs import STOPPED, Job, Runner, costs
 
 TOUCH = "import pathlib, sys; pathlib.Path(sys.argv[1]).touch()"
 
@@ -70,7 +70,7 @@ def test_a_new_call_waits_for_the_jobs_of_a_killed_one(tmp_path):
     """The jobs hold the folder's lock, so that no two processes write one run folder."""
     code = (
         "import sys; from pathlib import Path\n"
-        "from iopo.experiments.paper_table.jobs import Job, Runner\n"
+        "from iopo.jobs import Job, Runner\n"
         "run = Path(sys.argv[1])\n"
         "sleep = 'import time, pathlib; time.sleep(2); pathlib.Path(%r).touch()' % str(run / 'x')\n"
         "Runner(run, 1).job(Job('sleep', ['-c', sleep], run / 'x'))\n"
