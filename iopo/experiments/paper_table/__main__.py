@@ -38,6 +38,12 @@ STRENGTH = {
 }  # fmt: skip
 SFT = ("objective=sft", "optim.lr=1e-4", "optim.global_batch_quads=8", "optim.max_steps=24",
        "evaluation.quads=8", "evaluation.samples=0")  # fmt: skip
+# The second question: method, rounds. All generate and train on as many tokens (docs/rounds.md).
+ARMS = {"iopo_offline": ("iopo", 1), "iopo_rounds": ("iopo", 3), "dpo_rounds": ("dpo", 3),
+        "grpo_rounds": ("grpo", 3)}  # fmt: skip
+ROUNDS = ("rounds.samples=4", "rounds.max_new_tokens=96", "rounds.limit=0", "optim.epochs=100",
+          "optim.lr=3e-5", "data.heldout=null", "evaluation.samples=0")  # fmt: skip
+PROMPTS, STEPS = 144, 30  # of an arm, shared by its rounds
 QUADS_TOKENS, IFEVAL_TOKENS = 128, 256  # longest answers
 # folders of models or methods: a quarter of an hour a model
 IFEVAL_ON = ("base", "sft", "iopo", "output_preference", "input_preference")
@@ -93,6 +99,21 @@ class Comparison:
                 "ifeval", model, folder / "ifeval", f"data.path={self.args.ifeval}",
                 f"generate.max_new_tokens={IFEVAL_TOKENS}",
             )  # fmt: skip
+
+    def arm(self, name: str, seed: int) -> None:
+        """On-policy rounds, or one pass on the start's samples; measured after the last."""
+        method, count = ARMS[name]
+        folder = self.run / "rounds" / name / f"seed{seed}"
+        reward = ["rounds.reward=share"] if method == "grpo" else []
+        command = [
+            "-m", "iopo.rounds", f"+method={method}", f"run={folder}", f"seed={seed}",
+            f"model.path={exported(self.sft)}", f"rounds.count={count}", *ROUNDS, *reward,
+            f"rounds.prompts_per_round={PROMPTS // count}", f"optim.max_steps={STEPS // count}",
+            f"reference.cache_dir={folder}/reference", *self.args.overrides,
+        ]  # fmt: skip
+        last = folder / f"round-{count:02d}" / "train"
+        if self.runner.job(Job(str(folder.relative_to(self.run)), command, last / "COMPLETE")):
+            self.measure(exported(last), folder)
 
     def grid_points(self) -> Iterator[tuple[str, Path, list[str]]]:
         """(method, folder, overrides) of every point, the lower learning rate first."""
@@ -230,14 +251,19 @@ def compare(comparison: Comparison) -> None:
     runner.all([partial(comparison.train, comparison.sft, *SFT, *start)])
     if runner.failed:
         raise ValueError(f"no SFT checkpoint; {run}/logs says why")
-    runner.all([partial(comparison.try_point, *point) for point in comparison.grid_points()])
+    points = () if args.sweeps == ["rounds"] else comparison.grid_points()
+    runner.all([partial(comparison.try_point, *point) for point in points])
     chosen = comparison.choose()
     runner.all([
         lambda: comparison.measure(args.model, run / "base"),
         lambda: comparison.measure(exported(comparison.sft), comparison.sft),
     ])  # fmt: skip
     for name in args.sweeps:
-        comparison.sweep(name, chosen)
+        if name == "rounds":
+            arms = [partial(comparison.arm, arm, seed) for seed in args.seeds for arm in ARMS]
+            runner.all(arms)
+        else:
+            comparison.sweep(name, chosen)
         table = [sys.executable, "-m", "iopo.experiments.paper_table.table", str(run), name]
         if subprocess.run(table, cwd=REPOSITORY, check=False).returncode != 0:
             runner.failed.append(f"the table of {name}")
@@ -254,7 +280,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     ifeval = str(Path(os.environ.get("IOPO_DATA_DIR", ""), "ifeval", "input_data.jsonl"))
     add = parser.add_argument
     add("--run", type=absolute, default="runs/paper_table", help="folder of everything")
-    add("--sweeps", nargs="+", choices=["paper_table", *sweeps], default=["paper_table"])
+    add("--sweeps", nargs="+", choices=["paper_table", "rounds", *sweeps], default=["paper_table"])
     add("--model", default="demo", help="where SFT starts: a model folder or 'demo'")
     add("--train", type=absolute, default=folder / "train.jsonl", help="verified quads")
     add("--heldout", type=absolute, nargs="+", default=heldout, help="of other tasks")

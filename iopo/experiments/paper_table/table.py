@@ -57,7 +57,9 @@ SECTIONS = {
 NAMES = {
     "sft": "SFT, continued", "dpo": "DPO", "output_preference": "DPO on both rows",
     "input_preference": "input preference", "iopo_three": "IOPO, three members (Eq. 11)",
-    "iopo": "IOPO", "simpo": "SimPO", "orpo": "ORPO",
+    "iopo": "IOPO", "simpo": "SimPO", "orpo": "ORPO", "iopo_offline": "IOPO, one pass",
+    "iopo_rounds": "IOPO, rounds", "dpo_rounds": "DPO, best against worst, rounds",
+    "grpo_rounds": "GRPO, rounds",
 }  # fmt: skip
 DRAWN = ("following_answering", "following_answering/unseen_kinds", "following", "answering",
          "prompt_strict", "group_accuracy", "x_preference", "y_preference",
@@ -79,7 +81,9 @@ def write(run: Path, sweep: str) -> list[str]:
     runs = {name: runs[name] for name in ("base", "SFT", *NAMES) if name in runs} | runs
     if "SFT" not in runs:
         raise ValueError(f"{run}: the SFT checkpoint was not measured; nothing to compare with")
-    if sweep != "paper_table":
+    if sweep == "rounds":
+        baselines = ("SFT", "iopo_rounds")
+    elif sweep != "paper_table":
         main = find(run, "paper_table")
         runs = {name: main[name] for name in ("base", "SFT", "iopo") if name in main} | runs
         baselines = ("SFT", "iopo")
