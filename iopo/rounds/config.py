@@ -51,7 +51,7 @@ class RoundsConfig:
         self._require("replay", 0 <= self.replay < 1, "0 <= share < 1")
         drop = self.stop_drop
         self._require("stop_drop", drop is None or 0 < drop < 1, "0 < share < 1, or null for never")
-        self._require("limit", self.limit is None or self.limit >= 1, "1 or more, or null")
+        self._require("limit", self.limit is None or self.limit >= 0, "0 or more, or null")
         self._require("serve_timeout_s", self.serve_timeout_s > 0, "more than 0 seconds")
         missing = [part for part in ("{model}", "{port}") if part not in (self.command or part)]
         expected = f"null, vllm, or a command with {' and '.join(missing)}"

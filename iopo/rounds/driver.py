@@ -162,13 +162,14 @@ class Rounds:
 
         The first policy says whether an answer is on its task.
         """
-        if not self.rounds.heldout:
+        limit = self.rounds.limit
+        if not self.rounds.heldout or limit == 0:
             return None
         folder, policy = round_folder(self.folder, number), self.policy(number)
         own = {
             "model.path": policy.path, "model.adapter": policy.adapter,
             "model.dtype": policy.dtype, "model.device": policy.device,
-            "data.path": self.folder / prompts.HELDOUT, "out": folder / "evaluate",
+            "data.path": self.folder / prompts.HELDOUT, "limit": limit, "out": folder / "evaluate",
             "benchmark.base": self.policy(0).path, "benchmark.controls": False,
             "generate.system_prompt": self.cfg.model.system,
             "generate.max_new_tokens": self.rounds.max_new_tokens,

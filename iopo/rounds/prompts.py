@@ -35,7 +35,8 @@ class Held:
 
 
 def write_heldout(rounds: RoundsConfig, run: Path) -> Counter[str]:
-    """RUN/heldout.jsonl: the quads that every policy is scored on; returns their number by split.
+    """RUN/heldout.jsonl: all quads that nothing is trained on; returns how many of each split every
+    policy is scored on.
 
     A row says what of it is not seen: unseen_kinds, unseen_params, or seen, or what it said itself
     where rounds.seen is null. Raises ValueError for rows without checkable constraints.
@@ -51,9 +52,8 @@ def write_heldout(rounds: RoundsConfig, run: Path) -> Counter[str]:
         values = {value_of(c) for _, row in given_records(rounds.seen) for c in asked(row)}
         kinds = {kind for kind, _ in values}
         rows = [row | {"split": unseen(row, values, kinds)} for row in rows]
-    rows = spread(rows, rounds.limit)
     write_records(run / HELDOUT, rows)
-    return Counter(str(row.get("split")) for row in rows)
+    return Counter(str(row.get("split")) for row in spread(rows, rounds.limit))
 
 
 def asked(row: Mapping[str, Any]) -> list[dict[str, Any]]:
