@@ -50,10 +50,9 @@ _FUNCTION_WORDS = tuple(
     )
 )
 _HEADING = re.compile(
-    r"^[ \t]*(?:#{1,6}[^.!?。！？\n]*|\*\*[^*.!?。！？\n]*\*\*:?|<<.*>>|\[\[.*\]\]|==.*==|.*[:：])"
-    r"[ \t]*$",
-    re.MULTILINE,
+    r"[ \t]*(?:#{1,6}[^.!?。！？]*|\*\*[^*.!?。！？]*\*\*:?|<<.*>>|\[\[.*\]\]|==.*==|.*[:：])[ \t]*"
 )
+_HEADING_ENDS = ("**", ">>", "]]", "==", ":", "：")  # one of them, or # at the beginning
 
 
 def hollow(
@@ -103,12 +102,19 @@ def size(text: str) -> float:
 
 @lru_cache(maxsize=cut.KEPT)
 def _size_beside_headings(text: str) -> float:
-    return size(_HEADING.sub("", text))
+    lines = text.split("\n")
+    own = [line for line in lines if not _is_heading(line)]
+    return size(text if len(own) == len(lines) else "\n".join(own))
+
+
+def _is_heading(line: str) -> bool:
+    may_be = "#" in line or line.rstrip(" \t").endswith(_HEADING_ENDS)
+    return may_be and _HEADING.fullmatch(line) is not None
 
 
 @lru_cache(maxsize=cut.KEPT)
 def _form_words(text: str) -> int:
-    found = sum(map(_FORM_WORDS.__contains__, cut.tokens(text)))
+    found = _occurrences(_FORM_WORDS, text)
     return found if text.isascii() else found + len(_FORM_WORD_ZH.findall(text))
 
 
@@ -144,11 +150,14 @@ def echoed(text: str, prompt: str) -> float:
     >>> echoed("Here it is:\\n- Name three kinds of fruit.", "Name three kinds of fruit. Be brief.")
     0.625
     """
-    if _grams(cut.tokens(text), ECHO_WORDS).isdisjoint(_grams(cut.tokens(prompt), ECHO_WORDS)):
+    given, present = cut.tokens(prompt), cut.token_set(text)
+    runs = "".join([" x"[word in present] for word in given])
+    if "x" * ECHO_WORDS not in runs:
         return 0.0  # no line can be there
-    given = _spaced(prompt)
+    if _grams(cut.tokens(text), ECHO_WORDS).isdisjoint(_grams(given, ECHO_WORDS)):
+        return 0.0
     lines = {line for line in cut.sentences(text) if size(line) >= ECHO_WORDS}
-    words = sum(size(line) for line in lines if _spaced(line) in given)
+    words = sum(size(line) for line in lines if _spaced(line) in _spaced(prompt))
     return words / max(1, size(text))
 
 
@@ -165,14 +174,20 @@ def reads_like(text: str, prompt: str) -> bool:
 @lru_cache(maxsize=8)
 def _language(text: str) -> frozenset[str] | None:
     """The function words of the language that has most of them in the text."""
-    best = max(_FUNCTION_WORDS, key=lambda words: _share(text, words))
-    return best if _share(text, best) >= LEAST_FUNCTION_WORDS else None
+    found = [_occurrences(words, text) for words in _FUNCTION_WORDS]
+    enough = max(found) / max(1, len(cut.tokens(text))) >= LEAST_FUNCTION_WORDS
+    return _FUNCTION_WORDS[found.index(max(found))] if enough else None
 
 
 @lru_cache(maxsize=cut.KEPT)
 def _share(text: str, words: frozenset[str]) -> float:
-    found = cut.tokens(text)
-    return sum(map(words.__contains__, found)) / max(1, len(found))
+    return _occurrences(words, text) / max(1, len(cut.tokens(text)))
+
+
+def _occurrences(words: frozenset[str], text: str) -> int:
+    """How many tokens of the text are among the words."""
+    found = not words.isdisjoint(cut.token_set(text))
+    return sum(map(words.__contains__, cut.tokens(text))) if found else 0
 
 
 def _asks_for_a_language(rules: Sequence[Constraint]) -> bool:

@@ -6,7 +6,7 @@ of the text. To add a kind, write the class and name its module in the package's
 """
 
 import random
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, ClassVar
 
@@ -50,8 +50,7 @@ class Constraint:
     @property
     def params(self) -> dict[str, Any]:
         """The parameters as JSON values."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in vars(self).items()}
 
     @property
     def conflicts(self) -> frozenset[str]:
@@ -114,6 +113,12 @@ def conflicts_of(kind: str) -> frozenset[str]:
     return frozenset(found if own.get("repeatable") else found | {kind})
 
 
+@cache
+def _made(kind: str, *values: Any) -> Any:
+    """The constraint of a kind with these parameters, made once: to measure with."""
+    return KINDS[kind](*values)
+
+
 @dataclass(frozen=True)
 class Counted(Constraint):
     """A constraint on how often something occurs: `count(text)` against (relation, number)."""
@@ -164,7 +169,7 @@ class Counted(Constraint):
 
     @classmethod
     def measure(cls, text: str) -> list[dict[str, Any]]:
-        return cls.bounds(cls("exactly", 0).count(text))
+        return cls.bounds(_made(cls.kind, "exactly", 0).count(text))
 
     def check(self, text: str) -> bool:
         count = self.count(text)
@@ -236,7 +241,7 @@ class Styled(Constraint):
 
     @classmethod
     def measure(cls, text: str) -> list[dict[str, Any]]:
-        return [{"style": style} for style in cls.styles if cls(style).check(text)]
+        return [{"style": style} for style in cls.styles if _made(cls.kind, style).check(text)]
 
     def alternatives(self, rng: random.Random) -> list[Constraint]:
         return [type(self)(style) for style in self.styles if style != self.style]

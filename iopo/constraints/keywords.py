@@ -158,7 +158,7 @@ class WordFrequency(Counted):
     def measure(cls, text: str) -> list[dict[str, Any]]:
         uses = Counter(cut.lower_words(text))
         repeated = [word for word in _content_words(text) if uses[word] > 1]
-        counts = {word: len(cut.word_spans(text, word)) for word in repeated}
+        counts = {word: cut.uses(text, word) for word in repeated}
         return [
             {**bound, "word": word} for word, count in counts.items() for bound in cls.bounds(count)
         ]
@@ -167,12 +167,12 @@ class WordFrequency(Counted):
 @lru_cache(maxsize=cut.KEPT)
 def _content_words(text: str) -> tuple[str, ...]:
     """Words worth asking for, each once, in order of first use."""
-    present = dict.fromkeys(cut.lower_words(text))
+    whole = cut.word_set(text)
     return tuple(
-        word
-        for word in present
-        if 5 <= len(word) <= 14
-        and word.isalpha()
-        and word not in _TOO_COMMON
-        and cut.has_word(text, word)
+        [
+            word
+            for word in dict.fromkeys(cut.lower_words(text))
+            if 5 <= len(word) <= 14 and word.isalpha() and word not in _TOO_COMMON
+            if word in whole or cut.has_word(text, word)
+        ]
     )

@@ -146,7 +146,7 @@ class NumberedItems(_Items):
     mark = "{n}. "
 
     def count(self, text: str) -> int:
-        return len(_NUMBERED_ITEM.findall(text))
+        return sum(map(bool, map(_NUMBERED_ITEM.match, text.split("\n"))))
 
     def without(self, text: str) -> str:
         return _NUMBERED_ITEM.sub("", text)

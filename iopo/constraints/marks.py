@@ -11,6 +11,7 @@ from iopo.constraints.base import Counted, wordings
 _HIGHLIGHT = re.compile(r"\*[^\n\*]*\*")
 _DOUBLE_HIGHLIGHT = re.compile(r"\*\*[^\n\*]*\*\*")
 _CAPITALS = re.compile(r"\b[A-Z]{2,}\b")
+_TO_CAPITALS = str.maketrans({chr(code): "A" if 65 <= code <= 90 else " " for code in range(128)})
 
 
 class Placeholders(Counted):
@@ -25,6 +26,8 @@ class Placeholders(Counted):
     smallest = 0
 
     def count(self, text: str) -> int:
+        if "[" not in text:
+            return 0
         # the matches of \[.*?\], in linear time: each ends at the next ], so one a part at most
         return sum("[" in part for line in text.split("\n") for part in line.split("]")[:-1])
 
@@ -139,6 +142,8 @@ class CapitalWords(Counted):
     smallest = 0
 
     def count(self, text: str) -> int:
+        if text.isascii() and "AA" not in text.translate(_TO_CAPITALS):  # faster than the pattern
+            return 0
         return len(_CAPITALS.findall(text))
 
     def _edit(self, text: str, rng: random.Random) -> str | None:

@@ -3,7 +3,10 @@
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from functools import lru_cache
+from heapq import nlargest
+from operator import itemgetter
 from typing import Any
 
 from iopo.constraints import MEASURED_KINDS, Constraint
@@ -41,27 +44,36 @@ def measured(kind: str, text: str, other: str) -> list[dict[str, Any]]:
         words = MEASURED_KINDS["include_words"].measure(other)
         return [params for params in words if params["words"][0] not in own]
     if kind == "word_frequency":  # of the words used most; to count all of them takes long
-        uses = Counter(word for word in cut.lower_words(text) if len(word) > 4)
-        most = [(word, n) for word, n in uses.most_common(_FREQUENT) if 1 < n <= _MOST_EXACT]
+        uses = Counter(cut.lower_words(text)).items()
+        long = [(word, n) for word, n in uses if len(word) > 4]
         return [
             {"relation": r, "number": n, "word": word}
-            for word, n in most
-            if n == len(cut.word_spans(text, word))  # not beside an apostrophe or a digit
+            for word, n in nlargest(_FREQUENT, long, key=itemgetter(1))
+            if 1 < n <= _MOST_EXACT
+            if n == cut.uses(text, word)  # not beside an apostrophe or a digit
             for r in RELATIONS
         ]
+    found = MEASURED_KINDS[kind].measure(text)
+    if kind == "include_words":
+        return found
     return [
         params
-        for params in MEASURED_KINDS[kind].measure(text)
+        for params in found
         if params.get("relation") != "exactly" or params["number"] <= _MOST_EXACT
         if len(params.get("word", "long")) > 1
     ]
 
 
-def unmentioned(kinds: Iterable[str], prompt: str) -> Iterator[str]:
-    """The kinds that the prompt does not speak of; looked up as they are needed."""
-    for kind in kinds:
-        if kind not in _MENTIONED or not re.search(_MENTIONED[kind], prompt, re.I):
-            yield kind
+def unmentioned(kinds: Iterable[str], prompt: str) -> list[str]:
+    """The kinds that the prompt does not speak of."""
+    mentioned = _mentioned(prompt)
+    return [kind for kind in kinds if kind not in mentioned]
+
+
+@lru_cache(maxsize=8)
+def _mentioned(prompt: str) -> frozenset[str]:
+    prompt = prompt.lower()
+    return frozenset(kind for kind, pattern in _MENTIONED.items() if re.search(pattern, prompt))
 
 
 def tell_apart(

@@ -6,11 +6,11 @@ from functools import lru_cache
 from iopo.constraints import text as cut
 
 PLAIN = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "."})
-REFUSAL = re.compile(
-    r"\b(as an ai|i'm sorry|i am sorry|i cannot|i can't (?:help|assist)|language model"
-    r"|hugging face|smollm)\b",
-    re.I,
-)
+_REFUSALS = (
+    "as an ai", "i'm sorry", "i am sorry", "i cannot", "i can't help", "i can't assist",
+    "language model", "hugging face", "smollm",
+)  # fmt: skip
+_REFUSAL = re.compile(rf"\b({'|'.join(_REFUSALS)})\b")
 _SCRIPTS = {
     "chinese": re.compile(f"[{cut.CJK}]"),
     "kana": re.compile("[\u3040-\u30ff]"),
@@ -20,6 +20,12 @@ _SCRIPTS = {
     "devanagari": re.compile("[\u0900-\u097f]"),
 }
 _LATIN = re.compile("[A-Za-z\u00c0-\u024f]+")
+
+
+def refuses(text: str) -> bool:
+    """Whether the text has words of a refusal, in any case."""
+    text = text.lower()
+    return any(phrase in text for phrase in _REFUSALS) and _REFUSAL.search(text) is not None
 
 
 def ends_a_sentence(text: str) -> bool:

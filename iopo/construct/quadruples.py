@@ -61,12 +61,16 @@ class Balance:
 
     def order(self, kinds: Sequence[str], rng: random.Random) -> list[str]:
         """The kinds that are not full, rare ones first more often than not."""
-        keyed = [(rng.random() * (4 + self.kinds[k]), k) for k in kinds if self.has_room(k)]
+        most = self._most()
+        keyed = [(rng.random() * (4 + n), k) for k in kinds if (n := self.kinds[k]) <= most]
         return [kind for _, kind in sorted(keyed)]
 
     def has_room(self, kind: str) -> bool:
         """Whether both sides of a quad may have the kind without its share growing too large."""
-        return self.kinds[kind] + 2 <= self.most_share * max(self.total, 40)
+        return self.kinds[kind] <= self._most()
+
+    def _most(self) -> float:
+        return self.most_share * max(self.total, 40) - 2
 
     def draw(self, kinds: Sequence[str], rng: random.Random) -> str:
         """One of the kinds; rare ones are preferred, so that none outgrows the others."""

@@ -12,19 +12,20 @@ import logging
 import os
 import random
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from iopo.constraints import Constraint
 from iopo.constraints import text as cut
 from iopo.constraints.answers import hollow
 from iopo.construct import importers, in_blocks, require
 from iopo.construct.contrast import KINDS, fill, tell_apart, unmentioned
-from iopo.construct.prose import REFUSAL, ends_a_sentence, script_of
+from iopo.construct.prose import ends_a_sentence, refuses, script_of
 from iopo.construct.quadruples import MATCH, Balance, constraint_rows, four_cells, sign
 from iopo.construct.tasks import Task, quad_row
 from iopo.construct.trace.taxonomy import MOST_CONSTRAINTS, draw_number
@@ -101,12 +102,8 @@ class Relabeller:
         """The quad of a pair whose prompt ends with this task; a str says why there is none."""
         asked = text_of(pair.x)
         language = LANGUAGE.get(script_of(asked))
-        said = replace(
-            pair,
-            chosen=cut.after_thinking(pair.chosen),
-            rejected=cut.after_thinking(pair.rejected),
-        )
-        fault = unusable(said, language, self.recipe.most_words)
+        said = (cut.after_thinking(pair.chosen), cut.after_thinking(pair.rejected))
+        fault = unusable(said, asked, language, self.recipe.most_words)
         if fault is not None or language is None:
             return fault or "script we cannot write"
         digests = {_digest(pair.chosen), _digest(pair.rejected)}
@@ -115,15 +112,13 @@ class Relabeller:
         rng = random.Random(f"{self.recipe.seed}/{pair.id}")
         kinds = self.recipe.kinds(split, language)
         orders = [self.balances[split].order(kinds, rng) for _ in range(2)]
-        found = tell_apart(said.chosen, said.rejected, unmentioned(orders[0], asked), rng)
+        found = tell_apart(*said, unmentioned(orders[0], asked), rng)
         if found is None:
             return "nothing tells the responses apart"
         numbers = [draw_number(rng, self.recipe.most_constraints) for _ in (1, 2)]
         sides = [
             fill(first, text, unmentioned(order, asked), number, rng)
-            for first, text, order, number in zip(
-                found, (said.chosen, said.rejected), orders, numbers, strict=True
-            )
+            for first, text, order, number in zip(found, said, orders, numbers, strict=True)
         ]
         y1, y2 = pair.chosen, pair.rejected
         if rng.random() < 0.5:
@@ -168,19 +163,21 @@ class Relabeller:
             side.pop()
 
 
-def unusable(pair: Pair, language: str | None, most_words: int) -> str | None:
+def unusable(
+    texts: Sequence[str], prompt: str, language: str | None, most_words: int
+) -> str | None:
     """Why the texts are no use; None if they are."""
-    for text in (pair.chosen, pair.rejected):
+    for text in texts:
         if LANGUAGE.get(script_of(text)) != language:
             return "another script than the prompt"
         size = cut.han_characters(text) if language == "zh" else len(cut.words(text))
         if size > most_words:
             return "too long"
-        if reasons := hollow(text, text_of(pair.x)):
+        if reasons := hollow(text, prompt):
             return f"no answer: {reasons[0]}"
         if not ends_a_sentence(text[-200:]) and text[-1] not in "。！？”』」）":
             return "unfinished"
-        if REFUSAL.search(text, 0, _REFUSED_BY):
+        if refuses(text[:_REFUSED_BY]):
             return "refusal"
     return None
 
@@ -193,23 +190,36 @@ def split_of(task: str, heldout_share: float) -> str:
     return "heldout" if place < heldout_share / 2 else "heldout_kinds"
 
 
+@lru_cache(maxsize=8)
 def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
+class _Made(NamedTuple):
+    """A quad as it is written, and what is counted of it."""
+
+    split: str
+    line: str
+    kinds: list[str]
+    digests: set[int]  # of its responses
+
+
 def _relabel_block(
     recipe: RelabelRecipe, number: int, pairs: list[Pair | str]
-) -> list[dict[str, Any] | str]:
+) -> list[_Made | str]:
     """The quad of each pair, or why there is none."""
     relabeller = Relabeller(recipe, steady=number > 0)
-    found: list[dict[str, Any] | str] = []
-    for pair in pairs:
-        if not isinstance(pair, str):
-            split = split_of(first_turn(pair.x), recipe.heldout_share)
-            found.append(relabeller.row(pair, Task(last_turn(pair.x)), split))
-        else:
-            found.append(pair)
-    return found
+    return [p if isinstance(p, str) else _made(relabeller, p) for p in pairs]
+
+
+def _made(relabeller: Relabeller, pair: Pair) -> _Made | str:
+    split = split_of(first_turn(pair.x), relabeller.recipe.heldout_share)
+    row = relabeller.row(pair, Task(last_turn(pair.x)), split)
+    if isinstance(row, str):
+        return row
+    kinds = [c["kind"] for c in (*row["c1"], *row["c2"])]
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    return _Made(split, line, kinds, {_digest(row["y1"]), _digest(row["y2"])})
 
 
 @dataclass
@@ -271,18 +281,16 @@ def relabel_file(recipe: RelabelRecipe) -> dict[str, Any]:
             seen |= {_digest(row[y]) for row in read_records(path) for y in ("y1", "y2")}
             files[split] = stack.enter_context(path.open("a", encoding="utf-8"))
         for block in in_blocks(work, pairs, first=state.blocks):
-            for row in block:
-                if isinstance(row, dict):
-                    digests = {_digest(row["y1"]), _digest(row["y2"])}
-                    row = "repeated response" if digests & seen else row
-                if isinstance(row, str):
-                    state.dropped[row] += 1
+            for made in block:
+                if not isinstance(made, str) and made.digests & seen:
+                    made = "repeated response"
+                if isinstance(made, str):
+                    state.dropped[made] += 1
                     continue
-                seen |= digests
-                split = row["split"]
-                state.made[split] += 1
-                state.kinds[split].update(c["kind"] for c in (*row["c1"], *row["c2"]))
-                files[split].write(json.dumps(row, ensure_ascii=False) + "\n")
+                seen |= made.digests
+                state.made[made.split] += 1
+                state.kinds[made.split].update(made.kinds)
+                files[made.split].write(made.line)
                 if state.made.total() == recipe.limit:
                     break
             state.rows, state.blocks = state.rows + len(block), state.blocks + 1

@@ -4,6 +4,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from iopo.constraints.text import words
@@ -47,9 +48,14 @@ class SideGuesser:
 
 
 def _slots(text: str) -> list[int]:
-    features = {word.lower() for word in words(text[:1000])[:40]}
+    features = set(words(text[:1000])[:40])
     features |= {f"length {len(text).bit_length()}", f"first {text[:1]}", f"last {text[-1:]}"}
-    return [zlib.crc32(feature.encode()) % _SLOTS for feature in features]
+    return list(map(_slot, features))
+
+
+@lru_cache(maxsize=_SLOTS)
+def _slot(feature: str) -> int:
+    return zlib.crc32(feature.encode()) % _SLOTS
 
 
 @dataclass

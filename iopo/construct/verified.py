@@ -18,7 +18,7 @@ from iopo.constraints import text as cut
 from iopo.constraints.answers import hollow
 from iopo.construct import report
 from iopo.construct.proposals import SEEN_KINDS, UNSEEN_KINDS, propose
-from iopo.construct.prose import PLAIN, REFUSAL, ends_a_sentence, repeats_itself
+from iopo.construct.prose import PLAIN, ends_a_sentence, refuses, repeats_itself
 from iopo.construct.quadruples import Candidate, edit, follow_jobs, followed, to_row
 from iopo.construct.relabel import SPLITS, Relabeller, RelabelRecipe
 from iopo.construct.responses import Sampler, model_sampler, sample_all
@@ -156,7 +156,7 @@ def whole_text(text: str) -> tuple[str, str | None]:
     text = re.sub(r"[ \t]+\n", "\n", re.sub(r"\n{3,}", "\n\n", text))
     if not text.isascii():
         return text, "not ascii"
-    if REFUSAL.search(text):
+    if refuses(text):
         return text, "refusal"
     if _ABOUT_THE_FORM.search(text):
         return text, "about the hint"
@@ -261,7 +261,7 @@ class Making:
             result = followed(candidate, responses, recipe.follow_samples)
             if isinstance(result, Candidate):
                 result = result.swapped() if rng.random() < 0.5 else result
-                if any(REFUSAL.search(y) or repeats_itself(y) for y in (result.y1, result.y2)):
+                if any(refuses(y) or repeats_itself(y) for y in (result.y1, result.y2)):
                     result = "refusal or repetition"
             self._admit("follow", result, "train")
 

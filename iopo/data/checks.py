@@ -57,7 +57,8 @@ def lost(row: Mapping[str, object], used: Sequence[str]) -> list[str]:
     return [
         key
         for key in PROMPT_PARTS
-        if any(text not in all_of_it for text in _texts(row.get(key)) for all_of_it in used)
+        if row.get(key)
+        and any(text not in all_of_it for text in _texts(row[key]) for all_of_it in used)
     ]
 
 
