@@ -23,7 +23,7 @@ SOURCE = items.Source(
 HEADLINE = ("prompt_strict", "instruction_strict", "prompt_loose", "instruction_loose", "answers")
 
 
-def load(path: Path) -> list[Item]:
+def load(path: str | Path) -> list[Item]:
     """Items of one user turn, in the file's order.
 
     Raises ValueError naming the item on an unknown instruction id, on bad arguments, on a key that
