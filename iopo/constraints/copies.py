@@ -9,7 +9,7 @@ from iopo.constraints import text as cut
 from iopo.constraints.base import Constraint, wordings
 from iopo.constraints.iftrain import spoken
 
-_DIVIDER = re.compile(r"\s?\*\s?\*\s?\*\s?")
+_DIVIDER = re.compile(r"(?<!\*)\s?\*\s?\*\s?\*(?!\s?\*)\s?")  # *** or * * *, no more
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Copies(Constraint):
         return {"text": self.text, "copies": copies[language == "zh"]}
 
     def check(self, text: str) -> bool:
-        parts = [part.strip().lower() for part in text.split("******")]
+        parts = text.split("******") if self.number > 1 else [text]  # a text may hold asterisks
+        parts = [part.strip().lower() for part in parts]
         return parts == [self.text.strip().lower()] * self.number
 
     def alternatives(self, rng: random.Random) -> list[Constraint]:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from iopo.constraints import text as cut
 from iopo.constraints.base import Constraint, Counted, wordings
-from iopo.constraints.wording import COMMON_WORDS
+from iopo.constraints.wording import COMMON_WORDS, FirstWord, LastWord
 
 _LOWERCASE = re.compile(r"\b[a-z]+\b")
 _LETTER = re.compile("[a-zA-Z]")
@@ -116,6 +116,22 @@ class SentenceLastWord(_SentenceWord):
         所有句子必须由“{word}”结束。
         每句都要用“{word}”收尾。
     """)
+
+
+class AnswerFirstWord(FirstWord):
+    """The first word as a reader counts words: "Don't" does not begin with 'don'."""
+
+    kind = "answer_first_word"
+    excludes = "first_word start_phrase sentence_first_word"
+    words = staticmethod(spoken)
+
+
+class AnswerLastWord(LastWord):
+    """The last word as a reader counts words."""
+
+    kind = "answer_last_word"
+    excludes = "last_word end_phrase sentence_last_word"
+    words = staticmethod(spoken)
 
 
 class UniqueWords(Constraint):
@@ -270,8 +286,9 @@ class NoConsecutiveInitials(Constraint):
     """)
 
     def check(self, text: str) -> bool:
-        initials = [ord(word[0].lower()[0]) for word in spoken(text) if word[0].isalpha()]
-        return all(b - a != 1 for a, b in zip(initials, initials[1:], strict=False))
+        initials = [word[0].lower()[0] for word in spoken(text)]  # a number is a word too
+        pairs = zip(initials, initials[1:], strict=False)
+        return all(ord(b) - ord(a) != 1 for a, b in pairs if a.isalpha() and b.isalpha())
 
     @classmethod
     def measure(cls, text: str) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -72,7 +73,7 @@ class Case(Styled):
 
 @dataclass(frozen=True)
 class _EdgeWord(Constraint):
-    """Shared by first_word and last_word: the word of letters or digits at one end."""
+    """Shared by kinds about the word at one end, in any case."""
 
     word: str
 
@@ -80,20 +81,29 @@ class _EdgeWord(Constraint):
     index: ClassVar[int]
 
     def __post_init__(self) -> None:
-        ok = isinstance(self.word, str) and re.fullmatch(r"\w+", self.word) is not None
+        ok = isinstance(self.word, str) and self._is_word(self.word)
         self._require(ok and self.word == self.word.lower(), "word", "one lower-case word")
 
+    @staticmethod
+    def words(text: str) -> Sequence[str]:
+        """The words of the text: runs of letters and digits."""
+        return cut.words(text)
+
+    @classmethod
+    def _is_word(cls, word: str) -> bool:
+        return list(cls.words(word)) == [word]
+
     def check(self, text: str) -> bool:
-        words = cut.words(text)
+        words = self.words(text)
         return bool(words) and words[self.index].lower() == self.word
 
     @classmethod
     def measure(cls, text: str) -> list[dict[str, Any]]:
-        words = cut.words(text)
+        words = cls.words(text)
         if not words or not words[cls.index].isalpha():
             return []
         word = words[cls.index].lower()
-        return [{"word": word}] if re.fullmatch(r"\w+", word) else []
+        return [{"word": word}] if cls._is_word(word) else []
 
     def alternatives(self, rng: random.Random) -> list[Constraint]:
         others = [word for word in COMMON_WORDS if word != self.word]

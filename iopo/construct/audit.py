@@ -4,7 +4,7 @@ import ast
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,8 +102,7 @@ def audit(recipe: AuditRecipe) -> str:
         raise ValueError("recipe.source is not set; expected pairs whose rows carry constraints")
     counts: dict[str, Counter[str]] = {ALL: Counter()}
     skipped: Counter[str] = Counter()
-    rows = ((row, fault) for _, row, fault in iter_records(recipe.source))
-    for block in in_blocks(_audit_block, rows):
+    for block in in_blocks(_audit_block, _rows(recipe.source)):
         for found in block:
             if isinstance(found, str):
                 skipped[found] += 1
@@ -128,13 +127,21 @@ def audit(recipe: AuditRecipe) -> str:
     return _table(named, skipped)
 
 
-def _audit_block(_: int, rows: list[tuple[Any, str | None]]) -> list[list[tuple[str, str]] | str]:
-    return [_audited(row, fault) for row, fault in rows]
+def _rows(source: str) -> Iterator[Any]:
+    """The rows of a source, None for each that cannot be read, which is named."""
+    for place, row, fault in iter_records(source):
+        if fault is not None:
+            log.warning("%s: skipped: %s", place, fault)
+        yield row if fault is None else None
 
 
-def _audited(row: Any, fault: str | None) -> list[tuple[str, str]] | str:
+def _audit_block(_: int, rows: list[Any]) -> list[list[tuple[str, str]] | str]:
+    return [_audited(row) for row in rows]
+
+
+def _audited(row: Any) -> list[tuple[str, str]] | str:
     """(kind, outcome) of every constraint of a row and of all together, or why there are none."""
-    if fault is not None or not isinstance(row, dict):
+    if not isinstance(row, dict):
         return "cannot be read"
     pair = importers.pair_of(row)
     if not isinstance(pair, Pair):

@@ -8,6 +8,7 @@ from types import UnionType
 from typing import Any
 
 from iopo.files import given_records, shortened
+from iopo.sources import files_of
 from iopo.stats import Units
 
 # metric -> unit (an item, or a group of items) -> (numerator, denominator); a metric's value is the
@@ -84,7 +85,7 @@ class Benchmark:
 
     source: Source
     headline: tuple[str, ...]  # the metrics that are printed
-    load: Callable[[Path], list[Item]]
+    load: Callable[[str | Path], list[Item]]
     measures: Callable[[list[Item], list[Verdict]], Measures]
     question: Callable[[Item, str], Question | None] = _no_question
     by_code: Callable[[Item, str], Verdict] = _no_code
@@ -96,23 +97,27 @@ class Benchmark:
         return self.question is not _no_question
 
 
-def locate(source: Source, path: str | None) -> Path:
-    """The data file: `path`, or $IOPO_DATA_DIR/<benchmark>/<file>.
+def locate(source: Source, path: str | None) -> str:
+    """The source of the data (iopo/sources.py): `path`, or $IOPO_DATA_DIR/<benchmark>/<file>.
 
-    Raises ValueError that says where the file comes from.
+    Raises ValueError that says where the file comes from, and as `files_of` does.
     """
     folder = os.environ.get("IOPO_DATA_DIR", "")
-    found = Path(path) if path is not None else Path(folder, source.benchmark, source.file)
-    if not found.is_file():
+    found = path if path is not None else str(Path(folder, source.benchmark, source.file))
+    try:
+        files_of(found)
+    except FileNotFoundError:
         raise ValueError(
             f"{source.benchmark}: no data file {found} (data.path={path}, IOPO_DATA_DIR={folder}). "
             f"It is not part of this repository: get {source.file} from {source.origin} (licence: "
             f"{source.licence}; sha256: {source.sha256 or 'not known'}) and set data.path=FILE"
-        )
+        ) from None
     return found
 
 
-def read_rows(path: Path, fields: Mapping[str, type | UnionType]) -> list[dict[str, Any]]:
+def read_rows(
+    path: str | Path, fields: Mapping[str, type | UnionType]
+) -> list[dict[str, Any]]:
     """The rows of a data file; a whole number that is written as 1.0 is an int.
 
     Raises ValueError naming the first rows that lack a field or hold another type there.
@@ -139,7 +144,7 @@ def whole(value: Any) -> Any:
 
 
 def make_items(
-    path: Path,
+    path: str | Path,
     rows: list[dict[str, Any]],
     make: Callable[[dict[str, Any]], Item],
     check: Callable[[Item], object] = lambda item: None,

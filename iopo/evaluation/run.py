@@ -23,7 +23,7 @@ from iopo.evaluation import benchmarks, report, responses, scoring
 from iopo.evaluation.config import BenchmarkSection, EvaluateConfig, JudgeSection
 from iopo.evaluation.items import Benchmark, Item, Verdict, locate
 from iopo.evaluation.judge import judge_items, plan, require_judge
-from iopo.files import sha256_file, write_records, write_text
+from iopo.files import sha256_rows, write_records, write_text
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if answers is None and config.generate.base_url is None:
         responses.require_model(config.model)
     out = Path(config.out or responses.default_out(config))
-    data = sha256_file(path)
+    data = sha256_rows(path)
     if answers is None:
         answers = responses.make_responses(config, items, data, out)
     elif (out / "responses.manifest.json").exists():

@@ -1,15 +1,21 @@
 """Prompts with checkable constraints: quads from sampled answers, and the audit of a set."""
 
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from helpers_models import tiny_llama
+from helpers_tokenizer import tiny_tokenizer
 
 from iopo.construct.audit import AuditRecipe, audit, constraints_of
 from iopo.construct.ifseeds import IfSeedsRecipe, build, read_checkable
 from iopo.construct.verify import verify
+from iopo.data.chat import Chat
 from iopo.data.rows import read_rows
+from iopo.evaluation.config import EndpointSection
+from iopo.evaluation.serve import Served, make_server
 
 SETS = Path(__file__).resolve().parents[1] / "fixtures" / "sets"
 BODY = (
@@ -60,6 +66,29 @@ def test_from_prompts_with_constraints_to_quads(name, tmp_path):
     assert (tmp_path / "train.jsonl").read_text() == before
     counts = json.loads((tmp_path / "counts.json").read_text())
     assert counts["prompts"] == 20 and counts["followed"]
+
+
+def test_a_server_answers_in_place_of_a_model(tmp_path):
+    """The project's own, with a random model: over HTTP, each sample with a seed of its own."""
+    served = Served("tiny", tiny_llama(vocab=400), Chat(tiny_tokenizer()))
+    server = make_server(served, "127.0.0.1", 0)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    host, port = server.server_address[:2]
+    recipe = IfSeedsRecipe(
+        source=str(SETS / "rlvr_ifeval.jsonl"), out=str(tmp_path), samples=2, max_new_tokens=8,
+        limit=3, endpoint=EndpointSection(base_url=f"http://{host}:{port}/v1", model="tiny"),
+    )  # fmt: skip
+    try:
+        told = build(recipe, recipe.sampler())
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert told.startswith("3 prompts; quads: train 0, heldout 0, heldout_kinds 0\n")
+    rows = {r["key"]: r for r in map(json.loads, (tmp_path / "responses.jsonl").open())}
+    assert len(rows) >= 6 and all(r["finish_reason"] in ("length", "stop") for r in rows.values())
+    samples = [key.removesuffix("-0") for key in rows if key.endswith("-0")]
+    assert all(rows[f"{key}-0"]["text"] != rows[f"{key}-1"]["text"] for key in samples)
+    assert build(recipe, recipe.sampler()) == told, "a second run asks nothing: the server is gone"
 
 
 def test_follow_replaces_one_constraint_by_another(tmp_path):

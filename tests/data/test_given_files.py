@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,15 +10,22 @@ from typing import Any
 
 import pytest
 from helpers_hub import serving
+from helpers_judge import settings
+from helpers_models import SMALL
 
 from iopo import sources
-from iopo.construct import exporters, importers, report, verify
+from iopo.config import DataConfig, ModelConfig, TrainConfig
+from iopo.construct import audit, exporters, ifseeds, importers, relabel, report, verify
 from iopo.construct.trace import taxonomy
-from iopo.data.rows import read_rows
-from iopo.evaluation.benchmarks import ifeval, quads
-from iopo.evaluation.items import Item
-from iopo.evaluation.responses import read_responses
+from iopo.construct.trace.config import TraceRecipe
+from iopo.construct.trace.pipeline import run as run_trace
+from iopo.evaluation.benchmarks import quads
+from iopo.evaluation.run import evaluate
 from iopo.experiments.paper_table import data as paper_table
+from iopo.files import read_records, write_records
+from iopo.training.inputs import load_inputs
+
+README = Path(__file__).resolve().parents[2] / "data" / "README.md"
 
 HALF = "\ud83d"  # of a surrogate pair: an emoji that was cut in two
 CONSTRAINT = [{"kind": "commas", "params": {"relation": "exactly", "number": 0}, "text": "Plain."}]
@@ -28,15 +36,9 @@ QUADS = [
 ]  # fmt: skip
 PAIRS = [{"prompt": f"P{n}", "chosen": f"Good {n}.", "rejected": f"Bad {n}."} for n in range(4)]
 SEEDS = [{"id": f"s{n}", "instruction": f"Write {n}."} for n in range(4)]
-IFEVAL = [
-    {
-        "key": n,
-        "prompt": f"P{n}",
-        "instruction_id_list": ["punctuation:no_comma"],
-        "kwargs": [{"n": None}],
-    }
-    for n in range(4)
-]
+CHECKED = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{"n": None}]}
+IFEVAL = [{"key": n, "prompt": f"P{n}", **CHECKED} for n in range(4)]
+AUDITED = [row | CHECKED for row in PAIRS]
 PROMPTS = [{"prompt": f"word{n} " * 14} for n in range(4)]
 ANSWERS = [{"key": n, "response": f"Answer {n}."} for n in range(4)]
 DIMENSIONS = [
@@ -60,27 +62,74 @@ def verified(path: Path) -> tuple[list[str], int]:
     return texts, summary.rows
 
 
-def answers(path: Path) -> dict[str, str]:
-    items = [Item(str(n), (), {}) for n in range(4)]
-    return read_responses(path, items, {item.id for item in items}).text
+def inputs(data: DataConfig, folder: str) -> Any:
+    data.cache_dir = folder
+    return load_inputs(TrainConfig(data=data, model=ModelConfig(path=None, tiny=TINY)))
 
 
-READERS: dict[str, tuple[list[dict], Callable[[Path], Any]]] = {
-    "training": (QUADS, read_rows),
-    "exporters": (QUADS, exported),
+def trained(path: Path) -> list[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        return [example.id for example in inputs(DataConfig(train=str(path)), folder).train]
+
+
+def held_out(path: Path) -> list[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        write_records(Path(folder, "train.jsonl"), QUADS)
+        data = DataConfig(train=f"{folder}/train.jsonl", heldout=str(path))
+        return [example.id for example in inputs(data, folder).heldout]
+
+
+def relabelled(path: Path) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        counts = relabel.relabel_file(relabel.RelabelRecipe(source=str(path), out=folder))
+        return counts["in"], list(importers.preferences(path))
+
+
+def audited(path: Path) -> str:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(audit, "draw", lambda *_: None)  # the picture takes a second
+        return audit.audit(audit.AuditRecipe(source=str(path), out=folder))
+
+
+def seeded(path: Path) -> list[dict]:
+    with tempfile.TemporaryDirectory() as folder:
+        assert run_trace(TraceRecipe(seeds=str(path), out=folder, plan=True)) == {}
+        return importers.read_seeds(path)
+
+
+def scored(data: Any, answers: Any) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        for name, rows in (("data", IFEVAL), ("answers", ANSWERS)):
+            write_records(Path(folder, name), rows)
+        config = settings(Path(folder, "data"), answers or Path(folder, "answers"))
+        config.data.path = str(data or config.data.path)
+        scores = evaluate(config)["scores"]
+        answered = read_records(Path(folder, "out", "responses.jsonl"))
+        return scores, [row["response"] for row in answered]
+
+
+TINY = {"model_type": "llama", **SMALL}
+PLACES: dict[str, tuple[list[dict], Callable[[Path], Any]]] = {  # as in the table of data/README.md
+    "`data.train`": (QUADS, trained),
+    "`data.heldout`": (QUADS, held_out),
+    "`recipe.source` of relabel": (PAIRS, relabelled),
+    "`recipe.source` of ifseeds": (IFEVAL, lambda path: ifseeds.read_checkable(path, None)),
+    "`recipe.source` of audit": (AUDITED, audited),
+    "`recipe.seeds` of trace": (SEEDS, seeded),
     "verify": (QUADS, verified),
-    "verify --against": (PROMPTS, lambda path: list(verify.benchmark_grams([path]))),
+    "verify `--against`": (PROMPTS, lambda path: list(verify.benchmark_grams([path]))),
+    "exporters": (QUADS, exported),
     "report": (QUADS, lambda path: report.count([path])),
+    "an evaluation's `data.path`": (IFEVAL, lambda path: scored(path, None)),
+    "`data.path` of `+benchmark=quads`": (QUADS, quads.read),
+    "an evaluation's `responses.path`": (ANSWERS, lambda path: scored(None, path)),
+}
+READERS = PLACES | {
     "paper_table": (QUADS, paper_table._read),
-    "evaluate quads": (QUADS, quads.read),
-    "evaluate data": (IFEVAL, lambda path: [item.row for item in ifeval.load(path)]),
-    "evaluate responses": (ANSWERS, answers),
-    "relabel": (PAIRS, lambda path: list(importers.preferences(path))),
-    "seeds": (SEEDS, importers.read_seeds),
     "taxonomy": (DIMENSIONS, taxonomy.read),
 }
 TEXTS = ("jsonl", "crlf", "indented", "one line")
-FORMS = (*TEXTS, "gzip", "folder", "hub", "parquet")
+FORMS = (*TEXTS, "gzip", "folder", "folder:set", "hub", "parquet")
 every_reader = pytest.mark.parametrize("reader", READERS)
 
 
@@ -121,14 +170,17 @@ def give(tmp_path, monkeypatch):
             return path, f"{path}:3: "
         shards = {"train-00000-of-00002.jsonl": lines[:2], "train-00001-of-00002.jsonl": lines[2:]}
         files = {f"data/{name}": b"".join(of) for name, of in shards.items()}
-        files |= {"data/test.jsonl": b"no rows", "README.md": b"of a data set"}
-        if form == "folder":
+        files["README.md"] = b"of a data set"
+        if form != "folder":
+            files["data/test.jsonl"] = b"no rows"
+        if form.startswith("folder"):
             for name, content in files.items():
                 file = tmp_path / "shards" / name
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(content)
+            of_set = "" if form == "folder" else ":train"
             return (
-                tmp_path / "shards:train",
+                tmp_path / f"shards{of_set}",
                 f"{tmp_path}/shards/data/train-00001-of-00002.jsonl:1: ",
             )
         hubs.append(serving({("org/rows", "main"): files}))
@@ -154,16 +206,21 @@ def test_every_form_of_a_source_is_read_alike(give, tmp_path, reader, form):
     assert expected and read(give(rows, form)[0]) == expected
 
 
+def test_the_table_of_places_in_the_docs():
+    table = re.findall(r"^\| (.*) \|$", README.read_text().partition("| place |")[2], re.MULTILINE)
+    places = [row.split(" | ")[0] for row in table[: len(PLACES)]]
+    assert places == list(PLACES)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @every_reader
 def test_a_bad_row_is_named_by_file_row_and_line(give, capsys, caplog, reader, form):
     rows, read = READERS[reader]
     if form == "parquet":  # a row that is not JSON cannot be written
-        key = {"training": "x1", "seeds": "instruction", "evaluate data": "prompt"}
-        key |= {"evaluate responses": "response"}
-        if reader in ("relabel", "verify --against", "taxonomy"):
+        key = next((k for k in ("x1", "instruction", "response", "key") if k in rows[0]), None)
+        if key is None or "ifseeds" in reader:
             pytest.skip("has no row that can be read and is an error")
-        rows = [*rows[:2], rows[2] | {key.get(reader, "x1"): None}, rows[3]]
+        rows = [*rows[:2], rows[2] | {key: None}, rows[3]]
     source, place = give(rows, form, third='{"broken": }')
     assert place.removesuffix(" ") in said(read, source, capsys, caplog)
 
@@ -173,9 +230,9 @@ def test_half_of_a_surrogate_pair_stops_no_program_in_its_middle(tmp_path, capsy
     rows, read = READERS[reader]
     broken = {k: v + HALF if isinstance(v, str) else v for k, v in rows[2].items()}
     path, place = write(tmp_path, rows, "one line", third=json.dumps(broken))
-    if reader == "evaluate responses":  # an answer is scored as it is
-        assert read(path)["2"] == f"Answer 2.{HALF}"
-    elif reader != "verify --against":
+    if "responses.path" in reader:  # an answer is scored as it is
+        assert read(path)[1][2] == f"Answer 2.{HALF}"
+    elif "--against" not in reader:
         told = said(read, path, capsys, caplog)
         assert place in told and "half of a surrogate pair after" in told
 

@@ -88,7 +88,10 @@ def test_parquet_streams_names_what_json_lacks_and_says_what_is_missing(tmp_path
 
 def test_the_hub_by_revision_and_without_a_network(tmp_path, monkeypatch):
     constants = "huggingface_hub.constants"
-    sets = {("org/a", "main"): {"data.jsonl": ROWS}, ("org/a", "v2"): {"train.jsonl": ROWS[9:]}}
+    sets = {
+        ("org/a", "main"): {"data.jsonl": ROWS}, ("org/a", "v2"): {"train.jsonl": ROWS[9:]},
+        ("org/a", "refs/convert/parquet"): {"default/train/0000.jsonl": ROWS},
+    }  # fmt: skip
     with serving(sets) as address:
         monkeypatch.setattr(f"{constants}.ENDPOINT", address)
         template = address + "/{repo_id}/resolve/{revision}/{filename}"
@@ -97,6 +100,8 @@ def test_the_hub_by_revision_and_without_a_network(tmp_path, monkeypatch):
         sources._from_hub.cache_clear()
         assert [row["n"] for _, row in given_records("hf://org/a")] == [1, 2]
         assert [row["n"] for _, row in given_records("hf://org/a@v2:train")] == [2]
+        converted = given_records("hf://org/a@refs/convert/parquet:default/train")
+        assert [row["n"] for _, row in converted] == [1, 2]
         with pytest.raises(ValueError, match="hf://org/b: the hub does not give it .*check the"):
             files_of("hf://org/b")
         with pytest.raises(ValueError, match="no 'test' in it: data"):

@@ -22,7 +22,7 @@ PRIMARY, SECONDARY = "主需", "次需"
 BAR = Fraction(4, 5)
 
 
-def load(path: Path) -> list[Item]:
+def load(path: str | Path) -> list[Item]:
     """Items; criteria keep their order and are not corrected. Raises ValueError."""
     rows = items.read_rows(path, {"prompt": str, "criteria": list, "split": str})
     return items.make_items(

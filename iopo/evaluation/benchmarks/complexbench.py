@@ -22,7 +22,7 @@ SOURCE = items.Source(
 HEADLINE = ("DRFR", "DRFR_transitive", "DRFR_independent")
 
 
-def load(path: Path) -> list[Item]:
+def load(path: str | Path) -> list[Item]:
     """Items in Chinese, as the paper reports them. Raises ValueError."""
     fields = {"main_id": int, "instruction": str, "scoring_questions": list}
     return items.make_items(

@@ -45,7 +45,7 @@ FORMAT_GROUPS = {"en": (22, 30), "zh": (22,)}
 _PUNCTUATION_ZH = string.punctuation + "，。：’“”"
 
 
-def load(path: Path) -> list[Item]:
+def load(path: str | Path) -> list[Item]:
     """The scored items, levels 1 to 5; `row["steps"]` holds the instruction at levels 0 .. level.
 
     Raises ValueError if a level is missing.

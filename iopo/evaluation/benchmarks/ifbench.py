@@ -25,7 +25,7 @@ HEADLINE = ("prompt_loose", "prompt_strict", "instruction_loose", "instruction_s
 INSTALL = "pip install git+https://github.com/allenai/IFBench"
 
 
-def load(path: Path) -> list[Item]:
+def load(path: str | Path) -> list[Item]:
     """Items of one user turn. Raises ValueError, also without the verifiers: before any answer."""
     verifiers()
     fields = {"key": str, "prompt": str, "instruction_id_list": list, "kwargs": list}

@@ -31,7 +31,7 @@ HEADLINE = (
 )  # fmt: skip
 
 
-def load(path: Path) -> list[Item]:
+def load(path: str | Path) -> list[Item]:
     """Items of one user turn, in the file's order.
 
     Raises ValueError naming the item on an unknown instruction id, on bad arguments, on a key that

@@ -23,7 +23,7 @@ from iopo.evaluation.benchmarks import ifeval
 from iopo.evaluation.config import EvaluateConfig
 from iopo.evaluation.items import Item, Measures, Question, add, locate
 from iopo.evaluation.judge import judge_items, plan, require_judge
-from iopo.files import sha256_file, write_records, write_text
+from iopo.files import sha256_rows, write_records, write_text
 
 REPEATS = 2  # times that each answer is judged, to see whether the judge agrees with itself
 PLANT = (
@@ -74,7 +74,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "scores": agreement(table, resamples=config.bootstrap, seed=config.seed)
         | scoring.summarise(table, resamples=config.bootstrap, seed=config.seed),
         "judge": infos,
-        "data": {"path": str(path), "sha256": sha256_file(path)},
+        "data": {"path": str(path), "sha256": sha256_rows(path)},
         "config": asdict(config),
     }
     write_text(out / "scores.json", json.dumps(scores, ensure_ascii=False, indent=1))

@@ -51,7 +51,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise ValueError(f"+benchmark=quads does not read {', '.join(idle)}; remove")
     if config.model.path is None:
         raise ValueError("quads needs the weights: set model.path (an endpoint gives no log-probs)")
-    rows = read(Path(config.data.path or DEFAULT), config.limit)
+    rows = read(config.data.path or DEFAULT, config.limit)
     out = Path(config.out or default_out(config))
     settings = asdict(config) | {"out": None}
     path = out / "scores.json"
@@ -78,7 +78,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return scores
 
 
-def read(path: Path, limit: int | None = None) -> Rows:
+def read(path: str | Path, limit: int | None = None) -> Rows:
     """Quads of a file with their "split", spread evenly over the file if limited."""
     quads = [row for row in read_rows(path, kind="quad") if isinstance(row, Quad)]
     splits = [row.get("split", "heldout") for _, row in given_records(path)]

@@ -28,7 +28,7 @@ TYPE_OF = {row["tag"]: row["type"] for _, row in _DIMENSIONS}
 ENGLISH = {row["tag"]: row["dimension"] for _, row in _DIMENSIONS}
 
 
-def load(path: Path) -> list[Item]:
+def load(path: str | Path) -> list[Item]:
     """Items with the conversation as published (system and user turn). Raises ValueError."""
     fields = {
         "id": str, "messages": list, "description": str, "constraints": str, "input": str,
