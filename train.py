@@ -151,7 +151,7 @@ def train(cfg: TrainConfig, folder: Path, ranks: RankInfo, control: Control) -> 
     """One run on one rank, from weights to export. `launch` calls it on every rank."""
     set_up_logging(main=ranks.is_main)
     seed_process(cfg.seed, "process", ranks.rank)
-    # Before any checkpoint: the reference is the starting weights.
+    # Before any checkpoint: unless reference.path is set, the reference is the starting weights.
     run = setup.build_run(cfg, ranks)
     job, model, reference = run.job, run.model, run.reference
     fingerprint = resume.fingerprint(cfg, run.inputs, ranks.world_size)
@@ -160,7 +160,7 @@ def train(cfg: TrainConfig, folder: Path, ranks: RankInfo, control: Control) -> 
     logger = Logger(folder, cfg.tracker, plain(cfg), main=ranks.is_main, steps=steps)
     with logger, Checkpoints(folder, c) as checkpoints:
         if done == 0:
-            if reference is not None:
+            if reference is not None and cfg.reference.path is None:  # else they differ
                 loop.check_start(job, model.model, reference)
             if ranks.is_main:
                 samples.before(folder, cfg.evaluation, run.inputs, model)

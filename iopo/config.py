@@ -169,6 +169,7 @@ class ParallelConfig:
 @dataclass
 class ReferenceConfig:
     source: ReferenceSource = ReferenceSource.auto
+    path: str | None = None
     cache_dir: str | None = None
     recheck_rows: int = 4
 
@@ -304,6 +305,16 @@ class TrainConfig:
         _refuse(
             source is not ReferenceSource.auto and not objective.reference,
             f"reference.source={source} {of_name} has no reference; remove it",
+        )
+        other = self.reference.path
+        _refuse(
+            other is not None and not objective.reference,
+            f"reference.path={other} {of_name} has no reference; remove it",
+        )
+        _refuse(
+            other is not None and source is ReferenceSource.adapter_off,
+            f"reference.source=adapter_off is the base under the adapters, not {other}; set it to "
+            "cache or live, or remove reference.path",
         )
         if self.parallel.split_quads:
             budget, dropout = self.optim.tokens_per_microbatch, self.model.lora.dropout

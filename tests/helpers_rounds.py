@@ -36,7 +36,9 @@ def make_talker(folder: Path) -> Path:
             asked = "".join(rng.choices(LETTERS, k=rng.randint(20, 220)))
             prompt = chat.prompt(asked)
             said = chat.response(prompt, asked, rng.choice(TEXTS))
-            head, tail = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (prompt, said))
+            head, tail = (
+                tokenizer(t, add_special_tokens=False)["input_ids"] for t in (prompt, said)
+            )
             ids.append(torch.tensor(head + tail))
             labels.append(torch.tensor([-100] * len(head) + tail))
         batch = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
@@ -45,7 +47,8 @@ def make_talker(folder: Path) -> Path:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if step % 50 == 49: print(step, loss.item(), flush=True)
+        if step % 50 == 49:
+            print(step, loss.item(), flush=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

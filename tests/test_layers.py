@@ -11,9 +11,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # A file imports only from its own part and from those that stand before it.
 ORDER = [
-    "progress", "sources", "files", "jobs", "redact", "stats", "page", "objectives", "config", "entry",
-    "constraints", "data", "kernels", "model", "logprobs", "agreement", "training", "evaluation",
-    "construct", "rounds", "experiments",
+    "progress", "sources", "files", "jobs", "redact", "stats", "page", "objectives", "config",
+    "entry", "constraints", "data", "kernels", "model", "logprobs", "agreement", "training",
+    "evaluation", "construct", "rounds", "experiments",
 ]  # fmt: skip
 ENTRY_POINTS = ("train.py", "evaluate.py")
 HYDRA_ONLY_IN = {

@@ -21,6 +21,7 @@ PROPOSED_KINDS = SEEN_KINDS[:11]
 # Kinds that only the held-out split has.
 UNSEEN_KINDS = ("numbered_items", "closing_note", "highlights", "sections")
 
+MOST_DRAWN = 5  # constraints of one prompt
 _TRIES = 1000  # of a draw; nine in ten end at the first
 Value = tuple[str, str]  # a kind and its parameters as JSON
 
@@ -100,7 +101,7 @@ def propose(kind: str, rng: random.Random, sentences: int) -> Constraint:
 def draw(
     number: int, rng: random.Random, refused: Callable[[Constraint], bool] = lambda c: False
 ) -> list[Constraint]:
-    """So many constraints of different kinds, 1 to 5, none of which is refused.
+    """So many constraints of different kinds, 1 to MOST_DRAWN, none of which is refused.
 
     All of them fit texts of 2 to 5 sentences, the same number for all. Raises ValueError if too
     much is refused.

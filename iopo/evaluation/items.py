@@ -115,9 +115,7 @@ def locate(source: Source, path: str | None) -> str:
     return found
 
 
-def read_rows(
-    path: str | Path, fields: Mapping[str, type | UnionType]
-) -> list[dict[str, Any]]:
+def read_rows(path: str | Path, fields: Mapping[str, type | UnionType]) -> list[dict[str, Any]]:
     """The rows of a data file; a whole number that is written as 1.0 is an int.
 
     Raises ValueError naming the first rows that lack a field or hold another type there.

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from iopo.construct.trace.taxonomy import MOST_CONSTRAINTS
+from iopo.construct.proposals import MOST_DRAWN
 from iopo.evaluation.config import ModelSection
 from iopo.files import write_text
 
@@ -21,7 +21,7 @@ class RoundsConfig:
     prompts: str = TASKS
     prompts_per_round: int = 64
     samples: int = 8
-    most_constraints: int = MOST_CONSTRAINTS
+    most_constraints: int = MOST_DRAWN
     max_new_tokens: int = 512
     temperature: float = 0.8
     top_p: float = 0.95
@@ -36,7 +36,7 @@ class RoundsConfig:
     serve_timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
-        most = MOST_CONSTRAINTS
+        most = MOST_DRAWN
         self._require("count", self.count >= 1, "1 or more")
         self._require("prompts_per_round", self.prompts_per_round >= 1, "1 or more")
         even = self.samples >= 2 and self.samples % 2 == 0

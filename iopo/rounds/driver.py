@@ -17,7 +17,13 @@ from iopo.rounds.stage import LABELLED, SAMPLED
 from iopo.training.plan.report import plan_report
 
 OK, FAILED, REFUSED, FELL = 0, 1, 2, 3  # exit codes; STOPPED is another
-OWN = ("data.train", "replay_step", "export_step", "export.push_to_hub")  # of a single train.py
+OWN = (
+    "data.train",
+    "reference.path",
+    "replay_step",
+    "export_step",
+    "export.push_to_hub",
+)  # of a single train.py
 FREE = ("count", "stop_drop", "serve_timeout_s")  # may change when a run goes on
 
 
@@ -61,6 +67,14 @@ class Rounds:
                 f"rounds.reward={rounds.reward} has no effect with objective.name={name}; remove "
                 "it (used by objectives on groups)"
             )
+        if rounds.reference == "first":
+            if cfg.model.adapter is not None:
+                raise ValueError(
+                    "rounds.reference=first with model.adapter: the reference is a whole model; "
+                    "merge the adapter into model.path first"
+                )
+            with_path = dataclasses.replace(cfg.reference, path=cfg.model.path)
+            dataclasses.replace(cfg, reference=with_path)  # checked as train.py's config is
         if rounds.seen is not None and not rounds.heldout:
             raise ValueError("rounds.seen has no effect with rounds.heldout=[]; set it to null")
 
@@ -154,6 +168,8 @@ class Rounds:
             words.append("export.merged=true")
         elif self.cfg.export.dtype is Dtype.auto:
             words.append("export.dtype=fp32")  # a round's updates are small beside bf16's steps
+        if self.rounds.reference == "first" and number > 1:
+            words.append(f"reference.path={quoted(self.policy(0).path)}")
         command = [str(REPOSITORY / "train.py"), *self.overrides, *words]
         return Job(f"{folder.name} train", command, folder / "train" / "COMPLETE")
 

@@ -4,7 +4,7 @@ Used by training, by the reference fill, by replay and by the export of a checkp
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,15 @@ from iopo.training.launch.placement import RankInfo
 from iopo.training.loop import Job, Reference
 from iopo.training.plan.auto import resolve_checkpointing
 from iopo.training.policy import make_policy
-from iopo.training.reference import Cache, adapter_off, cache_folder, cached, live, manifest
+from iopo.training.reference import (
+    Cache,
+    adapter_off,
+    cache_folder,
+    cached,
+    inputs_of_other,
+    live,
+    manifest,
+)
 from iopo.training.split import splitting
 
 REFUSED = 2  # exit code: config or data refused
@@ -40,21 +48,28 @@ class Run:
 
 def build_run(cfg: TrainConfig, ranks: RankInfo, *, with_reference: bool = True) -> Run:
     """A run before its first step and before any checkpoint is loaded: the reference is the
-    starting weights. Every rank calls it. with_reference: False where no step will be taken."""
+    starting weights, or those of reference.path. Every rank calls it. with_reference: False where
+    no step will be taken."""
     inputs = load_inputs(cfg)
     job = make_job(cfg, inputs, ranks)
     cfg = resolve_checkpointing(cfg, inputs, ranks, Path(cfg.run))
     model = make_policy(cfg, inputs, ranks)
     reference = None
     if with_reference and objectives.OBJECTIVES[cfg.objective.name].reference:
-        if cfg.reference.source is ReferenceSource.adapter_off:
+        of, own = inputs, cfg.model
+        if (other := cfg.reference.path) is not None:
+            of = inputs_of_other(inputs, other)
+            own = replace(own, path=other, tiny=None, adapter=None)
+        source, of_own = cfg.reference.source, replace(cfg, model=own)
+        if source is ReferenceSource.adapter_off:
             reference = adapter_off(model)
-        elif cfg.reference.source is ReferenceSource.live:
-            reference = live(make_policy(cfg, inputs, ranks, frozen=True))
+        elif source is ReferenceSource.live:
+            reference = live(make_policy(of_own, of, ranks, frozen=True))
         else:
-            names = manifest(cfg.model, cfg.data, inputs, ranks.device.type)
+            names = manifest(own, cfg.data, of, ranks.device.type)
             cache = Cache(cache_folder(cfg.reference), names)
-            reference = cached(cache, job, model, cfg.reference.recheck_rows)
+            scorer = model if other is None else make_policy(of_own, of, ranks, frozen=True)
+            reference = cached(cache, job, scorer, cfg.reference.recheck_rows)
     optimizer = optim.make_optimizer(model.parameters, cfg.optim)
     return Run(inputs, job, model, reference, optimizer)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from iopo.config import Resume, TrainConfig, plain
+from iopo.files import weights_hash
 from iopo.model.identity import differing
 from iopo.model.load import dtype_name
 from iopo.model.parallel import TrainModel
@@ -29,7 +30,7 @@ from iopo.training.checkpoint.folders import (
 from iopo.training.checkpoint.tensors import load_state
 from iopo.training.inputs import Inputs
 from iopo.training.launch.run_folder import read_complete
-from iopo.training.reference.sources import manifest
+from iopo.training.reference.sources import inputs_of_other, manifest
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,8 @@ def fingerprint(cfg: TrainConfig, inputs: Inputs, world_size: int) -> dict[str, 
     config = plain(cfg)  # with the dtype that auto stands for here: another machine may differ
     config["model"]["dtype"] = dtype_name(cfg.model.dtype, device)
     identity = manifest(cfg.model, cfg.data, inputs, device)
+    if (path := cfg.reference.path) is not None:
+        identity["reference weights"] = weights_hash(inputs_of_other(inputs, path).model_path or "")
     whole = {"config": config, "identity": identity, "world_size": world_size}
     return json.loads(redact(json.dumps(whole)))
 

@@ -4,6 +4,21 @@ python -m iopo.training.reference [+experiment=NAME] [key=value ...]     fills t
 """
 
 from iopo.training.reference.cache import Cache
-from iopo.training.reference.sources import adapter_off, cache_folder, cached, live, manifest
+from iopo.training.reference.sources import (
+    adapter_off,
+    cache_folder,
+    cached,
+    inputs_of_other,
+    live,
+    manifest,
+)
 
-__all__ = ["Cache", "adapter_off", "cache_folder", "cached", "live", "manifest"]
+__all__ = [
+    "Cache",
+    "adapter_off",
+    "cache_folder",
+    "cached",
+    "inputs_of_other",
+    "live",
+    "manifest",
+]

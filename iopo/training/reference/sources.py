@@ -61,6 +61,20 @@ def manifest(
     )
 
 
+def inputs_of_other(inputs: Inputs, path: str) -> Inputs:
+    """The same rows and tokens for the model of reference.path.
+
+    Raises ValueError for a folder without weights, and where the tokens mean something else there.
+    """
+    folder = load.resolve_model(path)
+    if load.load_tokenizer(folder).get_vocab() != inputs.chat.tokenizer.get_vocab():
+        raise ValueError(
+            f"reference.path: {path} has another vocabulary than the policy, whose tokens it would "
+            "score; give a model of the same family"
+        )
+    return dataclasses.replace(inputs, model_path=folder)
+
+
 def cache_folder(cfg: ReferenceConfig) -> Path:
     """The folder that holds the caches of all manifests."""
     return Path(cfg.cache_dir or cache_root() / "reference")
