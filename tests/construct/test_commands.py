@@ -1,5 +1,6 @@
 """The lines of data/README.md as they are written there: a public set, quads, a training step."""
 
+import math
 import os
 import re
 import subprocess
@@ -28,17 +29,16 @@ FIXTURES = (  # in the order of the lines
 
 def answer(body: dict, before: int) -> Answer:
     """Of a model in place of MODEL: one of several forms, by the seed of the request."""
-    number = body["seed"] % 6
+    number = body["seed"] % 12
     asked = [body["messages"][-1]["content"]] * (number + 1)
     return Answer(writer(asked, body["seed"])[number][0])
 
 
-def run(environment: dict[str, str], *command: str) -> str:
+def run(environment: dict[str, str], *command: str) -> None:
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def test_there_is_a_line_for_every_set():
@@ -47,6 +47,7 @@ def test_there_is_a_line_for_every_set():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("line", "name"), zip(LINES, FIXTURES, strict=True), ids=FIXTURES)
 def test_from_the_set_to_quads_to_a_training_step(line, name, tmp_path):
     file = SETS / f"{name}.jsonl"
@@ -70,12 +71,14 @@ def test_from_the_set_to_quads_to_a_training_step(line, name, tmp_path):
                    ("train", "heldout", "heldout_kinds", "quads")]) == 0  # fmt: skip
     if name in ("dolci_instruct_dpo", "helpsteer3_preference"):  # dialogues among them: these alone
         dialogues = [row for row in read_records(quads) if isinstance(row["x1"], list)]
-        assert all(len(row["x1"]) >= 3 for row in dialogues) and len(dialogues) >= 4
+        assert all(len(row["x1"]) >= 3 for row in dialogues) and len(dialogues) >= 2
         write_records(quads, dialogues)
-    told = run(
+    run(
         environment, "train.py", "+experiment=tiny_random", f"run={tmp_path / 'run'}",
         f"data.train={quads}", "data.heldout=null", "data.max_prompt_tokens=4000",
-        "data.max_response_tokens=4000", "data.limit_rows=4", "optim.global_batch_quads=4",
+        "data.max_response_tokens=4000", "data.limit_rows=2", "optim.global_batch_quads=2",
         "optim.epochs=1", "evaluation.samples=0", "export.model=false",
     )  # fmt: skip
-    assert "step 0: loss 0.6931472" in told and "step 1" in told
+    (step,) = read_records(tmp_path / "run" / "metrics.jsonl")
+    assert step["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert (tmp_path / "run" / "COMPLETE").exists()
