@@ -124,6 +124,7 @@ def audit(recipe: AuditRecipe) -> str:
     }
     write_text(out / "audit.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     draw(out / "audit.png", named)
+    log.info("written: %s/audit.json, audit.png", out)
     return _table(named, skipped)
 
 
@@ -149,7 +150,7 @@ def _audited(row: Any) -> list[tuple[str, str]] | str:
     try:
         checks = constraints_of(row)
     except ValueError as error:
-        return str(error).partition(": bad arguments")[0][:100]
+        return str(error).partition(": bad arguments")[0][:200]
     sides = [verdicts(checks, text) for text in (pair.chosen, pair.rejected)]
     found = [(kind_of(name), _outcome(*(side[name] for side in sides))) for name in checks]
     return [(ALL, _outcome(*(all(side.values()) for side in sides))), *found]

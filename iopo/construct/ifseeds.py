@@ -83,14 +83,18 @@ def read_checkable(source: str, limit: int | None) -> tuple[list[Seed], Counter[
     """The prompts of a source with their constraints, and why others are left out."""
     seeds: dict[str, Seed] = {}
     dropped: Counter[str] = Counter()
-    for _, row in given_records(source):
+    rows = given_records(source)
+    if rows:
+        named = importers.name_of(rows[0][1])
+        log.info("%s: %s, read as prompts with constraints", source, named)
+    for _, row in rows:
         prompt = importers.instruction_of(row)
         try:
             if not prompt:
                 raise ValueError("no prompt of one turn")
             checks = constraints_of(row)
         except ValueError as error:
-            dropped[str(error).partition(": bad arguments")[0][:100]] += 1
+            dropped[str(error).partition(": bad arguments")[0][:200]] += 1
             continue
         said = row.get("constraint")
         bare = None
@@ -198,6 +202,7 @@ def build(recipe: IfSeedsRecipe, sampler: Sampler) -> str:
     found, _ = verify(files)
     if found:
         raise ValueError(f"{len(found)} faults in {out}, first: {found[0]}")
+    log.info("written: %s, responses.jsonl, counts.json", ", ".join(map(str, files)))
     return "\n".join(
         [f"{len(seeds)} prompts; quads: {', '.join(f'{k} {len(v)}' for k, v in rows.items())}"]
         + [f"{what}: {n}" for what, n in outcomes.most_common()]

@@ -70,13 +70,19 @@ def schema_of(row: Mapping[str, Any]) -> Schema | None:
     return max(fitting, key=lambda schema: len(schema.columns), default=None)
 
 
+def name_of(row: Mapping[str, Any]) -> str:
+    """The public set that the row is of, or the columns that are known."""
+    schema = schema_of(row)
+    known = ", ".join(sorted(row.keys() & _READ))
+    return f"columns {known}" if schema is None else schema.name
+
+
 def _announced(source: str | Path, row: Mapping[str, Any], read_as: str) -> frozenset[str]:
     """Say what a source is taken for, by its first row; returns its columns without a prompt."""
     schema = schema_of(row)
     unread = frozenset[str]() if schema is None else schema.unread
     taken = _READ | (schema.columns if schema else frozenset())
-    name = "columns " + ", ".join(sorted(row.keys() & _READ)) if schema is None else schema.name
-    line = f"{source}: {name}, read as {read_as}"
+    line = f"{source}: {name_of(row)}, read as {read_as}"
     if unread:
         line += f"; not read: {', '.join(sorted(unread & row.keys()))}"
     if unknown := sorted(row.keys() - taken - unread):

@@ -40,7 +40,8 @@ def sample_all(
                 f"{file}: response {key!r} answers {done[key]['prompt']!r}, expected {prompt!r}; "
                 "the tasks changed, so start a new cache file"
             )
-    if not jobs.keys() <= done.keys():  # a complete cache is only read
+    if missing := len(jobs.keys() - done.keys()):  # a complete cache is only read
+        log.info("%d of %d responses to sample, %d at a time", missing, len(jobs), CHUNK)
         with Journal(file) as journal:
             for start in range(0, len(jobs), CHUNK):
                 chunk = list(jobs)[start : start + CHUNK]

@@ -1,6 +1,7 @@
 """Prompts with checkable constraints: quads from sampled answers, and the audit of a set."""
 
 import json
+import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from helpers_models import tiny_llama
 from helpers_tokenizer import tiny_tokenizer
+from test_schemas import SEEDS
 
 from iopo.construct.audit import AuditRecipe, audit, constraints_of
 from iopo.construct.ifseeds import IfSeedsRecipe, build, read_checkable
@@ -40,7 +42,8 @@ def writer(prompts: Sequence[str], seed: int) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("name", ["rlvr_ifeval", "if_multi_constraints_upto5"])
-def test_from_prompts_with_constraints_to_quads(name, tmp_path):
+def test_from_prompts_with_constraints_to_quads(name, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="iopo")
     asked = []
 
     def sampler(prompts, seed):
@@ -53,6 +56,9 @@ def test_from_prompts_with_constraints_to_quads(name, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").open()]
     sources = {row["source"] for row in rows}
     assert "20 prompts" in told and len(rows) >= 4 and "relabel" in sources
+    assert f"{name}.jsonl: {SEEDS[name]}, read as prompts with constraints" in caplog.text
+    assert f"{len(asked)} of {len(asked)} responses to sample, 50 at a time" in caplog.text
+    assert f"written: {tmp_path}/train.jsonl, " in caplog.text
     assert verify([tmp_path / "train.jsonl"])[0] == []
     assert len(read_rows(tmp_path / "train.jsonl")) == len(rows)
     seeds, _ = read_checkable(recipe.source, None)
