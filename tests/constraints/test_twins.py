@@ -3,7 +3,7 @@
 import re
 from unittest import mock
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from iopo.constraints import KINDS, keywords, make
@@ -15,8 +15,8 @@ from iopo.construct.contrast import measured, unmentioned
 BITS = (
     "water Water WATER river's rock'n'roll 'tis dogs' a''b'''c _x_ x_y 7up U2 I B J. Dr. No. e.g. "
     "p.m. the The of and one's answer comma sentences, . ! ? ?! ... .) !” … 。 ！” ？ ？」 ， , : "
-    "： - * ** # ## 1. 2) 3、 • [a] [[b]] <<c>> == *d* **e** **e**: ( ) “ ” ’ it’s 苹果 好 の は "
-    "É ß İ ſ K ǅ 9 10th so: <think> </think> word words list Tell me what"
+    "so： - * ** # ## 1. 2) 3、 • [a] [[b]] <<c>> == *d* **e** **e**: ( ) “ ” ’ it’s 苹果 好 の は "
+    "É ß İ ſ K ǅ 9 10th so: <think> </think> word Words LIST NO what"
 ).split()
 SPACES = ["", " ", " ", " ", "  ", "\t", "\n", "\n\n", "\n \n", "\r\n", "\x1c"]
 pieces = st.tuples(st.sampled_from(BITS), st.sampled_from(SPACES))
@@ -94,6 +94,7 @@ def test_cuts_equal_plain_patterns(text):
 
 @many
 @given(either)
+@example("Say NO.")
 def test_counts_equal_plain_patterns(text):
     for kind, pattern in COUNTS.items():
         number = len(re.findall(pattern, text))
@@ -148,6 +149,7 @@ def slowly_hollow(text, prompt):
 
 @many
 @given(either, either)
+@example("Here are the reasons for the answer\nand the others：", "")
 def test_hollow_says_what_its_definitions_say(text, prompt):
     for asked in (prompt, f"{prompt}\n{text}"):
         reasons = tuple(reason for reason in hollow(text, asked) if reason != "no_prose")
