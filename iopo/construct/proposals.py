@@ -1,7 +1,9 @@
 """Constraints to ask for: which kinds, and which parameters."""
 
+import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any
 
 from iopo.constraints import KINDS, MEASURED_KINDS, Constraint, compatible, make, wording
 from iopo.constraints.base import Styled
@@ -14,8 +16,13 @@ SEEN_KINDS = (
     "start_phrase", "end_phrase", "first_line_title",
     "first_word", "last_word", "include_words", "forbid_words",
 )  # fmt: skip
+# Those of them that `propose` knows.
+PROPOSED_KINDS = SEEN_KINDS[:11]
 # Kinds that only the held-out split has.
 UNSEEN_KINDS = ("numbered_items", "closing_note", "highlights", "sections")
+
+_TRIES = 1000  # of a draw; nine in ten end at the first
+Value = tuple[str, str]  # a kind and its parameters as JSON
 
 _MEASURED = (
     "sentences", "words", "paragraphs", "bullets", "commas",
@@ -88,6 +95,48 @@ def propose(kind: str, rng: random.Random, sentences: int) -> Constraint:
     cls = KINDS[kind]
     assert issubclass(cls, Styled), f"no rule writes {kind!r}"
     return cls(rng.choice(tuple(cls.styles)))
+
+
+def draw(
+    number: int, rng: random.Random, refused: Callable[[Constraint], bool] = lambda c: False
+) -> list[Constraint]:
+    """So many constraints of different kinds, 1 to 5, none of which is refused.
+
+    All of them fit texts of 2 to 5 sentences, the same number for all. Raises ValueError if too
+    much is refused.
+    """
+    for _ in range(_TRIES):
+        sentences = rng.randint(2, 5)
+        chosen: list[Constraint] = []
+        for kind in rng.sample(PROPOSED_KINDS, len(PROPOSED_KINDS)):
+            new = propose(kind, rng, sentences)
+            fits = _fits(kind, new.params.get("number"), sentences) and not refused(new)
+            if fits and sensible([*chosen, new]):
+                chosen.append(new)
+            if len(chosen) == number:
+                return chosen
+    raise ValueError(f"too few constraints may be asked for to draw {number} of them")
+
+
+def _fits(kind: str, number: int | None, sentences: int) -> bool:
+    if number is None or kind == "commas":
+        return True
+    if kind == "words":
+        return number >= 8 * sentences
+    return number == sentences if kind == "sentences" else number <= sentences
+
+
+def value_of(constraint: Mapping[str, Any]) -> Value:
+    """Of a constraint in c1 or c2: what it asks for, whatever its wording."""
+    return constraint["kind"], json.dumps(constraint["params"], sort_keys=True)
+
+
+def unseen(row: Mapping[str, Any], seen: Container[Value], seen_kinds: Container[str]) -> str:
+    """What training, which had these values and kinds, never saw of a row with c1 and c2."""
+    asked = [*row["c1"], *row["c2"]]
+    if any(c["kind"] not in seen_kinds for c in asked):
+        return "unseen_kinds"
+    return "seen" if all(value_of(c) in seen for c in asked) else "unseen_params"
 
 
 def measured(text: str, other: str, kinds: Sequence[str]) -> list[Constraint]:

@@ -153,13 +153,17 @@ def _fault(candidate: Candidate, broken: str) -> str | None:
     return "follows both" if cells[0] and cells[2] else broken
 
 
-def follow_jobs(candidate: Candidate, sample: int) -> dict[str, str]:
-    """Both instructions, with the first wording of each constraint, under keys made from them."""
-    prompts = [
+def sides(candidate: Candidate) -> list[str]:
+    """Both instructions, with the first wording of each constraint."""
+    return [
         instruction(candidate.task, [constraint.render() for constraint in side])
         for side in (candidate.c1, candidate.c2)
     ]
-    return {f"follow-{digest(prompt)}-{sample}": prompt for prompt in prompts}
+
+
+def follow_jobs(candidate: Candidate, sample: int) -> dict[str, str]:
+    """Both instructions, under keys made from them."""
+    return {f"follow-{digest(prompt)}-{sample}": prompt for prompt in sides(candidate)}
 
 
 def followed(candidate: Candidate, responses: Mapping[str, str], samples: int) -> Candidate | str:

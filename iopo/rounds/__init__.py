@@ -1,0 +1,1 @@
+"""On-policy rounds: sample, verify, relabel, train, repeat."""
