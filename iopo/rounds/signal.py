@@ -212,15 +212,17 @@ def measure(
 
 def _cell(values_N2: np.ndarray) -> dict[str, Estimate]:
     taught_N, tokens_N = values_N2.T
-    n, total = len(taught_N), float(taught_N.sum())
-    # all alike: nothing to resample
-    share = stats.bootstrap(taught_N) if 0 < total < n else stats.wilson(int(total), n)
-    per_1000_R = stats.resample(
+    n, total, per_1000 = len(taught_N), float(taught_N.sum()), 1000 / float(tokens_N.mean())
+    if not 0 < total < n:  # all alike: nothing to resample
+        share = stats.wilson(int(total), n)
+        low, value, high = (per_1000 * share[end] for end in ("low", "value", "high"))
+        return {SHARE: share, PER_1000: {"value": value, "low": low, "high": high, "n": n}}
+    ratios_R = stats.resample(
         n, lambda index: 1000 * stats.ratios(taught_N, tokens_N, index), seed=0,
         resamples=stats.RESAMPLES,
     )  # fmt: skip
-    per_1000 = stats.interval(1000 * total / tokens_N.sum(), per_1000_R, n)
-    return {SHARE: share, PER_1000: per_1000}
+    per_1000 *= total / n
+    return {SHARE: stats.bootstrap(taught_N), PER_1000: stats.interval(per_1000, ratios_R, n)}
 
 
 def tables(result: Mapping[str, Any]) -> str:
@@ -272,9 +274,10 @@ def draw_picture(result: Mapping[str, Any], path: Path) -> None:
             axes.set_xscale("log", base=2)
             axes.set_xticks(SIZES, [str(size) for size in SIZES])
             axes.spines[["top", "right"]].set_visible(False)
-            axes.set_ylim(bottom=0)
         panels[0, column].set_title(f"{n} constraint{'s' * (n > 1)}", fontsize=10)
         panels[1, column].set_xlabel("samples an instruction", fontsize=9)
+    for axes in panels[:, 0]:  # once all is drawn: it ends the search for the top
+        axes.set_ylim(bottom=0)
     panels[0, 0].set_ylabel("yield something, %", fontsize=9)
     panels[1, 0].set_ylabel("per 1,000 generated tokens", fontsize=9)
     handles = panels[0, 0].get_legend_handles_labels()
