@@ -231,7 +231,7 @@ def tables(result: Mapping[str, Any]) -> str:
         SHARE: "Instructions that yield something to learn from, %",
         PER_1000: "Instructions that yield something, per 1,000 generated tokens",
     }
-    lines = [f"{result['1']['relabel']['2'][SHARE]['n']} tasks; 95 % intervals over them."]
+    lines = [f"{result['1']['relabel']['2'][SHARE]['n']} instructions for each n; 95 % intervals."]
     for what, title in titles.items():
         lines += ["", f"## {title}", ""]
         lines += ["| method | samples | " + " | ".join(f"n = {n}" for n in COUNTS) + " |"]
