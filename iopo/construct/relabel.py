@@ -98,8 +98,13 @@ class Relabeller:
         self._seen |= digests
         return None
 
-    def row(self, pair: Pair, task: Task, split: str) -> dict[str, Any] | str:
-        """The quad of a pair whose prompt ends with this task; a str says why there is none."""
+    def row(
+        self, pair: Pair, task: Task, split: str, number: int | None = None
+    ) -> dict[str, Any] | str:
+        """The quad of a pair whose prompt ends with this task; a str says why there is none.
+
+        number: of constraints to ask for a side, as far as there are so many; None: drawn.
+        """
         asked = text_of(pair.x)
         language = LANGUAGE.get(script_of(asked))
         said = (cut.after_thinking(pair.chosen), cut.after_thinking(pair.rejected))
@@ -115,7 +120,7 @@ class Relabeller:
         found = tell_apart(*said, unmentioned(orders[0], asked), rng)
         if found is None:
             return "nothing tells the responses apart"
-        numbers = [draw_number(rng, self.recipe.most_constraints) for _ in (1, 2)]
+        numbers = [number or draw_number(rng, self.recipe.most_constraints) for _ in (1, 2)]
         sides = [
             fill(first, text, unmentioned(order, asked), number, rng)
             for first, text, order, number in zip(found, said, orders, numbers, strict=True)
