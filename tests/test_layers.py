@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # A file imports only from its own part and from those that stand before it.
 ORDER = [
     "progress", "sources", "files", "jobs", "redact", "stats", "page", "objectives", "config",
-    "entry", "constraints", "data", "kernels", "model", "logprobs", "agreement", "training", "evaluation",
-    "construct", "rounds", "experiments",
+    "entry", "constraints", "data", "kernels", "model", "logprobs", "agreement", "training",
+    "evaluation", "construct", "rounds", "experiments",
 ]  # fmt: skip
 ENTRY_POINTS = ("train.py", "evaluate.py")
 HYDRA_ONLY_IN = {
