@@ -9,8 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers_models import tiny_llama
 
-from iopo.rounds import server
+from iopo.evaluation.config import ModelSection
+from iopo.rounds import server, stage
+from iopo.rounds.config import Round, RoundsConfig
 from iopo.rounds.server import ServerFailed, serving
 
 # Serves /v1/models; arguments: port, id, root, then what else it does.
@@ -30,6 +33,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+    def do_POST(self): os._exit(3)
     def log_message(self, *_): pass
 http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
@@ -87,6 +91,20 @@ def test_a_server_that_dies_while_it_is_used_is_named(tmp_path):
         os.kill(json.loads((tmp_path / "server.json").read_text())["pid"], signal.SIGKILL)
         time.sleep(0.2)
         raise RuntimeError("connection failed")
+
+
+def test_a_sampling_stage_names_the_server_that_died_under_it(tmp_path, capsys):
+    model = tmp_path / "model"
+    tiny_llama().save_pretrained(model)
+    section = RoundsConfig(
+        prompts_per_round=1, samples=2, serve=command(tmp_path, "{model}", "-"), serve_timeout_s=60
+    )
+    folder = tmp_path / "round-01"
+    Round(str(folder), 1, "pair", 0, ModelSection(str(model)), None, section).write()
+    assert stage.main(["sample", str(folder)]) == 1
+    said = capsys.readouterr().err
+    assert f"sample: the server of {model} died (exit code 3): " in said
+    assert not (folder / "sample/done.json").exists()
 
 
 def test_a_command_that_is_not_there_is_named(tmp_path):
