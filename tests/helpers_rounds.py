@@ -47,8 +47,6 @@ def make_talker(folder: Path) -> Path:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if step % 50 == 49:
-            print(step, loss.item(), flush=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

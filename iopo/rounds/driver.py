@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -215,4 +216,7 @@ def quoted(value: Any) -> str:
     """A value as Hydra's grammar reads it, whatever signs are in it."""
     if isinstance(value, bool | int | float):
         return json.dumps(value)
-    return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"
+    # a backslash is one, but for those before a quote
+    return (
+        "'" + re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), str(value)) + "'"
+    )
