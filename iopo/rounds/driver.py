@@ -10,6 +10,7 @@ from typing import Any
 from iopo.config import Dtype, TrainConfig
 from iopo.evaluation.config import ModelSection
 from iopo.evaluation.responses import check_manifest, require_model
+from iopo.files import write_text
 from iopo.jobs import REPOSITORY, STOPPED, Job, Runner, print_now
 from iopo.objectives import OBJECTIVES
 from iopo.rounds import prompts, report
@@ -25,6 +26,7 @@ OWN = (
     "export_step",
     "export.push_to_hub",
 )  # of a single train.py
+COMPLETE = "COMPLETE"  # holds the path of the last policy, once all rounds are done
 FREE = ("count", "stop_drop", "serve_timeout_s")  # may change when a run goes on
 
 
@@ -97,6 +99,7 @@ class Rounds:
         """
         require_model(self.policy(0))
         self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / COMPLETE).unlink(missing_ok=True)
         kept = {key: value for key, value in asdict(self.rounds).items() if key not in FREE}
         words = sorted(word for word in self.overrides if not word.startswith("run="))
         check_manifest(self.folder / "arguments.json", kept | {"overrides": words})
@@ -114,16 +117,25 @@ class Rounds:
         for number in range(self.rounds.count + 1):
             stages = [self.sample, self.label, self.train, self.evaluate]
             for stage in stages if number else stages[3:]:
+                if stage == self.train and not self.gave_rows(number):
+                    continue  # the policy stays as it is
                 job = stage(number)
                 if job is not None and not runner.job(job):
                     return STOPPED if runner.stopping else FAILED
                 if stage in (self.label, self.evaluate) and self.fell(number):
                     return FELL
-        print_now(f"{self.policy(self.rounds.count).path}\n{self.folder / 'report.html'}")
+        path = self.policy(self.rounds.count).path
+        write_text(self.folder / COMPLETE, f"{path}\n")
+        print_now(f"{path}\n{self.folder / 'report.html'}")
         return OK
 
+    def gave_rows(self, number: int) -> bool:
+        """Whether the round has new rows to train on, as far as its responses are labelled."""
+        counts = round_folder(self.folder, number) / "rows" / LABELLED
+        return not counts.exists() or json.loads(counts.read_text("utf-8"))["rows_new"] > 0
+
     def policy(self, number: int) -> ModelSection:
-        """The policy after so many rounds; 0 is the first policy."""
+        """The policy after so many rounds; 0 is the first policy. A round without rows keeps it."""
         path = Path(str(self.cfg.model.path))
         start = ModelSection(
             str(path.absolute()) if path.is_dir() else str(path),
@@ -132,6 +144,8 @@ class Rounds:
             self.cfg.parallel.device.value,
             self.cfg.model.template_options,
         )
+        while number and not self.gave_rows(number):
+            number -= 1
         if number == 0:
             return start
         export = "export-merged" if self.adapted else "export"
@@ -202,7 +216,8 @@ class Rounds:
         rows = report.collect(self.folder)
         last = next((row for row in rows if row["round"] == number), {})
         found = report.fallen(rows, self.rounds.stop_drop)
-        if last.get("rows", {}).get("rows_new") == 0:
+        stops = self.rounds.stop_drop is not None
+        if stops and last.get("rows", {}).get("rows_new") == 0:
             found = f"acceptance fell in round {number}: no prompt gave a row", max(number - 2, 0)
         note = f"{number} of {self.rounds.count} rounds."
         if found is not None:

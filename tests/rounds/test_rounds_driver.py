@@ -180,3 +180,14 @@ def test_the_page_and_its_rows_come_from_the_files_of_the_stages(tmp_path):
     text = (tmp_path / "report.html").read_text()
     for part in ("31.0 [22.8, 40.6]", "1 of 1 rounds.", "50% of 4; 3 in rows", "relabel: accepted"):
         assert part in text
+
+
+def test_a_round_without_rows_keeps_its_policy(tmp_path):
+    made = build([*TINY, "rounds.stop_drop=null", f"run={tmp_path}"])
+    for number, rows in enumerate((4, 0, 0), 1):
+        write_text(
+            round_folder(tmp_path, number) / "rows/counts.json", json.dumps({"rows_new": rows})
+        )
+    kept = str(round_folder(tmp_path, 1) / "train/export")
+    assert [made.policy(n).path for n in (1, 2, 3)] == [kept] * 3
+    assert made.policy(0).path != kept

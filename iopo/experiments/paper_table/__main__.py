@@ -112,9 +112,9 @@ class Comparison:
             f"rounds.prompts_per_round={PROMPTS // count}", f"optim.max_steps={STEPS // count}",
             f"reference.cache_dir={folder}/reference", *self.args.overrides,
         ]  # fmt: skip
-        last = folder / f"round-{count:02d}" / "train"
-        if self.runner.job(Job(str(folder.relative_to(self.run)), command, last / "COMPLETE")):
-            self.measure(exported(last), folder)
+        done = folder / "COMPLETE"
+        if self.runner.job(Job(str(folder.relative_to(self.run)), command, done)):
+            self.measure(done.read_text("utf-8").strip(), folder)
 
     def grid_points(self) -> Iterator[tuple[str, Path, list[str]]]:
         """(method, folder, overrides) of every point, the lower learning rate first."""
