@@ -78,6 +78,11 @@ class Rounds:
                 )
             with_path = dataclasses.replace(cfg.reference, path=cfg.model.path)
             dataclasses.replace(cfg, reference=with_path)  # checked as train.py's config is
+        if rounds.reference == "first" and self.kind == "group":
+            raise ValueError(
+                f"rounds.reference=first with objective.name={name}: its ratios are to the policy "
+                "that sampled; remove it (start)"
+            )
         if rounds.seen is not None and not rounds.heldout:
             raise ValueError("rounds.seen has no effect with rounds.heldout=[]; set it to null")
 
