@@ -170,7 +170,7 @@ def _panels(rows: Sequence[Row]) -> Iterator[Panel]:
          for n in keys("rows", "by_constraints")},
     )  # fmt: skip
     yield panel(
-        "Share of sampled responses that follow all and answer, by constraints",
+        "Share of responses that follow all and answer",
         {n: _shares(rows, "by_constraints", n, "follow_and_answer", "responses")
          for n in keys("rows", "by_constraints")},
     )  # fmt: skip

@@ -36,10 +36,11 @@ class Panel:
 
 
 def plot_panels(path: Path, panels: Sequence[Panel], *, across: int, width: float) -> Path:
-    """A PNG of panels, `across` in a line; width: of the picture, in inches."""
+    """A PNG of the panels that have points, `across` in a line; width: of it, in inches."""
     from matplotlib.figure import Figure  # here: a start would wait for it
 
-    lines = -(-len(panels) // across)
+    panels = [panel for panel in panels if any(points for points, *_ in panel.curves)]
+    lines = max(1, -(-len(panels) // across))
     figure = Figure(figsize=(width, 3.4 * lines))
     axes = figure.subplots(lines, across, squeeze=False)
     for axis in axes.flat[len(panels) :]:
@@ -50,6 +51,7 @@ def plot_panels(path: Path, panels: Sequence[Panel], *, across: int, width: floa
                 axis.plot(*zip(*points, strict=True), style, **options)
         axis.set_title(panel.title, fontsize=10)
         axis.set_xlabel(panel.over, fontsize=8)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.tick_params(labelsize=8)
         if panel.chance is not None:
             axis.axhline(panel.chance, color="0.7", linewidth=0.8, zorder=0)
@@ -80,8 +82,7 @@ def plot_curves(run: Path) -> Path:
             label = {"label": name.split("/")[-1]}
             curves.append((train, "-", look | label))
             curves.append((heldout, "o--", look if train else look | label))  # one entry for both
-        if any(points for points, *_ in curves):
-            panels.append(Panel(title, curves, chance))
+        panels.append(Panel(title, curves, chance))
     return plot_panels(run / "curves.png", panels, across=3, width=13)
 
 
