@@ -165,12 +165,12 @@ def _panels(rows: Sequence[Row]) -> Iterator[Panel]:
     }  # fmt: skip
     yield panel("Acceptance: new rows per prompt, by source", per_prompt)
     yield panel(
-        "Share of prompts with a row, by their constraints",
+        "Prompts with a row, by their constraints",
         {n: _shares(rows, "by_constraints", n, "with_rows", "prompts")
          for n in keys("rows", "by_constraints")},
     )  # fmt: skip
     yield panel(
-        "Share of responses that follow all and answer",
+        "Sampled responses: follow all and answer",
         {n: _shares(rows, "by_constraints", n, "follow_and_answer", "responses")
          for n in keys("rows", "by_constraints")},
     )  # fmt: skip

@@ -7,6 +7,7 @@ rows/     new.jsonl, train.jsonl (with those replayed), counts.json
 
 import json
 import logging
+import signal
 import sys
 import time
 from pathlib import Path
@@ -110,4 +111,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the server
     sys.exit(main(sys.argv[1:]))

@@ -51,7 +51,8 @@ def plot_panels(path: Path, panels: Sequence[Panel], *, across: int, width: floa
                 axis.plot(*zip(*points, strict=True), style, **options)
         axis.set_title(panel.title, fontsize=10)
         axis.set_xlabel(panel.over, fontsize=8)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.locator_params(axis="x", integer=True)
+        axis.ticklabel_format(axis="y", useOffset=False)
         axis.tick_params(labelsize=8)
         if panel.chance is not None:
             axis.axhline(panel.chance, color="0.7", linewidth=0.8, zorder=0)
