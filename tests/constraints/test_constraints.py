@@ -92,6 +92,8 @@ EXAMPLES = [
     ("json_format", {}, "```json\n[1]\n```", "[1"),
     ("letters", {"relation": "at most", "number": 3}, "a b 1, c", PLAIN),
     ("lowercase_words", {"relation": "exactly", "number": 1}, "One two Three", "one two"),
+    ("answer_first_word", {"word": "don't"}, "Don't ask.", "Do not ask."),
+    ("answer_last_word", {"word": "don't"}, "Please, don't.", "Please, do not."),
     ("sentence_first_word", {"word": "Water"}, "Water helps. Water, too!", "Water. Wine."),
     ("sentence_last_word", {"word": "water"}, "Drink water. More water!", "Water helps. Water."),
     ("copies", {"text": "Say hi."}, " say HI. ", "Say hi. Hi."),
@@ -138,7 +140,7 @@ texts = st.lists(st.sampled_from(BITS), max_size=14).map("".join) | st.text(max_
 
 def test_every_kind_has_an_example():
     assert {kind for kind, *_ in EXAMPLES} == set(KINDS)
-    assert len(KINDS) == 57 and set(MEASURED_KINDS) < set(KINDS)
+    assert len(KINDS) == 59 and set(MEASURED_KINDS) < set(KINDS)
 
 
 @pytest.mark.parametrize("kind, params, good, bad", EXAMPLES)

@@ -18,6 +18,7 @@ from iopo.construct.responses import model_sampler, sample_all
 from iopo.construct.summary import deviations
 from iopo.construct.tasks import Task, instruction, read_tasks
 from iopo.construct.verified import split_of
+from iopo.evaluation.config import ModelSection
 from iopo.files import read_records, write_records
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,7 +123,7 @@ def test_sampling_continues_after_a_kill(tmp_path):
     with pytest.raises(ValueError, match="start a new cache file"):
         sample_all({"job-0": "another prompt"}, torn, sampler)
     with pytest.raises(ValueError, match="lacks responses to 'new'.*recipe.model_path"):
-        sample_all({"new": "new"}, torn, model_sampler(None, 8, 1.0, 1.0))
+        sample_all({"new": "new"}, torn, model_sampler(ModelSection(None), 8, 1.0, 1.0))
 
 
 # --- quadruples ---

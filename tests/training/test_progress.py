@@ -41,6 +41,9 @@ SHOWN = {
     "iopo/construct/responses.py": ["responses"],
     "iopo/construct/relabel.py": ["relabelling {}"],
     "iopo/construct/verify.py": ["verifying"],
+    "iopo/construct/cousins/__main__.py": ["prompts read"],
+    "iopo/rounds/server.py": ["waiting for the server of {}"],
+    "iopo/rounds/signal.py": ["instructions judged"],
 }
 
 

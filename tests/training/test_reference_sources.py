@@ -54,6 +54,7 @@ def built(cache: Path, overrides: list[str], *more: str) -> tuple[Run, Cache]:
 @pytest.mark.parametrize("change", ["optim.epochs=3", "optim.epochs=1", "model.lora.rank=0"])
 def test_the_cache_is_filled_before_the_first_step(tmp_path, overrides, change, caplog):
     assert len(built(tmp_path / "cache", overrides, change)[1].read(4)) == 8
+    caplog.clear()
     with caplog.at_level("INFO"):
         built(tmp_path / "cache", overrides, change)
     (again,) = [m for m in caplog.messages if m.startswith("reference")]
