@@ -3,14 +3,16 @@
 import dataclasses
 import json
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from iopo.config import Dtype, TrainConfig
+from iopo.data.rows import spread
 from iopo.evaluation.config import ModelSection
 from iopo.evaluation.responses import check_manifest, require_model
-from iopo.files import write_text
+from iopo.files import write_records, write_text
 from iopo.jobs import REPOSITORY, STOPPED, Job, Runner, print_now
 from iopo.objectives import OBJECTIVES
 from iopo.rounds import prompts, report
@@ -103,15 +105,18 @@ class Rounds:
         folder was made with other arguments.
         """
         require_model(self.policy(0))
+        rows = prompts.heldout_rows(self.rounds)
+        found, dropped = prompts.read_prompts(
+            self.rounds.prompts, prompts.held_of(self.rounds, rows)
+        )
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / COMPLETE).unlink(missing_ok=True)
         kept = {key: value for key, value in asdict(self.rounds).items() if key not in FREE}
         words = sorted(word for word in self.overrides if not word.startswith("run="))
         check_manifest(self.folder / "arguments.json", kept | {"overrides": words})
-        splits = prompts.write_heldout(self.rounds, self.folder)
-        held = prompts.read_held(self.rounds, self.folder)
-        found, dropped = prompts.read_prompts(self.rounds.prompts, held)
-        print_now(f"{len(found)} prompts; held-out quads: {dict(splits)}")
+        (self.folder / COMPLETE).unlink(missing_ok=True)
+        write_records(self.folder / prompts.HELDOUT, rows)
+        splits = Counter(str(row.get("split")) for row in spread(rows, self.rounds.limit))
+        print_now(f"{len(found)} prompts; held-out quads that are scored: {dict(splits)}")
         for why, n in dropped.items():
             print_now(f"prompts left out, {why}: {n}")
 

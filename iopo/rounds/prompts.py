@@ -14,7 +14,6 @@ from iopo.construct.proposals import Value, draw, unseen, value_of
 from iopo.construct.quadruples import Candidate, constraint_rows, sides
 from iopo.construct.tasks import INPUT_MARK, Task, instruction, read_tasks
 from iopo.construct.verified import split_of
-from iopo.data.rows import spread
 from iopo.files import given_records, read_records, write_records
 from iopo.rounds.config import TASKS, Round, RoundsConfig
 
@@ -34,9 +33,8 @@ class Held:
         return constraint.kind in self.kinds or value in self.values
 
 
-def write_heldout(rounds: RoundsConfig, run: Path) -> Counter[str]:
-    """RUN/heldout.jsonl: all quads that nothing is trained on; returns how many of each split every
-    policy is scored on.
+def heldout_rows(rounds: RoundsConfig) -> list[dict[str, Any]]:
+    """All quads that nothing is trained on.
 
     A row says what of it is not seen: unseen_kinds, unseen_params, or seen, or what it said itself
     where rounds.seen is null. Raises ValueError for rows without checkable constraints.
@@ -52,8 +50,7 @@ def write_heldout(rounds: RoundsConfig, run: Path) -> Counter[str]:
         values = {value_of(c) for _, row in given_records(rounds.seen) for c in asked(row)}
         kinds = {kind for kind, _ in values}
         rows = [row | {"split": unseen(row, values, kinds)} for row in rows]
-    write_records(run / HELDOUT, rows)
-    return Counter(str(row.get("split")) for row in spread(rows, rounds.limit))
+    return rows
 
 
 def asked(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -62,8 +59,12 @@ def asked(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def read_held(rounds: RoundsConfig, run: Path) -> Held:
-    """Of the held-out quads: their tasks and, where rounds.seen is set, what it has not."""
-    rows = read_records(run / HELDOUT) if rounds.heldout else []
+    """Of the held-out quads in the run folder."""
+    return held_of(rounds, read_records(run / HELDOUT))
+
+
+def held_of(rounds: RoundsConfig, rows: Sequence[Mapping[str, Any]]) -> Held:
+    """Of held-out quads: their tasks and, where rounds.seen is set, what it has not."""
     tasks = frozenset(row["task"] for row in rows)
     if rounds.seen is None or not rows:
         return Held(tasks=tasks)

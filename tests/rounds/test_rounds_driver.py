@@ -192,3 +192,12 @@ def test_a_round_without_rows_keeps_its_policy(tmp_path):
     kept = str(round_folder(tmp_path, 1) / "train/export")
     assert [made.policy(n).path for n in (1, 2, 3)] == [kept] * 3
     assert made.policy(0).path != kept
+
+
+def test_prompts_that_are_refused_leave_no_folder_behind(tmp_path, monkeypatch):
+    """Its arguments.json would refuse the same run with the prompts set right."""
+    monkeypatch.setattr("iopo.rounds.driver.require_model", lambda model: None)
+    rounds = build([*TINY, f"run={tmp_path}/run", f"rounds.prompts={tmp_path}/none.jsonl"])
+    with pytest.raises(OSError, match="none.jsonl"):
+        rounds.prepare()
+    assert not (tmp_path / "run").exists()

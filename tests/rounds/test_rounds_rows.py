@@ -143,9 +143,10 @@ def test_tasks_of_the_training_part_draw_constraints_that_are_not_held_out(tmp_p
     heldout = [str(DATA / name) for name in ("heldout.jsonl", "heldout_kinds.jsonl")]
     seen = str(DATA / "train.jsonl")
     rounds = RoundsConfig(prompts_per_round=401, heldout=heldout, seen=seen, limit=60)
-    splits = prompts.write_heldout(rounds, tmp_path)
-    held = prompts.read_held(rounds, tmp_path)
-    assert splits.total() == 60 and {"unseen_params", "unseen_kinds"} <= splits.keys()
+    rows = prompts.heldout_rows(rounds)
+    held = prompts.held_of(rounds, rows)
+    assert len(rows) == 300, "what is not scored is held out all the same"
+    assert {row["split"] for row in rows} == {"seen", "unseen_params", "unseen_kinds"}
     assert "numbered_items" in held.kinds and "sentences" not in held.kinds
     found, dropped = prompts.read_prompts("tasks", held)
     assert len(found) == 401 and all(split_of(task) == "train" for task in found) and not dropped
