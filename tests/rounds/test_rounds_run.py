@@ -34,7 +34,8 @@ def command(folder: Path, talker: Path, run: str, *more: str) -> list[str]:
     return [
         sys.executable, "-m", "iopo.rounds", "+experiment=tiny_random", f"model.path={talker}",
         "model.tiny=null", f"run={folder}/{run}", "data.heldout=null", "evaluation.samples=0",
-        "optim.epochs=2", "data.max_prompt_tokens=1500", f"rounds.prompts={folder}/seeds.txt",
+        "optim.epochs=2", "optim.lr=1e-5", "data.max_prompt_tokens=1500",
+        f"rounds.prompts={folder}/seeds.txt",
         "rounds.count=2", "rounds.prompts_per_round=8", "rounds.samples=8", "rounds.top_p=1",
         "rounds.most_constraints=1", "rounds.max_new_tokens=80", "rounds.stop_drop=null",
         *(more or ("rounds.heldout=[]", "rounds.seen=null")),
