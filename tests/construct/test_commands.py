@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import helpers_trace
 import pytest
 from helpers_hub import serving
-from helpers_judge import Answer, StubServer
+from helpers_judge import Answer, Script, StubServer
 from test_ifseeds import writer
 from test_schemas import PREFERENCES, SETS
 
+from iopo.construct.importers import read_seeds
 from iopo.construct.verify import main as verify
 from iopo.files import read_records, write_records
 
@@ -24,9 +26,6 @@ FIXTURES = (  # in the order of the lines
     "ultrafeedback_binarized", "helpsteer3_preference", "rlvr_ifeval",
     "if_multi_constraints_upto5", "muldimif", "verinstruct",
 )  # fmt: skip
-QUADS_FROM = [  # trace has tests of its own: its stub writes notes, not answers to any seed
-    pair for pair in zip(LINES, FIXTURES, strict=True) if "+recipe=trace" not in pair[0]
-]
 
 
 def answer(body: dict, before: int) -> Answer:
@@ -34,6 +33,20 @@ def answer(body: dict, before: int) -> Answer:
     number = body["seed"] % 12
     asked = [body["messages"][-1]["content"]] * (number + 1)
     return Answer(writer(asked, body["seed"])[number][0])
+
+
+def scripted(file: Path) -> Script:
+    """The pipeline's scripted server, which writes numbered notes, for other seeds."""
+    seeds = [seed["instruction"] for seed in read_seeds(file)]
+
+    def script(body: dict, before: int) -> Answer:
+        first, *others = body["messages"]
+        for number, seed in enumerate(seeds):
+            noted = first["content"].replace(seed, f"Write note number {number}.")
+            first = first | {"content": noted}
+        return helpers_trace.honest(body | {"messages": [first, *others]}, before)
+
+    return script
 
 
 def run(environment: dict[str, str], *command: str) -> None:
@@ -50,13 +63,14 @@ def test_there_is_a_line_for_every_set():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("line", "name"), QUADS_FROM, ids=[name for _, name in QUADS_FROM])
+@pytest.mark.parametrize(("line", "name"), zip(LINES, FIXTURES, strict=True), ids=FIXTURES)
 def test_from_the_set_to_quads_to_a_training_step(line, name, tmp_path):
     file = SETS / f"{name}.jsonl"
     repo, _, split = re.sub(".*hf://", "", line.split()[1]).partition(":")
     sets = {(repo, "main"): {f"{split or 'data/train'}-00000-of-00001.jsonl": file.read_bytes()}}
     out = tmp_path / "out"
-    with serving(sets) as hub, StubServer(answer) as server:
+    script = scripted(file) if "trace" in line else answer
+    with serving(sets) as hub, StubServer(script) as server:
         environment = os.environ | {
             "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1",
             "XDG_CACHE_HOME": str(tmp_path / "cache"),
@@ -64,11 +78,12 @@ def test_from_the_set_to_quads_to_a_training_step(line, name, tmp_path):
         asked = f"recipe.endpoint.base_url={server.base_url} recipe.endpoint.model=stub"
         if "ifseeds" in line:
             asked += " recipe.samples=6"
-        given = line.replace("recipe.model_path=MODEL", asked)
+        given = line.replace("recipe.model_path=MODEL", asked).replace("=FILE", f"={file}")
+        given = given.replace("=URL", f"={server.base_url}").replace("=NAME", "=stub")
         run(environment, "-m", "iopo.construct", *given.split(), f"recipe.out={out}")
-    quads = out / "train.jsonl"
+    quads = out / ("quads.jsonl" if "trace" in line else "train.jsonl")
     assert verify([str(path) for path in out.glob("*.jsonl") if path.stem in
-                   ("train", "heldout", "heldout_kinds")]) == 0  # fmt: skip
+                   ("train", "heldout", "heldout_kinds", "quads")]) == 0  # fmt: skip
     if name in ("dolci_instruct_dpo", "helpsteer3_preference"):  # dialogues among them: these alone
         dialogues = [row for row in read_records(quads) if isinstance(row["x1"], list)]
         assert all(len(row["x1"]) >= 3 for row in dialogues) and len(dialogues) >= 2
