@@ -60,7 +60,7 @@ def asked(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def read_held(rounds: RoundsConfig, run: Path) -> Held:
     """Of the held-out quads in the run folder."""
-    return held_of(rounds, read_records(run / HELDOUT))
+    return held_of(rounds, read_records(run / HELDOUT) if rounds.heldout else [])
 
 
 def held_of(rounds: RoundsConfig, rows: Sequence[Mapping[str, Any]]) -> Held:
