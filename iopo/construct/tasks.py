@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from iopo.files import sha256_text
 
@@ -27,6 +27,11 @@ class Task:
     def line(self) -> str:
         return self.description + ("" if self.input is None else INPUT_MARK + self.input)
 
+    @classmethod
+    def of_line(cls, line: str) -> Self:
+        description, _, text = line.partition(INPUT_MARK)
+        return cls(description, text or None)
+
     @property
     def digest(self) -> str:
         """Of the task's line."""
@@ -50,8 +55,7 @@ def read_tasks(path: Path = BANK) -> list[Task]:
         if not line.strip() or first < number:
             fault = f"repeats line {first}" if line.strip() else "is empty"
             raise ValueError(f"{path}:{number}: {fault}; expected one task a line, each once")
-        description, _, text = line.partition(INPUT_MARK)
-        tasks.append(Task(description, text or None))
+        tasks.append(Task.of_line(line))
     return tasks
 
 

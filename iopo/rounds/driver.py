@@ -21,13 +21,8 @@ from iopo.rounds.stage import LABELLED, SAMPLED
 from iopo.training.plan.report import plan_report
 
 OK, FAILED, REFUSED, FELL = 0, 1, 2, 3  # exit codes; STOPPED is another
-OWN = (
-    "data.train",
-    "reference.path",
-    "replay_step",
-    "export_step",
-    "export.push_to_hub",
-)  # of a single train.py
+# of a single train.py
+OWN = ("data.train", "reference.path", "replay_step", "export_step", "export.push_to_hub")
 COMPLETE = "COMPLETE"  # holds the path of the last policy, once all rounds are done
 FREE = ("count", "stop_drop", "serve_timeout_s")  # may change when a run goes on
 

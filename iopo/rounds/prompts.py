@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from iopo.construct.ifseeds import Seed, candidate, read_checkable
 from iopo.construct.importers import read_seeds
 from iopo.construct.proposals import Value, draw, unseen, value_of
 from iopo.construct.quadruples import Candidate, constraint_rows, sides
-from iopo.construct.tasks import INPUT_MARK, Task, instruction, read_tasks
+from iopo.construct.tasks import Task, instruction, read_tasks
 from iopo.construct.verified import split_of
 from iopo.files import given_records, read_records, write_records
 from iopo.rounds.config import TASKS, Round, RoundsConfig
@@ -47,7 +48,7 @@ def heldout_rows(rounds: RoundsConfig) -> list[dict[str, Any]]:
                 "`python -m iopo.construct`, as in data/verified"
             )
     if rounds.seen is not None:
-        values = {value_of(c) for _, row in given_records(rounds.seen) for c in asked(row)}
+        values = seen_values(rounds.seen)
         kinds = {kind for kind, _ in values}
         rows = [row | {"split": unseen(row, values, kinds)} for row in rows]
     return rows
@@ -56,6 +57,12 @@ def heldout_rows(rounds: RoundsConfig) -> list[dict[str, Any]]:
 def asked(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The constraints of a quad, of both sides."""
     return [*(row.get("c1") or []), *(row.get("c2") or [])]
+
+
+@cache
+def seen_values(source: str) -> frozenset[Value]:
+    """What the quads of a source ask for, on both sides."""
+    return frozenset(value_of(c) for _, row in given_records(source) for c in asked(row))
 
 
 def read_held(rounds: RoundsConfig, run: Path) -> Held:
@@ -68,7 +75,7 @@ def held_of(rounds: RoundsConfig, rows: Sequence[Mapping[str, Any]]) -> Held:
     tasks = frozenset(row["task"] for row in rows)
     if rounds.seen is None or not rows:
         return Held(tasks=tasks)
-    seen = {value_of(c) for _, row in given_records(rounds.seen) for c in asked(row)}
+    seen = seen_values(rounds.seen)
     values = frozenset(value_of(c) for row in rows for c in asked(row)) - seen
     kinds = frozenset(kind for kind, _ in values) - {kind for kind, _ in seen}
     return Held(kinds, values, tasks)
@@ -161,13 +168,7 @@ def read_drawn(path: Path) -> list[Seed]:
             row["id"],
             row["prompt"],
             {name: [from_dict(c) for c in made] for name, made in row["checks"].items()},
-            None if row["task"] is None else task_of(row["task"]),
+            None if row["task"] is None else Task.of_line(row["task"]),
         )
         for row in read_records(path)
     ]
-
-
-def task_of(line: str) -> Task:
-    """The task of its line."""
-    description, _, text = line.partition(INPUT_MARK)
-    return Task(description, text or None)

@@ -23,7 +23,7 @@ from iopo.constraints import text as cut
 from iopo.constraints.marks import Commas
 from iopo.construct.proposals import CLOSINGS, OPENINGS, Value, unseen, value_of
 from iopo.construct.quadruples import MATCH, four_cells
-from iopo.construct.tasks import INPUT_MARK, Task
+from iopo.construct.tasks import Task
 from iopo.data.rows import spread
 from iopo.files import given_records, sha256_text, write_records
 
@@ -41,15 +41,15 @@ def make(
     Raises ValueError if there are too few rows, or if a task is both in train and in a test file.
     """
     rows = sorted(_read(train), key=lambda row: sha256_text(_ORDER + row["id"]))
-    apart = [row for row in rows if int(_task(row).key, 16) % 8 == 1]
-    own = [row for row in rows if int(_task(row).key, 16) % 8 != 1]
+    apart = [row for row in rows if int(_key(row), 16) % 8 == 1]
+    own = [row for row in rows if int(_key(row), 16) % 8 != 1]
     for name, found, wanted in (("train", own, quads), ("validation", apart, validation)):
         if len(found) < wanted:
             raise ValueError(f"{train}: {len(found)} quads for {name}, expected {wanted} or more")
     own, apart = own[:quads], apart[:validation]
     tests = [row for path in heldout for row in _read(path)]
-    shared = {_task(row).key for row in rows} & {_task(row).key for row in tests}
-    if shared:
+    in_train, in_tests = ({_key(row) for row in of} for of in (rows, tests))
+    if shared := in_train & in_tests:
         raise ValueError(f"{len(shared)} tasks are in {train} and in a held-out file; nothing made")
     seen = {value_of(c) for row in own for c in (*row["c1"], *row["c2"])}
     files = {
@@ -259,6 +259,5 @@ def _read(path: Path) -> list[Row]:
     return [row for _, row in rows]
 
 
-def _task(row: Row) -> Task:
-    description, _, text = row["task"].partition(INPUT_MARK)
-    return Task(description, text or None)
+def _key(row: Row) -> str:
+    return Task.of_line(row["task"]).key
