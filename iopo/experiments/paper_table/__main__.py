@@ -39,15 +39,15 @@ STRENGTH = {
 SFT = ("objective=sft", "optim.lr=1e-4", "optim.global_batch_quads=8", "optim.max_steps=24",
        "evaluation.quads=8", "evaluation.samples=0")  # fmt: skip
 # The second question: method, rounds. All generate and train on as many tokens (docs/rounds.md).
-ARMS = {"iopo_offline": ("iopo", 1), "iopo_rounds": ("iopo", 3), "dpo_rounds": ("dpo", 3),
-        "grpo_rounds": ("grpo", 3)}  # fmt: skip
+ARMS = {"iopo_offline": ("iopo", 1), "iopo_rounds": ("iopo", 4), "dpo_rounds": ("dpo", 4),
+        "grpo_rounds": ("grpo", 4)}  # fmt: skip
 ROUNDS = ("rounds.samples=4", "rounds.max_new_tokens=96", "rounds.limit=0",
           "rounds.stop_drop=null", "optim.epochs=100",
-          "optim.lr=3e-5", "data.heldout=null", "evaluation.samples=0")  # fmt: skip
-PROMPTS, STEPS = 96, 24  # of an arm, shared by its rounds
+          "optim.lr=5e-5", "data.heldout=null", "evaluation.samples=0")  # fmt: skip
+PROMPTS, STEPS = 128, 48  # of an arm, shared by its rounds
 QUADS_TOKENS, IFEVAL_TOKENS = 128, 256  # longest answers
 # folders of models or methods: a quarter of an hour a model
-IFEVAL_ON = ("base", "sft", "iopo", "output_preference", "input_preference")
+IFEVAL_ON = ("base", "sft", "iopo", "output_preference", "input_preference", *ARMS)
 
 
 class Comparison:
