@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,14 @@ from helpers_models import tiny_llama
 from test_configs import CONF, composed, config
 
 from iopo import objectives
-from iopo.experiments.paper_table.__main__ import STRENGTH, jobs_of, keep_arguments, parse
+from iopo.experiments.paper_table.__main__ import (
+    STRENGTH,
+    Comparison,
+    jobs_of,
+    keep_arguments,
+    parse,
+)
+from iopo.jobs import Runner
 from iopo.model.load import byte_tokenizer
 from iopo.training.plan.report import plan_report
 
@@ -74,6 +82,27 @@ def test_the_sweep_holds_its_methods_with_five_seeds_a_seed_at_a_time():
     assert [job["+method"] for job in jobs[: len(methods)]] == methods
     assert set(methods) <= set(STRENGTH)
     assert [job["seed"] for job in jobs] == [s for s in "12345" for _ in methods]
+
+
+def test_the_best_point_is_chosen_once(tmp_path):
+    args = parse([f"--run={tmp_path}", "--without-ifeval", "--methods", "iopo", "dpo"])
+    comparison = Comparison(args, Runner(tmp_path, 1))
+    for n, (_, folder, _) in enumerate(comparison.grid_points()):
+        scores = folder / "validation/scores.json"
+        scores.parent.mkdir(parents=True)
+        scores.write_text(
+            json.dumps({"follows_and_answers": {"value": [0.1, 0.2, 0.2, 0.0][n % 4]}})
+        )
+    chosen = comparison.choose()
+    assert chosen == dict.fromkeys(("iopo", "dpo"), ["optim.lr=2e-5", "objective.beta=0.2"])
+    assert not list(comparison.grid_points()) and comparison.choose() == chosen
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(tmp_path / "choice.json", elsewhere)
+    args = parse([f"--run={elsewhere}", "--without-ifeval", "--methods", "iopo", "sft"])
+    other = Comparison(args, Runner(elsewhere, 1))
+    assert {method for method, _, _ in other.grid_points()} == {"sft"}
+    assert other.choose() == chosen
 
 
 @pytest.mark.parametrize("sweep", sorted(p.stem for p in (CONF / "sweep").glob("ablation_*")))

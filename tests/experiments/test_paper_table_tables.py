@@ -1,11 +1,13 @@
 """The comparison's tables, from run folders written by hand with known answers."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from iopo.experiments.paper_table import table as comparison_table
+from iopo.experiments.paper_table.measures import HIGH, LOW, measures
 from iopo.files import write_records
 
 QUADS = 40
@@ -51,7 +53,8 @@ def trained(run: Path, method: str, seed: int, follows: int, logps: list[float])
     folder = run / "paper_table" / method / f"seed{seed}"
     model(folder, follows, logps, prompts=10, text=f"word {method}")
     write_records(folder / "metrics.jsonl", [
-        {"step": step, "split": "train", "tokens_per_s": 100.0, "step_s": 2.0} for step in (1, 2)
+        {"step": step, "split": "train", "tokens_per_s": 100.0, "step_s": 2.0, "grad_norm": step}
+        for step in (1, 2, 3)
     ])  # fmt: skip
     facts = {
         "time": "2026-11-25T05:00:00+0000", "git_commit": "0123456789abcdef", "git_diff": "",
@@ -123,9 +126,11 @@ def test_the_gain_over_dpo_is_the_sum_of_its_parts(run):
 
 def test_costs_and_provenance(run):
     text = (run / "paper_table.md").read_text()
-    assert "| IOPO | 2 | 400 | 12 | 3.0 |" in text  # both attempts' time, the larger peak
+    assert (
+        "| IOPO | 3 | 600 | 12 | 3.0 | 1.00 | 2.00 | 3.00 |" in text
+    )  # both attempts' time, the larger peak
     assert "2026-11-25" in text and "2 cores of a processor" in text and "0123456789ab" in text
-    assert "chosen for IOPO: optim.lr=1e-5 objective.beta=0.2" in text
+    assert "chosen for iopo: optim.lr=1e-5 objective.beta=0.2" in text
     picture = run / "paper_table_differences.png"
     assert picture.stat().st_size > 1000 and f"({picture.name})" in text
 
@@ -138,6 +143,65 @@ def test_an_ablation_stands_beside_iopo_and_against_it(run):
     assert list(found["values"]) == ["base", "SFT", "IOPO", "iopo-objective.beta-0.5"]
     gain = found["differences"]["IOPO"]["iopo-objective.beta-0.5"]["following"]
     assert gain["value"] == pytest.approx(20 / 80)  # of seed 1, the one both have
+
+
+def test_two_sittings_give_the_tables_of_their_seeds_together(run, tmp_path):
+    whole = json.loads((run / "paper_table.json").read_text())
+    kept = (run / "paper_table_measures.jsonl.gz").read_bytes()
+    folders = tmp_path / "first", tmp_path / "second"
+    for folder, seed in zip(folders, ("seed1", "seed2"), strict=True):
+        shutil.copytree(run, folder)
+        for other in folder.glob("paper_table/*/seed*"):
+            if other.name != seed:
+                shutil.rmtree(other)
+    comparison_table.write(folders[0], "paper_table")
+    first = folders[0] / "paper_table_measures.jsonl.gz"
+    comparison_table.write(folders[1], "paper_table", [first])
+    found = json.loads((folders[1] / "paper_table.json").read_text())
+    assert found["differences"] == whole["differences"]  # SFT's seeds are alike here
+    assert found["values"]["IOPO"] == whole["values"]["IOPO"]
+    comparison_table.write(run, "paper_table")
+    assert (run / "paper_table_measures.jsonl.gz").read_bytes() == kept
+    merged = folders[1] / "paper_table_measures.jsonl.gz"
+    with pytest.raises(ValueError, match="seed 1, is in two sittings"):
+        comparison_table.write(folders[0], "paper_table", [merged])
+    with pytest.raises(ValueError, match="expected the kept measures"):
+        comparison_table.write(run, "paper_table", [run / "jobs.jsonl"])
+
+
+def test_a_sitting_has_its_own_checkpoint(run, tmp_path):
+    """The second sitting's SFT follows 40 of 80 and not 20: each seed is paired with its own."""
+    folder = tmp_path / "second"
+    shutil.copytree(run, folder)
+    for other in folder.glob("paper_table/*/seed1"):
+        other.rename(other.with_name("seed3"))
+    shutil.rmtree(folder / "sft")
+    model(folder / "sft", 40, [-2.0, -3.0, -2.0, -3.0], prompts=10)
+    for seed2 in folder.glob("paper_table/*/seed2"):
+        shutil.rmtree(seed2)
+    comparison_table.write(folder, "paper_table", [run / "paper_table_measures.jsonl.gz"])
+    found = json.loads((folder / "paper_table.json").read_text())
+    assert found["values"]["SFT"]["following"]["value"] == pytest.approx((20 + 20 + 40) / 240)
+    gain = found["differences"]["SFT"]["IOPO"]["following"]["value"]
+    assert gain == pytest.approx((40 + 60 + 40 - 20 - 20 - 40) / 240)
+
+
+def test_following_stands_by_the_sign_of_the_smaller_margin(tmp_path):
+    model(tmp_path / "sft", 20, [-2.0, -3.0, -2.0, -3.0])
+    model(tmp_path / "one", 30, [-2.0, -4.0, -2.0, -4.0])
+    path = tmp_path / "one/quads/logps.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows[:10]:
+        row["logps"] = [-2.0, -2.5, -2.0, -4.0]  # margins of -0.5 and 1 nats
+    write_records(path, rows)
+    found = measures(tmp_path / "one", tmp_path / "sft")
+    totals = {
+        name: [sum(column) for column in zip(*found[name].values(), strict=True)]
+        for name in (LOW, HIGH, "one_margin_negative")
+    }
+    # answers 5 to 29 follow and are not hollow; the first 20 are of the ten quads
+    assert totals == {LOW: [15, 20], HIGH: [10, 60], "one_margin_negative": [10, 40]}
+    assert LOW not in measures(tmp_path / "sft", tmp_path / "sft")
 
 
 def test_what_cannot_be_compared_is_refused(run, tmp_path, capsys):

@@ -4,8 +4,10 @@ From one SFT checkpoint, on the same quads and as many members seen: a grid of l
 beta for every method, judged on a validation split; then the jobs of +sweep=paper_table, measured
 on held-out quads and, at seed 1, on IFEval; then the tables (table.py). Each job is train.py or
 evaluate.py in a process of its own, in a folder under --run. Finished jobs are not run again: stop
-at any time (SIGTERM saves the running jobs) and start again to go on. key=value goes to every
-train.py. Exit codes: 0 done, 1 some jobs failed (jobs.jsonl names them), 2 refused, 75 stopped.
+at any time (SIGTERM saves the running jobs) and start again to go on. On another machine, go on
+with other seeds: copy choice.json into a new --run, and give the first run's measures to table.py.
+key=value goes to every train.py. Exit codes: 0 done, 1 some jobs failed (jobs.jsonl names them),
+2 refused, 75 stopped.
 """
 
 import argparse
@@ -25,6 +27,7 @@ import yaml
 
 from iopo.evaluation.responses import check_manifest
 from iopo.experiments.paper_table import data
+from iopo.files import write_text
 from iopo.jobs import REPOSITORY, Job, Runner, print_now
 
 # Chosen before any result, as all sizes here and in conf/sweep/paper_table.yaml. The second number
@@ -117,8 +120,11 @@ class Comparison:
             self.measure(done.read_text("utf-8").strip(), folder)
 
     def grid_points(self) -> Iterator[tuple[str, Path, list[str]]]:
-        """(method, folder, overrides) of every point, the lower learning rate first."""
+        """(method, folder, overrides) of every point, the lower learning rate first, of methods for
+        which nothing is chosen yet."""
         for method in self.args.methods:
+            if method in self.chosen_before()["chosen"]:
+                continue
             key, values = STRENGTH[method] or ("", ("",))
             for rate, value in itertools.product(LEARNING_RATES, values):
                 overrides = [f"optim.lr={rate}"] + ([f"{key}={value}"] if key else [])
@@ -139,8 +145,10 @@ class Comparison:
         """choice.json: of each method the overrides whose answers most often follow all and answer.
 
         Ties go to the point that comes first. A point that failed is not chosen; a method all of
-        whose points failed is left out. Raises ValueError if it chose otherwise before.
+        whose points failed is left out. What was chosen before stands, here or in another sitting
+        whose choice.json was copied.
         """
+        before = self.chosen_before()
         tried: dict[str, list[dict[str, Any]]] = {}
         for method, folder, overrides in self.grid_points():
             scores = folder / "validation" / "scores.json"
@@ -148,21 +156,18 @@ class Comparison:
                 followed = json.loads(scores.read_text())["follows_and_answers"]
                 point = {"overrides": overrides, "followed": followed}
                 tried.setdefault(method, []).append(point)
-        chosen = {
+        chosen = before["chosen"] | {
             method: max(points, key=lambda point: point["followed"]["value"])["overrides"]
             for method, points in tried.items()
         }
-        path = self.run / "choice.json"
-        old = json.loads(path.read_text()) if path.exists() else {"chosen": {}, "tried": {}}
-        changed = [m for m, rates in chosen.items() if old["chosen"].get(m, rates) != rates]
-        if changed:
-            raise ValueError(
-                f"{path}: other rates are best now for {', '.join(changed)}, and runs with the old "
-                "ones may exist; choose another --run"
-            )
-        content = {"chosen": old["chosen"] | chosen, "tried": old["tried"] | tried}
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        content = {"chosen": chosen, "tried": before["tried"] | tried}
+        write_text(self.run / "choice.json", json.dumps(content, indent=1) + "\n")
         return chosen
+
+    def chosen_before(self) -> dict[str, dict[str, Any]]:
+        """What choice.json holds."""
+        path = self.run / "choice.json"
+        return json.loads(path.read_text()) if path.exists() else {"chosen": {}, "tried": {}}
 
     def sweep(self, name: str, chosen: dict[str, list[str]]) -> None:
         """The jobs of a sweep with the chosen rates, each measured as soon as it is trained."""

@@ -1,9 +1,16 @@
-"""What the comparison knows of a run: measures by unit, costs and provenance, from its folder."""
+"""What the comparison knows of a run: measures by unit, costs and provenance, from its folder.
 
+A comparison too long for one sitting is made of several, each a run folder of its own: its seeds
+with the SFT checkpoint that they started from, on one machine. What the tables need of a sitting
+is kept in one small file, and tables are drawn from any number of them.
+"""
+
+import gzip
 import json
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
 
@@ -11,13 +18,16 @@ from iopo.constraints.text import repeats
 from iopo.evaluation import scoring
 from iopo.evaluation.items import Measures
 from iopo.evaluation.quad_metrics import Answer
-from iopo.files import read_records
+from iopo.files import iter_records, read_records, replacing
 from iopo.jobs import costs
 from iopo.training.logger import read_metrics
 from iopo.training.metrics import preferences
 
 Runs = dict[str, dict[int | None, Path]]  # method, then seed -> folder
+Sitting = dict[str, Any]  # JSON: head, and runs: method -> seed ("None": none) -> what is known
 IFEVAL = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose", "answers")
+# follows and answers, of the quads whose smaller output margin is below zero, and of the others
+LOW, HIGH = "following_answering/margin_below_0", "following_answering/margins_above_0"
 MEASURED = {  # metric -> property of an answer to a held-out quad
     "following_answering": "follows_and_answers",
     "following": "all_followed",
@@ -25,7 +35,58 @@ MEASURED = {  # metric -> property of an answer to a held-out quad
 }
 
 
-def find(run: Path, sweep: str) -> Runs:
+def sitting(run: Path, sweep: str, beside: tuple[str, ...] = ()) -> Sitting | None:
+    """All that the tables need of a run folder; None if its SFT checkpoint was not measured.
+
+    beside: methods of the main table that are shown with this sweep's.
+    """
+    runs = _find(run, sweep)
+    runs |= {name: of for name, of in _find(run, "paper_table").items() if name in beside}
+    if "SFT" not in runs:
+        return None
+    spent = costs(run)
+    known: dict[str, dict[str, Any]] = defaultdict(dict)
+    for name, folders in runs.items():
+        for seed, folder in folders.items():
+            cost = _cost(run, folder, spent)
+            known[name][str(seed)] = {"measures": measures(folder, run / "sft"), "cost": cost}
+    return {"head": _head(run, runs), "runs": known}
+
+
+def write_sittings(path: Path, sittings: list[Sitting]) -> None:
+    """One gzipped line a sitting; the same sittings give the same bytes."""
+    lines = "".join(json.dumps(one) + "\n" for one in sittings)
+    with replacing(path) as new:
+        new.write_bytes(gzip.compress(lines.encode(), mtime=0))
+
+
+def read_sittings(path: Path) -> list[Sitting]:
+    """The sittings of a file. Raises ValueError for another kind of file."""
+    found = [value for _, value, _ in iter_records(path)]
+    if not all(isinstance(one, dict) and one.keys() == {"head", "runs"} for one in found):
+        raise ValueError(f"{path}: expected the kept measures of a comparison")
+    return found
+
+
+def pooled(sittings: list[Sitting]) -> dict[str, dict[int | None, dict[str, Any]]]:
+    """Method, then seed, of all sittings. With several, base and SFT have the seeds of theirs.
+
+    Raises ValueError if two sittings have one method and seed.
+    """
+    out: dict[str, dict[int | None, dict[str, Any]]] = defaultdict(dict)
+    for one in sittings:
+        seeds = sorted({seed for of in one["runs"].values() for seed in of if seed != "None"})
+        for name, of in one["runs"].items():
+            for key, known in of.items():
+                several = key == "None" and len(sittings) > 1
+                for seed in map(int, seeds) if several else [None if key == "None" else int(key)]:
+                    if seed in out[name]:
+                        raise ValueError(f"{name}, seed {seed}, is in two sittings; leave one out")
+                    out[name][seed] = known
+    return dict(out)
+
+
+def _find(run: Path, sweep: str) -> Runs:
     """base, SFT, and every method of a sweep with its seeds; only models that were measured."""
     found: Runs = {"base": {None: run / "base"}, "SFT": {None: run / "sft"}}
     for folder in sorted((run / sweep).glob("*/seed*")):
@@ -95,26 +156,35 @@ def _add_logps(out: Measures, folder: Path, reference: Path) -> None:
         r11, r12, r22, r21 = (a - b for a, b in zip(logps, sft[quad], strict=True))
         smaller, larger = sorted((r11 - r12, r22 - r21))
         out["one_margin_negative"][quad] = (float(smaller < 0 < larger), 1.0)
+        followed, answers = out["following_answering"][quad]
+        for metric, counts in ((LOW, smaller < 0), (HIGH, smaller >= 0)):
+            out[metric][quad] = (followed, answers) if counts else (0, 0)
         out["smaller_margin"][quad] = (smaller, 1.0)
         out["larger_margin"][quad] = (larger, 1.0)
         out["logratio_matched"][quad] = (r11 + r22, 2.0)
         out["logratio_mismatched"][quad] = (r12 + r21, 2.0)
+    for metric in (LOW, HIGH):  # SFT's margins are all zero
+        if not any(answers for _, answers in out[metric].values()):
+            del out[metric]
 
 
-def cost(run: Path, folders: Iterable[Path]) -> dict[str, float] | None:
-    """Means over the runs: seconds and peak GB of the training process, tokens of members seen."""
-    spent = costs(run)
-    rows = []
-    for folder in folders:
-        job = spent.get(f"{folder.relative_to(run)} train")
-        if job is not None and (folder / "metrics.jsonl").exists():
-            steps = read_metrics(folder, "train")
-            tokens = sum(row["tokens_per_s"] * row["step_s"] for row in steps)
-            rows.append(job | {"tokens": tokens, "steps": float(len(steps))})
-    return {key: sum(r[key] for r in rows) / len(rows) for key in rows[0]} if rows else None
+def _cost(run: Path, folder: Path, spent: dict[str, dict[str, float]]) -> dict[str, float] | None:
+    """Of one training run: seconds and peak GB of its process, steps, tokens of members seen, and
+    the median gradient norm of each third of its steps."""
+    job = spent.get(f"{folder.relative_to(run)} train")
+    if job is None or not (folder / "metrics.jsonl").exists():
+        return None
+    steps = read_metrics(folder, "train")
+    third = -(-len(steps) // 3)
+    norms = {
+        f"grad_norm_{n + 1}": median(row["grad_norm"] for row in steps[n * third : (n + 1) * third])
+        for n in range(3) if len(steps) >= 3
+    }  # fmt: skip
+    tokens = sum(row["tokens_per_s"] * row["step_s"] for row in steps)
+    return job | {"tokens": tokens, "steps": float(len(steps))} | norms
 
 
-def provenance(runs: Runs) -> dict[str, list[str]]:
+def _head(run: Path, runs: Runs) -> list[str]:
     """Dates, machines, versions and commits of the training runs; more than one of each is said."""
     found: dict[str, set[str]] = defaultdict(set)
     for folder in (folder for folders in runs.values() for folder in folders.values()):
@@ -127,4 +197,8 @@ def provenance(runs: Runs) -> dict[str, list[str]]:
             found["versions"].add(", ".join([f"python {one['python']}", *versions]))
             changed = " with changes" if one["git_diff"] else ""
             found["commit"].add(str(one["git_commit"])[:12] + changed)
-    return {key: sorted(values) for key, values in found.items()}
+    lines = [f"{key}: {'; '.join(sorted(values))}" for key, values in found.items()]
+    data = json.loads((run / "data/counts.json").read_text(encoding="utf-8"))
+    lines.append("quads: " + ", ".join(f"{k} {v}" for k, v in data.items() if isinstance(v, int)))
+    choice = json.loads((run / "choice.json").read_text(encoding="utf-8"))["chosen"]
+    return [*lines, *(f"chosen for {method}: {' '.join(of)}" for method, of in choice.items())]

@@ -1,18 +1,29 @@
 """Tables and pictures of the comparison, from run folders alone.
 
-`python -m iopo.experiments.paper_table.table RUN [SWEEP]` writes RUN/SWEEP.md, .json and .png.
-Whether a difference is a gain is printed by code: only where its interval excludes zero.
+`python -m iopo.experiments.paper_table.table RUN [SWEEP [FILE ...]]` writes RUN/SWEEP.md, .json and
+.png, and RUN/SWEEP_measures.jsonl.gz, which holds all measures by item: give that of another
+sitting as FILE, and the tables are of both. Whether a difference is a gain is printed by code: only
+where its interval excludes zero.
 """
 
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from iopo import stats
-from iopo.experiments.paper_table.measures import IFEVAL, Runs, cost, find, measures, provenance
+from iopo.experiments.paper_table.measures import (
+    HIGH,
+    IFEVAL,
+    LOW,
+    pooled,
+    read_sittings,
+    sitting,
+    write_sittings,
+)
 from iopo.stats import Difference, Estimate, Scores
 
 # name -> (label, factor for printing, 1 or -1 where more is better or worse, 0: neither)
@@ -29,6 +40,8 @@ METRICS = {
     "instruction_strict": ("IFEval instruction strict, %", 100, 1),
     "instruction_loose": ("IFEval instruction loose, %", 100, 1),
     "answers": ("IFEval answers that answer, by their text, %", 100, 1),
+    LOW: ("follows all and answers, of quads with an output margin below 0, %", 100, 1),
+    HIGH: ("follows all and answers, of the other quads, %", 100, 1),
     "group_accuracy": ("group accuracy, %", 100, 1),
     "x_preference": ("x-preference, %", 100, 1),
     "y_preference": ("y-preference, %", 100, 1),
@@ -46,11 +59,13 @@ METRICS = {
 }
 SECTIONS = {
     "Following and answering, on held-out tasks": [
-        m for m in METRICS if m.startswith(("following", "answering", "constraints"))
+        m for m in METRICS
+        if m.startswith(("following", "answering", "constraints")) and m not in (LOW, HIGH)
     ],
     "IFEval": list(IFEVAL),
     "Preferences, by log-prob": ["group_accuracy", "x_preference", "y_preference",
-                                 "one_margin_negative", "smaller_margin", "larger_margin"],
+                                 "one_margin_negative", "smaller_margin", "larger_margin", LOW,
+                                 HIGH],
     "Drift": ["logratio_matched", "logratio_mismatched", "as_sft", "words", "empty", "cut_off",
               "repetitive", "plain_text"],
 }  # fmt: skip
@@ -71,25 +86,26 @@ Estimates = Mapping[str, Mapping[str, Estimate]]  # method -> metric -> estimate
 Differences = Mapping[str, Mapping[str, Difference]]
 
 
-def write(run: Path, sweep: str) -> list[str]:
+def write(run: Path, sweep: str, earlier: Sequence[Path] = ()) -> list[str]:
     """All files of a sweep; returns the lines of the difference tables, for a terminal.
 
-    An ablation is shown beside IOPO of the main table and against it. Raises ValueError if the SFT
-    checkpoint has not been measured.
+    earlier: kept measures of other sittings. An ablation is shown beside IOPO of the main table and
+    against it. Raises ValueError if the SFT checkpoint has not been measured.
     """
-    runs, baselines = find(run, sweep), ("SFT", "output_preference")
-    runs = {name: runs[name] for name in ("base", "SFT", *NAMES) if name in runs} | runs
-    if "SFT" not in runs:
+    ablation = sweep.startswith("ablation")
+    sittings = [one for path in earlier for one in read_sittings(path)]
+    own = sitting(run, sweep, ("iopo",) if ablation else ())
+    if own is None:
         raise ValueError(f"{run}: the SFT checkpoint was not measured; nothing to compare with")
-    if sweep == "rounds":
-        baselines = ("SFT", "iopo_rounds")
-    elif sweep != "paper_table":
-        main = find(run, "paper_table")
-        runs = {name: main[name] for name in ("base", "SFT", "iopo") if name in main} | runs
-        baselines = ("SFT", "iopo")
+    sittings.append(own)
+    write_sittings(run / f"{sweep}_measures.jsonl.gz", sittings)
+    runs = pooled(sittings)
+    runs = {name: runs[name] for name in ("base", "SFT", *NAMES) if name in runs} | runs
+    last = {"rounds": "iopo_rounds", "paper_table": "output_preference"}.get(sweep, "iopo")
+    baselines = ("SFT", last)
     found: dict[str, dict[str, Scores]] = {}
-    for name, folders in runs.items():
-        by_seed = {seed: measures(folder, run / "sft") for seed, folder in folders.items()}
+    for name, seeds in runs.items():
+        by_seed = {seed: known["measures"] for seed, known in seeds.items()}
         scored = {metric: stats.scores(metric, by_seed) for metric in METRICS}
         found[name] = {metric: of for metric, of in scored.items() if of is not None}
     values = {_name(m): {k: stats.estimate(s) for k, s in of.items()} for m, of in found.items()}
@@ -112,8 +128,8 @@ def write(run: Path, sweep: str) -> list[str]:
         better = [metric for metric in METRICS if METRICS[metric][2] == 1]
         against.append(_differences_table("Where the gain over DPO comes from", parts, better))
     tables = [_values(title, metrics, found, values) for title, metrics in SECTIONS.items()]
-    tables = [table for table in (*tables, _costs(run, runs), *against) if table[2]]
-    head = _head(run, runs)
+    tables = [table for table in (*tables, _costs(runs), *against) if table[2]]
+    head = list(dict.fromkeys(line for one in sittings for line in one["head"]))
     picture = f"{sweep}_differences.png"
     _draw(differences, run / picture)
     text = [f"# The paper's comparison in small: {sweep}", "", *(f"- {line}" for line in head)]
@@ -141,16 +157,20 @@ def _values(
     return f"{title} [95 % interval]", head, rows if metrics else []
 
 
-def _costs(run: Path, runs: Runs) -> Table:
-    head = ["method", "steps", "tokens of members seen", "seconds", "peak GB of a process"]
-    rows = [
-        [
-            _name(name), f"{spent['steps']:.0f}", f"{spent['tokens']:,.0f}",
-            f"{spent['seconds']:.0f}", f"{spent['peak_rss_gb']:.1f}",
-        ]
-        for name, folders in runs.items() if (spent := cost(run, folders.values()))
-    ]  # fmt: skip
-    return "Cost of training, mean over seeds (seconds: loading and export included)", head, rows
+def _costs(runs: Mapping[str, Mapping[Any, Mapping[str, Any]]]) -> Table:
+    head = ["method", "steps", "tokens of members seen", "seconds", "peak GB of a process",
+            "gradient norm, first third of the steps", "second", "last"]  # fmt: skip
+    rows = []
+    for name, seeds in runs.items():
+        spent = [known["cost"] for known in seeds.values() if known["cost"]]
+        if spent:
+            mean = {key: sum(one[key] for one in spent) / len(spent) for key in spent[0]}
+            norms = [f"{mean[key]:.2f}" for key in mean if key.startswith("grad_norm")]
+            rows.append([
+                _name(name), f"{mean['steps']:.0f}", f"{mean['tokens']:,.0f}",
+                f"{mean['seconds']:.0f}", f"{mean['peak_rss_gb']:.1f}", *norms,
+            ])  # fmt: skip
+    return "Training, mean over seeds (seconds: loading and export included)", head, rows
 
 
 def _differences_table(
@@ -171,15 +191,6 @@ def _differences_table(
     ]  # fmt: skip
     title += f" (†: also after Holm's correction for {len(compared)} comparisons)"
     return title, ["", *columns], cells
-
-
-def _head(run: Path, runs: Runs) -> list[str]:
-    lines = [f"{key}: {'; '.join(values)}" for key, values in provenance(runs).items()]
-    data = json.loads((run / "data/counts.json").read_text(encoding="utf-8"))
-    lines.append("quads: " + ", ".join(f"{k} {v}" for k, v in data.items() if isinstance(v, int)))
-    choice = json.loads((run / "choice.json").read_text(encoding="utf-8"))["chosen"]
-    lines += [f"chosen for {_name(m)}: {' '.join(rates)}" for m, rates in choice.items()]
-    return lines
 
 
 def _name(name: str) -> str:
@@ -230,10 +241,10 @@ def _draw(against: Mapping[str, Estimates], path: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the tables of a run folder again; returns the exit code."""
-    run, sweep = (*arguments, "paper_table")[:2]
+    """Write the tables of a run folder; returns the exit code."""
+    run, sweep, *earlier = arguments if len(arguments) > 1 else (*arguments, "paper_table")
     try:
-        print("\n".join(write(Path(run), sweep)))
+        print("\n".join(write(Path(run), sweep, [Path(path) for path in earlier])))
     except (ValueError, OSError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
@@ -241,6 +252,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    if not 2 <= len(sys.argv) <= 3:
-        sys.exit("usage: python -m iopo.experiments.paper_table.table RUN [SWEEP]")
+    if len(sys.argv) < 2:
+        sys.exit("usage: python -m iopo.experiments.paper_table.table RUN [SWEEP [FILE ...]]")
     sys.exit(main(sys.argv[1:]))
