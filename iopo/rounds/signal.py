@@ -24,9 +24,7 @@ from typing import Any
 import numpy as np
 
 from iopo import stats
-from iopo.constraints import Constraint, follows
-from iopo.constraints.answers import hollow
-from iopo.constraints.text import after_thinking
+from iopo.constraints import Constraint
 from iopo.construct.ifseeds import IfSeedsRecipe
 from iopo.construct.proposals import draw, sensible
 from iopo.construct.quadruples import Candidate, follow, sides
@@ -36,6 +34,7 @@ from iopo.construct.tasks import Task, instruction, read_tasks
 from iopo.data.rows import Pair
 from iopo.files import read_records, write_text
 from iopo.progress import tracked
+from iopo.rounds.rows import Labelled, label
 from iopo.stats import Estimate, shown
 
 COUNTS = (1, 2, 3, 4, 5)  # constraints an instruction
@@ -73,22 +72,10 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A response after its thinking, the verdicts of code on it, and its tokens."""
+class Answer(Labelled):
+    """A labelled response and its tokens."""
 
-    text: str
-    follows: tuple[bool, ...]
-    answers: bool
     tokens: int
-
-    @property
-    def right(self) -> bool:
-        return self.answers and all(self.follows)
-
-    @property
-    def share(self) -> float:
-        """Of the constraints, 0 for one that does not answer."""
-        return sum(self.follows) / len(self.follows) if self.answers else 0.0
 
 
 def draw_asked(prompts: int, seed: int) -> list[Asked]:
@@ -120,11 +107,9 @@ def judged(
     for key, prompt in asked.jobs().items():
         side = int(key.partition("/")[2][0]) - 1
         constraints = (asked.c1, asked.c2 or ())[side]
-        said, reason = rows[key]["text"], rows[key]["finish_reason"]
-        text = after_thinking(said).strip()
-        answers = not hollow(text, prompt, constraints, ended=reason == "stop")
-        verdicts = tuple(follows(constraints, text))
-        found[side].append(Answer(text, verdicts, answers, count(said)))
+        said, ended = rows[key]["text"], rows[key]["finish_reason"] == "stop"
+        made = label((said, ended), prompt, constraints)
+        found[side].append(Answer(**vars(made), tokens=count(said)))
     return found
 
 
@@ -155,7 +140,7 @@ def of_instruction(
         return None if isinstance(row, str) else [len(row["c1"]), len(row["c2"])]
 
     def first_quad(group: range) -> list[int] | None:
-        texts = {ones[i].text: i for i in group if ones[i].answers}
+        texts = {ones[i].text: i for i in group if not ones[i].hollow}
         found = (relabelled(i, j) for i, j in combinations(texts.values(), 2))
         return next((quad for quad in found if quad is not None), None)
 

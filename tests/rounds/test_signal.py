@@ -24,7 +24,10 @@ TWO = Asked(ASKED.task, (*ASKED.c1, make("commas", relation="exactly", number=0)
 
 def answers(asked: Asked, texts: list[str], side: int = 0) -> list[Answer]:
     constraints = (asked.c1, asked.c2 or ())[side]
-    return [Answer(t, tuple(follows(constraints, t)), len(t.split()) > 3, 10) for t in texts]
+    return [
+        Answer(t, tuple(follows(constraints, t)), () if len(t.split()) > 3 else ("too_short",), 10)
+        for t in texts
+    ]
 
 
 def shares(asked: Asked, ones: list[str], twos: list[str] = []) -> dict:  # noqa: B006
@@ -74,7 +77,7 @@ def test_judged_reads_thinking_the_end_and_the_tokens():
     rows[first] = {"text": f"<think>Hm.</think>{CALM}", "finish_reason": "length"}
     ones, twos = signal.judged(ASKED, rows, len)
     assert (len(ones), len(twos)) == (MOST, MOST // 2)
-    assert ones[0].text == CALM and not ones[0].answers and ones[0].tokens > ones[1].tokens
+    assert ones[0].text == CALM and ones[0].hollow and ones[0].tokens > ones[1].tokens
     assert ones[1].right and not twos[0].right and ones[0].share == 0
 
 
