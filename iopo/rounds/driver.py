@@ -62,10 +62,10 @@ class Rounds:
                 "rounds.serve with model.adapter: the server gets a whole model; merge the adapter "
                 "into model.path first"
             )
-        if rounds.reward != "all" and self.kind != "group":
+        if rounds.reward != "all" and self.kind not in ("group", "pair"):
             raise ValueError(
                 f"rounds.reward={rounds.reward} has no effect with objective.name={name}; remove "
-                "it (used by objectives on groups)"
+                "it (used by objectives on groups and on pairs)"
             )
         if rounds.reference == "first":
             if cfg.model.adapter is not None:

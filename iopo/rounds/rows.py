@@ -44,6 +44,10 @@ class Labelled:
         """Of the constraints that it follows; 0 if it is hollow."""
         return 0.0 if self.hollow else sum(self.follows) / len(self.follows)
 
+    def reward(self, kind: str) -> float:
+        """all: 1 if it follows all constraints and answers, else 0. share: `share`."""
+        return float(self.right) if kind == "all" else self.share
+
 
 def label(said: tuple[str, bool], prompt: str, constraints: Sequence[Constraint]) -> Labelled:
     """The verdicts of code on a response."""
@@ -60,19 +64,22 @@ def distinct(responses: Sequence[Labelled]) -> list[Labelled]:
 # --- what one prompt gives, by the kind of row ---------------------------------------------------
 
 
-def best_and_worst(seed: Seed, responses: Sequence[Labelled]) -> Row | str:
-    """A pair: a response that follows all and answers, over the one that follows the least."""
+def best_and_worst(seed: Seed, responses: Sequence[Labelled], reward: str) -> Row | str:
+    """A pair: a response of the highest reward over the one that follows the least."""
     texts = [response for response in responses if response.text]
-    best = next((r for r in texts if r.right), None)
-    worst = min((r for r in texts if not r.right), key=lambda r: r.share, default=None)
-    if best is None or worst is None:
-        return "none follows all and answers" if best is None else "all follow all and answer"
+    best = max(texts, key=lambda r: r.reward(reward), default=None)
+    if best is None or not best.reward(reward):
+        return "none follows all and answers" if reward == "all" else "none earns a reward"
+    worse = [r for r in texts if r.reward(reward) < best.reward(reward)]
+    if not worse:
+        return "all rewards are equal"
+    worst = min(worse, key=lambda r: r.share)
     return {"x": seed.prompt, "chosen": best.text, "rejected": worst.text}
 
 
 def group(seed: Seed, responses: Sequence[Labelled], reward: str) -> Row | str:
     """All responses with their rewards, unless these are equal: such a group teaches nothing."""
-    rewards = [float(r.right) if reward == "all" else r.share for r in responses]
+    rewards = [r.reward(reward) for r in responses]
     if len(set(rewards)) == 1:
         return f"all rewards are {rewards[0]:g}" if rewards[0] in (0, 1) else "rewards are equal"
     return {"x": seed.prompt, "responses": [r.text for r in responses], "rewards": rewards}
@@ -205,7 +212,7 @@ def _of_prompt(
     if of.kind == "quad":
         return quads.make(seed, pair, responses)
     makers: dict[str, Callable[[], Row | str | list[Row]]] = {
-        "pair": lambda: best_and_worst(seed, responses[0]),
+        "pair": lambda: best_and_worst(seed, responses[0], of.rounds.reward),
         "group": lambda: group(seed, responses[0], of.rounds.reward),
         "sft": lambda: right_ones(seed, responses[0]) or "none follows all and answers",
     }

@@ -108,7 +108,7 @@ class Comparison:
         """On-policy rounds, or one pass on the start's samples; measured after the last."""
         method, count = ARMS[name]
         folder = self.run / "rounds" / name / f"seed{seed}"
-        reward = ["rounds.reward=share"] if method == "grpo" else []
+        reward = ["rounds.reward=share"] if method in ("dpo", "grpo") else []
         command = [
             "-m", "iopo.rounds", f"+method={method}", f"run={folder}", f"seed={seed}",
             f"model.path={exported(self.sft)}", f"rounds.count={count}", *ROUNDS, *reward,
