@@ -201,6 +201,9 @@ def write_exports(
             finish(new, kind)
             if kind == BASE:
                 return
+            # in the dtype of training, whose rounding grows with the logits; buffers stay as read
+            for parameter in reloaded.parameters():
+                parameter.data = parameter.data.to(train_model.dtype)
             found = _score(LogProbs(reloaded), probe.to("cpu"))
             tolerance = max(TOLERANCE.get(each, 0.1) for each in (dtype, train_model.dtype))
             if not abs(found - expected) <= tolerance:

@@ -136,6 +136,24 @@ def test_base_without_a_name_is_written_too(tmp_path):
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_what_bf16_rounds_in_training_does_not_refuse_an_export(tmp_path, monkeypatch):
+    scores, score = [], export._score
+    monkeypatch.setattr(export, "_score", lambda *a: scores.append(score(*a)) or scores[-1])
+    model = tiny_llama()
+    model.lm_head.weight.data *= 3000  # logits as large as those of a run that went astray
+    train_model = trained(model, torch.bfloat16)
+    cfg, alone = ExportConfig(), RankInfo(0, 1, 0, 1, CPU)
+    origin = export.Origin(dtype=torch.float32)
+    export.write_exports(train_model, tmp_path, cfg, Chat(byte_tokenizer()), origin, alone)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype="auto")
+    assert stock.dtype == torch.float32
+    assert abs(scores[0] - scores[1]) < 0.1
+    ids = Chat(byte_tokenizer()).tokenizer.encode(export.PROBE, add_special_tokens=False)
+    logp = stock(torch.tensor([ids])).logits.log_softmax(-1)[0, :-1]
+    said = logp.gather(1, torch.tensor(ids)[1:, None])[len(ids) // 2 - 1 :]
+    assert abs(scores[0] - said.mean().item()) > 0.1  # in fp32
+
+
 def test_an_export_that_reads_back_differently_is_refused(tmp_path, monkeypatch):
     train_model = trained(tiny_llama())
     write(train_model, tmp_path)
