@@ -67,22 +67,30 @@ def distinct(responses: Sequence[Labelled]) -> list[Labelled]:
 def best_and_worst(seed: Seed, responses: Sequence[Labelled], reward: str) -> Row | str:
     """A pair: a response of the highest reward over the one that follows the least."""
     texts = [response for response in responses if response.text]
-    best = max(texts, key=lambda r: r.reward(reward), default=None)
-    if best is None or not best.reward(reward):
-        return "none follows all and answers" if reward == "all" else "none earns a reward"
-    worse = [r for r in texts if r.reward(reward) < best.reward(reward)]
-    if not worse:
-        return "all rewards are equal"
-    worst = min(worse, key=lambda r: r.share)
-    return {"x": seed.prompt, "chosen": best.text, "rejected": worst.text}
+    rewards = [r.reward(reward) for r in texts]
+    if why := alike(rewards):
+        return why
+    best = texts[rewards.index(max(rewards))]
+    worse = [r for r, of in zip(texts, rewards, strict=True) if of < max(rewards)]
+    return {
+        "x": seed.prompt, "chosen": best.text, "rejected": min(worse, key=lambda r: r.share).text,
+    }  # fmt: skip
 
 
 def group(seed: Seed, responses: Sequence[Labelled], reward: str) -> Row | str:
     """All responses with their rewards, unless these are equal: such a group teaches nothing."""
     rewards = [r.reward(reward) for r in responses]
-    if len(set(rewards)) == 1:
-        return f"all rewards are {rewards[0]:g}" if rewards[0] in (0, 1) else "rewards are equal"
-    return {"x": seed.prompt, "responses": [r.text for r in responses], "rewards": rewards}
+    return alike(rewards) or {
+        "x": seed.prompt, "responses": [r.text for r in responses], "rewards": rewards,
+    }  # fmt: skip
+
+
+def alike(rewards: Sequence[float]) -> str | None:
+    """What is said of rewards that do not differ; None if they do."""
+    found = set(rewards) or {0.0}
+    if len(found) > 1:
+        return None
+    return f"all rewards are {min(found):g}" if found <= {0, 1} else "rewards are equal"
 
 
 def right_ones(seed: Seed, responses: Sequence[Labelled]) -> list[Row]:

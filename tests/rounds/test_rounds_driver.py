@@ -36,6 +36,7 @@ def test_every_key_of_conf_is_an_option_with_the_default_that_stands_there():
         (["rounds.serve='vllm serve {model}'"], r"expected null, vllm, or a command with {port}"),
         (["rounds.temperature=0"], "equal responses teach nothing"),
         (["rounds.reward=share"], "has no effect with objective.name=iopo"),
+        (["rounds.reward=share", "objective=sft"], "has no effect with objective.name=sft"),
         (["rounds.reference=first", "objective=sft"], "reference.path=demo has no effect"),
         (["rounds.reference=first", "objective=grpo"], "its ratios are to the policy that sampled"),
         (["rounds.reference=first", "model.adapter=A"], "merge the adapter into model.path"),

@@ -55,9 +55,13 @@ def test_a_pair_is_a_right_response_over_the_one_that_follows_least():
     )
     assert [(r["x"], r["chosen"], r["rejected"]) for r in rows] == [(seed.prompt, PLAIN, one)]
     assert (counts["follow_and_answer"], counts["responses"], counts["rows_new"]) == (2, 4, 1)
-    for texts, why in (([PLAIN] * 4, "all follow"), ([LONG] * 4, "none follows")):
+    for texts, why in (([PLAIN] * 4, "are 1"), ([LONG] * 4, "are 0"), ([""] * 4, "are 0")):
         rows, counts = make_rows([seed], said(seed, *texts), prompts.Held(), a_round("pair"))
-        assert rows == [] and why in next(iter(counts["outcomes"]))
+        assert rows == [] and counts["outcomes"] == {f"pair: all rewards {why}": 1}
+    none_right = said(seed, one, LONG, "Town, sea.", one)
+    assert not make_rows([seed], none_right, prompts.Held(), a_round("pair"))[0]
+    rows, _ = make_rows([seed], none_right, prompts.Held(), a_round("pair", reward="share"))
+    assert [(row["chosen"], row["rejected"]) for row in rows] == [(LONG, one)]
 
 
 def test_a_hollow_response_counts_as_failing():
