@@ -204,6 +204,26 @@ def test_following_stands_by_the_sign_of_the_smaller_margin(tmp_path):
     assert LOW not in measures(tmp_path / "sft", tmp_path / "sft")
 
 
+def test_reliability_stands_beside_where_it_was_measured(run):
+    for folder, reliable in ((run / "sft", 4), (run / "paper_table/iopo/seed1", 8)):
+        (folder / "cousins").mkdir()
+        write_records(folder / "cousins/measures.jsonl", [
+            {"metric": metric, "unit": str(n), "numerator": number, "denominator": of}
+            for n in range(20)
+            for metric, number, of in (
+                ("reliable", float(n < reliable), 1.0),
+                ("drop", float(reliable <= n < 10), float(n < 10)),
+                ("prompt_strict", 1.0, 1.0),
+            )
+        ])  # fmt: skip
+    comparison_table.write(run, "paper_table")
+    found = json.loads((run / "paper_table.json").read_text())
+    drops = [found["values"][name]["drop"]["value"] for name in ("SFT", "IOPO")]
+    assert drops == pytest.approx([0.6, 0.2]) and "drop" not in found["values"]["DPO"]
+    assert found["differences"]["SFT"]["IOPO"]["reliable"]["value"] == pytest.approx(0.2)
+    assert found["values"]["SFT"]["prompt_strict"]["value"] == pytest.approx(0.5)  # IFEval's own
+
+
 def test_what_cannot_be_compared_is_refused(run, tmp_path, capsys):
     assert comparison_table.main([str(tmp_path)]) == 2
     assert "SFT checkpoint was not measured" in capsys.readouterr().err

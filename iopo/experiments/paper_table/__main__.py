@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from iopo.construct.cousins import __main__ as cousins
 from iopo.evaluation.responses import check_manifest
 from iopo.experiments.paper_table import data
 from iopo.files import write_text
@@ -51,6 +52,8 @@ PROMPTS, STEPS = 128, 48  # of an arm, shared by its rounds
 QUADS_TOKENS, IFEVAL_TOKENS = 128, 256  # longest answers
 # folders of models or methods: a quarter of an hour a model
 IFEVAL_ON = ("base", "sft", "iopo", "output_preference", "input_preference", *ARMS)
+# at seed 1, on so many of IFEval's prompts, spread over the file, with four cousins each
+COUSINS_ON, COUSINS_OF = ("base", "sft", "iopo", "output_preference"), 150
 
 
 class Comparison:
@@ -97,12 +100,17 @@ class Comparison:
     def measure(self, model: str | Path, folder: Path) -> None:
         """Everything that the table needs of one model."""
         self.quads(model, folder / "quads", "test")
-        asked = folder.name in IFEVAL_ON or folder.parent.name in IFEVAL_ON
-        if self.args.ifeval is not None and asked:
-            self.evaluate(
-                "ifeval", model, folder / "ifeval", f"data.path={self.args.ifeval}",
-                f"generate.max_new_tokens={IFEVAL_TOKENS}",
-            )  # fmt: skip
+        if self.args.ifeval is None:
+            return
+        name = folder.parent.name if folder.name.startswith("seed") else folder.name
+        longest = f"generate.max_new_tokens={IFEVAL_TOKENS}"
+        if name in IFEVAL_ON:
+            rows = f"data.path={self.args.ifeval}"
+            self.evaluate("ifeval", model, folder / "ifeval", rows, longest)
+        if name in COUSINS_ON and folder.name in (name, "seed1") and self.args.sweeps != ["rounds"]:
+            rows = f"data.path={self.run}/data/cousins.jsonl"
+            limit = f"limit={COUSINS_OF}"
+            self.evaluate("ifeval", model, folder / "cousins", rows, longest, limit)
 
     def arm(self, name: str, seed: int) -> None:
         """On-policy rounds, or one pass on the start's samples; measured after the last."""
@@ -253,6 +261,8 @@ def compare(comparison: Comparison) -> None:
         data.make(args.train, args.heldout, run / "data", **sizes)
     if args.data_only:
         return
+    if args.ifeval is not None and not (run / "data/cousins.jsonl").exists():
+        print_now(cousins.build(args.ifeval, run / "data/cousins.jsonl", k=4, seed=0))
     start = (f"model.path={args.model}", f"data.train={run}/data/train.jsonl")
     runner.all([partial(comparison.train, comparison.sft, *SFT, *start)])
     if runner.failed:

@@ -16,6 +16,7 @@ import torch
 
 from iopo.constraints.text import repeats
 from iopo.evaluation import scoring
+from iopo.evaluation.benchmarks.ifeval import CHANGES
 from iopo.evaluation.items import Measures
 from iopo.evaluation.quad_metrics import Answer
 from iopo.files import iter_records, read_records, replacing
@@ -26,6 +27,7 @@ from iopo.training.metrics import preferences
 Runs = dict[str, dict[int | None, Path]]  # method, then seed -> folder
 Sitting = dict[str, Any]  # JSON: head, and runs: method -> seed ("None": none) -> what is known
 IFEVAL = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose", "answers")
+COUSINS = ("reliable", "drop", *(f"drop/{change}" for change in CHANGES))
 # follows and answers, of the quads whose smaller output margin is below zero, and of the others
 LOW, HIGH = "following_answering/margin_below_0", "following_answering/margins_above_0"
 MEASURED = {  # metric -> property of an answer to a held-out quad
@@ -100,7 +102,8 @@ def _find(run: Path, sweep: str) -> Runs:
 
 
 def measures(folder: Path, sft: Path) -> Measures:
-    """metric -> unit -> (numerator, denominator) of one model; IFEval only where it was run."""
+    """metric -> unit -> (numerator, denominator) of one model; IFEval and its cousins only where
+    they were run."""
     out: Measures = defaultdict(dict)
     answers, before = _answers(folder), {a.id: a.text for a in _answers(sft)}
     by_quad: dict[str, list[Answer]] = defaultdict(list)
@@ -121,9 +124,10 @@ def measures(folder: Path, sft: Path) -> Measures:
     scores = json.loads((folder / "quads/scores.json").read_text(encoding="utf-8"))
     for block, nats in enumerate(scores["plain_text"]["nats_per_token"]):
         out["plain_text"][f"{scores['plain_text']['sha256'][:8]} {block}"] = (nats, 1.0)
-    if (folder / "ifeval/measures.jsonl").exists():
-        table = scoring.from_rows(read_records(folder / "ifeval/measures.jsonl"))
-        out |= {metric: table[metric] for metric in IFEVAL if metric in table}
+    for benchmark, metrics in (("ifeval", IFEVAL), ("cousins", COUSINS)):
+        if (path := folder / benchmark / "measures.jsonl").exists():
+            table = scoring.from_rows(read_records(path))
+            out |= {metric: table[metric] for metric in metrics if metric in table}
     return dict(out)
 
 

@@ -15,7 +15,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from iopo import stats
+from iopo.evaluation.benchmarks.ifeval import CHANGES
 from iopo.experiments.paper_table.measures import (
+    COUSINS,
     HIGH,
     IFEVAL,
     LOW,
@@ -40,6 +42,9 @@ METRICS = {
     "instruction_strict": ("IFEval instruction strict, %", 100, 1),
     "instruction_loose": ("IFEval instruction loose, %", 100, 1),
     "answers": ("IFEval answers that answer, by their text, %", 100, 1),
+    "reliable": ("IFEval prompts right with all cousins, %", 100, 1),
+    "drop": ("right IFEval prompts that some cousin loses, %", 100, -1),
+    **{f"drop/{change}": (f"- that one {change} loses, %", 100, -1) for change in CHANGES},
     LOW: ("follows all and answers, of quads with an output margin below 0, %", 100, 1),
     HIGH: ("follows all and answers, of the other quads, %", 100, 1),
     "group_accuracy": ("group accuracy, %", 100, 1),
@@ -63,6 +68,7 @@ SECTIONS = {
         if m.startswith(("following", "answering", "constraints")) and m not in (LOW, HIGH)
     ],
     "IFEval": list(IFEVAL),
+    "IFEval's prompts with their cousins": list(COUSINS),
     "Preferences, by log-prob": ["group_accuracy", "x_preference", "y_preference",
                                  "one_margin_negative", "smaller_margin", "larger_margin", LOW,
                                  HIGH],
