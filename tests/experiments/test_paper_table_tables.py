@@ -170,20 +170,22 @@ def test_two_sittings_give_the_tables_of_their_seeds_together(run, tmp_path):
 
 
 def test_a_sitting_has_its_own_checkpoint(run, tmp_path):
-    """The second sitting's SFT follows 40 of 80 and not 20: each seed is paired with its own."""
+    """The second sitting's SFT follows 40 of 80 and not 20: its run is paired with that."""
     folder = tmp_path / "second"
     shutil.copytree(run, folder)
-    for other in folder.glob("paper_table/*/seed1"):
-        other.rename(other.with_name("seed3"))
+    for other in (*folder.glob("paper_table/*/seed2"), folder / "paper_table/output_preference"):
+        shutil.rmtree(other)
     shutil.rmtree(folder / "sft")
     model(folder / "sft", 40, [-2.0, -3.0, -2.0, -3.0], prompts=10)
-    for seed2 in folder.glob("paper_table/*/seed2"):
-        shutil.rmtree(seed2)
+    for own in folder.glob("paper_table/*/seed1"):
+        own.rename(own.with_name("seed3"))
     comparison_table.write(folder, "paper_table", [run / "paper_table_measures.jsonl.gz"])
     found = json.loads((folder / "paper_table.json").read_text())
-    assert found["values"]["SFT"]["following"]["value"] == pytest.approx((20 + 20 + 40) / 240)
-    gain = found["differences"]["SFT"]["IOPO"]["following"]["value"]
-    assert gain == pytest.approx((40 + 60 + 40 - 20 - 20 - 40) / 240)
+    assert found["values"]["SFT"]["following"]["value"] == pytest.approx((20 + 40) / 160)
+    gains = {m: of["following"]["value"] for m, of in found["differences"]["SFT"].items()}
+    assert gains["IOPO"] == pytest.approx((40 + 60 + 40 - 20 - 20 - 40) / 240)
+    assert gains["DPO on both rows"] == pytest.approx((40 + 40 - 20 - 20) / 160)
+    assert gains["DPO"] == pytest.approx((21 + 22 + 21 - 20 - 20 - 40) / 240)
 
 
 def test_following_stands_by_the_sign_of_the_smaller_margin(tmp_path):

@@ -71,20 +71,20 @@ def read_sittings(path: Path) -> list[Sitting]:
 
 
 def pooled(sittings: list[Sitting]) -> dict[str, dict[int | None, dict[str, Any]]]:
-    """Method, then seed, of all sittings. With several, base and SFT have the seeds of theirs.
+    """Method, then seed, of all sittings. "start" of what is known: the measures of the SFT
+    checkpoint of the same sitting. Of several base and SFT models the seeds are 0, 1, ...
 
     Raises ValueError if two sittings have one method and seed.
     """
     out: dict[str, dict[int | None, dict[str, Any]]] = defaultdict(dict)
-    for one in sittings:
-        seeds = sorted({seed for of in one["runs"].values() for seed in of if seed != "None"})
+    for number, one in enumerate(sittings):
+        start = one["runs"]["SFT"]["None"]["measures"]
         for name, of in one["runs"].items():
             for key, known in of.items():
-                several = key == "None" and len(sittings) > 1
-                for seed in map(int, seeds) if several else [None if key == "None" else int(key)]:
-                    if seed in out[name]:
-                        raise ValueError(f"{name}, seed {seed}, is in two sittings; leave one out")
-                    out[name][seed] = known
+                seed = int(key) if key != "None" else number if len(sittings) > 1 else None
+                if seed in out[name]:
+                    raise ValueError(f"{name}, seed {seed}, is in two sittings; leave one out")
+                out[name][seed] = known | {"start": start}
     return dict(out)
 
 

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from iopo import stats
 from iopo.evaluation.benchmarks.ifeval import CHANGES
+from iopo.evaluation.items import Measures
 from iopo.experiments.paper_table.measures import (
     COUSINS,
     HIGH,
@@ -107,19 +108,20 @@ def write(run: Path, sweep: str, earlier: Sequence[Path] = ()) -> list[str]:
     write_sittings(run / f"{sweep}_measures.jsonl.gz", sittings)
     runs = pooled(sittings)
     runs = {name: runs[name] for name in ("base", "SFT", *NAMES) if name in runs} | runs
-    last = {"rounds": "iopo_rounds", "paper_table": "output_preference"}.get(sweep, "iopo")
-    baselines = ("SFT", last)
-    found: dict[str, dict[str, Scores]] = {}
-    for name, seeds in runs.items():
-        by_seed = {seed: known["measures"] for seed, known in seeds.items()}
-        scored = {metric: stats.scores(metric, by_seed) for metric in METRICS}
-        found[name] = {metric: of for metric, of in scored.items() if of is not None}
+    found, starts = (
+        {name: _scored({seed: known[of] for seed, known in seeds.items()})
+         for name, seeds in runs.items()}
+        for of in ("measures", "start")
+    )  # fmt: skip
     values = {_name(m): {k: stats.estimate(s) for k, s in of.items()} for m, of in found.items()}
-    differences = {
-        _name(base): {_name(name): _differences(found[base], of) for name, of in found.items()
-                      if name not in (base, "base")}
-        for base in baselines if base in found
-    }  # fmt: skip
+    others = [name for name in found if name not in ("base", "SFT")]
+    # each seed minus the checkpoint that it started from
+    differences = {"SFT": {_name(m): _differences(starts[m], found[m]) for m in others}}
+    last = {"rounds": "iopo_rounds", "paper_table": "output_preference"}.get(sweep, "iopo")
+    if last in found:
+        differences[_name(last)] = {
+            _name(m): _differences(found[last], found[m]) for m in others if m != last
+        }
     against = [
         _differences_table(f"Minus {base}, paired by item and seed", rows)
         for base, rows in differences.items()
@@ -144,6 +146,11 @@ def write(run: Path, sweep: str, earlier: Sequence[Path] = ()) -> list[str]:
     content = {"values": values, "differences": differences, "provenance": head}
     (run / f"{sweep}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return [*map(_markdown, against), f"written: {run}/{sweep}.md, {sweep}.json, {picture}"]
+
+
+def _scored(by_seed: dict[int | None, Measures]) -> dict[str, Scores]:
+    scored = {metric: stats.scores(metric, by_seed) for metric in METRICS}
+    return {metric: of for metric, of in scored.items() if of is not None}
 
 
 def _differences(a: dict[str, Scores], b: dict[str, Scores]) -> dict[str, Difference]:
