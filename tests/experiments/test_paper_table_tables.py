@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from iopo.experiments.paper_table import gains
 from iopo.experiments.paper_table import table as comparison_table
 from iopo.experiments.paper_table.measures import HIGH, LOW, measures
 from iopo.files import write_records
@@ -224,6 +225,27 @@ def test_reliability_stands_beside_where_it_was_measured(run):
     assert drops == pytest.approx([0.6, 0.2]) and "drop" not in found["values"]["DPO"]
     assert found["differences"]["SFT"]["IOPO"]["reliable"]["value"] == pytest.approx(0.2)
     assert found["values"]["SFT"]["prompt_strict"]["value"] == pytest.approx(0.5)  # IFEval's own
+
+
+def test_the_figure_shows_what_each_step_adds(tmp_path):
+    def less(value: float) -> dict:
+        return {
+            "following_answering": {"value": value, "low": value - 1, "high": value + 3, "n": 9}
+        }
+
+    both = {"differences": {"DPO on both rows": {"DPO": less(-9), "IOPO": less(2)}}}
+    rounds = {
+        "differences": {"IOPO, rounds": {"IOPO, one pass": less(5), "GRPO, rounds": less(-4)}}
+    }
+    for name, content in (("both.json", both), ("rounds.json", rounds)):
+        (tmp_path / name).write_text(json.dumps(content))
+    steps = gains.steps(both, rounds)
+    found = [of["following_answering"] for of in steps.values()]
+    ends = [(one["low"], one["value"], one["high"]) for one in found]
+    assert ends == [(6, 9, 10), (1, 2, 5), (-8, -5, -4), (-5, -4, -1)]
+    paths = [str(tmp_path / name) for name in ("both.json", "rounds.json", "gains.png")]
+    assert gains.main(paths) == 0 and (tmp_path / "gains.png").stat().st_size > 1000
+    assert gains.main([paths[1], *paths[1:]]) == 2
 
 
 def test_what_cannot_be_compared_is_refused(run, tmp_path, capsys):

@@ -1,0 +1,78 @@
+"""The figure of README: what data, loss, rounds and rewards add, with 95 % intervals.
+
+`python -m iopo.experiments.paper_table.gains COMPARISON.json ROUNDS.json OUT.png`: the JSON files
+are those that table.py writes for the sweeps paper_table and rounds.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from iopo import stats
+from iopo.experiments.paper_table.table import COLOURS, GREY, METRICS, NAMES
+from iopo.stats import Estimate
+
+Results = Mapping[str, Any]
+SHOWN = ("following_answering", "prompt_strict")
+
+
+def steps(comparison: Results, rounds: Results) -> dict[str, dict[str, Estimate]]:
+    """What each step adds to the one before, by metric, from the top: data first."""
+    rows, own = NAMES["output_preference"], NAMES["iopo_rounds"]
+    to_rows, to_own = comparison["differences"][rows], rounds["differences"][own]
+    return {
+        "data: both rows of quads,\nnot pairs (DPO)": _reversed(to_rows[NAMES["dpo"]]),
+        "loss: IOPO,\nnot DPO on both rows": to_rows[NAMES["iopo"]],
+        "rounds: IOPO in rounds,\nnot one pass": _reversed(to_own[NAMES["iopo_offline"]]),
+        "reward: GRPO in rounds,\nnot IOPO in rounds": to_own[NAMES["grpo_rounds"]],
+    }
+
+
+def _reversed(differences: Mapping[str, Estimate]) -> dict[str, Estimate]:
+    """b - a from a - b."""
+    return {
+        metric: {"value": -of["value"], "low": -of["high"], "high": -of["low"], "n": of["n"]}
+        for metric, of in differences.items()
+    }
+
+
+def draw(found: Mapping[str, Mapping[str, Estimate]], path: Path) -> None:
+    """One panel a metric, one line a step."""
+    metrics = [m for m in SHOWN if any(m in of for of in found.values())]
+    figure = Figure(figsize=(1.5 + 3.5 * len(metrics), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0]
+    for axes, metric in zip(panels, metrics, strict=True):
+        label, factor, better = METRICS[metric]
+        for place, of in enumerate(found.values()):
+            if metric in of:
+                colour = COLOURS.get(stats.word(of[metric], better), GREY)
+                ends = [factor * of[metric][end] for end in ("low", "high")]
+                axes.plot(ends, [place, place], color=colour, linewidth=2)
+                axes.plot(factor * of[metric]["value"], place, "o", color=colour)
+        axes.axvline(0, color="0.6", linewidth=0.8)
+        axes.set_title(label.replace(", %", ", points"), fontsize=10)
+        axes.set_yticks(range(len(found)), list(found), fontsize=9)
+        axes.set_ylim(len(found) - 0.5, -0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command; returns its exit code."""
+    comparison, rounds, out = map(Path, arguments)
+    try:
+        draw(steps(*(json.loads(path.read_text("utf-8")) for path in (comparison, rounds))), out)
+    except (KeyError, ValueError, OSError) as error:
+        print(f"refused: {error!r}: expected the JSON files of both sweeps", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
+    sys.exit(main(sys.argv[1:]))
