@@ -2,12 +2,12 @@
 
 From one SFT checkpoint, on the same quads and as many members seen: a grid of learning rate and
 beta for every method, judged on a validation split; then the jobs of +sweep=paper_table, measured
-on held-out quads and, at seed 1, on IFEval; then the tables (table.py). Each job is train.py or
-evaluate.py in a process of its own, in a folder under --run. Finished jobs are not run again: stop
-at any time (SIGTERM saves the running jobs) and start again to go on. On another machine, go on
-with other seeds: copy choice.json into a new --run, and give the first run's measures to table.py.
-key=value goes to every train.py. Exit codes: 0 done, 1 some jobs failed (jobs.jsonl names them),
-2 refused, 75 stopped.
+on held-out quads, IFEval and cousins of its prompts; then the tables (table.py). Each job is
+train.py or evaluate.py in a process of its own, in a folder under --run. Finished jobs are not run
+again: stop at any time (SIGTERM saves the running jobs) and start again to go on. On another
+machine, go on with other seeds: copy choice.json into a new --run, and give the first run's
+measures to table.py. key=value goes to every train.py. Exit codes: 0 done, 1 some jobs failed
+(jobs.jsonl names them), 2 refused, 75 stopped.
 """
 
 import argparse
@@ -50,7 +50,7 @@ ROUNDS = ("rounds.samples=4", "rounds.max_new_tokens=96", "rounds.limit=0",
           "optim.lr=5e-5", "data.heldout=null", "evaluation.samples=0")  # fmt: skip
 PROMPTS, STEPS = 128, 48  # of an arm, shared by its rounds
 QUADS_TOKENS, IFEVAL_TOKENS = 128, 256  # longest answers
-# folders of models or methods: a quarter of an hour a model
+# folders of models or methods
 IFEVAL_ON = ("base", "sft", "iopo", "output_preference", "input_preference", *ARMS)
 # at seed 1, on so many of IFEval's prompts, spread over the file, with four cousins each
 COUSINS_ON, COUSINS_OF = ("base", "sft", "iopo", "output_preference"), 150
@@ -62,6 +62,7 @@ class Comparison:
     def __init__(self, args: argparse.Namespace, runner: Runner):
         self.args, self.runner, self.run = args, runner, runner.run_dir
         self.sft = self.run / "sft"
+        self.cousins = self.run / "data" / "cousins.jsonl"
 
     def train(self, folder: Path, *overrides: str) -> bool:
         """One train.py run."""
@@ -107,9 +108,8 @@ class Comparison:
         if name in IFEVAL_ON:
             rows = f"data.path={self.args.ifeval}"
             self.evaluate("ifeval", model, folder / "ifeval", rows, longest)
-        if name in COUSINS_ON and folder.name in (name, "seed1") and self.args.sweeps != ["rounds"]:
-            rows = f"data.path={self.run}/data/cousins.jsonl"
-            limit = f"limit={COUSINS_OF}"
+        if self.cousins.exists() and name in COUSINS_ON and folder.name in (name, "seed1"):
+            rows, limit = f"data.path={self.cousins}", f"limit={COUSINS_OF}"
             self.evaluate("ifeval", model, folder / "cousins", rows, longest, limit)
 
     def arm(self, name: str, seed: int) -> None:
@@ -261,8 +261,9 @@ def compare(comparison: Comparison) -> None:
         data.make(args.train, args.heldout, run / "data", **sizes)
     if args.data_only:
         return
-    if args.ifeval is not None and not (run / "data/cousins.jsonl").exists():
-        print_now(cousins.build(args.ifeval, run / "data/cousins.jsonl", k=4, seed=0))
+    asked = args.ifeval is not None and args.sweeps != ["rounds"]
+    if asked and not comparison.cousins.exists():
+        print_now(cousins.build(args.ifeval, comparison.cousins, k=4, seed=0))
     start = (f"model.path={args.model}", f"data.train={run}/data/train.jsonl")
     runner.all([partial(comparison.train, comparison.sft, *SFT, *start)])
     if runner.failed:
