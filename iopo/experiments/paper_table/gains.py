@@ -17,7 +17,7 @@ from iopo.experiments.paper_table.table import COLOURS, GREY, METRICS, NAMES
 from iopo.stats import Estimate
 
 Results = Mapping[str, Any]
-SHOWN = ("following_answering", "prompt_strict")
+SHOWN = ("following_answering", "follows_and_answers")
 
 
 def steps(comparison: Results, rounds: Results) -> dict[str, dict[str, Estimate]]:

@@ -26,7 +26,8 @@ from iopo.training.metrics import preferences
 
 Runs = dict[str, dict[int | None, Path]]  # method, then seed -> folder
 Sitting = dict[str, Any]  # JSON: head, and runs: method -> seed ("None": none) -> what is known
-IFEVAL = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose", "answers")
+IFEVAL = ("follows_and_answers", "prompt_strict", "prompt_loose", "instruction_strict",
+          "instruction_loose", "answers")  # fmt: skip
 COUSINS = ("reliable", "drop", *(f"drop/{change}" for change in CHANGES))
 # follows and answers, of the quads whose smaller output margin is below zero, and of the others
 LOW, HIGH = "following_answering/margin_below_0", "following_answering/margins_above_0"
@@ -64,7 +65,7 @@ def write_sittings(path: Path, sittings: list[Sitting]) -> None:
 
 def read_sittings(path: Path) -> list[Sitting]:
     """The sittings of a file. Raises ValueError for another kind of file."""
-    found = [value for _, value, _ in iter_records(path)]
+    found: list[Any] = [value for _, value, _ in iter_records(path)]
     if not all(isinstance(one, dict) and one.keys() == {"head", "runs"} for one in found):
         raise ValueError(f"{path}: expected the kept measures of a comparison")
     return found

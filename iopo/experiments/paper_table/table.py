@@ -38,6 +38,7 @@ METRICS = {
     "following": ("follows all constraints, %", 100, 1),
     "answering": ("answers, %", 100, 1),
     "constraints": ("constraints followed, %", 100, 1),
+    "follows_and_answers": ("IFEval follows all and answers, %", 100, 1),
     "prompt_strict": ("IFEval prompt strict, %", 100, 1),
     "prompt_loose": ("IFEval prompt loose, %", 100, 1),
     "instruction_strict": ("IFEval instruction strict, %", 100, 1),
@@ -84,7 +85,7 @@ NAMES = {
     "grpo_rounds": "GRPO, rounds",
 }  # fmt: skip
 DRAWN = ("following_answering", "following_answering/unseen_kinds", "following", "answering",
-         "prompt_strict", "group_accuracy", "x_preference", "y_preference",
+         "follows_and_answers", "group_accuracy", "x_preference", "y_preference",
          "logratio_matched", "words", "repetitive", "plain_text")  # fmt: skip
 COLOURS = {"gain": "#2b5c8a", "loss": "#9c3d54"}
 GREY = "#7f8c8d"  # neither, or the interval holds zero
