@@ -96,6 +96,17 @@ def test_the_best_point_is_chosen_once(tmp_path):
     chosen = comparison.choose()
     assert chosen == dict.fromkeys(("iopo", "dpo"), ["optim.lr=2e-5", "objective.beta=0.2"])
     assert not list(comparison.grid_points()) and comparison.choose() == chosen
+    late = tmp_path / "late"
+    shutil.copytree(tmp_path / "grid/iopo", late / "grid/iopo")
+    args = parse([f"--run={late}", "--without-ifeval", "--methods", "iopo"])
+    failed = Comparison(args, Runner(late, 1))
+    missing = list(failed.grid_points())[1][1] / "validation/scores.json"
+    moved = missing.rename(late / "scores.json")
+    third = failed.choose()
+    assert third == {"iopo": ["optim.lr=5e-5", "objective.beta=0.05"]}
+    assert len(list(failed.grid_points())) == 4, "what failed is tried again"
+    moved.rename(missing)
+    assert failed.choose() == third and not list(failed.grid_points()), "the choice stands"
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     shutil.copy(tmp_path / "choice.json", elsewhere)

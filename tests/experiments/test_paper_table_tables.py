@@ -127,9 +127,8 @@ def test_the_gain_over_dpo_is_the_sum_of_its_parts(run):
 
 def test_costs_and_provenance(run):
     text = (run / "paper_table.md").read_text()
-    assert (
-        "| IOPO | 3 | 600 | 12 | 3.0 | 1.00 | 2.00 | 3.00 |" in text
-    )  # both attempts' time, the larger peak
+    # both attempts' time, the larger peak
+    assert "| IOPO | 3 | 600 | 12 | 3.0 | 1.00 | 2.00 | 3.00 |" in text
     assert "2026-11-25" in text and "2 cores of a processor" in text and "0123456789ab" in text
     assert "chosen for iopo: optim.lr=1e-5 objective.beta=0.2" in text
     picture = run / "paper_table_differences.png"

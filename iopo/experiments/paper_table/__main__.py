@@ -128,13 +128,15 @@ class Comparison:
             self.measure(done.read_text("utf-8").strip(), folder)
 
     def grid_points(self) -> Iterator[tuple[str, Path, list[str]]]:
-        """(method, folder, overrides) of every point, the lower learning rate first, of methods for
-        which nothing is chosen yet."""
+        """(method, folder, overrides) of every point, the lower learning rate first, of methods
+        some of whose points were not scored yet."""
+        tried = self.chosen_before()["tried"]
         for method in self.args.methods:
-            if method in self.chosen_before()["chosen"]:
-                continue
             key, values = STRENGTH[method] or ("", ("",))
-            for rate, value in itertools.product(LEARNING_RATES, values):
+            points = list(itertools.product(LEARNING_RATES, values))
+            if len(tried.get(method, ())) == len(points):
+                continue
+            for rate, value in points:
                 overrides = [f"optim.lr={rate}"] + ([f"{key}={value}"] if key else [])
                 name = f"lr{rate}-{value}" if key else f"lr{rate}"
                 yield method, self.run / "grid" / method / name, overrides
@@ -164,10 +166,10 @@ class Comparison:
                 followed = json.loads(scores.read_text())["follows_and_answers"]
                 point = {"overrides": overrides, "followed": followed}
                 tried.setdefault(method, []).append(point)
-        chosen = before["chosen"] | {
+        chosen = {
             method: max(points, key=lambda point: point["followed"]["value"])["overrides"]
             for method, points in tried.items()
-        }
+        } | before["chosen"]
         content = {"chosen": chosen, "tried": before["tried"] | tried}
         write_text(self.run / "choice.json", json.dumps(content, indent=1) + "\n")
         return chosen

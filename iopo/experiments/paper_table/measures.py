@@ -66,8 +66,12 @@ def write_sittings(path: Path, sittings: list[Sitting]) -> None:
 def read_sittings(path: Path) -> list[Sitting]:
     """The sittings of a file. Raises ValueError for another kind of file."""
     found: list[Any] = [value for _, value, _ in iter_records(path)]
-    if not all(isinstance(one, dict) and one.keys() == {"head", "runs"} for one in found):
-        raise ValueError(f"{path}: expected the kept measures of a comparison")
+    kept = (isinstance(one, dict) and one.keys() == {"head", "runs"} for one in found)
+    if not found or not all(kept):
+        raise ValueError(
+            f"{path}: found {len(found)} rows, not all of them of a sitting; expected the kept "
+            "measures of a comparison: give a SWEEP_measures.jsonl.gz that table.py wrote"
+        )
     return found
 
 
@@ -190,7 +194,8 @@ def _cost(run: Path, folder: Path, spent: dict[str, dict[str, float]]) -> dict[s
 
 
 def _head(run: Path, runs: Runs) -> list[str]:
-    """Dates, machines, versions and commits of the training runs; more than one of each is said."""
+    """Dates, machines, versions and commits of the training runs, more than one of each where they
+    differ; the sizes of the data; what the grid chose."""
     found: dict[str, set[str]] = defaultdict(set)
     for folder in (folder for folders in runs.values() for folder in folders.values()):
         path = folder / "environment.json"
