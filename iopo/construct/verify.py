@@ -124,7 +124,7 @@ def off_task(files: Sequence[Path], model_path: str) -> list[Violation]:
     folder = resolve_model(model_path)
     base = load_for_scoring(folder, None, *placing(ModelSection()))
     others = f"of {on_task.CANDIDATES - 1} other tasks"
-    ranks = on_task.task_ranks(base, Chat(load_tokenizer(folder)), tasks, texts) or []
+    ranks = on_task.task_ranks(base, Chat(load_tokenizer(folder)), tasks, texts, tasks) or []
     return [
         Violation(place, "off task", f"{key} is likelier after {rank - 1} {others}")
         for (place, key), rank in zip(places, ranks, strict=False)

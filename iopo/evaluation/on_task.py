@@ -28,14 +28,19 @@ ANSWERS_AT_ONCE = 64  # after one prompt: bounds the memory
 
 @torch.inference_mode()
 def task_ranks(
-    base: LogProbs, chat: Chat, tasks: Sequence[Prompt], texts: Sequence[str]
+    base: LogProbs,
+    chat: Chat,
+    tasks: Sequence[Prompt],
+    texts: Sequence[str],
+    among: Sequence[Prompt],
 ) -> list[int] | None:
     """The rank of each text's own task by the text's log-prob after it, 1 where none is likelier.
 
-    tasks: of the texts, without constraints. The candidates are the other tasks among them, those
-    with another "# Inputs:" first. base: loaded for the shared layout. None: all have one task.
+    tasks: of the texts, without constraints. among: all tasks asked, of which the candidates are,
+    those with another "# Inputs:" first; a text's rank depends on no other text. base: loaded for
+    the shared layout. None: all have one task.
     """
-    order = _apart(tasks)
+    order = _apart(among)
     if len(order) < 2:
         return None
     heads = [text[: 8 * FIRST_TOKENS] for text in texts]  # more characters than are needed

@@ -192,12 +192,13 @@ def with_task_ranks(base: LogProbs, chat: Chat, answers: Sequence[Answer]) -> li
 
     Only of those that nothing in their text gives away. Unchanged if all have one task.
     """
-    left = [answer for answer in answers if answer.answers]
-    tasks = [bare(answer.prompt) for answer in left]
-    ranks = task_ranks(base, chat, tasks, [answer.text for answer in left])
+    asked = [bare(answer.prompt) for answer in answers]
+    left = [(task, a) for task, a in zip(asked, answers, strict=True) if a.answers]
+    tasks, texts = [task for task, _ in left], [answer.text for _, answer in left]
+    ranks = task_ranks(base, chat, tasks, texts, among=asked)
     if ranks is None:
         return list(answers)
-    rank_of = {answer.id: rank for answer, rank in zip(left, ranks, strict=True)}
+    rank_of = {answer.id: rank for (_, answer), rank in zip(left, ranks, strict=True)}
     return [_ranked(answer, rank_of.get(answer.id)) for answer in answers]
 
 

@@ -148,7 +148,7 @@ def test_planted_hollow_answers_are_caught_with_the_demo_models_ranks():
     folder = fetch_demo_model()
     base = heldout.load_for_scoring(folder, None, "cpu", torch.float32)
     tasks, texts = ([row[name] for row in rows] for name in ("task", "text"))
-    ranks = on_task.task_ranks(base, Chat(load_tokenizer(folder)), tasks, texts)
+    ranks = on_task.task_ranks(base, Chat(load_tokenizer(folder)), tasks, texts, tasks)
     caught = [
         rank > on_task.MOST_RANK
         or bool(
@@ -169,7 +169,7 @@ def test_an_answer_is_ranked_after_its_own_task_as_the_stock_model_would(model):
     texts = [f"{task[-2]} is {'very ' * i}fine, we say." for i, task in enumerate(tasks)]
     chat = Chat(load_tokenizer(model))
     base = heldout.load_for_scoring(model, None, "cpu", torch.float32)
-    ranks = on_task.task_ranks(base, chat, tasks, texts)
+    ranks = on_task.task_ranks(base, chat, tasks, texts, tasks)
     stock = load_causal_lm(model, torch.float32, "sdpa").eval()
 
     @torch.inference_mode()
@@ -186,7 +186,10 @@ def test_an_answer_is_ranked_after_its_own_task_as_the_stock_model_would(model):
         window = (order * 2)[start : start + on_task.CANDIDATES]
         own = logp(task, text)
         assert rank == 1 + sum(logp(other, text) > own + 1e-4 for other in window if other != task)
-    assert max(ranks) > 1 and on_task.task_ranks(base, chat, tasks[:1], texts[:1]) is None
+    assert max(ranks) > 1
+    some = on_task.task_ranks(base, chat, tasks[3:5], texts[3:5], tasks)
+    assert some == ranks[3:5]  # whichever other texts are ranked
+    assert on_task.task_ranks(base, chat, tasks[:1], texts[:1], tasks[:1]) is None
 
 
 def test_tasks_about_one_text_do_not_compete():
@@ -198,11 +201,18 @@ def test_tasks_about_one_text_do_not_compete():
 
 def test_answers_off_their_task_are_hollow(monkeypatch):
     rows = [answer("q1/1", True, text="a"), answer("q1/2", True, "echo"), answer("q2/1", True)]
-    monkeypatch.setattr(heldout, "task_ranks", lambda *_: [1, on_task.MOST_RANK + 1])
+    asked = []
+
+    def ranked(*_, among):
+        asked.extend(among)
+        return [1, on_task.MOST_RANK + 1]
+
+    monkeypatch.setattr(heldout, "task_ranks", ranked)
     found = heldout.with_task_ranks(None, None, rows)
     assert [row.hollow for row in found] == [(), ("echo",), ("off_task",)]
     assert [row.task_rank for row in found] == [1, None, on_task.MOST_RANK + 1]
-    monkeypatch.setattr(heldout, "task_ranks", lambda *_: None)
+    assert len(asked) == len(rows)  # the hollow one's task is a candidate, too
+    monkeypatch.setattr(heldout, "task_ranks", lambda *_, among: None)
     assert heldout.with_task_ranks(None, None, rows) == rows
 
 
