@@ -326,6 +326,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def absolute(path: str) -> Path:
+    """The path, from the working directory of the command."""
     return Path(path).absolute()  # jobs run in the repository's folder
 
 

@@ -12,8 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from iopo import stats
-from iopo.experiments.paper_table.table import COLOURS, GREY, METRICS, NAMES
+from iopo.experiments.paper_table.table import METRICS, NAMES, panel
 from iopo.stats import Estimate
 
 Results = Mapping[str, Any]
@@ -43,21 +42,10 @@ def _reversed(differences: Mapping[str, Estimate]) -> dict[str, Estimate]:
 def draw(found: Mapping[str, Mapping[str, Estimate]], path: Path) -> None:
     """One panel a metric, one line a step."""
     metrics = [m for m in SHOWN if any(m in of for of in found.values())]
-    figure = Figure(figsize=(1.5 + 3.5 * len(metrics), 3.2), layout="constrained")
+    figure = Figure(figsize=(1.5 + 3.2 * len(metrics), 2.6), layout="constrained")
     panels = figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0]
     for axes, metric in zip(panels, metrics, strict=True):
-        label, factor, better = METRICS[metric]
-        for place, of in enumerate(found.values()):
-            if metric in of:
-                colour = COLOURS.get(stats.word(of[metric], better), GREY)
-                ends = [factor * of[metric][end] for end in ("low", "high")]
-                axes.plot(ends, [place, place], color=colour, linewidth=2)
-                axes.plot(factor * of[metric]["value"], place, "o", color=colour)
-        axes.axvline(0, color="0.6", linewidth=0.8)
-        axes.set_title(label.replace(", %", ", points"), fontsize=10)
-        axes.set_yticks(range(len(found)), list(found), fontsize=9)
-        axes.set_ylim(len(found) - 0.5, -0.5)
-        axes.spines[["top", "right"]].set_visible(False)
+        panel(axes, metric, found, METRICS[metric][0].replace(", %", ", points"))
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from iopo import stats
@@ -227,7 +228,7 @@ def _markdown(table: Table) -> str:
 
 
 def _draw(against: Mapping[str, Estimates], path: Path) -> None:
-    """One panel for each baseline and metric, one line a method: difference and 95% interval."""
+    """One panel for each baseline and metric."""
     panels = [
         (base, metric, rows) for base, rows in against.items()
         for metric in DRAWN if any(metric in of for of in rows.values())
@@ -236,22 +237,27 @@ def _draw(against: Mapping[str, Estimates], path: Path) -> None:
     figure = Figure(figsize=(15, height * (1.1 + 0.22 * lines)), layout="constrained")
     grid = list(figure.subplots(height, 4, squeeze=False).flat)
     for axes, (base, metric, rows) in zip(grid, panels, strict=False):
-        label, factor, better = METRICS[metric]
-        for place, of in enumerate(rows.values()):
-            if metric in of:
-                colour = COLOURS.get(stats.word(of[metric], better), GREY)
-                ends = [factor * of[metric]["low"], factor * of[metric]["high"]]
-                axes.plot(ends, [place, place], color=colour)
-                axes.plot(factor * of[metric]["value"], place, "o", color=colour, markersize=4)
-        axes.axvline(0, color="0.6", linewidth=0.8)
-        axes.set_title(f"{label}\nminus {base}", fontsize=9)
-        axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.tick_params(axis="x", labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
+        panel(axes, metric, rows, f"{METRICS[metric][0]}\nminus {base}")
     for unused in grid[len(panels) :]:
         unused.set_visible(False)
     figure.savefig(path, dpi=130, bbox_inches="tight")
+
+
+def panel(axes: Axes, metric: str, rows: Estimates, title: str) -> None:
+    """One line a row: difference and 95 % interval, coloured where it is a gain or a loss."""
+    _, factor, better = METRICS[metric]
+    for place, of in enumerate(rows.values()):
+        if metric in of:
+            colour = COLOURS.get(stats.word(of[metric], better), GREY)
+            ends = [factor * of[metric]["low"], factor * of[metric]["high"]]
+            axes.plot(ends, [place, place], color=colour)
+            axes.plot(factor * of[metric]["value"], place, "o", color=colour, markersize=4)
+    axes.axvline(0, color="0.6", linewidth=0.8)
+    axes.set_title(title, fontsize=9)
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def main(arguments: Sequence[str]) -> int:
