@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 LEVEL = 0.95
 RESAMPLES = 10_000
+FEWEST = 10  # units that have to differ; with fewer a bootstrap is too sure of itself
 _DRAWS_AT_ONCE = 4_000_000  # bounds the memory of a bootstrap: 32 MB of indices
 
 Array = NDArray[np.float64]
@@ -25,17 +26,22 @@ Units = dict[str, tuple[float, float]]  # unit -> (numerator, denominator) of a 
 
 
 class Estimate(TypedDict):
-    """A value with its interval; n is the number of independent units behind it."""
+    """A value with its interval; n is the number of independent units behind it.
+
+    differing: of a paired difference, the units whose values differ.
+    """
 
     value: float
     low: float
     high: float
     n: int
+    differing: NotRequired[int]
 
 
 class Difference(Estimate):
     """An estimate of a difference and p, the two-sided probability of one as far from zero if
-    there is none: twice the share of resamples on the other side of zero."""
+    there is none: twice the share of resamples on the other side of zero; 1 where fewer than
+    FEWEST units differ."""
 
     p: float
 
@@ -170,10 +176,17 @@ def scores(metric: str, runs: dict[int | None, dict[str, Units]]) -> Scores | No
     return Scores(seeds, units, columns_SN2[..., 0], columns_SN2[..., 1])
 
 
-def estimate(a: Scores, *, resamples: int = RESAMPLES) -> Estimate:
-    """The value with an interval from resampling units and, where there are several, seeds."""
+def estimate(a: Scores, *, share: bool = False, resamples: int = RESAMPLES) -> Estimate:
+    """The value with an interval from resampling units and, where there are several, seeds.
+
+    n counts the units that have a weight. A share of exactly 0 or 1 has Wilson's interval, for its
+    resamples are all alike.
+    """
+    n = int((a.denominator_SN.sum(0) > 0).sum())
+    if share and a.value in (0, 1):
+        return wilson(round(a.value * n), n)
     seeds_RS, units_RN = _draws(len(a.numerator_SN), len(a.units), resamples)
-    return interval(a.value, _ratios(a, seeds_RS, units_RN), len(a.units))
+    return interval(a.value, _ratios(a, seeds_RS, units_RN), n)
 
 
 def difference(a: Scores, b: Scores, *, resamples: int = RESAMPLES) -> Difference:
@@ -181,7 +194,8 @@ def difference(a: Scores, b: Scores, *, resamples: int = RESAMPLES) -> Differenc
 
     A resample draws units with replacement and, independently, seeds; a model without seeds is the
     same in every draw. With few seeds their part of the spread is underestimated, by one in S of
-    its variance. Raises ValueError if the units differ, or if the methods share no seed.
+    its variance. n counts the units that have a weight in either. Raises ValueError if the units
+    differ, or if the methods share no seed.
     """
     if a.units != b.units:
         raise ValueError("the two methods were scored on different items")
@@ -193,10 +207,20 @@ def difference(a: Scores, b: Scores, *, resamples: int = RESAMPLES) -> Differenc
     count = max(len(a.numerator_SN), len(b.numerator_SN))
     seeds_RS, units_RN = _draws(count, len(a.units), resamples)
     differences_R = _ratios(b, seeds_RS, units_RN) - _ratios(a, seeds_RS, units_RN)
-    below, above = ((differences_R <= 0).sum(), (differences_R >= 0).sum())
+    # an undefined resample counts on both sides
+    below, above = (~(differences_R > 0)).sum(), (~(differences_R < 0)).sum()
     p = min(1.0, 2 * float(min(below, above) + 1) / (resamples + 1))
-    found = interval(b.value - a.value, differences_R, len(a.units))
-    return {**found, "p": p}
+    values_N, others_N = (_by_unit(of) for of in (a, b))
+    differing = int((~np.isclose(values_N, others_N, rtol=0, equal_nan=True)).sum())
+    n = int((~np.isnan(values_N) | ~np.isnan(others_N)).sum())
+    found = interval(b.value - a.value, differences_R, n)
+    return {**found, "p": p if differing >= FEWEST else 1.0, "differing": differing}
+
+
+def _by_unit(a: Scores) -> Array:
+    """The value of each unit over all seeds [N], nan for one without a weight."""
+    with np.errstate(invalid="ignore"):
+        return a.numerator_SN.sum(0) / a.denominator_SN.sum(0)
 
 
 def holm(p_N: Sequence[float]) -> list[float]:
@@ -219,11 +243,12 @@ def _draws(seeds: int, units: int, resamples: int) -> tuple[Array, Array]:
 
 
 def _ratios(a: Scores, seeds_RS: Array, units_RN: Array) -> Array:
-    """The value in every resample [R]. A single row stands for all seeds."""
+    """The value in every resample [R], nan for 0 / 0. A single row stands for all seeds."""
     if len(a.numerator_SN) == 1:
         seeds_RS = np.ones((len(seeds_RS), 1))
     top_R = (units_RN @ a.numerator_SN.T * seeds_RS).sum(1)
-    return top_R / (units_RN @ a.denominator_SN.T * seeds_RS).sum(1)
+    with np.errstate(invalid="ignore"):
+        return top_R / (units_RN @ a.denominator_SN.T * seeds_RS).sum(1)
 
 
 def shown(found: Estimate, factor: float = 100, digits: int = 1, sign: str = "") -> str:
@@ -234,12 +259,14 @@ def shown(found: Estimate, factor: float = 100, digits: int = 1, sign: str = "")
 
 
 def word(found: Estimate, better: int) -> str:
-    """gain, loss, higher, lower or not shown: what the interval allows one to say.
+    """gain, loss, higher, lower, not shown or too few differ: what may be said.
 
     better: 1 where more is better, -1 where less is, 0 neither.
     """
     if found["low"] <= 0 <= found["high"]:
         return "not shown"
+    if found.get("differing", FEWEST) < FEWEST:
+        return "too few differ"
     more = found["low"] > 0
     if better == 0:
         return "higher" if more else "lower"

@@ -133,3 +133,37 @@ def test_the_p_of_a_difference_agrees_with_its_interval():
         found = stats.difference(a, b)
         outside = not found["low"] <= 0 <= found["high"]
         assert outside == (found["p"] < 0.05), found
+
+
+def of(numerators, denominators=None) -> stats.Scores:
+    """One run's scores by unit."""
+    numerator_1N = np.array([numerators], dtype=float)
+    denominator_1N = np.ones_like(numerator_1N)
+    if denominators is not None:
+        denominator_1N[:] = denominators
+    return stats.Scores((), tuple(map(str, range(len(numerators)))), numerator_1N, denominator_1N)
+
+
+@pytest.mark.parametrize("differing", [4, 10])
+def test_a_difference_of_few_units_is_not_called_a_gain(differing):
+    """4 of 150: the bootstrap excludes zero, McNemar's p is 0.125."""
+    none, some = of([0] * 150), of([1] * differing + [0] * (150 - differing))
+    found = stats.difference(none, some)
+    assert found["low"] > 0 and found["differing"] == differing
+    few = differing < stats.FEWEST
+    assert stats.word(found, 1) == ("too few differ" if few else "gain")
+    assert (found["p"] == 1) == few
+
+
+def test_a_share_of_nothing_is_not_certain():
+    found = stats.estimate(of([0] * 9, [1] * 5 + [0] * 4), share=True)
+    assert found == wilson(0, 5)
+    assert stats.estimate(of([0] * 9))["high"] == 0  # nats, say
+
+
+def test_an_undefined_resample_is_no_evidence():
+    """Of 12 units one alone has a weight in a: in a third of the resamples a is 0 / 0."""
+    a, b = of([0] * 12, [1] + [0] * 11), of([1] * 12)
+    found = stats.difference(a, b)
+    assert found["p"] == pytest.approx(2 * (11 / 12) ** 12, abs=0.03)
+    assert (found["n"], found["differing"]) == (12, 12)

@@ -9,9 +9,11 @@ import pytest
 from iopo.experiments.paper_table import gains
 from iopo.experiments.paper_table import table as comparison_table
 from iopo.experiments.paper_table.measures import HIGH, LOW, measures
+from iopo.experiments.paper_table.table import PARTS, REGIMES
 from iopo.files import write_records
 
 QUADS = 40
+TASKS = {f"q{n}": f"Task {n // 2}." for n in range(QUADS)}  # two quads of each, of two splits
 SPLITS = ("seen", "unseen_params", "unseen_kinds", "seen")
 
 
@@ -75,6 +77,7 @@ def run(tmp_path_factory) -> Path:
         trained(run, "output_preference", seed, 40, [-2.5, -5.0, -2.5, -5.0])
         trained(run, "iopo", seed, 40 + 20 * (seed - 1), [-2.5, -6.0, -2.5, -6.0])
     (run / "data").mkdir()
+    write_records(run / "data/test.jsonl", [{"id": q, "task": t} for q, t in TASKS.items()])
     (run / "data/counts.json").write_text(json.dumps({"train": 384, "test_splits": {"seen": 1}}))
     choice = {"chosen": {"iopo": ["optim.lr=1e-5", "objective.beta=0.2"]}}
     (run / "choice.json").write_text(json.dumps(choice))
@@ -95,7 +98,10 @@ def test_values_and_differences_are_those_of_the_files(run):
     assert values["IOPO"]["following"]["value"] == pytest.approx(50 / 80)
     assert values["IOPO"]["following_answering"]["value"] == pytest.approx(45 / 80)
     assert values["IOPO"]["answering"]["value"] == pytest.approx(75 / 80)
+    assert values["IOPO"]["following"]["n"] == len(set(TASKS.values()))
     assert values["base"]["group_accuracy"]["value"] == 0
+    assert values["base"]["group_accuracy"]["high"] > 0.1  # not certain: twenty tasks
+    assert LOW not in differences["SFT"]["IOPO"] and HIGH not in differences["SFT"]["IOPO"]
     assert values["DPO"]["group_accuracy"]["value"] == 1
     assert differences["SFT"]["IOPO"]["following"]["value"] == pytest.approx(30 / 80)
     assert differences["SFT"]["IOPO"]["as_sft"]["value"] == pytest.approx(-1)
@@ -110,18 +116,24 @@ def test_only_what_excludes_zero_is_called_a_gain(run):
     row = next(x for x in against_sft.splitlines() if x.startswith("| follows all"))
     head = next(x for x in against_sft.splitlines() if x.startswith("|  |"))
     cells = dict(zip(head.split("|")[2:-1], row.split("|")[2:-1], strict=True))
-    assert cells[" IOPO "].startswith(" +37.5 [") and cells[" IOPO "].endswith(" gain† ")
+    assert cells[" IOPO "].startswith(" +37.5 [") and cells[" IOPO "].endswith(" gain ")
+    sure = next(x for x in against_sft.splitlines() if x.startswith("| answers word for word"))
+    assert sure.count("-100.0 [-100.0, -100.0] lower† ") == 3
     assert cells[" DPO "].startswith(" +1.9 [") and cells[" DPO "].endswith(" not shown ")
     same = next(x for x in against_sft.splitlines() if x.startswith("| IFEval prompt strict"))
     assert same.count("+0.0 [+0.0, +0.0] not shown") == 3
 
 
-def test_the_gain_over_dpo_is_the_sum_of_its_parts(run):
-    text = (run / "paper_table.md").read_text()
+def test_the_gain_over_dpo_is_the_sum_of_its_parts(run, tmp_path):
+    """Of the seeds that all three have."""
+    folder = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(folder / "paper_table/dpo/seed1")
+    comparison_table.write(folder, "paper_table")
+    text = (folder / "paper_table.md").read_text()
     split = text[text.index("## Where the gain over DPO comes from") :]
     row = next(x for x in split.splitlines() if x.startswith("| follows all"))
     whole, data, loss = (float(cell.split()[0]) for cell in row.split("|")[2:-1])
-    assert whole == pytest.approx(100 * (50 - 21.5) / 80, abs=0.06)
+    assert whole == pytest.approx(100 * (60 - 22) / 80, abs=0.06)
     assert whole == pytest.approx(data + loss, abs=0.11)
 
 
@@ -140,9 +152,21 @@ def test_an_ablation_stands_beside_iopo_and_against_it(run):
     model(folder, 60, [-2.5, -6.0, -2.5, -6.0], prompts=10)
     comparison_table.write(run, "ablation_beta")
     found = json.loads((run / "ablation_beta.json").read_text())
-    assert list(found["values"]) == ["base", "SFT", "IOPO", "iopo-objective.beta-0.5"]
+    assert list(found["values"]) == [
+        "base", "SFT", "DPO on both rows", "IOPO", "iopo-objective.beta-0.5",
+    ]  # fmt: skip
     gain = found["differences"]["IOPO"]["iopo-objective.beta-0.5"]["following"]
     assert gain["value"] == pytest.approx(20 / 80)  # of seed 1, the one both have
+
+
+def test_regimes_compare_the_two_on_the_same_quads(run):
+    for method, follows in (("iopo", 50), ("output_preference", 44)):
+        folder = run / f"ablation_regimes/{method}-data.train-noise10.jsonl/seed1"
+        model(folder, follows, [-2.5, -6.0, -2.5, -6.0], prompts=10)
+    comparison_table.write(run, "ablation_regimes")
+    found = json.loads((run / "ablation_regimes.json").read_text())["questions"][REGIMES]
+    gains = {name: of["following"]["value"] for name, of in found.items()}
+    assert gains == pytest.approx({"train": 10 / 80, "noise10": 6 / 80})
 
 
 def test_two_sittings_give_the_tables_of_their_seeds_together(run, tmp_path):
@@ -196,14 +220,14 @@ def test_following_stands_by_the_sign_of_the_smaller_margin(tmp_path):
     for row in rows[:10]:
         row["logps"] = [-2.0, -2.5, -2.0, -4.0]  # margins of -0.5 and 1 nats
     write_records(path, rows)
-    found = measures(tmp_path / "one", tmp_path / "sft")
+    found = measures(tmp_path / "one", tmp_path / "sft", TASKS)
     totals = {
         name: [sum(column) for column in zip(*found[name].values(), strict=True)]
         for name in (LOW, HIGH, "one_margin_negative")
     }
     # answers 5 to 29 follow and are not hollow; the first 20 are of the ten quads
     assert totals == {LOW: [15, 20], HIGH: [10, 60], "one_margin_negative": [10, 40]}
-    assert LOW not in measures(tmp_path / "sft", tmp_path / "sft")
+    assert LOW not in measures(tmp_path / "sft", tmp_path / "sft", TASKS)
 
 
 def test_reliability_stands_beside_where_it_was_measured(run):
@@ -232,7 +256,7 @@ def test_the_figure_shows_what_each_step_adds(tmp_path):
             "following_answering": {"value": value, "low": value - 1, "high": value + 3, "n": 9}
         }
 
-    both = {"differences": {"DPO on both rows": {"DPO": less(-9), "IOPO": less(2)}}}
+    both = {"questions": {PARTS: {"whole": less(11), "data": less(9), "loss": less(2)}}}
     rounds = {
         "differences": {"IOPO, rounds": {"IOPO, one pass": less(5), "GRPO, rounds": less(-4)}}
     }
@@ -241,7 +265,7 @@ def test_the_figure_shows_what_each_step_adds(tmp_path):
     steps = gains.steps(both, rounds)
     found = [of["following_answering"] for of in steps.values()]
     ends = [(one["low"], one["value"], one["high"]) for one in found]
-    assert ends == [(6, 9, 10), (1, 2, 5), (-8, -5, -4), (-5, -4, -1)]
+    assert ends == [(8, 9, 12), (1, 2, 5), (-8, -5, -4), (-5, -4, -1)]
     paths = [str(tmp_path / name) for name in ("both.json", "rounds.json", "gains.png")]
     assert gains.main(paths) == 0 and (tmp_path / "gains.png").stat().st_size > 1000
     assert gains.main([paths[1], *paths[1:]]) == 2

@@ -50,10 +50,10 @@ ROUNDS = ("rounds.samples=4", "rounds.max_new_tokens=96", "rounds.limit=0",
           "optim.lr=5e-5", "data.heldout=null", "evaluation.samples=0")  # fmt: skip
 PROMPTS, STEPS = 128, 48  # of an arm, shared by its rounds
 QUADS_TOKENS, IFEVAL_TOKENS = 128, 256  # longest answers
-# folders of models or methods
-IFEVAL_ON = ("base", "sft", "iopo", "output_preference", "input_preference", *ARMS)
+# beside base and SFT
+IFEVAL_ON = ("iopo", "output_preference", "input_preference", *ARMS)
 # at seed 1, on so many of IFEval's prompts, spread over the file, with four cousins each
-COUSINS_ON, COUSINS_OF = ("base", "sft", "iopo", "output_preference"), 150
+COUSINS_ON, COUSINS_OF = ("iopo", "output_preference"), 150
 
 
 class Comparison:
@@ -103,12 +103,13 @@ class Comparison:
         self.quads(model, folder / "quads", "test")
         if self.args.ifeval is None:
             return
-        name = folder.parent.name if folder.name.startswith("seed") else folder.name
+        start = folder.parent == self.run  # base or sft
+        name = folder.parent.name
         longest = f"generate.max_new_tokens={IFEVAL_TOKENS}"
-        if name in IFEVAL_ON:
+        if start or name in IFEVAL_ON:
             rows = f"data.path={self.args.ifeval}"
             self.evaluate("ifeval", model, folder / "ifeval", rows, longest)
-        if self.cousins.exists() and name in COUSINS_ON and folder.name in (name, "seed1"):
+        if self.cousins.exists() and (start or name in COUSINS_ON and folder.name == "seed1"):
             rows, limit = f"data.path={self.cousins}", f"limit={COUSINS_OF}"
             self.evaluate("ifeval", model, folder / "cousins", rows, longest, limit)
 

@@ -41,14 +41,14 @@ def make(
     Raises ValueError if there are too few rows, or if a task is both in train and in a test file.
     """
     rows = sorted(_read(train), key=lambda row: sha256_text(_ORDER + row["id"]))
-    apart = [row for row in rows if int(_key(row), 16) % 8 == 1]
-    own = [row for row in rows if int(_key(row), 16) % 8 != 1]
+    apart = [row for row in rows if int(task_key(row), 16) % 8 == 1]
+    own = [row for row in rows if int(task_key(row), 16) % 8 != 1]
     for name, found, wanted in (("train", own, quads), ("validation", apart, validation)):
         if len(found) < wanted:
             raise ValueError(f"{train}: {len(found)} quads for {name}, expected {wanted} or more")
     own, apart = own[:quads], apart[:validation]
     tests = [row for path in heldout for row in _read(path)]
-    in_train, in_tests = ({_key(row) for row in of} for of in (rows, tests))
+    in_train, in_tests = ({task_key(row) for row in of} for of in (rows, tests))
     if shared := in_train & in_tests:
         raise ValueError(f"{len(shared)} tasks are in {train} and in a held-out file; nothing made")
     seen = {value_of(c) for row in own for c in (*row["c1"], *row["c2"])}
@@ -259,5 +259,6 @@ def _read(path: Path) -> list[Row]:
     return [row for _, row in rows]
 
 
-def _key(row: Row) -> str:
+def task_key(row: Row) -> str:
+    """Equal for rows of one task."""
     return Task.of_line(row["task"]).key

@@ -12,7 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from iopo.experiments.paper_table.table import METRICS, NAMES, panel
+from iopo.experiments.paper_table.table import METRICS, NAMES, PARTS, panel
 from iopo.stats import Estimate
 
 Results = Mapping[str, Any]
@@ -21,11 +21,12 @@ SHOWN = ("following_answering", "follows_and_answers")
 
 def steps(comparison: Results, rounds: Results) -> dict[str, dict[str, Estimate]]:
     """What each step adds to the one before, by metric, from the top: data first."""
-    rows, own = NAMES["output_preference"], NAMES["iopo_rounds"]
-    to_rows, to_own = comparison["differences"][rows], rounds["differences"][own]
+    parts, own = comparison["questions"][PARTS], NAMES["iopo_rounds"]
+    to_own = rounds["differences"][own]
+    _, data, loss = parts.values()
     return {
-        "data: both rows of quads,\nnot pairs (DPO)": _reversed(to_rows[NAMES["dpo"]]),
-        "loss: IOPO,\nnot DPO on both rows": to_rows[NAMES["iopo"]],
+        "data: both rows of quads,\nnot pairs (DPO)": data,
+        "loss: IOPO,\nnot DPO on both rows": loss,
         "rounds: IOPO in rounds,\nnot one pass": _reversed(to_own[NAMES["iopo_offline"]]),
         "reward: GRPO in rounds,\nnot IOPO in rounds": to_own[NAMES["grpo_rounds"]],
     }

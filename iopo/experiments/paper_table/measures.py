@@ -7,7 +7,9 @@ is kept in one small file, and tables are drawn from any number of them.
 
 import gzip
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,6 +21,7 @@ from iopo.evaluation import scoring
 from iopo.evaluation.benchmarks.ifeval import CHANGES
 from iopo.evaluation.items import Measures
 from iopo.evaluation.quad_metrics import Answer
+from iopo.experiments.paper_table.data import task_key
 from iopo.files import iter_records, read_records, replacing
 from iopo.jobs import costs
 from iopo.training.logger import read_metrics
@@ -26,10 +29,14 @@ from iopo.training.metrics import preferences
 
 Runs = dict[str, dict[int | None, Path]]  # method, then seed -> folder
 Sitting = dict[str, Any]  # JSON: head, and runs: method -> seed ("None": none) -> what is known
-IFEVAL = ("follows_and_answers", "prompt_strict", "prompt_loose", "instruction_strict",
-          "instruction_loose", "answers")  # fmt: skip
-COUSINS = ("reliable", "drop", *(f"drop/{change}" for change in CHANGES))
-# follows and answers, of the quads whose smaller output margin is below zero, and of the others
+# name here -> metric of the benchmark
+IFEVAL = {metric: metric for metric in (
+    "follows_and_answers", "prompt_strict", "prompt_loose", "instruction_strict",
+    "instruction_loose", "answers")}  # fmt: skip
+COUSINS = {"before_cousins": "follows_and_answers", "reliable": "reliable", "drop": "drop",
+           **{name: name for name in (f"drop/{change}" for change in CHANGES)}}  # fmt: skip
+# follows and answers, of the quads whose smaller output margin is below zero, and of the others:
+# of each model other quads, so that only one model's two are compared
 LOW, HIGH = "following_answering/margin_below_0", "following_answering/margins_above_0"
 MEASURED = {  # metric -> property of an answer to a held-out quad
     "following_answering": "follows_and_answers",
@@ -47,12 +54,14 @@ def sitting(run: Path, sweep: str, beside: tuple[str, ...] = ()) -> Sitting | No
     runs |= {name: of for name, of in _find(run, "paper_table").items() if name in beside}
     if "SFT" not in runs:
         return None
-    spent = costs(run)
+    spent, tests = costs(run), read_records(run / "data/test.jsonl")
+    tasks = {row["id"]: task_key(row) for row in tests}
     known: dict[str, dict[str, Any]] = defaultdict(dict)
     for name, folders in runs.items():
         for seed, folder in folders.items():
             cost = _cost(run, folder, spent)
-            known[name][str(seed)] = {"measures": measures(folder, run / "sft"), "cost": cost}
+            found = measures(folder, run / "sft", tasks)
+            known[name][str(seed)] = {"measures": found, "cost": cost}
     return {"head": _head(run, runs), "runs": known}
 
 
@@ -106,34 +115,39 @@ def _find(run: Path, sweep: str) -> Runs:
     return {name: folders for name, folders in measured.items() if folders}
 
 
-def measures(folder: Path, sft: Path) -> Measures:
+def measures(folder: Path, sft: Path, tasks: Mapping[str, str]) -> Measures:
     """metric -> unit -> (numerator, denominator) of one model; IFEval and its cousins only where
-    they were run."""
+    they were run. tasks: quad id -> task, the unit: quads of one task are not independent."""
     out: Measures = defaultdict(dict)
-    answers, before = _answers(folder), {a.id: a.text for a in _answers(sft)}
-    by_quad: dict[str, list[Answer]] = defaultdict(list)
-    for answer in answers:
-        by_quad[answer.id.rsplit("/", 1)[0]].append(answer)
-    for quad, two in by_quad.items():
+    before = {a.id: a.text for a in _answers(sft)}
+    right_in: Counter[str] = Counter()
+    for a in _answers(folder):
+        quad = a.id.rsplit("/", 1)[0]
+        add = partial(_add, out, tasks[quad])
+        right_in[quad] += a.follows_and_answers
         for metric, what in MEASURED.items():
-            of = (sum(getattr(a, what) for a in two), len(two))
-            out[metric][quad] = out[f"{metric}/{two[0].split}"][quad] = of
-        out["constraints"][quad] = (sum(sum(a.follows) for a in two),
-                                    sum(len(a.follows) for a in two))  # fmt: skip
-        out["as_sft"][quad] = (sum(a.text == before[a.id] for a in two), len(two))
-        out["words"][quad] = (sum(len(a.text.split()) for a in two), len(two))
-        out["empty"][quad] = (sum(not a.text.strip() for a in two), len(two))
-        out["repetitive"][quad] = (sum(repeats(a.text) for a in two), len(two))
-        out["cut_off"][quad] = (sum(a.finish_reason == "length" for a in two), len(two))
-    _add_logps(out, folder, sft)
+            for name in (metric, f"{metric}/{a.split}"):
+                add(name, getattr(a, what))
+        add("constraints", sum(a.follows), len(a.follows))
+        add("as_sft", a.text == before[a.id])
+        add("words", len(a.text.split()))
+        add("empty", not a.text.strip())
+        add("repetitive", repeats(a.text))
+        add("cut_off", a.finish_reason == "length")
+    _add_logps(out, folder, sft, tasks, right_in)
     scores = json.loads((folder / "quads/scores.json").read_text(encoding="utf-8"))
     for block, nats in enumerate(scores["plain_text"]["nats_per_token"]):
-        out["plain_text"][f"{scores['plain_text']['sha256'][:8]} {block}"] = (nats, 1.0)
+        _add(out, f"{scores['plain_text']['sha256'][:8]} {block}", "plain_text", nats)
     for benchmark, metrics in (("ifeval", IFEVAL), ("cousins", COUSINS)):
         if (path := folder / benchmark / "measures.jsonl").exists():
             table = scoring.from_rows(read_records(path))
-            out |= {metric: table[metric] for metric in metrics if metric in table}
+            out |= {name: table[of] for name, of in metrics.items() if of in table}
     return dict(out)
+
+
+def _add(out: Measures, unit: str, metric: str, numerator: float, denominator: float = 1) -> None:
+    top, bottom = out[metric].get(unit, (0, 0))
+    out[metric][unit] = (top + numerator, bottom + denominator)
 
 
 def _answers(folder: Path) -> list[Answer]:
@@ -146,10 +160,17 @@ def _answers(folder: Path) -> list[Answer]:
     return [Answer(**row) for row in rows]
 
 
-def _add_logps(out: Measures, folder: Path, reference: Path) -> None:
+def _add_logps(
+    out: Measures,
+    folder: Path,
+    reference: Path,
+    tasks: Mapping[str, str],
+    right_in: Mapping[str, int],
+) -> None:
     """Preferences, and log-ratios to SFT in nats per response, of matched and mismatched members.
 
-    Raises ValueError if the two models were not scored on the same quads.
+    right_in: how many of a quad's two answers follow all and answer. Raises ValueError if the two
+    models were not scored on the same quads.
     """
     policy, sft = (
         {row["id"]: row["logps"] for row in read_records(of / "quads/logps.jsonl")}
@@ -159,19 +180,19 @@ def _add_logps(out: Measures, folder: Path, reference: Path) -> None:
         raise ValueError("a run and the SFT checkpoint were scored on different quads")
     policy_Q4 = torch.tensor(list(policy.values()), dtype=torch.float64)
     for name, right_Q in preferences(policy_Q4).items():
-        rights = zip(policy, right_Q.tolist(), strict=True)
-        out[name] = {quad: (float(right), 1.0) for quad, right in rights}
+        for quad, right in zip(policy, right_Q.tolist(), strict=True):
+            _add(out, tasks[quad], name, float(right))
     for quad, logps in policy.items():
+        add = partial(_add, out, tasks[quad])
         r11, r12, r22, r21 = (a - b for a, b in zip(logps, sft[quad], strict=True))
         smaller, larger = sorted((r11 - r12, r22 - r21))
-        out["one_margin_negative"][quad] = (float(smaller < 0 < larger), 1.0)
-        followed, answers = out["following_answering"][quad]
+        add("one_margin_negative", float(smaller < 0 < larger))
         for metric, counts in ((LOW, smaller < 0), (HIGH, smaller >= 0)):
-            out[metric][quad] = (followed, answers) if counts else (0, 0)
-        out["smaller_margin"][quad] = (smaller, 1.0)
-        out["larger_margin"][quad] = (larger, 1.0)
-        out["logratio_matched"][quad] = (r11 + r22, 2.0)
-        out["logratio_mismatched"][quad] = (r12 + r21, 2.0)
+            add(metric, right_in[quad] * counts, 2 * counts)
+        add("smaller_margin", smaller)
+        add("larger_margin", larger)
+        add("logratio_matched", r11 + r22, 2)
+        add("logratio_mismatched", r12 + r21, 2)
     for metric in (LOW, HIGH):  # SFT's margins are all zero
         if not any(answers for _, answers in out[metric].values()):
             del out[metric]

@@ -33,7 +33,7 @@ from iopo.stats import Difference, Estimate, Scores
 # name -> (label, factor for printing, 1 or -1 where more is better or worse, 0: neither)
 METRICS = {
     "following_answering": ("follows all and answers, %", 100, 1),
-    "following_answering/seen": ("- kinds and values seen, %", 100, 1),
+    "following_answering/seen": ("- kinds and values in the training file, %", 100, 1),
     "following_answering/unseen_params": ("- values not seen, %", 100, 1),
     "following_answering/unseen_kinds": ("- kinds not seen, %", 100, 1),
     "following": ("follows all constraints, %", 100, 1),
@@ -44,7 +44,8 @@ METRICS = {
     "prompt_loose": ("IFEval prompt loose, %", 100, 1),
     "instruction_strict": ("IFEval instruction strict, %", 100, 1),
     "instruction_loose": ("IFEval instruction loose, %", 100, 1),
-    "answers": ("IFEval answers that answer, by their text, %", 100, 1),
+    "answers": ("IFEval answers that answer, %", 100, 1),
+    "before_cousins": ("IFEval prompts right before their cousins, %", 100, 1),
     "reliable": ("IFEval prompts right with all cousins, %", 100, 1),
     "drop": ("right IFEval prompts that some cousin loses, %", 100, -1),
     **{f"drop/{change}": (f"- that one {change} loses, %", 100, -1) for change in CHANGES},
@@ -53,7 +54,7 @@ METRICS = {
     "group_accuracy": ("group accuracy, %", 100, 1),
     "x_preference": ("x-preference, %", 100, 1),
     "y_preference": ("y-preference, %", 100, 1),
-    "one_margin_negative": ("quads with one output margin below 0, %", 100, -1),
+    "one_margin_negative": ("quads with one output margin below 0, %", 100, 0),
     "smaller_margin": ("smaller output margin of a quad, nats", 1, 1),
     "larger_margin": ("larger output margin of a quad, nats", 1, 0),
     "logratio_matched": ("log-ratio of matched members, nats", 1, 0),
@@ -98,12 +99,13 @@ Differences = Mapping[str, Mapping[str, Difference]]
 def write(run: Path, sweep: str, earlier: Sequence[Path] = ()) -> list[str]:
     """All files of a sweep; returns the lines of the difference tables, for a terminal.
 
-    earlier: kept measures of other sittings. An ablation is shown beside IOPO of the main table and
-    against it. Raises ValueError if the SFT checkpoint has not been measured.
+    earlier: kept measures of other sittings. An ablation is shown beside IOPO and DPO on both
+    rows of the main table, and against IOPO. Raises ValueError if the SFT checkpoint has not been
+    measured.
     """
     ablation = sweep.startswith("ablation")
     sittings = [one for path in earlier for one in read_sittings(path)]
-    own = sitting(run, sweep, ("iopo",) if ablation else ())
+    own = sitting(run, sweep, ("iopo", "output_preference") if ablation else ())
     if own is None:
         raise ValueError(f"{run}: the SFT checkpoint was not measured; nothing to compare with")
     sittings.append(own)
@@ -115,7 +117,10 @@ def write(run: Path, sweep: str, earlier: Sequence[Path] = ()) -> list[str]:
          for name, seeds in runs.items()}
         for of in ("measures", "start")
     )  # fmt: skip
-    values = {_name(m): {k: stats.estimate(s) for k, s in of.items()} for m, of in found.items()}
+    values = {
+        _name(m): {k: stats.estimate(s, share=METRICS[k][1] == 100) for k, s in of.items()}
+        for m, of in found.items()
+    }
     others = [name for name in found if name not in ("base", "SFT")]
     # each seed minus the checkpoint that it started from
     differences = {"SFT": {_name(m): _differences(starts[m], found[m]) for m in others}}
@@ -124,19 +129,12 @@ def write(run: Path, sweep: str, earlier: Sequence[Path] = ()) -> list[str]:
         differences[_name(last)] = {
             _name(m): _differences(found[last], found[m]) for m in others if m != last
         }
+    questions = {name: of for name, of in _questions(found).items() if of}
     against = [
-        _differences_table(f"Minus {base}, paired by item and seed", rows)
-        for base, rows in differences.items()
-    ]
-    if sweep == "paper_table" and {"dpo", "output_preference", "iopo"} <= found.keys():
-        dpo, rows, iopo = (found[name] for name in ("dpo", "output_preference", "iopo"))
-        parts = {
-            "IOPO - DPO": _differences(dpo, iopo),
-            "of which data: DPO on both rows - DPO": _differences(dpo, rows),
-            "of which loss: IOPO - DPO on both rows": _differences(rows, iopo),
-        }
-        better = [metric for metric in METRICS if METRICS[metric][2] == 1]
-        against.append(_differences_table("Where the gain over DPO comes from", parts, better))
+        *(_differences_table(f"Minus {base}, paired by task and seed", rows)
+          for base, rows in differences.items()),
+        *(_differences_table(name, of) for name, of in questions.items()),
+    ]  # fmt: skip
     tables = [_values(title, metrics, found, values) for title, metrics in SECTIONS.items()]
     tables = [table for table in (*tables, _costs(runs), *against) if table[2]]
     head = list(dict.fromkeys(line for one in sittings for line in one["head"]))
@@ -145,7 +143,8 @@ def write(run: Path, sweep: str, earlier: Sequence[Path] = ()) -> list[str]:
     text = [f"# The paper's comparison in small: {sweep}", "", *(f"- {line}" for line in head)]
     text += [*map(_markdown, tables), f"\n![differences]({picture})"]
     (run / f"{sweep}.md").write_text("\n".join(text) + "\n", encoding="utf-8")
-    content = {"values": values, "differences": differences, "provenance": head}
+    content = {"values": values, "differences": differences, "questions": questions,
+               "provenance": head}  # fmt: skip
     (run / f"{sweep}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return [*map(_markdown, against), f"written: {run}/{sweep}.md, {sweep}.json, {picture}"]
 
@@ -155,8 +154,36 @@ def _scored(by_seed: dict[int | None, Measures]) -> dict[str, Scores]:
     return {metric: of for metric, of in scored.items() if of is not None}
 
 
+PARTS = "Where the gain over DPO comes from, by the seeds of all three"
+REGIMES = "IOPO - DPO on both rows, trained on the same quads"
+
+
+def _questions(found: Mapping[str, dict[str, Scores]]) -> dict[str, dict[str, Any]]:
+    """Title -> column -> differences, of methods that answer a question together."""
+    whole, data, loss = ("IOPO - DPO", "of which data: DPO on both rows - DPO",
+                         "of which loss: IOPO - DPO on both rows")  # fmt: skip
+    parts: dict[str, dict[str, Difference]] = {}
+    three = [found[name] for name in ("dpo", "output_preference", "iopo") if name in found]
+    if len(three) == 3:
+        parts = {name: {} for name in (whole, data, loss)}
+        for metric in (m for m in METRICS if METRICS[m][2] == 1 and all(m in of for of in three)):
+            seeds = set[int].intersection(*(set(of[metric].seeds) for of in three))
+            dpo, rows, iopo = (of[metric].of_seeds(sorted(seeds)) for of in three)
+            parts[whole][metric] = stats.difference(dpo, iopo)
+            parts[data][metric] = stats.difference(dpo, rows)
+            parts[loss][metric] = stats.difference(rows, iopo)
+    regimes = {}
+    for name in found:
+        regime = name.removeprefix("output_preference")
+        if regime != name and "iopo" + regime in found:
+            label = regime.split("-")[-1].removesuffix(".jsonl") or "train"
+            regimes[label] = _differences(found[name], found["iopo" + regime])
+    return {PARTS: parts, REGIMES: regimes if len(regimes) > 1 else {}}
+
+
 def _differences(a: dict[str, Scores], b: dict[str, Scores]) -> dict[str, Difference]:
-    return {metric: stats.difference(a[metric], b[metric]) for metric in a if metric in b}
+    shared = (metric for metric in a if metric in b and metric not in (LOW, HIGH))
+    return {metric: stats.difference(a[metric], b[metric]) for metric in shared}
 
 
 def _values(
