@@ -153,20 +153,28 @@ def test_an_ablation_stands_beside_iopo_and_against_it(run):
     comparison_table.write(run, "ablation_beta")
     found = json.loads((run / "ablation_beta.json").read_text())
     assert list(found["values"]) == [
-        "base", "SFT", "DPO on both rows", "IOPO", "iopo-objective.beta-0.5",
+        "base", "SFT", "DPO on both rows", "IOPO", "IOPO beta=0.5",
     ]  # fmt: skip
-    gain = found["differences"]["IOPO"]["iopo-objective.beta-0.5"]["following"]
+    gain = found["differences"]["IOPO"]["IOPO beta=0.5"]["following"]
     assert gain["value"] == pytest.approx(20 / 80)  # of seed 1, the one both have
 
 
 def test_regimes_compare_the_two_on_the_same_quads(run):
-    for method, follows in (("iopo", 50), ("output_preference", 44)):
-        folder = run / f"ablation_regimes/{method}-data.train-noise10.jsonl/seed1"
-        model(folder, follows, [-2.5, -6.0, -2.5, -6.0], prompts=10)
+    for sweep, change, ahead in (
+        ("ablation_apart", "optim.lr-5e-5-objective.beta-0.2", 4),
+        ("ablation_regimes", "optim.lr-5e-5-objective.beta-0.2-data.train-noise10.jsonl", 6),
+    ):
+        for method, follows in (("iopo", 50), ("output_preference", 50 - ahead)):
+            folder = run / sweep / f"{method}-{change}" / "seed1"
+            model(folder, follows, [-2.5, -6.0, -2.5, -6.0], prompts=10)
     comparison_table.write(run, "ablation_regimes")
     found = json.loads((run / "ablation_regimes.json").read_text())["questions"][REGIMES]
     gains = {name: of["following"]["value"] for name, of in found.items()}
-    assert gains == pytest.approx({"train": 10 / 80, "noise10": 6 / 80})
+    assert gains == pytest.approx({
+        "main table": 10 / 80, "lr=5e-5 beta=0.2": 4 / 80,
+        "lr=5e-5 beta=0.2 train=noise10": 6 / 80,
+    })  # fmt: skip
+    shutil.rmtree(run / "ablation_apart")
 
 
 def test_two_sittings_give_the_tables_of_their_seeds_together(run, tmp_path):

@@ -45,13 +45,17 @@ MEASURED = {  # metric -> property of an answer to a held-out quad
 }
 
 
-def sitting(run: Path, sweep: str, beside: tuple[str, ...] = ()) -> Sitting | None:
+def sitting(run: Path, sweep: str) -> Sitting | None:
     """All that the tables need of a run folder; None if its SFT checkpoint was not measured.
 
-    beside: methods of the main table that are shown with this sweep's.
+    With an ablation go the runs that it is compared with: IOPO and DPO on both rows of the main
+    table, and those of ablation_apart.
     """
     runs = _find(run, sweep)
-    runs |= {name: of for name, of in _find(run, "paper_table").items() if name in beside}
+    if sweep.startswith("ablation"):
+        main = _find(run, "paper_table")
+        runs = {name: main[name] for name in ("output_preference", "iopo") if name in main} | runs
+        runs |= _find(run, "ablation_apart")
     if "SFT" not in runs:
         return None
     spent, tests = costs(run), read_records(run / "data/test.jsonl")

@@ -7,6 +7,7 @@ where its interval excludes zero.
 """
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -99,13 +100,11 @@ Differences = Mapping[str, Mapping[str, Difference]]
 def write(run: Path, sweep: str, earlier: Sequence[Path] = ()) -> list[str]:
     """All files of a sweep; returns the lines of the difference tables, for a terminal.
 
-    earlier: kept measures of other sittings. An ablation is shown beside IOPO and DPO on both
-    rows of the main table, and against IOPO. Raises ValueError if the SFT checkpoint has not been
+    earlier: kept measures of other sittings. Raises ValueError if the SFT checkpoint has not been
     measured.
     """
-    ablation = sweep.startswith("ablation")
     sittings = [one for path in earlier for one in read_sittings(path)]
-    own = sitting(run, sweep, ("iopo", "output_preference") if ablation else ())
+    own = sitting(run, sweep)
     if own is None:
         raise ValueError(f"{run}: the SFT checkpoint was not measured; nothing to compare with")
     sittings.append(own)
@@ -155,7 +154,7 @@ def _scored(by_seed: dict[int | None, Measures]) -> dict[str, Scores]:
 
 
 PARTS = "Where the gain over DPO comes from, by the seeds of all three"
-REGIMES = "IOPO - DPO on both rows, trained on the same quads"
+REGIMES = "IOPO - DPO on both rows, changed alike"
 
 
 def _questions(found: Mapping[str, dict[str, Scores]]) -> dict[str, dict[str, Any]]:
@@ -176,8 +175,9 @@ def _questions(found: Mapping[str, dict[str, Scores]]) -> dict[str, dict[str, An
     for name in found:
         regime = name.removeprefix("output_preference")
         if regime != name and "iopo" + regime in found:
-            label = regime.split("-")[-1].removesuffix(".jsonl") or "train"
-            regimes[label] = _differences(found[name], found["iopo" + regime])
+            regimes[_changes(regime.removeprefix("-")) or "main table"] = _differences(
+                found[name], found["iopo" + regime]
+            )
     return {PARTS: parts, REGIMES: regimes if len(regimes) > 1 else {}}
 
 
@@ -235,8 +235,14 @@ def _differences_table(
     return title, ["", *columns], cells
 
 
-def _name(name: str) -> str:
-    return NAMES.get(name, name)
+def _name(folder: str) -> str:
+    """IOPO beta=0.5, of the folder iopo-objective.beta-0.5."""
+    method, _, changes = folder.partition("-")
+    return f"{NAMES.get(method, method)} {_changes(changes)}".rstrip()
+
+
+def _changes(of_folder: str) -> str:
+    return re.sub(r"(^|-)\w+\.(\w+)-", r" \2=", of_folder).strip().removesuffix(".jsonl")
 
 
 def _number(found: Estimate, metric: str, sign: str = "") -> str:
