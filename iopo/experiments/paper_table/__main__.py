@@ -18,7 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -180,9 +180,8 @@ class Comparison:
         path = self.run / "choice.json"
         return json.loads(path.read_text()) if path.exists() else {"chosen": {}, "tried": {}}
 
-    def sweep(self, name: str, chosen: dict[str, list[str]]) -> None:
+    def sweep(self, name: str, chosen: dict[str, list[str]]) -> Iterator[Callable[[], None]]:
         """The jobs of a sweep with the chosen rates, each measured as soon as it is trained."""
-        tasks = []
 
         def train_and_measure(folder: Path, method: str, *overrides: str) -> None:
             if self.from_sft(folder, method, name, *overrides):
@@ -190,13 +189,10 @@ class Comparison:
 
         for job in jobs_of(name):
             method, seed = job.pop("+method"), job.pop("seed")
-            if int(seed) not in self.args.seeds:
+            tuned = method if method in STRENGTH else "iopo"  # with a change
+            if int(seed) not in self.args.seeds or tuned not in self.args.methods:
                 continue
-            if method not in self.args.methods and name == "paper_table":
-                continue
-            # an ablation's method is IOPO with a change
-            rates = chosen.get(method, chosen.get("iopo"))
-            if rates is None:
+            if tuned not in chosen:
                 print_now(f"{name}: no point of the grid worked for {method}; it is left out")
                 continue
             if rows := job.get("data.train"):  # in the sweep's own folder, here in that of --run
@@ -205,9 +201,8 @@ class Comparison:
             changes = [f"{key}-{value.split('/')[-1]}" for key, value in job.items()]
             label = "-".join([method, *changes])  # no sign that Hydra reads
             folder = self.run / name / label / f"seed{seed}"
-            kept = [rate for rate in rates if rate.split("=")[0] not in job]
-            tasks.append(partial(train_and_measure, folder, method, f"seed={seed}", *kept, *swept))
-        self.runner.all(tasks)
+            kept = [rate for rate in chosen[tuned] if rate.split("=")[0] not in job]
+            yield partial(train_and_measure, folder, method, f"seed={seed}", *kept, *swept)
 
 
 def load_yaml(group: str, name: str) -> dict[str, Any]:
@@ -278,12 +273,14 @@ def compare(comparison: Comparison) -> None:
         lambda: comparison.measure(args.model, run / "base"),
         lambda: comparison.measure(exported(comparison.sft), comparison.sft),
     ])  # fmt: skip
+    tasks: list[Callable[[], None]] = []
     for name in args.sweeps:
         if name == "rounds":
-            arms = [partial(comparison.arm, arm, seed) for seed in args.seeds for arm in ARMS]
-            runner.all(arms)
+            tasks += [partial(comparison.arm, arm, seed) for seed in args.seeds for arm in ARMS]
         else:
-            comparison.sweep(name, chosen)
+            tasks += comparison.sweep(name, chosen)
+    runner.all(tasks)
+    for name in args.sweeps:
         table = [sys.executable, "-m", "iopo.experiments.paper_table.table", str(run), name]
         if subprocess.run(table, cwd=REPOSITORY, check=False).returncode != 0:
             runner.failed.append(f"the table of {name}")
