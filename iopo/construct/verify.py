@@ -45,6 +45,8 @@ Seen = dict[bytes, Origin]  # digest of an id, response or task -> where it was 
 
 @dataclass(frozen=True, slots=True)
 class Violation:
+    """One fault of a row, and where it is."""
+
     place: Place
     fault: str  # short name of the rule that is broken
     detail: str
@@ -284,6 +286,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m iopo.construct.verify", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="quads; files must not share tasks")
     parser.add_argument("--against", nargs="+", type=Path, default=[], help="benchmark files")

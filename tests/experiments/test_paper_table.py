@@ -140,6 +140,9 @@ def test_ifeval_is_left_out_only_when_asked(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         parse([])
     assert "--ifeval FILE" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse(["--without-ifeval", "--sweeps", "ablation_anchor", "--methods", "iopo"])
+    assert "ablation_anchor: none of its jobs" in capsys.readouterr().err
     assert parse(["--without-ifeval", "optim.lr=1", "--jobs", "2"]).overrides == ["optim.lr=1"]
 
 

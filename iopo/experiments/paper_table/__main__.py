@@ -187,11 +187,9 @@ class Comparison:
             if self.from_sft(folder, method, name, *overrides):
                 self.measure(exported(folder), folder)
 
-        for job in jobs_of(name):
+        for job in asked_of(name, self.args):
             method, seed = job.pop("+method"), job.pop("seed")
-            tuned = method if method in STRENGTH else "iopo"  # with a change
-            if int(seed) not in self.args.seeds or tuned not in self.args.methods:
-                continue
+            tuned = tuned_as(method)
             if tuned not in chosen:
                 print_now(f"{name}: no point of the grid worked for {method}; it is left out")
                 continue
@@ -215,6 +213,19 @@ def jobs_of(sweep: str) -> list[dict[str, str]]:
     params = load_yaml("sweep", sweep)["hydra"]["sweeper"]["params"]
     columns = [str(values).split(",") for values in params.values()]
     return [dict(zip(params, values, strict=True)) for values in itertools.product(*columns)]
+
+
+def tuned_as(method: str) -> str:
+    """The method of the grid whose rates it takes: its own, or IOPO's for IOPO with a change."""
+    return method if method in STRENGTH else "iopo"
+
+
+def asked_of(sweep: str, args: argparse.Namespace) -> list[dict[str, str]]:
+    """Those of its jobs that --methods and --seeds name."""
+    return [
+        job for job in jobs_of(sweep)
+        if int(job["seed"]) in args.seeds and tuned_as(job["+method"]) in args.methods
+    ]  # fmt: skip
 
 
 def exported(folder: Path) -> Path:
@@ -314,6 +325,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--jobs", type=int, default=1, help="jobs at once; they share the cores")
     add("overrides", nargs="*", help="key=value for every train.py")
     args = parser.parse_intermixed_args(arguments)
+    for name in args.sweeps:
+        if name != "rounds" and not asked_of(name, args):
+            parser.error(
+                f"--sweeps {name}: none of its jobs has one of --methods {' '.join(args.methods)} "
+                f"and --seeds {' '.join(map(str, args.seeds))}; conf/sweep/{name}.yaml names them"
+            )
     if args.without_ifeval or args.data_only:
         args.ifeval = None
     elif not args.ifeval.is_file():
