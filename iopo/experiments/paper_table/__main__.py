@@ -52,7 +52,7 @@ PROMPTS, STEPS = 128, 48  # of an arm, shared by its rounds
 QUADS_TOKENS, IFEVAL_TOKENS = 128, 256  # longest answers
 # beside base and SFT
 IFEVAL_ON = ("iopo", "output_preference", "input_preference", *ARMS)
-# at seed 1, on so many of IFEval's prompts, spread over the file, with four cousins each
+# in sittings with seed 1, on so many of IFEval's prompts, spread over the file, with four cousins each
 COUSINS_ON, COUSINS_OF = ("iopo", "output_preference"), 150
 
 
@@ -270,7 +270,7 @@ def compare(comparison: Comparison) -> None:
         data.make(args.train, args.heldout, run / "data", **sizes)
     if args.data_only:
         return
-    asked = args.ifeval is not None and args.sweeps != ["rounds"]
+    asked = args.ifeval is not None and 1 in args.seeds and args.sweeps != ["rounds"]
     if asked and not comparison.cousins.exists():
         print_now(cousins.build(args.ifeval, comparison.cousins, k=4, seed=0))
     start = (f"model.path={args.model}", f"data.train={run}/data/train.jsonl")
