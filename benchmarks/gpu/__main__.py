@@ -6,6 +6,7 @@ Standard library only: a machine that lacks what a step needs is told so by that
 import json
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 TOTAL_S = 535.0
 LAST_S = 6.0  # to end a step that must be killed, and to print the summary
+STOPPED = 75  # exit code of what saved and will go on
 SHOWN = 25  # last lines of a step's output
 GPU_TESTS = (
     "tests/kernels/test_kernels_gpu.py",
@@ -41,7 +43,8 @@ class Step:
 
 @dataclass
 class Outcome:
-    """status: ok, failed, hung, skipped. note: why, or what the step says of itself."""
+    """status: ok, stopped (and will go on), failed, hung, skipped. note: why, or what the step
+    says of itself."""
 
     name: str
     status: str
@@ -73,6 +76,26 @@ def steps(device: str, out: Path, scratch: Path) -> list[Step]:
     ]  # fmt: skip
 
 
+def comparison(device: str, out: Path, total_s: float) -> list[Step]:
+    """IOPO and DPO on both rows, five seeds of ten times the steps, at the rates chosen on a CPU.
+
+    Stopped before the limit: the same command goes on, as long as runs/gpu_comparison stays.
+    """
+    run = "runs/gpu_comparison"
+    command = [sys.executable, "-m", "iopo.experiments.paper_table", "--run", run, "--jobs", "4",
+               "--without-ifeval", "--sweeps", "ablation_longer", "--methods", "iopo",
+               "output_preference"]  # fmt: skip
+    if device == "cpu":
+        run = command[4] = f"{out}/run"
+        command += ["--seeds=1", "--quads=16", "--validation=2", "--test=4", "optim.max_steps=1"]
+    script = (
+        f"mkdir -p {run} && cp benchmarks/results/losses/choice.json {run} && "
+        f"timeout --foreground --preserve-status {0.78 * total_s:.0f} {shlex.join(command)}; code=$?; "
+        f"cp {run}/ablation_longer* {run}/jobs.jsonl {out}; exit $code"
+    )
+    return [Step("comparison", 480, ["sh", "-c", script], ["hydra", "demo model"])]
+
+
 def unpack(wheels: Path | None, site: Path) -> list[str]:
     """Make pure Python wheels importable from `site`; their names. The demo's stays packed."""
     names = []
@@ -87,10 +110,18 @@ def unpack(wheels: Path | None, site: Path) -> list[str]:
 
 def missing(step: Step) -> list[str]:
     """What the step needs and this machine lacks."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "iopo"
-    wheel = "IOPO_DEMO_WHEEL" in os.environ and find_spec("gguf") and find_spec("accelerate")
-    model = wheel or (cache / "smollm2-135m-instruct").is_dir()
-    return [n for n in step.needs if not (model if n == "demo model" else find_spec(n))]
+    return [n for n in step.needs if not (_demo_model() if n == "demo model" else find_spec(n))]
+
+
+def _demo_model() -> bool:
+    """Whether the demo's model is here, or can be made of the wheel that is."""
+    if "IOPO_DEMO_WHEEL" in os.environ and find_spec("gguf") and find_spec("accelerate"):
+        return True
+    try:
+        from iopo.model.demo_model import demo_folder
+    except ImportError:
+        return False
+    return demo_folder().is_dir()
 
 
 def perform(step: Step, limit_s: float, log: Path) -> Outcome:
@@ -118,8 +149,9 @@ def perform(step: Step, limit_s: float, log: Path) -> Outcome:
     lines = log.read_bytes()[begin:].decode(errors="replace").splitlines()
     print("\n".join(f"  {line}" for line in lines[-SHOWN:]), flush=True)
     last = next((line for line in reversed(lines) if line.strip()), "").strip()[:200]
-    status = "hung" if code is None else "ok" if code == 0 else "failed"
-    note = {"hung": f"ended after {limit_s:.0f} s; last: {last}", "ok": last}
+    status = {None: "hung", 0: "ok", STOPPED: "stopped"}.get(code, "failed")
+    note = {"hung": f"ended after {limit_s:.0f} s; last: {last}", "ok": last,
+            "stopped": f"give the same command to go on; last: {last}"}  # fmt: skip
     seconds = round(time.monotonic() - started, 1)
     return Outcome(step.name, status, seconds, note.get(status, f"exit code {code}; {last}"))
 
@@ -172,7 +204,8 @@ def main() -> int:
             "wheels": unpack(Path(wheels) if wheels else None, site)
         }
         print(json.dumps(summary["machine"]), flush=True)
-        for step in steps(device, out, scratch):
+        asked = comparison(device, out, total_s) if "comparison" in sys.argv[1:] else None
+        for step in asked or steps(device, out, scratch):
             left = total_s - LAST_S - (time.monotonic() - started)
             limit_s = min(step.limit_s * total_s / TOTAL_S, left)
             print(f"== {step.name}: at most {limit_s:.0f} s", flush=True)

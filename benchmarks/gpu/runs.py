@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.common import ROOT, write_json
 from benchmarks.gpu.ladder import TINY, qwen2_7b
-from iopo.files import cache_root
+from iopo.model.demo_model import demo_folder
 from iopo.model.load import byte_tokenizer
 
 DATA = ROOT / "data" / "verified"
@@ -146,7 +146,7 @@ def evaluate(scratch: Path, device: str, report: dict[str, Any]) -> str:
                "limit=64", "generate.max_new_tokens=128", "generate.batch_size=64"]  # fmt: skip
     if device == "cpu":
         options += ["limit=2", "generate.max_new_tokens=4"]
-    if device == "cuda" and (cache_root() / "smollm2-135m-instruct").is_dir():
+    if device == "cuda" and demo_folder().is_dir():
         options.append("model.path=demo")
     elif (scratch / "adapter").is_dir():
         options += [f"model.path={scratch}/base", f"model.adapter={scratch}/adapter"]

@@ -77,10 +77,10 @@ def test_wheels_are_unpacked_but_for_the_model(tmp_path, monkeypatch):
     assert os.environ.pop("IOPO_DEMO_WHEEL").endswith(names[0])
 
 
-def rehearse(out, **environ):
+def rehearse(out, *more, **environ):
     """gpu.sh on a CPU in a process of its own: (exit code, summary, what it printed)."""
     done = subprocess.run(
-        ["sh", str(ROOT / "benchmarks/gpu.sh"), "cpu"], capture_output=True, text=True,
+        ["sh", str(ROOT / "benchmarks/gpu.sh"), "cpu", *more], capture_output=True, text=True,
         env={**os.environ, "OUT": str(out), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
              **environ},
     )  # fmt: skip
@@ -95,6 +95,16 @@ def test_the_rehearsal_passes(tmp_path):
     assert tuple(steps) == STEPS
     assert all(s["status"] == "ok" for n, s in steps.items() if n != "demo"), printed[-8000:]
     assert steps["demo"]["status"] in ("ok", "skipped")  # the model may not be in the cache
+
+
+@pytest.mark.slow
+def test_the_comparison_stops_at_its_limit_and_goes_on(tmp_path):
+    code, steps, printed = rehearse(tmp_path, "comparison", LIMIT_S="80")
+    assert code == 0 and steps["comparison"]["status"] == "stopped", printed[-8000:]
+    code, steps, printed = rehearse(tmp_path, "comparison")
+    assert code == 0 and steps["comparison"]["status"] == "ok", printed[-8000:]
+    found = json.loads((tmp_path / "ablation_longer.json").read_text())
+    assert "IOPO max_steps=1200 epochs=4" in found["differences"]["SFT"]
 
 
 # Found by every interpreter that is started with it on PYTHONPATH.

@@ -201,6 +201,17 @@ def test_two_sittings_give_the_tables_of_their_seeds_together(run, tmp_path):
         comparison_table.write(run, "paper_table", [run / "jobs.jsonl"])
 
 
+def test_methods_without_a_common_seed_are_not_compared(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    for method, seed in (("iopo", 1), ("output_preference", 2)):
+        shutil.rmtree(folder / f"paper_table/{method}/seed{seed}")
+    comparison_table.write(folder, "paper_table")
+    found = json.loads((folder / "paper_table.json").read_text())
+    assert found["differences"]["DPO on both rows"]["IOPO"] == {}
+    assert "following" in found["differences"]["DPO on both rows"]["DPO"]
+    assert not any(found["questions"][comparison_table.PARTS].values())
+
+
 def test_a_sitting_has_its_own_checkpoint(run, tmp_path):
     """The second sitting's SFT follows 40 of 80 and not 20: its run is paired with that."""
     folder = tmp_path / "second"

@@ -52,7 +52,7 @@ PROMPTS, STEPS = 128, 48  # of an arm, shared by its rounds
 QUADS_TOKENS, IFEVAL_TOKENS = 128, 256  # longest answers
 # beside base and SFT
 IFEVAL_ON = ("iopo", "output_preference", "input_preference", *ARMS)
-# in sittings with seed 1, on so many of IFEval's prompts, spread over the file, with four cousins each
+# in sittings with seed 1, on so many of its prompts, spread over the file, with four cousins each
 COUSINS_ON, COUSINS_OF = ("iopo", "output_preference"), 150
 
 

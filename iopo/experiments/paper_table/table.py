@@ -165,7 +165,7 @@ def _questions(found: Mapping[str, dict[str, Scores]]) -> dict[str, dict[str, An
     three = [found[name] for name in ("dpo", "output_preference", "iopo") if name in found]
     if len(three) == 3:
         parts = {name: {} for name in (whole, data, loss)}
-        for metric in (m for m in METRICS if METRICS[m][2] == 1 and all(m in of for of in three)):
+        for metric in (m for m in METRICS if METRICS[m][2] == 1 and _comparable(m, *three)):
             seeds = set[int].intersection(*(set(of[metric].seeds) for of in three))
             dpo, rows, iopo = (of[metric].of_seeds(sorted(seeds)) for of in three)
             parts[whole][metric] = stats.difference(dpo, iopo)
@@ -181,9 +181,19 @@ def _questions(found: Mapping[str, dict[str, Scores]]) -> dict[str, dict[str, An
     return {PARTS: parts, REGIMES: regimes if len(regimes) > 1 else {}}
 
 
+def _comparable(metric: str, *methods: dict[str, Scores]) -> bool:
+    """Whether all have it, of a seed in common where they have seeds: sittings add seeds one method
+    after the other."""
+    if metric in (LOW, HIGH) or not all(metric in of for of in methods):
+        return False
+    seeds = [set(of[metric].seeds) for of in methods if of[metric].seeds]
+    return not seeds or bool(set[int].intersection(*seeds))
+
+
 def _differences(a: dict[str, Scores], b: dict[str, Scores]) -> dict[str, Difference]:
-    shared = (metric for metric in a if metric in b and metric not in (LOW, HIGH))
-    return {metric: stats.difference(a[metric], b[metric]) for metric in shared}
+    return {
+        metric: stats.difference(a[metric], b[metric]) for metric in a if _comparable(metric, a, b)
+    }
 
 
 def _values(
