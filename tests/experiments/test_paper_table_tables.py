@@ -275,7 +275,8 @@ def test_the_figure_shows_what_each_step_adds(tmp_path):
             "following_answering": {"value": value, "low": value - 1, "high": value + 3, "n": 9}
         }
 
-    both = {"questions": {PARTS: {"whole": less(11), "data": less(9), "loss": less(2)}}}
+    to_rows = {"DPO": less(-9), "IOPO": less(2)}
+    both = {"differences": {"SFT": {"DPO": less(11)}, "DPO on both rows": to_rows}}
     rounds = {
         "differences": {"IOPO, rounds": {"IOPO, one pass": less(5), "GRPO, rounds": less(-4)}}
     }
@@ -284,7 +285,7 @@ def test_the_figure_shows_what_each_step_adds(tmp_path):
     steps = gains.steps(both, rounds)
     found = [of["following_answering"] for of in steps.values()]
     ends = [(one["low"], one["value"], one["high"]) for one in found]
-    assert ends == [(8, 9, 12), (1, 2, 5), (-8, -5, -4), (-5, -4, -1)]
+    assert ends == [(10, 11, 14), (6, 9, 10), (1, 2, 5), (-8, -5, -4), (-5, -4, -1)]
     paths = [str(tmp_path / name) for name in ("both.json", "rounds.json", "gains.png")]
     assert gains.main(paths) == 0 and (tmp_path / "gains.png").stat().st_size > 1000
     assert gains.main([paths[1], *paths[1:]]) == 2

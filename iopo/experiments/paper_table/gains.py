@@ -1,4 +1,4 @@
-"""The figure of README: what data, loss, rounds and rewards add, with 95 % intervals.
+"""The figure of README: what preference, data, loss, rounds and rewards add, with 95 % intervals.
 
 `python -m iopo.experiments.paper_table.gains COMPARISON.json ROUNDS.json OUT.png`: the JSON files
 are those that table.py writes for the sweeps paper_table and rounds.
@@ -12,7 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from iopo.experiments.paper_table.table import METRICS, NAMES, PARTS, panel
+from iopo.experiments.paper_table.table import METRICS, NAMES, panel
 from iopo.stats import Estimate
 
 Results = Mapping[str, Any]
@@ -20,13 +20,15 @@ SHOWN = ("following_answering", "follows_and_answers")
 
 
 def steps(comparison: Results, rounds: Results) -> dict[str, dict[str, Estimate]]:
-    """What each step adds to the one before, by metric, from the top: data first."""
-    parts, own = comparison["questions"][PARTS], NAMES["iopo_rounds"]
-    to_own = rounds["differences"][own]
-    _, data, loss = parts.values()
+    """What each step adds to the one before, by metric, from the top; each of all seeds that its
+    two methods share."""
+    to_sft = comparison["differences"]["SFT"]
+    to_rows = comparison["differences"][NAMES["output_preference"]]
+    to_own = rounds["differences"][NAMES["iopo_rounds"]]
     return {
-        "data: both rows of quads,\nnot pairs (DPO)": data,
-        "loss: IOPO,\nnot DPO on both rows": loss,
+        "preference: DPO on pairs,\nnot SFT alone": to_sft[NAMES["dpo"]],
+        "data: both rows of quads,\nnot pairs": _reversed(to_rows[NAMES["dpo"]]),
+        "loss: IOPO,\nnot DPO on both rows": to_rows[NAMES["iopo"]],
         "rounds: IOPO in rounds,\nnot one pass": _reversed(to_own[NAMES["iopo_offline"]]),
         "reward: GRPO in rounds,\nnot IOPO in rounds": to_own[NAMES["grpo_rounds"]],
     }
@@ -43,7 +45,7 @@ def _reversed(differences: Mapping[str, Estimate]) -> dict[str, Estimate]:
 def draw(found: Mapping[str, Mapping[str, Estimate]], path: Path) -> None:
     """One panel a metric, one line a step."""
     metrics = [m for m in SHOWN if any(m in of for of in found.values())]
-    figure = Figure(figsize=(1.5 + 3.2 * len(metrics), 2.6), layout="constrained")
+    figure = Figure(figsize=(1.5 + 3.2 * len(metrics), 3.0), layout="constrained")
     panels = figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0]
     for axes, metric in zip(panels, metrics, strict=True):
         panel(axes, metric, found, METRICS[metric][0].replace(", %", ", points"))
