@@ -88,9 +88,10 @@ def comparison(device: str, out: Path, total_s: float) -> list[Step]:
     if device == "cpu":
         run = command[4] = f"{out}/run"
         command += ["--seeds=1", "--quads=16", "--validation=2", "--test=4", "optim.max_steps=1"]
+    stopped_s = round(0.78 * total_s)
     script = (
         f"mkdir -p {run} && cp benchmarks/results/losses/choice.json {run} && "
-        f"timeout --foreground --preserve-status {0.78 * total_s:.0f} {shlex.join(command)}; code=$?; "
+        f"timeout --foreground --preserve-status {stopped_s} {shlex.join(command)}; code=$?; "
         f"cp {run}/ablation_longer* {run}/jobs.jsonl {out}; exit $code"
     )
     return [Step("comparison", 480, ["sh", "-c", script], ["hydra", "demo model"])]

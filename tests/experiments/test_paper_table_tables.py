@@ -9,7 +9,7 @@ import pytest
 from iopo.experiments.paper_table import gains
 from iopo.experiments.paper_table import table as comparison_table
 from iopo.experiments.paper_table.measures import HIGH, LOW, measures
-from iopo.experiments.paper_table.table import PARTS, REGIMES
+from iopo.experiments.paper_table.table import REGIMES
 from iopo.files import write_records
 
 QUADS = 40
