@@ -99,7 +99,7 @@ def test_the_rehearsal_passes(tmp_path):
 
 @pytest.mark.slow
 def test_the_comparison_stops_at_its_limit_and_goes_on(tmp_path):
-    code, steps, printed = rehearse(tmp_path, "comparison", LIMIT_S="80")
+    code, steps, printed = rehearse(tmp_path, "comparison", LIMIT_S="150")
     assert code == 0 and steps["comparison"]["status"] == "stopped", printed[-8000:]
     code, steps, printed = rehearse(tmp_path, "comparison")
     assert code == 0 and steps["comparison"]["status"] == "ok", printed[-8000:]

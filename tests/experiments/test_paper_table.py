@@ -122,9 +122,9 @@ def test_every_job_of_an_ablation_is_a_valid_run(sweep):
     values = [str(v).split(",") for key, v in params.items() if key != "seed"]
     keys = [key for key in params if key != "seed"]
     for job in itertools.product(*values):
-        overrides = [f"{key}={value}" for key, value in zip(keys, job, strict=True)]
-        cfg = config(f"+sweep={sweep}", *overrides)
-        assert cfg.optim.max_steps == 120
+        given = dict(zip(keys, job, strict=True))
+        cfg = config(f"+sweep={sweep}", *(f"{key}={value}" for key, value in given.items()))
+        assert cfg.optim.max_steps == int(given.get("optim.max_steps", 120))
 
 
 @pytest.mark.parametrize("model", ["qwen2_7b", "llama31_8b"])
