@@ -1,6 +1,7 @@
 """The steps behind benchmarks/gpu.sh: each in a process group of its own, with a limit of its own.
 
-Standard library only: a machine that lacks what a step needs is told so by that step alone.
+Standard library only, but for the question where the demo's model is kept: a machine that lacks
+what a step needs is told so by that step alone.
 """
 
 import json
