@@ -165,12 +165,12 @@ def _questions(found: Mapping[str, dict[str, Scores]]) -> dict[str, dict[str, An
     three = [found[name] for name in ("dpo", "output_preference", "iopo") if name in found]
     if len(three) == 3:
         parts = {name: {} for name in (whole, data, loss)}
-        for metric in (m for m in METRICS if METRICS[m][2] == 1 and _comparable(m, *three)):
-            seeds = set[int].intersection(*(set(of[metric].seeds) for of in three))
-            dpo, rows, iopo = (of[metric].of_seeds(sorted(seeds)) for of in three)
-            parts[whole][metric] = stats.difference(dpo, iopo)
-            parts[data][metric] = stats.difference(dpo, rows)
-            parts[loss][metric] = stats.difference(rows, iopo)
+        for metric in (m for m in METRICS if METRICS[m][2] == 1):
+            if shared := _shared(metric, *three):
+                dpo, rows, iopo = shared
+                parts[whole][metric] = stats.difference(dpo, iopo)
+                parts[data][metric] = stats.difference(dpo, rows)
+                parts[loss][metric] = stats.difference(rows, iopo)
     regimes = {}
     for name in found:
         regime = name.removeprefix("output_preference")
@@ -181,19 +181,20 @@ def _questions(found: Mapping[str, dict[str, Scores]]) -> dict[str, dict[str, An
     return {PARTS: parts, REGIMES: regimes if len(regimes) > 1 else {}}
 
 
-def _comparable(metric: str, *methods: dict[str, Scores]) -> bool:
-    """Whether all have it, of a seed in common where they have seeds: sittings add seeds one method
-    after the other."""
+def _shared(metric: str, *methods: dict[str, Scores]) -> list[Scores]:
+    """Its scores of all methods, on the seeds that they share (a model without seeds goes with
+    any); none if one lacks it, or if they share no seed: sittings add one method after the other.
+    """
     if metric in (LOW, HIGH) or not all(metric in of for of in methods):
-        return False
-    seeds = [set(of[metric].seeds) for of in methods if of[metric].seeds]
-    return not seeds or bool(set[int].intersection(*seeds))
+        return []
+    scores = [of[metric] for of in methods]
+    sets = [set(one.seeds) for one in scores if one.seeds]
+    seeds = sorted(set[int].intersection(*sets)) if sets else []
+    return [] if sets and not seeds else [s.of_seeds(seeds) if s.seeds else s for s in scores]
 
 
 def _differences(a: dict[str, Scores], b: dict[str, Scores]) -> dict[str, Difference]:
-    return {
-        metric: stats.difference(a[metric], b[metric]) for metric in a if _comparable(metric, a, b)
-    }
+    return {m: stats.difference(*two) for m in a if (two := _shared(m, a, b))}
 
 
 def _values(
