@@ -250,12 +250,16 @@ def test_following_stands_by_the_sign_of_the_smaller_margin(tmp_path):
 
 
 def test_reliability_stands_beside_where_it_was_measured(run):
+    """Of all prompts with cousins; those that the model had not followed were not asked again."""
+    everything = [{"cousin_of": n, "change": "none"} for n in range(25)]
+    write_records(run / "data/cousins.jsonl", everything)
     for folder, reliable in ((run / "sft", 4), (run / "paper_table/iopo/seed1", 8)):
         (folder / "cousins").mkdir()
         write_records(folder / "cousins/measures.jsonl", [
             {"metric": metric, "unit": str(n), "numerator": number, "denominator": of}
             for n in range(20)
             for metric, number, of in (
+                ("follows_and_answers", float(n < 10), 1.0),
                 ("reliable", float(n < reliable), 1.0),
                 ("drop", float(reliable <= n < 10), float(n < 10)),
                 ("prompt_strict", 1.0, 1.0),
@@ -265,7 +269,8 @@ def test_reliability_stands_beside_where_it_was_measured(run):
     found = json.loads((run / "paper_table.json").read_text())
     drops = [found["values"][name]["drop"]["value"] for name in ("SFT", "IOPO")]
     assert drops == pytest.approx([0.6, 0.2]) and "drop" not in found["values"]["DPO"]
-    assert found["differences"]["SFT"]["IOPO"]["reliable"]["value"] == pytest.approx(0.2)
+    assert found["differences"]["SFT"]["IOPO"]["reliable"]["value"] == pytest.approx(0.16)
+    assert found["values"]["SFT"]["before_cousins"]["value"] == pytest.approx(0.4)
     assert found["values"]["SFT"]["prompt_strict"]["value"] == pytest.approx(0.5)  # IFEval's own
 
 

@@ -28,7 +28,7 @@ import yaml
 from iopo.construct.cousins import __main__ as cousins
 from iopo.evaluation.responses import check_manifest
 from iopo.experiments.paper_table import data
-from iopo.files import write_text
+from iopo.files import read_records, write_records, write_text
 from iopo.jobs import REPOSITORY, Job, Runner, print_now
 
 # Chosen before any result, as all sizes here and in conf/sweep/paper_table.yaml. The second number
@@ -52,8 +52,7 @@ PROMPTS, STEPS = 128, 48  # of an arm, shared by its rounds
 QUADS_TOKENS, IFEVAL_TOKENS = 128, 256  # longest answers
 # beside base and SFT
 IFEVAL_ON = ("iopo", "output_preference", "input_preference", *ARMS)
-# in sittings with seed 1, on so many of its prompts, spread over the file, with four cousins each
-COUSINS_ON, COUSINS_OF = ("iopo", "output_preference"), 150
+COUSINS_ON = ("iopo", "output_preference")
 
 
 class Comparison:
@@ -108,10 +107,16 @@ class Comparison:
         longest = f"generate.max_new_tokens={IFEVAL_TOKENS}"
         if start or name in IFEVAL_ON:
             rows = f"data.path={self.args.ifeval}"
-            self.evaluate("ifeval", model, folder / "ifeval", rows, longest)
-        if self.cousins.exists() and (start or name in COUSINS_ON and folder.name == "seed1"):
-            rows, limit = f"data.path={self.cousins}", f"limit={COUSINS_OF}"
-            self.evaluate("ifeval", model, folder / "cousins", rows, longest, limit)
+            done = self.evaluate("ifeval", model, folder / "ifeval", rows, longest)
+            if done and self.cousins.exists() and (start or name in COUSINS_ON):
+                # a prompt that is not followed by itself has nothing to lose
+                own = read_records(folder / "ifeval/verdicts.jsonl")
+                followed = {str(row["key"]) for row in own if all(row["strict"])}
+                asked = [r for r in read_records(self.cousins) if str(r["cousin_of"]) in followed]
+                write_records(folder / "cousins.jsonl", asked)
+                rows = f"data.path={folder}/cousins.jsonl"
+                if asked:
+                    self.evaluate("ifeval", model, folder / "cousins", rows, longest)
 
     def arm(self, name: str, seed: int) -> None:
         """On-policy rounds, or one pass on the start's samples; measured after the last."""
@@ -270,7 +275,7 @@ def compare(comparison: Comparison) -> None:
         data.make(args.train, args.heldout, run / "data", **sizes)
     if args.data_only:
         return
-    asked = args.ifeval is not None and 1 in args.seeds and args.sweeps != ["rounds"]
+    asked = args.ifeval is not None and args.sweeps != ["rounds"]
     if asked and not comparison.cousins.exists():
         print_now(cousins.build(args.ifeval, comparison.cousins, k=4, seed=0))
     start = (f"model.path={args.model}", f"data.train={run}/data/train.jsonl")

@@ -34,7 +34,8 @@ IFEVAL = {metric: metric for metric in (
     "follows_and_answers", "prompt_strict", "prompt_loose", "instruction_strict",
     "instruction_loose", "answers")}  # fmt: skip
 COUSINS = {"before_cousins": "follows_and_answers", "reliable": "reliable", "drop": "drop",
-           **{name: name for name in (f"drop/{change}" for change in CHANGES)}}  # fmt: skip
+           **{name: name for name in (f"drop/{change}" for change in CHANGES)},
+           "drop_strict": "drop_strict"}  # fmt: skip
 # follows and answers, of the quads whose smaller output margin is below zero, and of the others:
 # of each model other quads, so that only one model's two are compared
 LOW, HIGH = "following_answering/margin_below_0", "following_answering/margins_above_0"
@@ -146,6 +147,10 @@ def measures(folder: Path, sft: Path, tasks: Mapping[str, str]) -> Measures:
         if (path := folder / benchmark / "measures.jsonl").exists():
             table = scoring.from_rows(read_records(path))
             out |= {name: table[of] for name, of in metrics.items() if of in table}
+    if "reliable" in out:  # a prompt that was not followed by itself was not asked again
+        everything = read_records(sft.parent / "data/cousins.jsonl")
+        prompts = {str(row["cousin_of"]): (0.0, 1.0) for row in everything}
+        out |= {name: prompts | out[name] for name in ("before_cousins", "reliable")}
     return dict(out)
 
 

@@ -50,6 +50,7 @@ METRICS = {
     "reliable": ("IFEval prompts right with all cousins, %", 100, 1),
     "drop": ("right IFEval prompts that some cousin loses, %", 100, -1),
     **{f"drop/{change}": (f"- that one {change} loses, %", 100, -1) for change in CHANGES},
+    "drop_strict": ("followed IFEval prompts that some cousin loses, %", 100, -1),
     LOW: ("follows all and answers, of quads with an output margin below 0, %", 100, 1),
     HIGH: ("follows all and answers, of the other quads, %", 100, 1),
     "group_accuracy": ("group accuracy, %", 100, 1),
