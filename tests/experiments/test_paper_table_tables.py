@@ -281,7 +281,8 @@ def test_the_figure_shows_what_each_step_adds(tmp_path):
         }
 
     to_rows = {"DPO": less(-9), "IOPO": less(2)}
-    both = {"differences": {"SFT": {"DPO": less(11)}, "DPO on both rows": to_rows}}
+    to_sft = {"SFT": {"SFT, continued": less(7)}, "SFT, continued": {"DPO": less(11)}}
+    both = {"differences": to_sft | {"DPO on both rows": to_rows}}
     rounds = {
         "differences": {"IOPO, rounds": {"IOPO, one pass": less(5), "GRPO, rounds": less(-4)}}
     }
@@ -290,7 +291,7 @@ def test_the_figure_shows_what_each_step_adds(tmp_path):
     steps = gains.steps(both, rounds)
     found = [of["following_answering"] for of in steps.values()]
     ends = [(one["low"], one["value"], one["high"]) for one in found]
-    assert ends == [(10, 11, 14), (6, 9, 10), (1, 2, 5), (-8, -5, -4), (-5, -4, -1)]
+    assert ends == [(6, 7, 10), (10, 11, 14), (6, 9, 10), (1, 2, 5), (-8, -5, -4), (-5, -4, -1)]
     paths = [str(tmp_path / name) for name in ("both.json", "rounds.json", "gains.png")]
     assert gains.main(paths) == 0 and (tmp_path / "gains.png").stat().st_size > 1000
     assert gains.main([paths[1], *paths[1:]]) == 2

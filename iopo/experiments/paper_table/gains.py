@@ -1,4 +1,4 @@
-"""The figure of README: what preference, data, loss, rounds and rewards add, with 95 % intervals.
+"""The figure of README: what each step from SFT on adds, with 95 % intervals.
 
 `python -m iopo.experiments.paper_table.gains COMPARISON.json ROUNDS.json OUT.png`: the JSON files
 are those that table.py writes for the sweeps paper_table and rounds.
@@ -22,10 +22,11 @@ SHOWN = ("following_answering", "follows_and_answers")
 def steps(comparison: Results, rounds: Results) -> dict[str, dict[str, Estimate]]:
     """What each step adds to the one before, by metric, from the top; each of all seeds that its
     two methods share."""
-    to_sft = comparison["differences"]["SFT"]
-    to_rows = comparison["differences"][NAMES["output_preference"]]
+    to_start = comparison["differences"]["SFT"]
+    to_sft, to_rows = (comparison["differences"][NAMES[n]] for n in ("sft", "output_preference"))
     to_own = rounds["differences"][NAMES["iopo_rounds"]]
     return {
+        "more SFT: as many steps,\nnot none": to_start[NAMES["sft"]],
         "preference: DPO on pairs,\nnot SFT alone": to_sft[NAMES["dpo"]],
         "data: both rows of quads,\nnot pairs": _reversed(to_rows[NAMES["dpo"]]),
         "loss: IOPO,\nnot DPO on both rows": to_rows[NAMES["iopo"]],

@@ -124,11 +124,12 @@ def write(run: Path, sweep: str, earlier: Sequence[Path] = ()) -> list[str]:
     others = [name for name in found if name not in ("base", "SFT")]
     # each seed minus the checkpoint that it started from
     differences = {"SFT": {_name(m): _differences(starts[m], found[m]) for m in others}}
-    last = {"rounds": "iopo_rounds", "paper_table": "output_preference"}.get(sweep, "iopo")
-    if last in found:
-        differences[_name(last)] = {
-            _name(m): _differences(found[last], found[m]) for m in others if m != last
-        }
+    bases = {"rounds": ("iopo_rounds",), "paper_table": ("sft", "output_preference")}
+    for base in bases.get(sweep, ("iopo",)):
+        if base in found:
+            differences[_name(base)] = {
+                _name(m): _differences(found[base], found[m]) for m in others if m != base
+            }
     questions = {name: of for name, of in _questions(found).items() if of}
     against = [
         *(_differences_table(f"Minus {base}, paired by task and seed", rows)
