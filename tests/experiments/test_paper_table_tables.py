@@ -253,11 +253,13 @@ def test_reliability_stands_beside_where_it_was_measured(run):
     """Of all prompts with cousins; those that the model had not followed were not asked again."""
     everything = [{"cousin_of": n, "change": "none"} for n in range(25)]
     write_records(run / "data/cousins.jsonl", everything)
-    for folder, reliable in ((run / "sft", 4), (run / "paper_table/iopo/seed1", 8)):
+    for folder, reliable, asked in (
+        (run / "sft", 4, 20), (run / "paper_table/iopo/seed1", 8, 15),
+    ):  # fmt: skip
         (folder / "cousins").mkdir()
         write_records(folder / "cousins/measures.jsonl", [
             {"metric": metric, "unit": str(n), "numerator": number, "denominator": of}
-            for n in range(20)
+            for n in range(asked)
             for metric, number, of in (
                 ("follows_and_answers", float(n < 10), 1.0),
                 ("reliable", float(n < reliable), 1.0),

@@ -148,9 +148,10 @@ def measures(folder: Path, sft: Path, tasks: Mapping[str, str]) -> Measures:
             table = scoring.from_rows(read_records(path))
             out |= {name: table[of] for name, of in metrics.items() if of in table}
     if "reliable" in out:  # a prompt that was not followed by itself was not asked again
-        everything = read_records(sft.parent / "data/cousins.jsonl")
-        prompts = {str(row["cousin_of"]): (0.0, 1.0) for row in everything}
-        out |= {name: prompts | out[name] for name in ("before_cousins", "reliable")}
+        prompts = [str(row["cousin_of"]) for row in read_records(sft.parent / "data/cousins.jsonl")]
+        for name in COUSINS.keys() & out.keys():
+            nothing = 0.0, float(not name.startswith("drop"))
+            out[name] = dict.fromkeys(prompts, nothing) | out[name]
     return dict(out)
 
 
