@@ -51,7 +51,7 @@ ROUNDS = ("rounds.samples=4", "rounds.max_new_tokens=96", "rounds.limit=0",
 PROMPTS, STEPS = 128, 48  # of an arm, shared by its rounds
 QUADS_TOKENS, IFEVAL_TOKENS = 128, 256  # longest answers
 # beside base and SFT
-IFEVAL_ON = ("sft", "iopo", "output_preference", "input_preference", *ARMS)
+IFEVAL_ON = ("sft", "dpo", "output_preference", "input_preference", "iopo", *ARMS)
 COUSINS_ON = ("iopo", "output_preference")
 
 
