@@ -257,6 +257,7 @@ def test_reliability_stands_beside_where_it_was_measured(run):
         (run / "sft", 4, 20), (run / "paper_table/iopo/seed1", 8, 15),
     ):  # fmt: skip
         (folder / "cousins").mkdir()
+        write_records(folder / "cousins.jsonl", everything[:asked])
         write_records(folder / "cousins/measures.jsonl", [
             {"metric": metric, "unit": str(n), "numerator": number, "denominator": of}
             for n in range(asked)

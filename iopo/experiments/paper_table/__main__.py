@@ -50,7 +50,7 @@ ROUNDS = ("rounds.samples=4", "rounds.max_new_tokens=96", "rounds.limit=0",
           "optim.lr=5e-5", "data.heldout=null", "evaluation.samples=0")  # fmt: skip
 PROMPTS, STEPS = 128, 48  # of an arm, shared by its rounds
 QUADS_TOKENS, IFEVAL_TOKENS = 128, 256  # longest answers
-# beside base and SFT
+# beside base and SFT; cousins need the answers to IFEval
 IFEVAL_ON = ("sft", "dpo", "output_preference", "input_preference", "iopo", *ARMS)
 COUSINS_ON = ("iopo", "output_preference")
 
@@ -100,23 +100,23 @@ class Comparison:
     def measure(self, model: str | Path, folder: Path) -> None:
         """Everything that the table needs of one model."""
         self.quads(model, folder / "quads", "test")
-        if self.args.ifeval is None:
-            return
         start = folder.parent == self.run  # base or sft
         name = folder.parent.name
+        if self.args.ifeval is None or not (start or name in IFEVAL_ON):
+            return
         longest = f"generate.max_new_tokens={IFEVAL_TOKENS}"
-        if start or name in IFEVAL_ON:
-            rows = f"data.path={self.args.ifeval}"
-            done = self.evaluate("ifeval", model, folder / "ifeval", rows, longest)
-            if done and self.cousins.exists() and (start or name in COUSINS_ON):
-                # a prompt that is not followed by itself has nothing to lose
-                own = read_records(folder / "ifeval/verdicts.jsonl")
-                followed = {str(row["key"]) for row in own if all(row["strict"])}
-                asked = [r for r in read_records(self.cousins) if str(r["cousin_of"]) in followed]
-                write_records(folder / "cousins.jsonl", asked)
-                rows = f"data.path={folder}/cousins.jsonl"
-                if asked:
-                    self.evaluate("ifeval", model, folder / "cousins", rows, longest)
+        rows = f"data.path={self.args.ifeval}"
+        done = self.evaluate("ifeval", model, folder / "ifeval", rows, longest)
+        if not done or not self.cousins.exists() or not (start or name in COUSINS_ON):
+            return
+        # a prompt that is not followed by itself has nothing to lose
+        own = read_records(folder / "ifeval/verdicts.jsonl")
+        followed = {str(row["key"]) for row in own if all(row["strict"])}
+        asked = [row for row in read_records(self.cousins) if str(row["cousin_of"]) in followed]
+        write_records(folder / "cousins.jsonl", asked)
+        if asked:
+            rows = f"data.path={folder}/cousins.jsonl"
+            self.evaluate("ifeval", model, folder / "cousins", rows, longest)
 
     def arm(self, name: str, seed: int) -> None:
         """On-policy rounds, or one pass on the start's samples; measured after the last."""

@@ -147,7 +147,8 @@ def measures(folder: Path, sft: Path, tasks: Mapping[str, str]) -> Measures:
         if (path := folder / benchmark / "measures.jsonl").exists():
             table = scoring.from_rows(read_records(path))
             out |= {name: table[of] for name, of in metrics.items() if of in table}
-    if "reliable" in out:  # a prompt that was not followed by itself was not asked again
+    # a prompt that was not followed by itself was not asked again; without the file all were asked
+    if "reliable" in out and (folder / "cousins.jsonl").exists():
         prompts = [str(row["cousin_of"]) for row in read_records(sft.parent / "data/cousins.jsonl")]
         for name in COUSINS.keys() & out.keys():
             nothing = 0.0, float(not name.startswith("drop"))
