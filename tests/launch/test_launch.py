@@ -1,5 +1,6 @@
 """Workers are spawned or adopted, and every bad end leaves a cause, stacks and an exit code."""
 
+import atexit
 import os
 import signal
 import subprocess
@@ -45,6 +46,10 @@ def exiting_rank(cfg, run_dir, ranks, control):
     if ranks.rank == 1:
         os._exit(3)
     time.sleep(1000)
+
+
+def aborts_at_exit(cfg, run_dir, ranks, control):
+    atexit.register(os.abort)
 
 
 def hanging_rank(cfg, run_dir, ranks, control):
@@ -156,6 +161,11 @@ def test_an_exiting_rank_ends_a_rank_that_does_not_notice_and_shows_its_stack(tm
     assert time.monotonic() - start < 60
     assert "rank 1 exited with code 3" in (tmp_path / "FAILED").read_text()
     assert "exiting_rank" in (tmp_path / "errors" / "rank-0.stacks.txt").read_text()
+
+
+def test_a_rank_whose_work_is_done_does_not_fail_in_its_teardown(tmp_path):
+    assert launch(aborts_at_exit, None, tmp_path, processes=2, backend="gloo", timeout_s=60) == 0
+    assert not (tmp_path / "FAILED").exists()
 
 
 def test_a_hang_ends_and_shows_the_stack_of_every_rank(tmp_path):

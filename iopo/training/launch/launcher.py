@@ -212,7 +212,7 @@ def _run_spawned(task: _Task, ranks: RankInfo, address: str, port: int) -> None:
     except (RuntimeError, OSError) as error:
         failures.record_error(task.run_dir, ranks.rank, error)
         _leave(FAILED)
-    sys.exit(_run_rank(task, ranks, announce=False))
+    _leave(_run_rank(task, ranks, announce=False))
 
 
 def _run_adopted(task: _Task, placement: Placement) -> int:
@@ -270,7 +270,8 @@ def _run_rank(task: _Task, ranks: RankInfo, *, announce: bool) -> int:
 
 
 def _leave(code: int) -> NoReturn:
-    """End the process now: no teardown that could wait for a rank that is gone."""
+    """End the process now: no teardown that could wait for a rank that is gone, or abort after
+    work that is done (a thread of a C++ library that needs the interpreter while it ends)."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
