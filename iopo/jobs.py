@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,11 @@ from iopo.files import read_records
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STOPPED = 75  # as train.py: saved, start again to go on
-print_now = partial(print, flush=True)  # the reader may be a log file
+
+
+def print_now(line: str) -> None:
+    """For readers of log files: at once, and in one piece where threads print."""
+    print(f"{line}\n", end="", flush=True)
 
 
 @dataclass(frozen=True)
