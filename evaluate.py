@@ -9,7 +9,6 @@ Keys, with units, are in conf/evaluate.yaml. Exit codes: 0 done, 1 a server fail
 command again to go on), 2 config or data refused, 130 interrupted.
 """
 
-import logging
 import sys
 
 import hydra
@@ -21,6 +20,7 @@ from iopo.evaluation.config import EvaluateConfig
 from iopo.evaluation.endpoint import EndpointError
 from iopo.evaluation.run import evaluate, names
 from iopo.model.host_memory import tune_malloc
+from iopo.progress import show_messages
 
 ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
 KEYS = entry.keys(EvaluateConfig)
@@ -31,9 +31,7 @@ FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 def main(composed: DictConfig) -> None:
     """Compose, check, run."""
     entry.check_keys(composed, KEYS)
-    log = logging.getLogger("iopo")
-    log.addHandler(logging.StreamHandler(sys.stdout))
-    log.setLevel(logging.INFO)
+    show_messages(sys.stdout)
     try:
         if OmegaConf.is_missing(composed.benchmark, "name"):
             known = ", ".join(names())

@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Collection, Iterator
-from typing import Self, TypeVar
+from typing import Self, TextIO, TypeVar
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -20,6 +20,12 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 _bars: Progress | None = None  # the terminal's, while any work is shown
 _open: list["weakref.ref[progress]"] = []  # work with lines, the innermost last
+
+
+def show_messages(to: TextIO) -> None:
+    """Let a command show the package's messages, and with them its progress."""
+    logging.basicConfig(format="%(message)s", stream=to)
+    logging.getLogger("iopo").setLevel(logging.INFO)
 
 
 class progress:  # noqa: N801 - used as a function

@@ -1,6 +1,5 @@
 """Make data: `python -m iopo.construct +recipe=NAME`; the recipes stand in conf/recipe/."""
 
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from iopo.construct.ifseeds import build as build_ifseeds
 from iopo.construct.relabel import RelabelRecipe, relabel_file
 from iopo.construct.trace.config import TraceRecipe
 from iopo.construct.verified import VerifiedRecipe, build_verified
+from iopo.progress import show_messages
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 SCHEMAS: dict[str, Any] = {
@@ -54,8 +54,7 @@ def make(cfg: DictConfig) -> None:
 
 @hydra.main(version_base=None, config_path=str(CONF), config_name="construct")
 def main(cfg: DictConfig) -> None:
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
-    logging.getLogger("iopo").setLevel(logging.INFO)
+    show_messages(sys.stdout)
     try:
         make(cfg)
     except (ValueError, OmegaConfBaseException, RuntimeError, OSError) as error:

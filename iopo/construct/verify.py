@@ -9,7 +9,6 @@ a model scored (the TRACE pipeline), are taken from the row.
 
 import argparse
 import hashlib
-import logging
 import re
 import sys
 from collections import deque
@@ -28,7 +27,7 @@ from iopo.construct.quadruples import CELLS, MATCH, four_cells
 from iopo.construct.summary import JUDGED, Measured, Summary, measured, report
 from iopo.data.columns import read_prompt, text_of
 from iopo.files import Place, iter_records
-from iopo.progress import progress
+from iopo.progress import progress, show_messages
 
 TEXTS = ("x1", "y1", "x2", "y2")
 GRAM = 13  # words in a row that make an overlap with a benchmark
@@ -292,8 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--against", nargs="+", type=Path, default=[], help="benchmark files")
     parser.add_argument("--model", help="a model folder, or demo: are responses on their task?")
     options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("iopo").setLevel(logging.INFO)
+    show_messages(sys.stderr)
     try:
         found, summary = verify(options.files, options.against)
         if options.model is not None:

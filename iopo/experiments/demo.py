@@ -6,7 +6,6 @@ writes summary.json, answers.jsonl and report.html. A stage that is complete is 
 
 import argparse
 import json
-import logging
 import random
 import resource
 import subprocess
@@ -22,6 +21,7 @@ from rich.table import Table
 
 from iopo.files import write_records
 from iopo.page import page
+from iopo.progress import show_messages
 from iopo.stats import shown
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     call("-c", "from iopo.experiments.demo import fetch; fetch()")
     train(args.run / "sft", "smollm2_135m_sft", *SFT)
     train(args.run / "iopo", "smollm2_135m_iopo", f"model.path={args.run}/sft/export", *IOPO)
-    show_progress()
+    show_messages(sys.stdout)
     summary, answers = score(args.run)
     # of this call: a stage that was complete before it took no time in it
     summary["seconds"] = round(time.time() - started, 1)
@@ -77,17 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{args.run}: summary.json, answers.jsonl, report.html, iopo/report.html (curves)")
 
 
-def show_progress() -> None:
-    """Let the package say how far it is, as train.py does."""
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
-    logging.getLogger("iopo").setLevel(logging.INFO)
-
-
 def fetch() -> None:
     """Download and convert the demo model, unless it is in the cache."""
     from iopo.model.load import resolve_model
 
-    show_progress()
+    show_messages(sys.stdout)
     resolve_model("demo")
 
 

@@ -11,7 +11,6 @@ RUN has responses.jsonl, settings.json, signal.json, signal.md and signal.png; a
 
 import argparse
 import json
-import logging
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +32,7 @@ from iopo.construct.responses import Sampler, sample_all
 from iopo.construct.tasks import Task, instruction, read_tasks
 from iopo.data.rows import Pair
 from iopo.files import read_records, write_text
-from iopo.progress import tracked
+from iopo.progress import show_messages, tracked
 from iopo.rounds.rows import Labelled, label
 from iopo.stats import Estimate, shown
 
@@ -309,6 +308,7 @@ def token_counter(model: str) -> Callable[[str], int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -320,8 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
-    logging.getLogger("iopo").setLevel(logging.INFO)
+    show_messages(sys.stdout)
     settings = {name: value for name, value in vars(args).items() if name != "run"}
     try:
         recipe = IfSeedsRecipe(

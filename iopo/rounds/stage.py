@@ -16,6 +16,7 @@ from iopo.construct.responses import Sampler, endpoint_sampler, model_sampler, s
 from iopo.evaluation.config import EndpointSection
 from iopo.evaluation.endpoint import EndpointError, RequestFailed
 from iopo.files import read_records, write_records, write_text
+from iopo.progress import show_messages
 from iopo.rounds.config import Round, round_folder
 from iopo.rounds.prompts import (
     jobs_of,
@@ -99,8 +100,7 @@ def rows(of: Round) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
-    logging.getLogger("iopo").setLevel(logging.INFO)
+    show_messages(sys.stdout)
     name, folder = arguments
     try:
         {"sample": sample, "rows": rows}[name](Round.read(Path(folder)))

@@ -312,6 +312,10 @@ def test_what_fits_together(first, second, fits):
         ),
         ('{"cousin_of": 1}\n', "in.jsonl:1: is a cousin already"),
         ('{"c1": [], "c2": [], "x1": "a"}\n', "expected a quad with id, x1"),
+        (
+            '{"key": 1, "prompt": "a", "instruction_id_list": ["x:y"], "kwargs": [{}]}\n' * 2,
+            "in.jsonl:2: the key 1 is there more than once",
+        ),
         ("", "no prompt with a cousin in it"),
     ],
 )

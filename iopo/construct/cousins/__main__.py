@@ -23,7 +23,7 @@ from iopo.construct.cousins.listed import Listed
 from iopo.construct.cousins.prose import Prose
 from iopo.evaluation.benchmarks.ifeval import CHANGES
 from iopo.files import Place, given_records, shortened, write_records
-from iopo.progress import tracked
+from iopo.progress import show_messages, tracked
 
 TRIES = 8  # draws of one change that may give a cousin that is there already
 Source = Listed | Prose
@@ -159,7 +159,7 @@ def build(path: Path, out: Path, k: int, seed: int) -> str:
     """Write OUT; returns the table of what was made. Raises ValueError on what cannot be used."""
     counts = Counts()
     rows: list[dict[str, Any]] = []
-    faults = []
+    faults, keys = [], set()
     for place, row in tracked(given_records(path), "prompts read"):
         try:
             prompts = list(sources(place, row))
@@ -167,6 +167,9 @@ def build(path: Path, out: Path, k: int, seed: int) -> str:
             faults.append(str(error))
             continue
         for key, source in prompts:
+            if str(key) in keys:
+                faults.append(f"{place}: the key {key} is there more than once")
+            keys.add(str(key))
             if isinstance(source, str):
                 counts.reasons["left out", source] += 1
                 continue
@@ -196,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.k < 1:
         parser.error(f"--k is {args.k}; expected 1 or more")
+    show_messages(sys.stderr)
     try:
         if missing := missing_packages():
             raise ValueError(f"needs {', '.join(missing)}; pip install 'iopo[eval]'")
