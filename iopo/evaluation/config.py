@@ -130,7 +130,7 @@ class JudgeSection(EndpointSection):
 
 @dataclass
 class ResponsesSection:
-    path: str | None = None  # JSON Lines {"key" or "id", "response"}: score these, generate nothing
+    path: str | None = None  # rows {"key", "id" or "prompt", "response"}: scored, none generated
 
 
 @dataclass

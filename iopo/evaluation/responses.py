@@ -88,13 +88,19 @@ def row_key(item: Item) -> dict[str, Any]:
     return {"key": item.row["key"]} if "key" in item.row else {"id": item.id}
 
 
-def read_responses(path: str | Path, items: list[Item], known: set[str]) -> Responses:
-    """Answers from a file of rows {"key" or "id", "response"}, joined by id; 1.0 is the id 1.
+def read_responses(path: str | Path, items: list[Item], known: list[Item]) -> Responses:
+    """Answers from a file of rows {"key", "id" or "prompt", "response"}, joined by id (1.0 is 1),
+    or else by the prompt, as IFEval's and IFBench's authors join them.
 
-    items: what is scored; known: all ids of the data file. Missing answers and unknown ids are
+    items: what is scored; known: all of the data file. Missing answers and unknown ids are
     reported, not fatal. Raises ValueError without a file or rows, on rows of another form, on two
-    different answers to one item, and if no id fits.
+    different answers to one item, on a prompt of several items, and if no id fits.
     """
+    ids = {item.id for item in known}
+    asked: dict[str, str | None] = {}  # prompt -> id; None: of several items
+    for item in known:
+        prompt = item.messages[-1]["content"]
+        asked[prompt] = None if prompt in asked else item.id
     texts: dict[str, str] = {}
     reasons: list[str] = []
     try:
@@ -106,8 +112,13 @@ def read_responses(path: str | Path, items: list[Item], known: set[str]) -> Resp
             reasons.append(f"{place}: {fault or f'expected an object, found {type(row).__name__}'}")
             continue
         name = whole(row["id"] if "id" in row else row.get("key"))
+        if "id" not in row and "key" not in row and isinstance(row.get("prompt"), str):
+            name = asked.get(row["prompt"], row["prompt"])
         if not isinstance(name, str | int) or isinstance(name, bool):
-            reasons.append(f'{place}: expected "id" or "key" with text or a whole number')
+            reasons.append(
+                f'{place}: expected "id" or "key" with text or a whole number, or else a "prompt" '
+                "that only one item has"
+            )
         elif not isinstance(row.get("response"), str):
             found = type(row["response"]).__name__ if "response" in row else "nothing"
             reasons.append(f'{place}: "response": expected text, found {found}')
@@ -117,10 +128,10 @@ def read_responses(path: str | Path, items: list[Item], known: set[str]) -> Resp
         raise ValueError("\n".join(shortened(reasons, 10)))
     if not texts:
         raise ValueError(f"{path}: no answers in it")
-    unknown = [name for name in texts if name not in known]
+    unknown = [name for name in texts if name not in ids]
     if len(unknown) == len(texts):
         raise ValueError(
-            f"{path}: none of {len(texts)} ids is in the data (data: {some(sorted(known))}; "
+            f"{path}: none of {len(texts)} ids is in the data (data: {some(sorted(ids))}; "
             f"responses: {some(unknown)}); are these answers to this benchmark?"
         )
     kept = {item.id: texts[item.id] for item in items if item.id in texts}
@@ -131,7 +142,7 @@ def read_responses(path: str | Path, items: list[Item], known: set[str]) -> Resp
 
 def some(names: list[str]) -> str:
     rest = f", ... ({len(names)} in all)" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + rest
+    return ", ".join(name[:60] for name in names[:NAMED]) + rest
 
 
 def conversation(item: Item, section: GenerateSection) -> list[dict[str, str]]:

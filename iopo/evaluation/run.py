@@ -53,8 +53,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     items = [item for group in spread(list(groups.values()), config.limit) for item in group]
     answers = None
     if config.responses.path is not None:
-        known = {item.id for item in everything}
-        answers = responses.read_responses(config.responses.path, items, known)
+        answers = responses.read_responses(config.responses.path, items, everything)
     if config.plan:
         return plan(config, benchmark, items, None if answers is None else answers.said)
     if benchmark.judged:

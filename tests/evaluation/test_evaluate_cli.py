@@ -208,6 +208,18 @@ def test_a_server_is_sent_the_template_options(data: Path) -> None:
     assert manifest["extra"] == {"chat_template_kwargs": options}
 
 
+def test_answers_may_be_named_by_their_prompt(data: Path, tmp_path: Path) -> None:
+    answers = tmp_path / "answers.jsonl"
+    other = {"prompt": "of another file", "response": "a"}
+    write_records(answers, [{"prompt": ROWS[1]["prompt"], "response": PLAIN}, other])
+    assert evaluate(settings(data, answers))["responses"]["unknown"] == 1
+    said = read_records(tmp_path / "out" / "responses.jsonl")
+    assert [(row["key"], row["response"]) for row in said] == [(1001, PLAIN)]
+    write_records(data, [*ROWS, ROWS[1] | {"key": 7}])
+    with pytest.raises(ValueError, match='answers.jsonl:1: .* a "prompt" that only one item has'):
+        evaluate(settings(data, answers))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

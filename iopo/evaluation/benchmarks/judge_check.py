@@ -49,7 +49,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise ValueError("judge_check needs responses.path: any model's answers to IFEval")
     path = locate(ifeval.SOURCE, config.data.path)
     items = ifeval.load(path)
-    answers = responses.read_responses(config.responses.path, items, {item.id for item in items})
+    answers = responses.read_responses(config.responses.path, items, items)
     chosen = spread([item for item in items if item.id in answers.said], config.limit)
     cases = [case for item in chosen for case in variants(item, answers.said[item.id])]
     texts = {case.id: case.row["response"] for case in cases}
