@@ -29,6 +29,7 @@ from iopo.experiments.paper_table.measures import (
     sitting,
     write_sittings,
 )
+from iopo.progress import progress, show_messages
 from iopo.stats import Difference, Estimate, Scores
 
 # name -> (label, factor for printing, 1 or -1 where more is better or worse, 0: neither)
@@ -309,11 +310,14 @@ def panel(axes: Axes, metric: str, rows: Estimates, title: str) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Write the tables of a run folder; returns the exit code."""
     run, sweep, *earlier = arguments if len(arguments) > 1 else (*arguments, "paper_table")
+    show_messages(sys.stderr)
     try:
-        print("\n".join(write(Path(run), sweep, [Path(path) for path in earlier])))
+        with progress(None, "intervals of all tables"):
+            lines = write(Path(run), sweep, [Path(path) for path in earlier])
     except (ValueError, OSError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
+    print("\n".join(lines))
     return 0
 
 
