@@ -44,6 +44,7 @@ SHOWN = {
     "iopo/construct/cousins/__main__.py": ["prompts read"],
     "iopo/rounds/server.py": ["waiting for the server of {}"],
     "iopo/rounds/signal.py": ["instructions judged"],
+    "iopo/experiments/paper_table/table.py": ["intervals of all tables"],
 }
 
 
