@@ -189,7 +189,7 @@ def test_edited_data(place, table):
 def test_another_tokenizer(place, table):
     tiny_tokenizer(vocab_size=390).save_pretrained(place.model)
     assert place.train(LAST) == 2
-    assert "the tokenizer is not the one the run began with" in place.output
+    assert "the tokenizer and template is not the one the run began with" in place.output
     table.append(("other tokenizer", "exit 2, refused by name"))
 
 
