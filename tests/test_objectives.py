@@ -1,6 +1,7 @@
 """The equations, on numbers worked out by hand and on properties that must hold for any numbers."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -117,6 +118,16 @@ def test_at_the_start_both_rows_and_input_preference_point_where_iopo_points():
         grads.append(policy.grad)
     torch.testing.assert_close(grads[1], grads[0] / 2)
     torch.testing.assert_close(grads[2], grads[0] / 2)
+
+
+def test_where_both_margins_are_equal_iopo_is_both_rows_at_twice_the_beta():
+    policy = torch.tensor([[-9.0, -12.0, -20.0, -23.0]], dtype=torch.float64)
+    reference = torch.full_like(policy, -15.0)
+    values = [
+        objective(policy, reference, link=partial(O.sigmoid, beta=beta))
+        for objective, beta in ((O.iopo, 0.5), (O.output_preference, 1.0))
+    ]
+    torch.testing.assert_close(*values)
 
 
 OFF_POLICY = Options(clip=0.2, kl_weight=0.3)

@@ -90,7 +90,7 @@ def row_key(item: Item) -> dict[str, Any]:
 
 def read_responses(path: str | Path, items: list[Item], known: list[Item]) -> Responses:
     """Answers from a file of rows {"key", "id" or "prompt", "response"}, joined by id (1.0 is 1),
-    or else by the prompt, as IFEval's and IFBench's authors join them.
+    or else by the prompt, as IFEval's authors join them.
 
     items: what is scored; known: all of the data file. Missing answers and unknown ids are
     reported, not fatal. Raises ValueError without a file or rows, on rows of another form, on two
@@ -141,6 +141,7 @@ def read_responses(path: str | Path, items: list[Item], known: list[Item]) -> Re
 
 
 def some(names: list[str]) -> str:
+    """The first of the names, for a message."""
     rest = f", ... ({len(names)} in all)" if len(names) > NAMED else ""
     return ", ".join(name[:60] for name in names[:NAMED]) + rest
 

@@ -100,6 +100,7 @@ def rows(of: Round) -> None:
 
 
 def main(arguments: list[str]) -> int:
+    """The command, given a stage and the folder of its round; returns its exit code."""
     show_messages(sys.stdout)
     name, folder = arguments
     try:

@@ -168,7 +168,7 @@ def build(path: Path, out: Path, k: int, seed: int) -> str:
             continue
         for key, source in prompts:
             if str(key) in keys:
-                faults.append(f"{place}: the key {key} is there more than once")
+                faults.append(f"{place}: the key {key} is there more than once; give each its own")
             keys.add(str(key))
             if isinstance(source, str):
                 counts.reasons["left out", source] += 1
@@ -187,6 +187,7 @@ def build(path: Path, out: Path, k: int, seed: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m iopo.construct.cousins",
         description=__doc__,
