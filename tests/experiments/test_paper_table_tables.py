@@ -147,7 +147,8 @@ def test_costs_and_provenance(run):
     assert picture.stat().st_size > 1000 and f"({picture.name})" in text
 
 
-def test_an_ablation_stands_beside_iopo_and_against_it(run):
+def test_an_ablation_stands_beside_iopo_and_against_it(run, tmp_path):
+    run = shutil.copytree(run, tmp_path / "run")
     folder = run / "ablation_beta/iopo-objective.beta-0.5/seed1"
     model(folder, 60, [-2.5, -6.0, -2.5, -6.0], prompts=10)
     comparison_table.write(run, "ablation_beta")
@@ -159,7 +160,8 @@ def test_an_ablation_stands_beside_iopo_and_against_it(run):
     assert gain["value"] == pytest.approx(20 / 80)  # of seed 1, the one both have
 
 
-def test_regimes_compare_the_two_on_the_same_quads(run):
+def test_regimes_compare_the_two_on_the_same_quads(run, tmp_path):
+    run = shutil.copytree(run, tmp_path / "run")
     for sweep, change, ahead in (
         ("ablation_apart", "optim.lr-5e-5-objective.beta-0.2", 4),
         ("ablation_regimes", "optim.lr-5e-5-objective.beta-0.2-data.train-noise10.jsonl", 6),
@@ -174,7 +176,25 @@ def test_regimes_compare_the_two_on_the_same_quads(run):
         "main table": 10 / 80, "lr=5e-5 beta=0.2": 4 / 80,
         "lr=5e-5 beta=0.2 train=noise10": 6 / 80,
     })  # fmt: skip
-    shutil.rmtree(run / "ablation_apart")
+
+
+def test_an_ablation_without_the_main_table_stands_against_the_iopo_of_another(run, tmp_path):
+    """And has the runs of the other ablations beside its own."""
+    folder = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(folder / "paper_table")
+    for place, follows in (
+        ("ablation_apart/iopo-objective.beta-0.5", 50),
+        ("ablation_regimes/iopo-objective.beta-0.5-data.train-noise10.jsonl", 44),
+        ("ablation_double_beta/output_preference-objective.beta-1.0", 47),
+    ):
+        model(folder / place / "seed1", follows, [-2.5, -6.0, -2.5, -6.0], prompts=10)
+    comparison_table.write(folder, "ablation_double_beta")
+    found = json.loads((folder / "ablation_double_beta.json").read_text())["differences"]
+    assert list(found) == ["SFT", "IOPO beta=0.5"]
+    gains = {name: of["following"]["value"] for name, of in found["IOPO beta=0.5"].items()}
+    assert gains == pytest.approx({
+        "DPO on both rows beta=1.0": -3 / 80, "IOPO beta=0.5 train=noise10": -6 / 80,
+    })  # fmt: skip
 
 
 def test_two_sittings_give_the_tables_of_their_seeds_together(run, tmp_path):

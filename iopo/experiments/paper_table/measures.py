@@ -50,13 +50,14 @@ def sitting(run: Path, sweep: str) -> Sitting | None:
     """All that the tables need of a run folder; None if its SFT checkpoint was not measured.
 
     With an ablation go the runs that it is compared with: IOPO and DPO on both rows of the main
-    table, and those of ablation_apart.
+    table, and all other ablations.
     """
     runs = _find(run, sweep)
     if sweep.startswith("ablation"):
         main = _find(run, "paper_table")
         runs = {name: main[name] for name in ("output_preference", "iopo") if name in main} | runs
-        runs |= _find(run, "ablation_apart")
+        for other in sorted(run.glob("ablation_*/")):
+            runs |= _find(run, other.name)
     if "SFT" not in runs:
         return None
     spent, tests = costs(run), read_records(run / "data/test.jsonl")

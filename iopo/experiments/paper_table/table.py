@@ -125,8 +125,10 @@ def write(run: Path, sweep: str, earlier: Sequence[Path] = ()) -> list[str]:
     others = [name for name in found if name not in ("base", "SFT")]
     # each seed minus the checkpoint that it started from
     differences = {"SFT": {_name(m): _differences(starts[m], found[m]) for m in others}}
-    bases = {"rounds": ("iopo_rounds",), "paper_table": ("sft", "output_preference")}
-    for base in bases.get(sweep, ("iopo",)):
+    bases = {"rounds": ["iopo_rounds"], "paper_table": ["sft", "output_preference"]}
+    # an ablation's: IOPO with the fewest changes
+    least_changed = sorted((name for name in found if name.startswith("iopo")), key=len)[:1]
+    for base in bases.get(sweep, least_changed):
         if base in found:
             differences[_name(base)] = {
                 _name(m): _differences(found[base], found[m]) for m in others if m != base
