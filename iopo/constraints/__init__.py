@@ -5,6 +5,7 @@
 ('Your answer must contain exactly 2 sentences.', True)
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -25,6 +26,7 @@ __all__ = [
     "KINDS",
     "MEASURED_KINDS",
     "Constraint",
+    "Value",
     "compatible",
     "follows",
     "follows_loosely",
@@ -35,7 +37,10 @@ __all__ = [
     "from_name",
     "loose_variants",
     "make",
+    "value_of",
 ]
+
+Value = tuple[str, str]  # a kind and its parameters as JSON
 
 # kinds that measure quickly and need nothing but Python: what training data is made of
 MEASURED_KINDS: dict[str, type[Constraint]] = {
@@ -71,8 +76,16 @@ def from_dict(row: Mapping[str, Any]) -> Constraint:
         raise ValueError(
             f"constraint row {dict(row)!r}: expected a string 'kind' and an object 'params'"
         )
-    given = {name: value for name, value in row["params"].items() if value is not None}
-    return make(row["kind"], **given)
+    return make(row["kind"], **_given(row))
+
+
+def value_of(row: Mapping[str, Any]) -> Value:
+    """Of a row as `from_dict` takes it: what is asked for, whatever its wording."""
+    return row["kind"], json.dumps(_given(row), sort_keys=True)
+
+
+def _given(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row["params"].items() if value is not None}
 
 
 def from_name(name: str, kwargs: Mapping[str, Any]) -> Constraint:

@@ -1,11 +1,19 @@
 """Constraints to ask for: which kinds, and which parameters."""
 
-import json
 import random
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
-from iopo.constraints import KINDS, MEASURED_KINDS, Constraint, compatible, make, wording
+from iopo.constraints import (
+    KINDS,
+    MEASURED_KINDS,
+    Constraint,
+    Value,
+    compatible,
+    make,
+    value_of,
+    wording,
+)
 from iopo.constraints.base import Styled
 from iopo.constraints.structure import ClosingNote
 from iopo.construct import contrast
@@ -23,7 +31,6 @@ UNSEEN_KINDS = ("numbered_items", "closing_note", "highlights", "sections")
 
 MOST_DRAWN = 5  # constraints of one prompt
 _TRIES = 1000  # of a draw; nine in ten end at the first
-Value = tuple[str, str]  # a kind and its parameters as JSON
 
 _MEASURED = (
     "sentences", "words", "paragraphs", "bullets", "commas",
@@ -125,11 +132,6 @@ def _fits(kind: str, number: int | None, sentences: int) -> bool:
     if kind == "words":
         return number >= 8 * sentences
     return number == sentences if kind == "sentences" else number <= sentences
-
-
-def value_of(constraint: Mapping[str, Any]) -> Value:
-    """Of a constraint in c1 or c2: what it asks for, whatever its wording."""
-    return constraint["kind"], json.dumps(constraint["params"], sort_keys=True)
 
 
 def unseen(row: Mapping[str, Any], seen: Container[Value], seen_kinds: Container[str]) -> str:

@@ -12,7 +12,6 @@ The limits. A prompt's tokens are the same for both of its responses, and a resp
 its prompts, because each text gets its tokens and its cut once.
 """
 
-import json
 import os
 import re
 from array import array
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from iopo.constraints import value_of
 from iopo.data import token_cache
 from iopo.data.chat import Chat, special_texts, tokenizer_hash
 from iopo.data.columns import Prompt, last_turn, text_of
@@ -233,10 +233,7 @@ def _differing(row: Row) -> int:
     if not isinstance(row, Quad) or row.c1 is None or row.c2 is None:
         return 0
 
-    def named(constraints: list[dict]) -> set[str]:
-        return {json.dumps([c["kind"], c["params"]], sort_keys=True) for c in constraints}
-
-    c1, c2 = named(row.c1), named(row.c2)
+    c1, c2 = (set(map(value_of, of)) for of in (row.c1, row.c2))
     return max(len(c1 - c2), len(c2 - c1))
 
 

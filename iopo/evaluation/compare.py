@@ -21,9 +21,10 @@ from rich.table import Table
 
 from iopo.evaluation import scoring
 from iopo.evaluation.report import better, number, scale_of
+from iopo.evaluation.run import find
 from iopo.evaluation.scoring import Difference
 from iopo.files import read_records, write_text
-from iopo.stats import RESAMPLES, Estimate, shown, word
+from iopo.stats import RESAMPLES, shown, word
 
 # Distinct in hue and in lightness, so that they survive printing in grey.
 COLOURS = ("#2b5c8a", "#d9822b", "#5fa55a", "#9c3d54", "#8a7cc2", "#7f8c8d", "#c9b037", "#3aa6a6")
@@ -59,8 +60,9 @@ def compare_folders(a: Path, b: Path, *, resamples: int, seed: int) -> dict[str,
             scoring.from_rows(read_records(folder / "measures.jsonl"))
             for folder in (folder_a, folder_b)
         ]
+        cluster = find(name).BENCHMARK.cluster
         found[name] = [
-            scoring.compare(metric, *tables, resamples=resamples, seed=seed)
+            scoring.compare(metric, *tables, resamples=resamples, seed=seed, cluster=cluster)
             for metric in scores_a["headline"]
             if metric in tables[0] and metric in tables[1]
         ]
@@ -77,12 +79,12 @@ def _judge(scores: dict[str, Any]) -> str:
 def _difference_cells(name: str, row: Difference) -> list[str]:
     scale, digits = scale_of(row.metric)
     a, b = (f"{scale * value:.{digits}f}" for value in (row.a, row.b))
-    gain: Estimate = {"value": row.difference, "low": row.low, "high": row.high, "n": row.units}
+    gain = row.estimate()
     test = "" if row.p is None else f"{row.only_a} / {row.only_b}, p = {row.p:.3g}"
     gained = word(gain, better(row.metric))
-    verdict = {"gain": "B is better", "loss": "A is better"}.get(gained, "no difference shown")
+    verdict = {"gain": "B is better", "loss": "A is better", "not shown": "no difference shown"}
     cells = [name, row.metric, str(row.units), a, b, shown(gain, scale, digits, "+")]
-    return [*cells, test, verdict]
+    return [*cells, test, verdict.get(gained, gained)]
 
 
 def draw_differences(found: dict[str, list[Difference]], path: Path) -> None:
@@ -93,8 +95,8 @@ def draw_differences(found: dict[str, list[Difference]], path: Path) -> None:
     axes = figure.subplots()
     axes.axvline(0, color=GREY, linewidth=1)
     for position, (_, row) in enumerate(rows):
-        better_side, worse_side = (COLOURS[0], COLOURS[3])[:: better(row.metric)]
-        colour = better_side if row.low > 0 else worse_side if row.high < 0 else GREY
+        gained = word(row.estimate(), better(row.metric))
+        colour = {"gain": COLOURS[0], "loss": COLOURS[3]}.get(gained, GREY)
         axes.plot([100 * row.low, 100 * row.high], [position, position], color=colour)
         axes.plot(100 * row.difference, position, "o", color=colour)
         axes.annotate(

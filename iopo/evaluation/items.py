@@ -81,6 +81,7 @@ class Benchmark:
     A verdict holds "scores", one for each constraint from 0 to `maximum`, or None if the judge's
     reply could not be read; those of IFEval and IFBench hold "strict", "loose" and "hollow".
     measures: numerators and denominators from the verdicts, in the items' order.
+    cluster: what a unit of the measures is not independent of others in, the unit itself if it is.
     """
 
     source: Source
@@ -89,6 +90,7 @@ class Benchmark:
     measures: Callable[[list[Item], list[Verdict]], Measures]
     question: Callable[[Item, str], Question | None] = _no_question
     by_code: Callable[[Item, str], Verdict] = _no_code
+    cluster: Callable[[str], str] = str
     maximum: int = 1
 
     @property

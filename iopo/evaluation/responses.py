@@ -90,7 +90,8 @@ def row_key(item: Item) -> dict[str, Any]:
 
 def read_responses(path: str | Path, items: list[Item], known: list[Item]) -> Responses:
     """Answers from a file of rows {"key", "id" or "prompt", "response"}, joined by id (1.0 is 1),
-    or else by the prompt, as IFEval's authors join them.
+    or else by the prompt, as IFEval's authors join them. A "finish_reason" of "length", where
+    there is one, says that the token limit cut the answer off.
 
     items: what is scored; known: all of the data file. Missing answers and unknown ids are
     reported, not fatal. Raises ValueError without a file or rows, on rows of another form, on two
@@ -102,6 +103,7 @@ def read_responses(path: str | Path, items: list[Item], known: list[Item]) -> Re
         prompt = item.messages[-1]["content"]
         asked[prompt] = None if prompt in asked else item.id
     texts: dict[str, str] = {}
+    cut: set[str] = set()
     reasons: list[str] = []
     try:
         rows = list(iter_records(path))
@@ -124,6 +126,8 @@ def read_responses(path: str | Path, items: list[Item], known: list[Item]) -> Re
             reasons.append(f'{place}: "response": expected text, found {found}')
         elif texts.setdefault(str(name), row["response"]) != row["response"]:
             reasons.append(f"{place}: a second, different answer to {name}")
+        elif row.get("finish_reason") == "length":
+            cut.add(str(name))
     if reasons:
         raise ValueError("\n".join(shortened(reasons, 10)))
     if not texts:
@@ -137,7 +141,10 @@ def read_responses(path: str | Path, items: list[Item], known: list[Item]) -> Re
     kept = {item.id: texts[item.id] for item in items if item.id in texts}
     missing = [item.id for item in items if item.id not in texts]
     repeated = len(rows) - len(texts)
-    return Responses(text=kept, missing=missing, unknown=unknown, repeated=repeated)
+    return Responses(
+        text=kept, missing=missing, unknown=unknown, repeated=repeated,
+        cut=[name for name in kept if name in cut],
+    )  # fmt: skip
 
 
 def some(names: list[str]) -> str:
@@ -166,6 +173,8 @@ def make_responses(config: EvaluateConfig, items: list[Item], data: str, out: Pa
     settings = manifest(config, data, chat)
     out.mkdir(parents=True, exist_ok=True)
     with Journal(out / "responses.jsonl") as journal:
+        if journal.rows and not (out / "responses.manifest.json").exists():
+            raise ValueError(f"{out}: holds answers read from a file; choose another out=")
         done = _by_id(journal.rows)
         pending = [item for item in items if item.id not in done]
         if pending and config.generate.base_url is not None:

@@ -122,6 +122,9 @@ def _write(
     if not (out / "responses.manifest.json").exists():  # read from elsewhere: keep a copy
         answered = [item for item in items if item.id in answers.text]
         rows = [{**responses.row_key(i), "response": answers.text[i.id]} for i in answered]
+        for item, row in zip(answered, rows, strict=True):
+            if item.id in answers.cut:
+                row["finish_reason"] = "length"
         write_records(out / "responses.jsonl", rows)
     samples = report.samples(items, verdicts, answers.said, benchmark.maximum)
     write_text(out / "report.html", report.page(scores, samples))
@@ -153,7 +156,9 @@ def _total(
 ) -> dict[str, dict[str, Any]]:
     """Scores with intervals; with bounds where verdicts could not be read or answers be had."""
     table = benchmark.measures(items, verdicts)
-    scores = scoring.summarise(table, resamples=config.bootstrap, seed=config.seed)
+    scores = scoring.summarise(
+        table, resamples=config.bootstrap, seed=config.seed, cluster=benchmark.cluster
+    )
     unknown = {
         i
         for i, (item, verdict) in enumerate(zip(items, verdicts, strict=True))
@@ -172,7 +177,7 @@ def _total(
             else:
                 question = benchmark.question(items[i], "")
                 count = len(out[i]["scores"]) if question is None else len(question.criteria)
-                found = {"scores": [score] * count}
+                found = {"scores": [score] * count, "overall": score}
             out[i] = {**out[i], **found}
         return out
 

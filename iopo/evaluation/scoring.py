@@ -1,9 +1,11 @@
 """From measures to scores: a value and a 95% interval for each, alone or as a paired difference.
 
-Letters: U units (items, or groups of items), R bootstrap resamples.
+Letters: U units (items, or groups of items), C clusters of units, which are drawn whole (a
+benchmark's `cluster`), R bootstrap resamples.
 """
 
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,19 @@ from iopo import stats
 from iopo.evaluation.items import Measures
 from iopo.stats import Units
 
+Cluster = Callable[[str], str]  # unit -> its cluster
 
-def summarise(table: Measures, *, resamples: int, seed: int) -> dict[str, dict[str, Any]]:
-    """{metric: {"value", "low", "high", "n", "method"}}, n the number of units that have a weight.
 
-    Shares of equally weighed units get Wilson's interval, and so does any share of exactly 0 or 1;
-    everything else a bootstrap over units, so that the constraints of one item stay together.
+def summarise(
+    table: Measures, *, resamples: int, seed: int, cluster: Cluster = str
+) -> dict[str, dict[str, Any]]:
+    """{metric: {"value", "low", "high", "n", "method"}}, n the number of clusters with a weight.
+
+    Shares of equally weighed clusters get Wilson's interval, and so does any share of exactly 0 or
+    1; everything else a bootstrap over clusters, so that what depends on each other stays together.
     """
     return {
-        metric: _estimate(_columns(units), resamples=resamples, seed=seed)
+        metric: _estimate(_sums(_columns(units), units, cluster), resamples=resamples, seed=seed)
         for metric, units in table.items()
     }
 
@@ -99,39 +105,66 @@ class Difference:
     difference: float
     low: float
     high: float
-    units: int
+    units: int  # independent ones
+    differing: int  # of which A and B are not alike
     only_a: int | None  # units right in A only
     only_b: int | None
     p: float | None
 
+    def estimate(self) -> stats.Estimate:
+        """The difference, for `stats.word` and `stats.shown`."""
+        return {
+            "value": self.difference, "low": self.low, "high": self.high,
+            "n": self.units, "differing": self.differing,
+        }  # fmt: skip
 
-def compare(metric: str, a: Measures, b: Measures, *, resamples: int, seed: int) -> Difference:
+
+def compare(
+    metric: str, a: Measures, b: Measures, *, resamples: int, seed: int, cluster: Cluster = str
+) -> Difference:
     """The paired difference of a metric. Raises ValueError if A and B share no unit."""
     shared = [unit for unit in a[metric] if unit in b[metric]]
     if not shared:
         raise ValueError(f"{metric}: A and B have no item in common")
     a_U2, b_U2 = (_columns({unit: of[metric][unit] for unit in shared}) for of in (a, b))
+    # A unit weighs alike in both, or what one of them lacks elsewhere would be a difference. The
+    # larger weight is that of the smaller set, so that of the shared units if one holds the other.
+    both_U = (a_U2[:, 1] > 0) & (b_U2[:, 1] > 0)
+    weight_U = np.maximum(a_U2[:, 1], b_U2[:, 1])
+    for of_U2 in (a_U2, b_U2):
+        of_U2[both_U] *= (weight_U[both_U] / of_U2[both_U, 1])[:, None]
+    a_C2, b_C2 = (_sums(of_U2, shared, cluster) for of_U2 in (a_U2, b_U2))
     values_R = stats.resample(
-        len(shared),
-        lambda index: _ratios(b_U2, index) - _ratios(a_U2, index),
+        len(a_C2),
+        lambda index: _ratios(b_C2, index) - _ratios(a_C2, index),
         seed=seed,
         resamples=resamples,
     )
-    value_a, value_b = _ratio(a_U2), _ratio(b_U2)
-    found = stats.interval(value_b - value_a, values_R, len(shared))
+    value_a, value_b = _ratio(a_C2), _ratio(b_C2)
+    found = stats.interval(value_b - value_a, values_R, len(a_C2))
     only_a = only_b = p = None
-    if _is_share(a_U2) and _is_share(b_U2):
-        rights = (units_U2[:, 0] / units_U2[:, 1] for units_U2 in (a_U2, b_U2))
+    if _is_share(a_C2) and _is_share(b_C2):
+        rights = (of_C2[:, 0] / of_C2[:, 1] for of_C2 in (a_C2, b_C2))
         only_a, only_b, p = stats.mcnemar_exact(*rights)
+    differing = int((~np.isclose(a_C2, b_C2)).any(1).sum())
     return Difference(
-        metric, value_a, value_b, found["value"], found["low"], found["high"], len(shared),
-        only_a, only_b, p,
+        metric, value_a, value_b, found["value"], found["low"], found["high"], len(a_C2),
+        differing, only_a, only_b, p,
     )  # fmt: skip
 
 
 def _columns(units: Units) -> stats.Array:
     """Numerators and denominators, float64 [U, 2]."""
     return np.array(list(units.values()), dtype=np.float64)
+
+
+def _sums(of_U2: stats.Array, units: Iterable[str], cluster: Cluster) -> stats.Array:
+    """Sums over the units of each cluster, [C, 2], in the order in which clusters appear."""
+    places: dict[str, int] = {}
+    place_U = [places.setdefault(cluster(unit), len(places)) for unit in units]
+    sums_C2 = np.zeros((len(places), 2))
+    np.add.at(sums_C2, place_U, of_U2)
+    return sums_C2
 
 
 def _is_share(units_U2: stats.Array) -> bool:

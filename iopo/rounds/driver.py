@@ -12,7 +12,7 @@ from iopo.config import Dtype, TrainConfig
 from iopo.data.rows import spread
 from iopo.evaluation.config import ModelSection
 from iopo.evaluation.responses import check_manifest, require_model
-from iopo.files import write_records, write_text
+from iopo.files import sha256_rows, write_records, write_text
 from iopo.jobs import REPOSITORY, STOPPED, Job, Runner, print_now
 from iopo.objectives import OBJECTIVES
 from iopo.rounds import prompts, report
@@ -50,6 +50,15 @@ class Rounds:
     def check(self) -> None:
         """Raises ValueError for what rounds cannot do."""
         cfg, rounds, name = self.cfg, self.rounds, self.cfg.objective.name
+        if cfg.data.max_response_tokens < rounds.max_new_tokens:
+            key = f"data.max_response_tokens={cfg.data.max_response_tokens}"
+            if key in self.overrides:
+                raise ValueError(
+                    f"{key} with rounds.max_new_tokens={rounds.max_new_tokens}: longer responses "
+                    "would be dropped after they were sampled; set both alike"
+                )
+            # what stood there is for the experiment's own rows
+            cfg.data.max_response_tokens = rounds.max_new_tokens
         for word in self.overrides:
             if word.lstrip("+~").partition("=")[0] in OWN:
                 raise ValueError(f"{word}: rounds set it, or have no use for it; remove it")
@@ -97,7 +106,7 @@ class Rounds:
         """The run folder, its arguments.json and held-out quads, after all checks.
 
         Raises ValueError for a model, held-out quads or prompts that cannot be used, and if the
-        folder was made with other arguments.
+        folder was made with other arguments, or with files of another content.
         """
         require_model(self.policy(0))
         rows = prompts.heldout_rows(self.rounds)
@@ -107,7 +116,11 @@ class Rounds:
         self.folder.mkdir(parents=True, exist_ok=True)
         kept = {key: value for key, value in asdict(self.rounds).items() if key not in FREE}
         words = sorted(word for word in self.overrides if not word.startswith("run="))
-        check_manifest(self.folder / "arguments.json", kept | {"overrides": words})
+        asked = None if self.rounds.prompts == prompts.TASKS else self.rounds.prompts
+        sources = [*self.rounds.heldout, *filter(None, (self.rounds.seen, asked))]
+        content = {source: sha256_rows(source) for source in sources}
+        made_with = kept | {"overrides": words, "content": content}
+        check_manifest(self.folder / "arguments.json", made_with)
         (self.folder / COMPLETE).unlink(missing_ok=True)
         write_records(self.folder / prompts.HELDOUT, rows)
         splits = Counter(str(row.get("split")) for row in spread(rows, self.rounds.limit))
@@ -178,6 +191,7 @@ class Rounds:
         """train.py from the policy before the round, with a fresh optimizer and schedule."""
         folder, start = round_folder(self.folder, number), self.policy(number - 1)
         own = {"run": folder / "train", "data.train": folder / "rows/train.jsonl",
+               "data.max_response_tokens": self.cfg.data.max_response_tokens,
                "model.path": start.path}  # fmt: skip
         words = [f"{key}={quoted(value)}" for key, value in own.items()]
         if not any(word.startswith("data.limit_rows=") for word in self.overrides):

@@ -8,10 +8,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from iopo.constraints import Constraint, from_dict
+from iopo.constraints import Constraint, Value, from_dict, value_of
 from iopo.construct.ifseeds import Seed, candidate, read_checkable
 from iopo.construct.importers import read_seeds
-from iopo.construct.proposals import Value, draw, unseen, value_of
+from iopo.construct.proposals import draw, unseen
 from iopo.construct.quadruples import Candidate, constraint_rows, sides
 from iopo.construct.tasks import Task, instruction, read_tasks
 from iopo.construct.verified import split_of

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from iopo.evaluation import compare, scoring
+from iopo.evaluation.benchmarks import followbench
 from iopo.files import write_records
 from iopo.stats import wilson
 
@@ -57,6 +58,62 @@ def test_paired_differences_by_hand() -> None:
         scoring.compare("m", {"m": {"x": (1, 1)}}, {"m": {"y": (1, 1)}}, resamples=10, seed=0)
 
 
+def test_the_same_verdicts_are_no_difference() -> None:
+    """Of FollowBench, though one run lacks some: a type weighs what its judged items say."""
+    rng = np.random.default_rng(0)
+    cells = [("content", 10), ("style", 30), ("format", 40)]
+    items = [
+        followbench.Item(f"en/{kind}/{number}/{level}", (), row)
+        for kind, count in cells
+        for number in range(count)
+        for level in range(1, 6)
+        for row in [{"language": "en", "constraint_type": kind, "example_id": number,
+                     "level": level}]
+    ]  # fmt: skip
+    held = rng.random(len(items)) < 0.4
+    whole = [{"scores": [float(h)]} for h in held]
+    some = [
+        {"scores": None} if "style" in item.id and rng.random() < 0.2 else one
+        for item, one in zip(items, whole, strict=True)
+    ]
+    few = [(item, one) for item, one in zip(items, whole, strict=True) if "/1/" not in item.id]
+    full = followbench.measures(items, whole)
+    for other in (
+        followbench.measures(items, some),
+        followbench.measures(*map(list, zip(*few, strict=True))),
+    ):
+        for a, b in ((full, other), (other, full)):
+            for metric in ("HSR/en", "SSR/en", "CSL/en", "HSR/en/level 2"):
+                row = scoring.compare(
+                    metric, a, b, resamples=50, seed=0, cluster=followbench.cluster
+                )
+                assert row.difference == pytest.approx(0) and row.differing == 0
+                assert row.a == pytest.approx(row.b)
+
+
+def test_levels_of_an_instruction_stay_together() -> None:
+    """Five levels that are held or not together are one observation."""
+    rng = np.random.default_rng(0)
+    units = {
+        f"en/content/{group}/{level}": (float(held), 1.0)
+        for group, held in enumerate(rng.random(100) < 0.5)
+        for level in range(1, 6)
+    }
+    alone = {unit.removesuffix("/1"): held for unit, held in units.items() if unit.endswith("/1")}
+    found, expected = (
+        scoring.summarise({"HSR/en": of}, resamples=2000, seed=0, cluster=followbench.cluster)
+        for of in (units, alone)
+    )
+    assert found["HSR/en"]["n"] == 100
+    width, wanted = (of["HSR/en"]["high"] - of["HSR/en"]["low"] for of in (found, expected))
+    assert width == pytest.approx(wanted, rel=0.1)
+    row = scoring.compare(
+        "m", {"m": units}, {"m": {u: (1.0, 1.0) for u in units}}, resamples=50, seed=0,
+        cluster=followbench.cluster,
+    )  # fmt: skip
+    assert row.units == 100 and row.only_b == row.differing
+
+
 def test_pairing_narrows_the_interval() -> None:
     """Two runs that agree on nearly all items differ by little, whatever the items' spread."""
     rng = np.random.default_rng(1)
@@ -92,8 +149,8 @@ def run_folder(
 
 
 def test_two_folders(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    run_folder(tmp_path / "a" / "ifeval", [0, 0, 1, 0, 0, 0])
-    run_folder(tmp_path / "b" / "x", [1, 1, 1, 1, 1, 0])
+    run_folder(tmp_path / "a" / "ifeval", [0, 0, 1, 0, 0, 0] * 3)
+    run_folder(tmp_path / "b" / "x", [1, 1, 1, 1, 1, 0] * 3)
     (tmp_path / "b" / "quads").mkdir()  # of another program: without measures
     (tmp_path / "b" / "quads" / "scores.json").write_text('{"group_accuracy": {}}')
     out = tmp_path / "out"
@@ -102,8 +159,19 @@ def test_two_folders(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     shown = capsys.readouterr().out
     assert "B is better" in shown and "+66.7" in shown
     rows = json.loads((out / "compare.json").read_text())["differences"]["ifeval"]
-    assert rows[0]["difference"] == pytest.approx(4 / 6) and rows[0]["only_b"] == 4
+    assert rows[0]["difference"] == pytest.approx(4 / 6) and rows[0]["only_b"] == 12
     assert (out / "compare.png").stat().st_size > 5000
+
+
+def test_a_difference_of_few_items_is_not_called_better(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """As in the comparison's tables: a bootstrap of few is too sure of itself."""
+    a = run_folder(tmp_path / "a", [0] * 40)
+    b = run_folder(tmp_path / "b", [1] * 5 + [0] * 35)
+    assert compare.main([str(a), str(b), "--out", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "+12.5" in shown and "too few" in shown and "better" not in shown
 
 
 def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -50,6 +50,28 @@ def test_answers_from_a_server_are_kept_when_it_fails(data: Path, tmp_path: Path
         evaluate(settings(data, answers))
 
 
+def test_answers_read_back_are_scored_as_when_they_were_made(data: Path, tmp_path: Path) -> None:
+    """Where the token limit cut them off, too. Their copy is not taken for answers made there."""
+
+    def script(body: dict, before: int) -> Answer:
+        whole = "1000" in body["messages"][-1]["content"]
+        return Answer(PLAIN, finish_reason="stop" if whole else "length")
+
+    with StubServer(script) as server:
+        config = settings(data, generate=from_server(server))
+        made = evaluate(config)
+        kept = data.parent / "out" / "responses.jsonl"
+        assert made["responses"]["cut_at_token_limit"] == 3
+        once, twice = tmp_path / "once", tmp_path / "twice"
+        for answers, out in ((kept, once), (once / "responses.jsonl", twice)):
+            read = evaluate(settings(data, answers, out=str(out)))
+            assert read["scores"] == made["scores"] and read["notes"] == made["notes"]
+        with pytest.raises(ValueError, match="holds answers read from a file; choose another out="):
+            evaluate(settings(data, generate=from_server(server), out=str(once)))
+        assert len(server.bodies) == 4
+    assert not (once / "responses.manifest.json").exists()
+
+
 def from_server(server: StubServer, **changes) -> GenerateSection:
     fields = {"model": "m", "backoff_s": 0.01, "max_retries": 0} | changes
     return GenerateSection(base_url=server.base_url, **fields)

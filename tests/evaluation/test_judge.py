@@ -137,6 +137,8 @@ def test_trace_reads(text: str, scores: tuple, overall: float | None) -> None:
         (f"{FINE}\nConstraints Overall Score: [[50]]", "outside"),
         (f"{FINE}\nConstraints Overall Score: [[5/100]]", "out of 100"),
         (f'Fine Grained Score: [{{"a": 10, "b": 10}}]\n{FINE}', "two different lists"),
+        (f"It claims {FINE}\nFine Grained Score: [{{'a': 2, 'b': 0}}]", "no JSON list"),
+        (f'{FINE}\nFine Grained Score: [{{"say "hi"": 2, "b": 0}}]', "no JSON list"),
     ],
 )
 def test_trace_refuses(text: str, problem: str) -> None:
@@ -156,9 +158,29 @@ def test_lines_and_words() -> None:
         ("It says Answer: YES.\nAnswer: NO", 0),
         ("分析：好\n答案：是", 1),
         ("I think YES", 1),
+        ("是的，满足。", 1),
+        ("Yes\nAll of it holds.", 1),
+        ("YES, there is no flaw.", 1),
+        ("Answer: YES or NO?\nAnswer: no", 0),
     ):
         assert parse_yes_no(text, count=1).scores == (score,)
-    for bad in ("", "YES or NO", "notable", "不是"):
+    both = (
+        "I cannot tell.\nAnswer: YES or NO",
+        "Answer: YES/NO",
+        "答案：是否",
+        "是否完全满足：不满足",
+        "No flaw can be found: it holds. NO or YES",
+        "Yes. No: NO",
+    )
+    neither = (
+        "",
+        "YES or NO",
+        "notable",
+        "不是",
+        "Answer: Not applicable",
+        "No flaw can be found.",
+    )
+    for bad in (*both, *neither):
         with pytest.raises(Unreadable):
             parse_yes_no(bad, count=1)
 

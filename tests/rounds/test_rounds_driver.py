@@ -7,7 +7,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from iopo.files import write_records, write_text
+from iopo.files import read_records, write_records, write_text
 from iopo.rounds import report
 from iopo.rounds.__main__ import build
 from iopo.rounds.config import Round, RoundsConfig, round_folder
@@ -42,6 +42,7 @@ def test_every_key_of_conf_is_an_option_with_the_default_that_stands_there():
         (["rounds.reference=first", "model.adapter=A"], "merge the adapter into model.path"),
         (["rounds.serve=vllm", "model.adapter=A"], "the server gets a whole model"),
         (["rounds.heldout=[]"], "rounds.seen has no effect"),
+        (["data.max_response_tokens=100"], "100 with rounds.max_new_tokens=512: longer responses"),
         (["data.train=rows.jsonl"], "data.train=rows.jsonl: rounds set it"),
         (["export.model=false"], "the next round starts from the export"),
         (["-m"], "-m: rounds take key=value only, and no sweeps"),
@@ -90,6 +91,7 @@ def test_each_train_py_gets_the_users_words_and_the_rounds_own(tmp_path):
     assert f"data.train='{tmp_path}/round-01/rows/train.jsonl'" in first
     assert "data.limit_rows=null" in first, "the experiment's own rows were limited to eight"
     assert "export.dtype=fp32" in first
+    assert "data.max_response_tokens=512" in first, "what was sampled is not dropped"
     assert "reference.path='demo'" in second
     assert not any(word.startswith("reference.path") for word in first)
     assert f"model.path='{tmp_path}/round-01/train/export'" in second
@@ -193,6 +195,27 @@ def test_a_round_without_rows_keeps_its_policy(tmp_path):
     kept = str(round_folder(tmp_path, 1) / "train/export")
     assert [made.policy(n).path for n in (1, 2, 3)] == [kept] * 3
     assert made.policy(0).path != kept
+
+
+def test_files_of_another_content_are_refused(tmp_path, monkeypatch):
+    """Later rounds would be scored on other quads, or ask other prompts, than the first."""
+    monkeypatch.setattr("iopo.rounds.driver.require_model", lambda model: None)
+    rows = read_records(ROOT / "data/verified/heldout.jsonl")
+    given = {"heldout": tmp_path / "heldout.jsonl", "seen": tmp_path / "seen.jsonl",
+             "prompts": tmp_path / "prompts.txt"}  # fmt: skip
+    write_records(given["heldout"], rows[:40])
+    write_records(given["seen"], rows[40:80])
+    write_text(given["prompts"], "Name a river.\nName a lake.\n")
+    words = [f"rounds.{name}={path}" for name, path in given.items() if name != "heldout"]
+    words += [f"rounds.heldout=[{given['heldout']}]", "rounds.prompts_per_round=2"]
+    for _ in range(2):
+        build([*TINY, f"run={tmp_path}/run", *words]).prepare()
+    for path in given.values():
+        kept = path.read_bytes()
+        path.write_bytes(b"\n".join(kept.splitlines()[:-1]) + b"\n")
+        with pytest.raises(ValueError, match=f"made with other settings .*content.*{path.name}"):
+            build([*TINY, f"run={tmp_path}/run", *words]).prepare()
+        path.write_bytes(kept)
 
 
 def test_prompts_that_are_refused_leave_no_folder_behind(tmp_path, monkeypatch):

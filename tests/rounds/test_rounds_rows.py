@@ -15,7 +15,7 @@ from iopo.construct.verified import split_of
 from iopo.construct.verify import verify
 from iopo.data.rows import read_rows
 from iopo.evaluation.config import ModelSection
-from iopo.files import write_records
+from iopo.files import read_records, write_records
 from iopo.rounds import prompts
 from iopo.rounds.config import Round, RoundsConfig
 from iopo.rounds.rows import label, make_rows, replayed
@@ -141,6 +141,24 @@ def test_no_quad_asks_for_what_is_held_out():
     again, counts = make_rows([seed], texts, prompts.Held(values=values), of)
     assert not {prompts.value_of(c) for row in again for c in prompts.asked(row)} & values
     assert any("held-out" in why for why in counts["outcomes"])
+
+
+def test_parameters_that_are_null_ask_for_nothing(tmp_path):
+    """A column of Parquet has those of all kinds in every row."""
+    rows = read_records(DATA / "heldout.jsonl")
+    names = {name for row in rows for c in prompts.asked(row) for name in c["params"]}
+    for row in rows:
+        for c in prompts.asked(row):
+            c["params"] = dict.fromkeys(names) | c["params"]
+    write_records(tmp_path / "heldout.jsonl", rows)
+    held, given = (
+        (prompts.held_of(rounds, of), [row["split"] for row in of])
+        for source in (DATA, tmp_path)
+        for rounds in [RoundsConfig(heldout=[str(source / "heldout.jsonl")],
+                                    seen=str(DATA / "train.jsonl"))]
+        for of in [prompts.heldout_rows(rounds)]
+    )  # fmt: skip
+    assert held == given and held[0].values
 
 
 def test_tasks_of_the_training_part_draw_constraints_that_are_not_held_out(tmp_path):

@@ -328,4 +328,9 @@ _FORMAT_30: tuple[Check, ...] = (
 )
 
 
-BENCHMARK = items.Benchmark(SOURCE, HEADLINE, load, measures, question, by_code)
+def cluster(unit: str) -> str:
+    """The group of an item's id, or of its own: each level holds the constraints of those below."""
+    return "/".join(unit.split("/")[:3])
+
+
+BENCHMARK = items.Benchmark(SOURCE, HEADLINE, load, measures, question, by_code, cluster)

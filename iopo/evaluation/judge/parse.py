@@ -40,6 +40,7 @@ _AFTER_LABEL = re.compile(
     r"[\s*]{0,5}(?:[/／][\s*]{0,5}(?P<of>[0-9]{1,9}))?",
     re.IGNORECASE,
 )
+_NO_VALUE = object()
 _FINE = re.compile(r"fine[\s_-]*grained\s+scores?|细粒度(?:得分|评分|分数)", re.IGNORECASE)
 
 
@@ -81,16 +82,14 @@ def parse_trace(text: str, *, count: int) -> Parsed:
     """TRACE's published format: a "Fine Grained Score" list of {constraint: n}, an overall [[n]].
 
     Constraint texts need not match, only their number must: judges shorten them. Two readable
-    lists that differ are refused, for one may be a quotation. The last overall score is taken;
-    a missing one is None, since the metric does not use it. Raises Unreadable.
+    lists that differ are refused, for one may be a quotation, and so is a last one that is no JSON,
+    for what came before it may be one. The last overall score is taken; a missing one is None,
+    since the metric does not use it. Raises Unreadable.
     """
     text = text[-MAX_CHARS:]
-    values = [
-        value
-        for label in _FINE.finditer(text)
-        if (value := _json_after(text, label.end())) is not None
-    ]
-    if not values:
+    values = [_json_after(text, label.end()) for label in _FINE.finditer(text)]
+    values = [value for value in values if value is not _NO_VALUE]
+    if not values or values[-1] is None:
         raise Unreadable('no JSON list after "Fine Grained Score"')
     scores = _fine_scores(values[-1], count)
     for value in values[:-1]:
@@ -121,18 +120,26 @@ def parse_lines(text: str, *, count: int) -> Parsed:
 def parse_yes_no(text: str, *, count: int) -> Parsed:
     """ComplexBench's published format: one YES or NO (是 or 否).
 
-    Read from an "Answer:" label if there is one (the last), else from the first word; a reply that
-    holds both words and no label is refused. Raises Unreadable.
+    Read from an "Answer:" label if there is one (the last), else from a first word that stands
+    alone, else from the one of YES and NO that the reply holds. Refused where it says both: a label
+    that repeats the choice, a first word and the other one later. Raises Unreadable.
     """
     assert count == 1, "questions are asked one by one in this format"
     text = text[-MAX_CHARS:]
-    labelled = re.findall(r"(?:answer|答案)[\s*]*[:：][\s*]*(yes|no|是|否)", text, re.IGNORECASE)
+    label = r"(?:answer|答案)[\s*]*[:：][\s*]*(yes|no|是|否)(?![a-z])([是否]|\s*(?:or\b|/|或))?"
+    labelled = re.findall(label, text, re.IGNORECASE)
     if labelled:
-        return Parsed((_yes_no(labelled[-1]),))
-    first = re.match(r"[\s*`\"'“]*(yes|no|是|否)(?![a-z]|\s*(?:or\b|/|或))", text, re.IGNORECASE)
-    if first:
-        return Parsed((_yes_no(first.group(1)),))
+        word, other = labelled[-1]
+        if other:
+            raise Unreadable("the answer repeats the choice; expected YES or NO")
+        return Parsed((_yes_no(word),))
+    # "No flaw can be found" is no NO
+    first = re.match(
+        r"[\s*`\"'“]*(yes|no|是|否)的?(?=[ \t]*(?:[^\w\s/]|\n|$))", text, re.IGNORECASE
+    )
     words = set(re.findall(r"\b(YES|NO)\b", text))
+    if first:
+        words.add(first.group(1).upper())
     if len(words) != 1:
         raise Unreadable("expected YES or NO")
     return Parsed((_yes_no(words.pop()),))
@@ -156,11 +163,12 @@ def json_objects(text: str) -> list[dict[str, Any]]:
 
 
 def _json_after(text: str, start: int) -> Any:
-    """The list or object that begins near `start`, keys kept as pairs; None if there is none."""
+    """The list or object that begins near `start`, keys kept as pairs; None for one that is no
+    JSON, _NO_VALUE if none begins there."""
     opening = re.compile(r"[\[{]").search(text, start)
     # More than decoration between label and value: the label was only mentioned.
     if opening is None or len(re.sub(r"[\s*_`:：\"'“”#=]|json", "", text[start : opening.start()])):
-        return None
+        return _NO_VALUE
     decoder = json.JSONDecoder(object_pairs_hook=list, strict=False)
     try:
         return decoder.raw_decode(text, opening.start())[0]

@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from iopo.constraints import Constraint, follows, from_dict
+from iopo.constraints import Constraint, Value, follows, from_dict, value_of
 from iopo.constraints import text as cut
 from iopo.constraints.marks import Commas
-from iopo.construct.proposals import CLOSINGS, OPENINGS, Value, unseen, value_of
+from iopo.construct.proposals import CLOSINGS, OPENINGS, unseen
 from iopo.construct.quadruples import MATCH, four_cells
 from iopo.construct.tasks import Task
 from iopo.data.rows import spread
