@@ -16,12 +16,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from iopo.constraints import Constraint, compatible
+from iopo.constraints import Constraint, Value, compatible, value_of
 from iopo.constraints.answers import hollow
 from iopo.constraints.text import after_thinking
 from iopo.construct import importers, require
 from iopo.construct.audit import Checks, constraints_of, kind_of, verdicts
-from iopo.construct.proposals import Value, value_of
 from iopo.construct.quadruples import Candidate, follow_jobs, followed, to_row
 from iopo.construct.relabel import SPLITS, Relabeller, RelabelRecipe, split_of
 from iopo.construct.responses import Sampler, endpoint_sampler, model_sampler, sample_all
@@ -29,7 +28,9 @@ from iopo.construct.tasks import Task, digest
 from iopo.construct.verify import verify
 from iopo.data.rows import Pair
 from iopo.evaluation.config import EndpointSection, ModelSection
+from iopo.evaluation.responses import check_manifest, load_chat, placing
 from iopo.files import given_records, write_records, write_text
+from iopo.redact import redact
 
 log = logging.getLogger(__name__)
 
@@ -50,19 +51,53 @@ class IfSeedsRecipe:
     top_p: float = 0.95
     template_options: dict[str, Any] = field(default_factory=dict)
     limit: int | None = None  # prompts
-    heldout_share: float = 0.1  # of the prompts, by hash; half of it for the held-out kinds
+    heldout_share: float = 0.1  # of the tasks, by hash; half of it for the held-out kinds
     most_share: float = 0.15  # of the constraints that one kind may have
     most_words: int = 600  # of a response
 
     def __post_init__(self) -> None:
         require(self, "samples", self.samples >= 2, "2 or more: a quad needs two responses")
+        if self.endpoint.base_url is None:
+            return
+        if self.endpoint.model is None:
+            raise ValueError(
+                "recipe.endpoint.base_url is set without recipe.endpoint.model; name the model"
+            )
+        require(self, "model_path", self.model_path is None, "null beside recipe.endpoint.base_url")
+        extra, options = self.endpoint.extra, self.template_options
+        if options and extra.get("chat_template_kwargs", options) != options:
+            raise ValueError(
+                "recipe.template_options would replace recipe.endpoint.extra.chat_template_kwargs; "
+                "remove one"
+            )
+        if options:
+            self.endpoint.extra = extra | {"chat_template_kwargs": options}
+
+    @property
+    def model(self) -> ModelSection:
+        """The model in process."""
+        return ModelSection(self.model_path, template_options=self.template_options)
 
     def sampler(self) -> Sampler:
         """The server of `endpoint`, or the model at `model_path`."""
         if self.endpoint.base_url is not None:
             return endpoint_sampler(self.endpoint, self.max_new_tokens, self.temperature)
-        section = ModelSection(self.model_path, template_options=self.template_options)
-        return model_sampler(section, self.max_new_tokens, self.temperature, self.top_p)
+        return model_sampler(self.model, self.max_new_tokens, self.temperature, self.top_p)
+
+    def manifest(self) -> dict[str, Any]:
+        """All that an answer of the server or the model depends on beside its prompt."""
+        names = ("seed", "max_new_tokens", "temperature")
+        settings = {name: getattr(self, name) for name in names}
+        if (url := self.endpoint.base_url) is not None:
+            server = {"server": redact(url), "model": self.endpoint.model}
+            return settings | server | {"extra": self.endpoint.extra}
+        from iopo.model.identity import identity  # loads torch
+        from iopo.model.load import resolve_model
+
+        chat = load_chat(self.model)
+        settings |= {"top_p": self.top_p, "chat": chat.record()}
+        settings["dtype"] = str(placing(self.model)[1])
+        return settings | identity(resolve_model(self.model_path or ""), chat, None)
 
 
 @dataclass(frozen=True)
@@ -78,6 +113,17 @@ class Seed:
     def constraints(self) -> tuple[Constraint, ...]:
         return tuple(chain.from_iterable(self.checks.values()))
 
+    @property
+    def key(self) -> str:
+        """The task, which decides the split; the prompt where its constraints' wording is unknown.
+
+        One for all rows of a task: no other file may train on it.
+        """
+        return self.prompt if self.task is None else self.task.line
+
+    def asks_for(self, kinds: Container[str]) -> bool:
+        return any(constraint.kind in kinds for constraint in self.constraints)
+
 
 def read_checkable(source: str, limit: int | None) -> tuple[list[Seed], Counter[str]]:
     """The prompts of a source with their constraints, and why others are left out."""
@@ -88,8 +134,8 @@ def read_checkable(source: str, limit: int | None) -> tuple[list[Seed], Counter[
         named = importers.name_of(rows[0][1])
         log.info("%s: %s, read as prompts with constraints", source, named)
     for _, row in rows:
-        prompt = importers.instruction_of(row)
         try:
+            prompt = importers.instruction_of(row)
             if not prompt:
                 raise ValueError("no prompt of one turn")
             checks = constraints_of(row)
@@ -129,6 +175,28 @@ def candidate(
     return Candidate(source.task, own, "", rng.choice(found), "", "follow")
 
 
+def _split(
+    found: list[Seed], dropped: Counter[str], held: Container[str], share: float
+) -> list[tuple[Seed, str]]:
+    """Each prompt with its split; one that asks for a held-out kind is in heldout_kinds or none."""
+    seeds = []
+    for seed in found:
+        split = split_of(seed.key, share)
+        if split == "heldout_kinds" or not seed.asks_for(held):
+            seeds.append((seed, split))
+        else:
+            dropped["asks for a held-out kind"] += 1
+    return seeds
+
+
+def _opposed(seed: Seed, split: str, held: Container[str], rng: random.Random) -> Candidate | None:
+    """A candidate that asks for a held-out kind in heldout_kinds, and for none elsewhere."""
+    if split != "heldout_kinds":
+        return candidate(seed, rng, lambda c: c.kind in held)
+    own = seed.asks_for(held)
+    return candidate(seed, rng, lambda c: not own and c.kind not in held)
+
+
 class Admission:
     """Quads let in one after the other, and what became of every draw."""
 
@@ -162,46 +230,49 @@ class Admission:
 def build(recipe: IfSeedsRecipe, sampler: Sampler) -> str:
     """Sample what is missing, write the files of each split and counts.json; returns a table.
 
-    Raises ValueError without a source or a checkable prompt, and if verify finds a fault.
+    Raises ValueError without a source or a checkable prompt, for a folder whose answers were made
+    with other settings, and if verify finds a fault.
     """
     if recipe.source is None:
         raise ValueError("recipe.source is not set; expected prompts whose rows carry constraints")
-    seeds, dropped = read_checkable(recipe.source, recipe.limit)
+    relabel = RelabelRecipe(
+        seed=recipe.seed, most_share=recipe.most_share, most_words=recipe.most_words
+    )
+    held = relabel.heldout_kinds
+    found, dropped = read_checkable(recipe.source, recipe.limit)
+    seeds = _split(found, dropped, held, recipe.heldout_share)
     if not seeds:
         raise ValueError(f"{recipe.source}: no prompt with checkable constraints: {dict(dropped)}")
-    drawn = [candidate(seed, random.Random(f"{recipe.seed}/{seed.id}")) for seed in seeds]
-    pairs = [pair for pair in drawn if pair is not None]
-    jobs = {f"{s.id}-{n}": s.prompt for n in range(recipe.samples) for s in seeds}
+    pairs = [
+        (pair, split)
+        for seed, split in seeds
+        if (pair := _opposed(seed, split, held, random.Random(f"{recipe.seed}/{seed.id}")))
+    ]
+    jobs = {f"{s.id}-{n}": s.prompt for n in range(recipe.samples) for s, _ in seeds}
     for n in range(recipe.samples):
-        for pair in pairs:
+        for pair, _ in pairs:
             jobs |= follow_jobs(pair, n)
-    out = Path(recipe.out)
-    said = sample_all(jobs, out / "responses.jsonl", sampler, recipe.seed)
-    made = Admission(
-        Relabeller(
-            RelabelRecipe(
-                seed=recipe.seed, most_share=recipe.most_share, most_words=recipe.most_words
-            )
-        )
-    )
+    said = _sampled(recipe, jobs, sampler)
+    made = Admission(Relabeller(relabel))
+    made.outcomes["responses cut off"] = len(jobs) - len(said)
     kinds: defaultdict[str, Counter[bool]] = defaultdict(Counter)
-    for seed in seeds:
-        texts = [after_thinking(said[f"{seed.id}-{n}"]).strip() for n in range(recipe.samples)]
+    for seed, split in seeds:
+        keys = [f"{seed.id}-{n}" for n in range(recipe.samples)]
+        texts = [after_thinking(said[key]).strip() for key in keys if key in said]
         good = list(_right(seed, texts, kinds))
-        split = split_of(seed.prompt, recipe.heldout_share)
         for first, second in zip(good[::2], good[1::2], strict=False):
-            made.relabel(Pair(seed.id, seed.prompt, first, second), Task(seed.prompt), split)
-    for pair in pairs:
-        split = split_of(pair.task.description, recipe.heldout_share)
+            if made.relabel(Pair(seed.id, seed.prompt, first, second), Task(seed.prompt), split):
+                made.rows[split][-1]["task"] = seed.key
+    for pair, split in pairs:
         made.follow(followed(pair, said, recipe.samples), split)
-    rows, outcomes = made.rows, made.outcomes
+    rows, outcomes, out = made.rows, made.outcomes, Path(recipe.out)
     files = [out / f"{split}.jsonl" for split in SPLITS]
     for path, of in zip(files, rows.values(), strict=True):
         write_records(path, of)
     _write_counts(out / "counts.json", len(seeds), rows, outcomes, dropped, kinds)
-    found, _ = verify(files)
-    if found:
-        raise ValueError(f"{len(found)} faults in {out}, first: {found[0]}")
+    faults, _ = verify(files)
+    if faults:
+        raise ValueError(f"{len(faults)} faults in {out}, first: {faults[0]}")
     log.info("written: %s, responses.jsonl, counts.json", ", ".join(map(str, files)))
     return "\n".join(
         [f"{len(seeds)} prompts; quads: {', '.join(f'{k} {len(v)}' for k, v in rows.items())}"]
@@ -209,6 +280,26 @@ def build(recipe: IfSeedsRecipe, sampler: Sampler) -> str:
         + [f"prompts left out, {why}: {n}" for why, n in dropped.most_common()]
         + [f"{kind}: {found[True]} of {found.total()} followed" for kind, found in kinds.items()]
     )
+
+
+def _sampled(recipe: IfSeedsRecipe, jobs: Mapping[str, str], sampler: Sampler) -> dict[str, str]:
+    """The answers by key, but for those that were cut off: these are none.
+
+    Where neither a server nor a model is named, answers that are there are read, whoever gave them.
+    """
+    file = Path(recipe.out) / "responses.jsonl"
+    manifest = file.with_name("responses.manifest.json")
+    if recipe.endpoint.base_url is not None or recipe.model_path is not None:
+        if not (file.exists() and file.stat().st_size):
+            manifest.unlink(missing_ok=True)  # of a run that got no answer
+        elif not manifest.exists():
+            raise ValueError(
+                f"{file}: expected {manifest.name} beside it, which says what gave these answers; "
+                "choose another recipe.out, or name no model to use them as they are"
+            )
+        check_manifest(manifest, recipe.manifest())
+    said = sample_all(jobs, file, sampler, recipe.seed)
+    return {key: text for key, (text, ended) in said.items() if ended}
 
 
 def _right(seed: Seed, texts: list[str], kinds: Mapping[str, Counter[bool]]) -> Iterator[str]:

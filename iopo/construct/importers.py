@@ -12,7 +12,14 @@ from typing import Any
 
 from iopo.construct.tasks import digest
 from iopo.data import checks
-from iopo.data.columns import Prompt, is_sharegpt, own_columns, read_turns, text_of
+from iopo.data.columns import (
+    Prompt,
+    given_system,
+    is_sharegpt,
+    own_columns,
+    read_turns,
+    text_of,
+)
 from iopo.data.rows import Pair
 from iopo.files import Place, given_records, iter_records
 
@@ -22,6 +29,7 @@ Row = dict[str, Any]
 PROMPT_KEYS = ("prompt", "instruction", "question", "x")
 FURTHER_KEYS = ("input", "query")  # Alpaca's, on a line below; alone, they are the prompt
 DIALOGUES = ("conversations", "messages")
+SYSTEM_KEYS = ("system", *checks.ALIASES["system"])
 _READ = {*PROMPT_KEYS, *FURTHER_KEYS, *DIALOGUES, "chosen", "rejected", "system", "id", "text"}
 
 
@@ -77,8 +85,14 @@ def name_of(row: Mapping[str, Any]) -> str:
     return f"columns {known}" if schema is None else schema.name
 
 
-def _announced(source: str | Path, row: Mapping[str, Any], read_as: str) -> frozenset[str]:
-    """Say what a source is taken for, by its first row; returns its columns without a prompt."""
+def _without_unread(row: Row) -> Row:
+    """The row without the columns of its set that hold nothing of a prompt."""
+    schema = schema_of(row)
+    return {key: v for key, v in row.items() if schema is None or key not in schema.unread}
+
+
+def _announce(source: str | Path, row: Mapping[str, Any], read_as: str) -> None:
+    """Say what a source is taken for, by its first row."""
     schema = schema_of(row)
     unread = frozenset[str]() if schema is None else schema.unread
     taken = _READ | (schema.columns if schema else frozenset())
@@ -88,7 +102,6 @@ def _announced(source: str | Path, row: Mapping[str, Any], read_as: str) -> froz
     if unknown := sorted(row.keys() - taken - unread):
         line += f"; unknown columns: {', '.join(unknown)}"
     log.info("%s", line)
-    return unread
 
 
 def preferences(source: str | Path) -> Iterator[Pair | str]:
@@ -101,7 +114,7 @@ def preferences(source: str | Path) -> Iterator[Pair | str]:
     for place, row, fault in iter_records(source):
         if fault is None and isinstance(row, dict):
             if not announced:
-                _announced(source, row, "preferences")
+                _announce(source, row, "preferences")
                 announced = True
             yield pair_of(row)
             continue
@@ -114,8 +127,7 @@ def preferences(source: str | Path) -> Iterator[Pair | str]:
 
 def pair_of(row: Row) -> Pair | str:
     """The pair of one row of a preference set, or why there is none."""
-    schema = schema_of(row)
-    row = {key: v for key, v in row.items() if schema is None or key not in schema.unread}
+    row = _without_unread(row)
     if "response1" in row and "context" in row:
         row = _from_helpsteer(row)
     if not row.get("chosen") or not row.get("rejected"):
@@ -182,7 +194,6 @@ def read_seeds(source: str | Path) -> list[dict[str, Any]]:
     text and, on repetition, the row. Raises ValueError on a row that cannot be read, has no text or
     holds more of a prompt, and on an id given twice.
     """
-    unread = frozenset[str]()
     if str(source).endswith(".txt"):
         path = Path(source)
         try:
@@ -194,18 +205,15 @@ def read_seeds(source: str | Path) -> list[dict[str, Any]]:
     else:
         rows = given_records(source)
         if rows:
-            unread = _announced(source, rows[0][1], "seeds")
+            _announce(source, rows[0][1], "seeds")
     found: dict[str, dict[str, Any]] = {}
     for number, (place, row) in enumerate(rows, 1):
-        row = {key: value for key, value in row.items() if key not in unread}
-        text = instruction_of(row)
+        try:
+            text = instruction_of(row)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
         if not text:
             raise ValueError(f"{place}: keys {sorted(row)}; expected text in 'instruction'")
-        if lost := checks.lost(row, [text]):
-            raise ValueError(
-                f"{place}: {lost[0]!r} is part of the prompt and would be lost: "
-                f"{checks.PROMPT_PARTS[lost[0]]}, or delete it"
-            )
         row_id = str(row["id"]) if row.get("id") is not None else digest(text)
         if row_id in found:
             if row.get("id") is not None:
@@ -218,9 +226,22 @@ def read_seeds(source: str | Path) -> list[dict[str, Any]]:
 
 
 def instruction_of(row: Row) -> str:
-    """The instruction of a seed; empty where there is none, or a dialogue."""
-    prompt = _joined(row).get("prompt")
-    if not isinstance(prompt, list):
-        return prompt.strip() if isinstance(prompt, str) else ""
-    asked = [text.strip() for role, text in read_turns(prompt)[0] if role == "user"]
-    return asked[0] if len(asked) == 1 else ""
+    """The instruction of a seed; empty where there is none, or a dialogue.
+
+    Raises ValueError where the row holds more of the prompt: a system prompt, context, history.
+    """
+    row = _without_unread(row)
+    turns = read_turns(_joined(row).get("prompt"), "user")[0]
+    roles = [role for role, _ in turns]
+    if roles.count("user") != 1:
+        return ""
+    at = roles.index("user")  # what follows is an answer
+    more = [key for key in SYSTEM_KEYS if given_system(row.get(key))]
+    more += [role for role, text in turns[:at] if text.strip()]
+    more += checks.lost(row, ["\n".join(text for _, text in turns[at:])])
+    if more:
+        raise ValueError(
+            f"{more[0]!r} is part of the prompt and would be lost: "
+            f"{checks.PROMPT_PARTS.get(more[0], 'join it to the prompt')}, or delete it"
+        )
+    return turns[at][1].strip()

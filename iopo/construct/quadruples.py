@@ -171,12 +171,16 @@ def follow_jobs(candidate: Candidate, sample: int) -> dict[str, str]:
 
 
 def followed(candidate: Candidate, responses: Mapping[str, str], samples: int) -> Candidate | str:
-    """The candidate with the first pair of sampled responses that passes all four cells."""
-    said = [[responses[key] for key in follow_jobs(candidate, n)] for n in range(samples)]
-    texts = [[cut.after_thinking(text).strip() for text in two] for two in said]
-    pairs = product(*zip(*texts, strict=True))
+    """The candidate with the first pair of sampled responses that passes all four cells.
+
+    responses: by key of `follow_jobs`, without those that were cut off.
+    """
+    keys = zip(*(follow_jobs(candidate, n) for n in range(samples)), strict=True)  # by side
+    said = [[responses[key] for key in side if key in responses] for side in keys]
+    pairs = product(*([cut.after_thinking(text).strip() for text in side] for side in said))
     results = [follow(candidate, first, second) for first, second in pairs]
-    return next((r for r in results if isinstance(r, Candidate)), results[0])
+    found = next((r for r in results if isinstance(r, Candidate)), None)
+    return found or (results[0] if results else "cut off")
 
 
 def apply_edits(

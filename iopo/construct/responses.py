@@ -24,12 +24,14 @@ Sampler = Callable[[Sequence[str], int], list[tuple[str, str]]]
 
 def sample_all(
     jobs: Mapping[str, str], file: Path, sampler: Sampler, seed: int = 0
-) -> dict[str, str]:
+) -> dict[str, tuple[str, bool]]:
     """Answer every job (key -> prompt), from the cache `file` or by appending to it.
 
     Jobs are answered in fixed chunks, each with a seed of its own that depends on (seed, chunk), so
-    a run that was killed and continued writes what an unbroken run writes. Returns key -> response.
-    Raises ValueError if the file answers another prompt under a job's key.
+    a run that was killed and continued writes what an unbroken run writes. Returns key -> response,
+    and whether it ended by itself: at the token limit it is cut off. Whether the same model and
+    settings made the file is the caller's to check. Raises ValueError if the file answers another
+    prompt under a job's key.
     """
     # a last line without its line break is what a kill leaves
     cached = read_records(file, torn_tail=True) if file.exists() else []
@@ -56,7 +58,7 @@ def sample_all(
                 journal.append(*rows)
                 done.update((row["key"], row) for row in rows)
                 log.info("sampled %d of %d", min(start + CHUNK, len(jobs)), len(jobs))
-    return {key: done[key]["text"] for key in jobs}
+    return {key: (done[key]["text"], done[key].get("finish_reason") == "stop") for key in jobs}
 
 
 def model_sampler(

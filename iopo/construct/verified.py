@@ -84,7 +84,9 @@ def build_verified(recipe: VerifiedRecipe, sampler: Sampler) -> str:
     """
 
     def sampled(jobs: Mapping[str, str]) -> dict[str, str]:
-        return sample_all(jobs, Path(recipe.responses), sampler, recipe.seed)
+        # most are cut off, so an answer counts where it ends with a sentence, or is cut back to one
+        said = sample_all(jobs, Path(recipe.responses), sampler, recipe.seed)
+        return {key: text for key, (text, _) in said.items()}
 
     tasks = read_tasks()
     texts, usable = usable_texts(tasks, sampled(bare_jobs(tasks, recipe.samples_per_task)))

@@ -107,9 +107,12 @@ def test_sampling_continues_after_a_kill(tmp_path):
 
     def sampler(prompts, seed):
         asked.append(len(prompts))
-        return [(f"{prompt} {seed}", "stop") for prompt in prompts]
+        return [(f"{p} {seed}", "length" if p.endswith("7") else "stop") for p in prompts]
 
     whole = sample_all(jobs, tmp_path / "whole.jsonl", sampler, seed=3)
+    assert [key for key, (_, ended) in whole.items() if not ended] == [
+        f"job-{n}" for n in range(7, 120, 10)
+    ]
     lines = (tmp_path / "whole.jsonl").read_text()
     torn = tmp_path / "torn.jsonl"
     torn.write_text(lines[: len(lines) * 2 // 3])  # ends inside a line of the second chunk
@@ -192,6 +195,10 @@ def test_followed_takes_the_first_pair_that_fits():
     assert (found.y1, found.y2) == (SMALL, SMALL.upper())
     row = quadruples.to_row(found, "train")
     assert [row["x1"], row["x2"]] == list(jobs.values())[:2]
+    del answers[list(jobs)[2]]  # was cut off
+    assert quadruples.followed(draft, answers, 2) == "not followed"
+    del answers[list(jobs)[0]]
+    assert quadruples.followed(draft, answers, 2) == "cut off"
 
 
 @pytest.mark.parametrize("arguments", [[], ["+recipe=relabel", "recipe.name=cook"]])
