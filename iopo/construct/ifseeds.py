@@ -114,7 +114,7 @@ class Seed:
         return tuple(chain.from_iterable(self.checks.values()))
 
     @property
-    def key(self) -> str:
+    def line(self) -> str:
         """The task, which decides the split; the prompt where its constraints' wording is unknown.
 
         One for all rows of a task: no other file may train on it.
@@ -181,7 +181,7 @@ def _split(
     """Each prompt with its split; one that asks for a held-out kind is in heldout_kinds or none."""
     seeds = []
     for seed in found:
-        split = split_of(seed.key, share)
+        split = split_of(seed.line, share)
         if split == "heldout_kinds" or not seed.asks_for(held):
             seeds.append((seed, split))
         else:
@@ -262,7 +262,7 @@ def build(recipe: IfSeedsRecipe, sampler: Sampler) -> str:
         good = list(_right(seed, texts, kinds))
         for first, second in zip(good[::2], good[1::2], strict=False):
             if made.relabel(Pair(seed.id, seed.prompt, first, second), Task(seed.prompt), split):
-                made.rows[split][-1]["task"] = seed.key
+                made.rows[split][-1]["task"] = seed.line
     for pair, split in pairs:
         made.follow(followed(pair, said, recipe.samples), split)
     rows, outcomes, out = made.rows, made.outcomes, Path(recipe.out)

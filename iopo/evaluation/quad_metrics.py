@@ -51,12 +51,13 @@ BLOCK_CHARACTERS = 8 * BLOCK_TOKENS  # more than 512 tokens of English are ever 
 
 
 def load_for_scoring(path: Path, adapter: str | None, device: str, dtype: torch.dtype) -> LogProbs:
-    """A model folder, with the adapter merged if one is named, for `score`."""
+    """A model folder, the adapter on it if one is named, for `score`."""
     check_family(read_config(path), where=str(path))
     model = load_causal_lm(path, dtype, attention=SHARED)
     if adapter is not None:
         load_adapter(model, adapter)
-        merge_lora(model)
+        # Merging the rest would round it to the dtype. LogProbs reads the weight of this one.
+        merge_lora(model, only=model.get_output_embeddings())
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, torch.nn.Embedding)
     check_weights(model, random_quads(embedding.num_embeddings), where=str(path))

@@ -151,7 +151,10 @@ def _decode(
     uniforms = np.stack([np.random.default_rng((decoding.seed, i)).random(steps) for i in batch])
     cache = DynamicCache(config=model.config)  # layers with a sliding window stay as they are
     cache.layers = [GrowingLayer() if type(x) is DynamicLayer else x for x in cache.layers]
-    shared = _shared_tokens([prompts[i] for i in batch])
+    # A window counts places of the cache, and the pads of shorter rows would stand between what is
+    # shared and the rest.
+    full = all(isinstance(layer, GrowingLayer) for layer in cache.layers)
+    shared = _shared_tokens([prompts[i] for i in batch]) if full else 0
     ids_SL, mask_SL = _left_pad([prompts[i][shared:] for i in batch], device=model.device)
     if shared:  # a system prompt, mostly: read once, not once a row
         first = torch.tensor([prompts[batch[0]][:shared]], device=model.device)

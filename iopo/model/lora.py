@@ -181,9 +181,12 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
             layer.active = True
 
 
-def merge_lora(model: nn.Module) -> None:
-    """Replace every LoRALinear by the nn.Linear that it amounts to, in place; no way back."""
+def merge_lora(model: nn.Module, only: nn.Module | None = None) -> None:
+    """Replace every LoRALinear, or this one alone, by the nn.Linear that it amounts to, rounded to
+    its dtype, in place; no way back."""
     for name, layer in adapters(model).items():
+        if only is not None and layer is not only:
+            continue
         merged = nn.Linear(layer.in_features, layer.out_features, device="meta")
         weight = merge(layer.weight, layer.lora_A, layer.lora_B, layer.scaling).detach()
         merged.weight = nn.Parameter(weight, requires_grad=False)

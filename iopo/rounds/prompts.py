@@ -100,8 +100,7 @@ def read_prompts(source: str, held: Held) -> tuple[list[Task | Seed], Counter[st
             found = [Task(row["instruction"]) for row in read_seeds(source)]
     kept: list[Task | Seed] = []
     for one in found:
-        task = one if isinstance(one, Task) else one.task
-        if task is not None and task.line in held.tasks:
+        if one.line in held.tasks:
             dropped["task of a held-out quad"] += 1
         elif isinstance(one, Seed) and any(map(held.refuses, one.constraints)):
             dropped["asks for a held-out constraint"] += 1

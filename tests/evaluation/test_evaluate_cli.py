@@ -169,10 +169,14 @@ def test_thinking_is_not_scored(data: Path, tmp_path: Path, caplog) -> None:
     answers = tmp_path / "answers.jsonl"
     said = {1000: PLAIN, 1001: "Now, capitals", 1005: PLAIN, 1012: ""}
     thinking = dict.fromkeys(said, "<think>\nSo, PLAN.\n</think>\n\n") | {1012: "<think>\n" + PLAIN}
-    for before in ({}, thinking):
+    # of a server whose template ends with <think>
+    opened = {key: before.removeprefix("<think>") for key, before in thinking.items()}
+    for number, before in enumerate(({}, thinking, opened)):
         rows = [{"key": key, "response": before.get(key, "") + said[key]} for key in said]
+        if before is opened:
+            rows[-1]["finish_reason"] = "length"
         write_records(answers, rows)
-        out = tmp_path / f"out{len(before)}"
+        out = tmp_path / f"out{number}"
         scores = evaluate(settings(data, answers, out=str(out)))
         assert scores["scores"]["prompt_strict"]["value"] == 0.5
         assert scores["responses"]["empty"] == 1

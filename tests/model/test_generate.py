@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers_models import tiny_llama, tiny_qwen2
+from helpers_models import SMALL, norms_in_own_dtype, tiny_llama, tiny_qwen2
 from helpers_tokenizer import CHATML, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +20,7 @@ from iopo.model.generate import (
     inference,
     sample,
 )
+from iopo.model.load import tiny_causal_lm
 
 PROMPTS = ("Hi", "Write a short story about a cat.", "Name three fruits. Do it now, please.", "a b")
 
@@ -33,7 +34,21 @@ def tokenizer():
     return tiny_tokenizer()
 
 
-@pytest.fixture(scope="module", params=[tiny_llama, tiny_qwen2], ids=["llama", "qwen2"])
+def tiny_gemma3(vocab):
+    """One layer with a window that is shorter than the prompts differ in length."""
+    kinds = ["sliding_attention", "full_attention"]
+    keys = {"head_dim": 16, "sliding_window": 8, "layer_types": kinds, "query_pre_attn_scalar": 16}
+    config = {"model_type": "gemma3_text", "vocab_size": vocab, **SMALL, **keys}
+    model = tiny_causal_lm(config, seed=0, dtype=torch.float32, attention="sdpa")
+    norms_in_own_dtype(model)
+    return model
+
+
+@pytest.fixture(
+    scope="module",
+    params=[tiny_llama, tiny_qwen2, tiny_gemma3],
+    ids=["llama", "qwen2", "gemma3"],
+)
 def model(request, tokenizer):
     return request.param(vocab=len(tokenizer)).double()
 

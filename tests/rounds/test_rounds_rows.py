@@ -6,15 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers_judge import Answer, StubServer
 
 from iopo.constraints import follows, from_dict, make
 from iopo.construct.ifseeds import Seed
 from iopo.construct.quadruples import MATCH, four_cells, sides
+from iopo.construct.responses import endpoint_sampler, sample_all
 from iopo.construct.tasks import Task, instruction
 from iopo.construct.verified import split_of
 from iopo.construct.verify import verify
 from iopo.data.rows import read_rows
-from iopo.evaluation.config import ModelSection
+from iopo.evaluation.config import EndpointSection, ModelSection
 from iopo.files import read_records, write_records
 from iopo.rounds import prompts
 from iopo.rounds.config import Round, RoundsConfig
@@ -96,6 +98,21 @@ def test_sft_takes_each_right_response_once():
     assert [row["y"] for row in rows] == [PLAIN, QUIET] and len({row["id"] for row in rows}) == 2
     assert counts["by_kind"]["commas"] == {"asked": 4, "followed": 3}
     assert counts["by_constraints"]["1"]["with_rows"] == 1
+
+
+@pytest.mark.parametrize("kind", ["pair", "sft", "quad"])
+def test_half_of_a_surrogate_pair_from_a_server_is_replaced(kind, tmp_path):
+    """It is not valid text: a row of it would have no id."""
+    seed, of = a_seed(NO_COMMAS), a_round(kind)
+    pair = prompts.opposed(seed, prompts.Held(), of)
+    jobs = prompts.jobs_of(seed, pair, of)
+    texts = [f"{LONG} \ud83d", f"{QUIET} \ud83d", f"{PLAIN} \ud83d", PLAIN]
+    with StubServer(lambda body, _: Answer(texts[body["seed"] % 4])) as server:
+        sampler = endpoint_sampler(EndpointSection(server.base_url, "m", max_retries=0), 64, 1.0)
+        found = sample_all(jobs, tmp_path / "responses.jsonl", sampler)
+    assert {text for text, _ in found.values()} == {t.replace("\ud83d", "\ufffd") for t in texts}
+    rows, _ = make_rows([seed], found, prompts.Held(), of)
+    assert any("\ufffd" in str(row) for row in rows)
 
 
 def test_quads_come_from_followed_answers_first_and_from_the_others_by_measuring(tmp_path):
@@ -196,6 +213,12 @@ def test_prompts_of_other_sources(tmp_path):
     left, dropped = prompts.read_prompts(str(SETS / "rlvr_ifeval.jsonl"), held)
     assert len(left) + dropped["asks for a held-out constraint"] == len(found)
     assert dropped["asks for a held-out constraint"] >= 1
+    prompt = "Name a fruit. No commas."  # which of it is the constraint's wording is not known
+    row = {"prompt": prompt, "constraints": [{"kind": "no_commas", "params": {}}]}
+    write_records(tmp_path / "unknown.jsonl", [row, row | {"prompt": "Name a town. No commas."}])
+    held = prompts.Held(tasks=frozenset({prompt}))
+    left, dropped = prompts.read_prompts(str(tmp_path / "unknown.jsonl"), held)
+    assert len(left) == dropped["task of a held-out quad"] == 1
     (tmp_path / "seeds.txt").write_text("Name a fruit.\nDescribe a town.\n")
     plain, _ = prompts.read_prompts(str(tmp_path / "seeds.txt"), prompts.Held())
     assert plain == [Task("Name a fruit."), Task("Describe a town.")]

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers_models import tiny_llama
+from peft import LoraConfig, get_peft_model
 
 from iopo.config import EvaluationConfig
 from iopo.constraints import from_dict
@@ -25,6 +26,7 @@ from iopo.evaluation.config import (
     ModelSection,
 )
 from iopo.files import read_records, write_records
+from iopo.model import lora
 from iopo.model.demo_model import fetch_demo_model
 from iopo.model.generate import Generation
 from iopo.model.load import byte_tokenizer, load_causal_lm, load_tokenizer
@@ -139,6 +141,29 @@ def test_following_is_judged_after_thinking(model, monkeypatch, tmp_path, caplog
     assert [row["raw"] for row in rows] == [*said[:2], None, None]
     assert scores["degeneration"]["empty"] == 0.25
     assert scores["notes"] == ["thinking removed from 2 answers, 1 unclosed, which are empty"]
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_an_adapter_is_scored_as_it_computes_in_training(model, tmp_path, head):
+    """Merged into bf16 weights, small updates would be rounded away."""
+    folder, ids = tmp_path / "adapter", torch.arange(40).view(2, 20) * 7 % 256
+    trained = load_causal_lm(model, torch.bfloat16, "sdpa").eval()
+    names = ["q_proj", "down_proj"] + ["lm_head"] * head
+    wrapped = get_peft_model(trained, LoraConfig(r=4, lora_alpha=8, target_modules=names))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=1e-4)
+    wrapped.save_pretrained(folder, save_embedding_layers=False)
+    read = load_causal_lm(model, torch.bfloat16, "sdpa").eval()
+    lora.load_adapter(read, folder)
+    loaded = heldout.load_for_scoring(model, str(folder), "cpu", torch.bfloat16).causal_lm
+    loaded.set_attn_implementation("sdpa")
+    adapters = lora.adapters(loaded)
+    assert adapters and adapters.keys() == lora.adapters(read).keys() - {"lm_head"}
+    with torch.inference_mode():
+        hidden, expected = (m.get_decoder()(ids).last_hidden_state for m in (loaded, read))
+        assert torch.equal(hidden, expected)
+        torch.testing.assert_close(loaded(ids).logits, read(ids).logits, rtol=0.02, atol=2e-3)
 
 
 @pytest.mark.slow
