@@ -21,6 +21,7 @@ from iopo.evaluation.endpoint import EndpointError
 from iopo.evaluation.run import evaluate, names
 from iopo.model.host_memory import tune_malloc
 from iopo.progress import show_messages
+from iopo.redact import redact
 
 ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
 KEYS = entry.keys(EvaluateConfig)
@@ -41,10 +42,10 @@ def main(composed: DictConfig) -> None:
         tune_malloc()
         evaluate(config)
     except ValueError as error:
-        print(f"refused: {error}", file=sys.stderr, flush=True)
+        print(f"refused: {redact(str(error))}", file=sys.stderr, flush=True)
         sys.exit(REFUSED)
     except EndpointError as error:
-        print(f"stopped: {error}", file=sys.stderr, flush=True)
+        print(f"stopped: {redact(str(error))}", file=sys.stderr, flush=True)
         sys.exit(FAILED)
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on", file=sys.stderr, flush=True)

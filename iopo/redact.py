@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from typing import Any
 
 # Whole words between underscores: HF_TOKEN and WANDB_API_KEY, but not TOKENIZERS_PARALLELISM.
 _SECRET_NAME = re.compile(
@@ -26,6 +27,8 @@ _ASSIGNMENT = re.compile(
     re.I | re.X,
 )
 
+_REDACTED = re.compile(r"<redacted(:\w+)?>")
+
 
 def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
     """`text` without secrets: each one replaced by `<redacted>`, or `<redacted:NAME>`.
@@ -43,3 +46,23 @@ def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
     text = _BEARER.sub(r"\1<redacted>", text)
     text = _URL_PASSWORD.sub(r"\1<redacted>@", text)
     return _ASSIGNMENT.sub(r"\1<redacted>", text)
+
+
+def redact_values(value: Any, environ: Mapping[str, str] = os.environ) -> Any:
+    """A copy of JSON values (dicts, lists, texts) with `redact` done on every text in them.
+
+    What stands under a secret's name goes whole. `redact` on their JSON would miss what JSON
+    escapes, and could leave what is no JSON. Keys, numbers and what else holds no text stay.
+    """
+    if isinstance(value, str):
+        return redact(value, environ)
+    if isinstance(value, list | tuple):
+        return [redact_values(item, environ) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    found = {name: redact_values(item, environ) for name, item in value.items()}
+    for name, item in found.items():
+        named = _ASSIGNMENT.search(f"{name}=x") and item not in (None, "")
+        if named and not _REDACTED.fullmatch(str(item)):
+            found[name] = "<redacted>"
+    return found

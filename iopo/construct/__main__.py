@@ -16,6 +16,7 @@ from iopo.construct.relabel import RelabelRecipe, relabel_file
 from iopo.construct.trace.config import TraceRecipe
 from iopo.construct.verified import VerifiedRecipe, build_verified
 from iopo.progress import show_messages
+from iopo.redact import redact
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 SCHEMAS: dict[str, Any] = {
@@ -58,7 +59,7 @@ def main(cfg: DictConfig) -> None:
     try:
         make(cfg)
     except (ValueError, OmegaConfBaseException, RuntimeError, OSError) as error:
-        sys.exit(f"construct: {error}")
+        sys.exit(f"construct: {redact(str(error))}")
 
 
 if __name__ == "__main__":

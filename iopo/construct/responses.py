@@ -10,7 +10,7 @@ from typing import Any
 from iopo.evaluation.config import EndpointSection, ModelSection
 from iopo.evaluation.endpoint import Endpoint, Request, run_together
 from iopo.evaluation.responses import load_chat, load_model
-from iopo.files import Journal, read_records
+from iopo.files import HALF_PAIR, Journal, read_records
 from iopo.progress import progress
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,8 @@ def endpoint_sampler(
                     endpoint.model, messages, temperature, max_tokens, seed + n, section.extra
                 )
                 reply = await endpoint.ask(asked)
-                found[n] = (reply.text.strip(), reply.finish_reason)
+                text = HALF_PAIR.sub("\ufffd", reply.text)  # else rows of it would have no hash
+                found[n] = (text.strip(), reply.finish_reason)
 
             try:
                 await run_together([ask(n, prompt) for n, prompt in enumerate(prompts)])

@@ -12,11 +12,14 @@ import random
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from iopo.evaluation.config import EndpointSection
 from iopo.files import HALF_PAIR, Journal, sha256_text, weights_hash
+from iopo.redact import redact, redact_values
 
 if TYPE_CHECKING:
     import openai
@@ -63,9 +66,9 @@ class Request:
         return {k: v for k, v in wanted.items() if k not in self.extra}
 
     def content(self) -> dict[str, Any]:
-        """What the reply depends on, as JSON."""
+        """What the reply depends on, as JSON; without secrets, for it is stored."""
         content = {k: v for k, v in asdict(self).items() if k not in ("response_format", "pin")}
-        return content | {"pinned": self.pinned}
+        return content | {"extra": redact_values(self.extra), "pinned": self.pinned}
 
     @property
     def key(self) -> str:
@@ -133,13 +136,20 @@ class Endpoint:
         self.structured_refused = False
         self.pins_refused = False
         self._cache = cache
+        key, password = os.environ.get(section.api_key_env), urlsplit(section.base_url).password
+        # What the server is sent it may send back: secret here, whatever its name is elsewhere.
+        sent = section.extra | {"API_KEY": key, "PASSWORD": password}
+        secrets = {name: value for name, value in sent.items() if isinstance(value, str)}
+        # for messages, before they are cut: half of a secret would not be known for one
+        self._redact = partial(redact, environ={**os.environ, **secrets})
+        self._url = self._redact(section.base_url)
         import openai  # on first use: it costs half a second
 
         # Local servers want no key, but the client library insists on some text. Its own retries
         # know no budget, no pause for all requests, and no replies that are no chat completion.
         self._client = openai.AsyncOpenAI(
             base_url=section.base_url,
-            api_key=os.environ.get(section.api_key_env) or "none",
+            api_key=key or "none",
             max_retries=0,
             timeout=section.timeout_s,
         )
@@ -166,7 +176,7 @@ class Endpoint:
             raw = await client.models.with_raw_response.list()
             rows = {row["id"]: row for row in json.loads(raw.text)["data"]}
         except openai.APIConnectionError as error:
-            url, why = self.section.base_url, error.__cause__ or error
+            url, why = self._url, self._redact(str(error.__cause__ or error))
             raise EndpointError(f"{url}: connection failed: {why}; is the server up?") from error
         except openai.APIStatusError as error:
             if error.status_code == 401:
@@ -214,7 +224,7 @@ class Endpoint:
             except _Transient as error:
                 last = error
                 if self.usage.replies == 0 and attempt >= 2 and error.hopeless:
-                    raise EndpointError(f"{self.section.base_url}: {error}") from error
+                    raise EndpointError(f"{self._url}: {error}") from error
                 if attempt < self.section.max_retries:
                     self.usage.retries += 1
                     await self._back_off(attempt, error)
@@ -229,8 +239,7 @@ class Endpoint:
         if self._failed_in_a_row < GIVE_UP_AFTER:
             return RequestFailed(message)
         return EndpointError(
-            f"{self.section.base_url}: {GIVE_UP_AFTER} requests in a row failed, the last with: "
-            f"{message}"
+            f"{self._url}: {GIVE_UP_AFTER} requests in a row failed, the last with: {message}"
         )
 
     async def _wait_for_slot(self) -> None:
@@ -295,9 +304,10 @@ class Endpoint:
             cause = error.__cause__ or error
             refused = type(cause).__name__ == "ConnectError"
             hint = "; is the server up?" if refused else ""
-            raise _Transient(f"connection failed: {cause}{hint}", hopeless=refused) from error
+            text = f"connection failed: {self._redact(str(cause))}{hint}"
+            raise _Transient(text, hopeless=refused) from error
         latency_s, at = time.monotonic() - start, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        said = _completion(raw.text)
+        said = self._completion(raw.text)
         reply = Reply(request.key, *said, round(latency_s, 3), at, pinned=request.pin)
         self.usage.replies += 1
         self.usage.prompt_tokens += reply.prompt_tokens
@@ -307,7 +317,7 @@ class Endpoint:
     async def _refused(self, request: Request, error: "openai.APIStatusError") -> Reply:
         """A status above 399: try again later, or differently, or stop."""
         status = error.status_code
-        said = error.response.text
+        said = self._redact(error.response.text)
         if status in (408, 409, 429) or status >= 500:
             raise _Transient(f"HTTP {status}: {said[:300]}", retry_after_s=_retry_after(error))
         # The one of the two that the server's message names is left out, from now on.
@@ -330,9 +340,30 @@ class Endpoint:
         hint = {
             401: f"put a valid key into the environment variable {self.section.api_key_env}",
             403: f"the key in {self.section.api_key_env} may not use this",
-            404: f"check base_url ({self.section.base_url}) and model ({model})",
+            404: f"check base_url ({self._url}) and model ({model})",
         }[error.status_code]
-        return EndpointError(f"HTTP {error.status_code}: {error.response.text[:300]}; {hint}")
+        said = self._redact(error.response.text)
+        return EndpointError(f"HTTP {error.status_code}: {said[:300]}; {hint}")
+
+    def _completion(self, body: str) -> tuple[str, str, int, int]:
+        """(text, finish reason, prompt tokens, completion tokens) of a chat completion's body."""
+        try:
+            row = json.loads(body)
+            choice = row["choices"][0]
+            content = choice["message"].get("content")
+            if not isinstance(content, str | None):
+                raise TypeError(f"content is {type(content).__name__}")
+            usage = row.get("usage") or {}
+            prompt, completion = (
+                int(usage.get(f"{name}_tokens") or 0) for name in ("prompt", "completion")
+            )
+            return content or "", str(choice.get("finish_reason") or ""), prompt, completion
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise _Transient(
+                f"not a chat completion ({type(error).__name__}: {error}); does the server speak "
+                f"OpenAI's schema? It sent: {self._redact(body)[:200]!r}",
+                hopeless=True,
+            ) from error
 
 
 class _Transient(Exception):
@@ -342,27 +373,6 @@ class _Transient(Exception):
         super().__init__(text)
         self.retry_after_s = retry_after_s
         self.hopeless = hopeless  # where no request has ever succeeded
-
-
-def _completion(body: str) -> tuple[str, str, int, int]:
-    """(text, finish reason, prompt tokens, completion tokens) of a chat completion's body."""
-    try:
-        row = json.loads(body)
-        choice = row["choices"][0]
-        content = choice["message"].get("content")
-        if not isinstance(content, str | None):
-            raise TypeError(f"content is {type(content).__name__}")
-        usage = row.get("usage") or {}
-        prompt, completion = (
-            int(usage.get(f"{name}_tokens") or 0) for name in ("prompt", "completion")
-        )
-        return content or "", str(choice.get("finish_reason") or ""), prompt, completion
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise _Transient(
-            f"not a chat completion ({type(error).__name__}: {error}); does the server speak "
-            f"OpenAI's schema? It sent: {body[:200]!r}",
-            hopeless=True,
-        ) from error
 
 
 def _retry_after(error: "openai.APIStatusError") -> float | None:

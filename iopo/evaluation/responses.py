@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from iopo.constraints.text import after_thinking, thinking_note
+from iopo.constraints.text import THINK_END, THINK_START, after_thinking, thinking_note
 from iopo.evaluation.config import EvaluateConfig, GenerateSection, ModelSection
 from iopo.evaluation.endpoint import (
     PINNED,
@@ -24,6 +24,7 @@ from iopo.evaluation.endpoint import (
 from iopo.evaluation.items import Item, whole
 from iopo.files import Journal, iter_records, read_records, sha256_text, shortened, write_text
 from iopo.progress import progress
+from iopo.redact import redact_values
 
 NAMED = 5  # ids shown in a message; the rest are counted
 
@@ -35,6 +36,7 @@ class Responses:
     """Answers by item id, and what is odd about them. An item without an answer is not in it."""
 
     text: dict[str, str] = field(default_factory=dict)  # as it came
+    complete: dict[str, str] = field(init=False)  # with the <think> that the prompt ended with
     said: dict[str, str] = field(init=False)  # what is scored: the text after thinking
     missing: list[str] = field(default_factory=list)  # scored as not following anything
     unknown: list[str] = field(default_factory=list)  # ids in the file that the data lacks
@@ -44,7 +46,13 @@ class Responses:
     unpinned: list[str] = field(default_factory=list)  # the server's own sampling defaults decided
 
     def __post_init__(self) -> None:
-        self.said = {name: after_thinking(text) for name, text in self.text.items()}
+        # Where a template opens the thinking, an answer holds its end alone, or none if cut off.
+        ended = [text for name, text in self.text.items() if name not in self.cut]
+        opened = sum(THINK_END in t and THINK_START not in t.partition(THINK_END)[0] for t in ended)
+        unclosed = [name for name in self.cut if THINK_END not in self.text[name]]
+        unclosed = unclosed if 0 < len(ended) <= 2 * opened else []
+        self.complete = self.text | {name: THINK_START + self.text[name] for name in unclosed}
+        self.said = {name: after_thinking(text) for name, text in self.complete.items()}
 
     def counts(self) -> dict[str, int]:
         return {
@@ -79,7 +87,7 @@ class Responses:
             f"the server does not take {', '.join(PINNED)}: its own defaults decided "
             f"{len(self.unpinned)} answers": self.unpinned,
         }
-        thinking = thinking_note(self.text.values())
+        thinking = thinking_note(self.complete.values())
         return [*filter(None, [thinking]), *(note for note, found in notes.items() if found)]
 
 
@@ -226,22 +234,21 @@ def manifest(config: EvaluateConfig, data: str, chat: Any) -> dict[str, Any]:
 
 
 def check_manifest(path: Path, wanted: dict[str, Any]) -> None:
-    """Write the manifest, or raise ValueError where a different one is there.
+    """Write the manifest, without secrets, or raise ValueError where a different one is there.
 
     What is served is not compared where no answer is pending: no server was asked.
     """
-    text = json.dumps(wanted, indent=1, sort_keys=True, ensure_ascii=False)
+    wanted = redact_values(wanted)
     if not path.exists():
-        write_text(path, text)
+        write_text(path, json.dumps(wanted, indent=1, sort_keys=True, ensure_ascii=False))
         return
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = redact_values(json.loads(path.read_text(encoding="utf-8")))
     wanted = {"served": found.get("served")} | wanted
     keys = sorted(key for key in {**found, **wanted} if found.get(key) != wanted.get(key))
     if keys:
         shown = "; ".join(f"{k}: there {found.get(k)!r}, now {wanted.get(k)!r}" for k in keys)
         raise ValueError(
-            f"{path.parent}: made with other settings ({shown}); choose another folder, or remove "
-            "that one"
+            f"{path.parent}: made with other settings ({shown}); choose another folder or remove it"
         )
 
 

@@ -24,6 +24,7 @@ from iopo.evaluation.config import BenchmarkSection, EvaluateConfig, JudgeSectio
 from iopo.evaluation.items import Benchmark, Item, Verdict, locate
 from iopo.evaluation.judge import judge_items, plan, require_judge
 from iopo.files import sha256_rows, write_records, write_text
+from iopo.redact import redact_values
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "notes": notes,
         "judge": judged,
         "data": {"path": str(path), "sha256": data, "known": known_file},
-        "config": asdict(config),
+        "config": redact_values(asdict(config)),
         "versions": {"iopo": iopo.__version__, "python_openai": _openai()},
         "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

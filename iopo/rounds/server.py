@@ -18,6 +18,7 @@ from typing import Any
 
 from iopo.files import write_text
 from iopo.progress import progress
+from iopo.redact import redact
 
 STOP_S = 20.0  # from SIGTERM to SIGKILL
 LAST_LINES = 15  # of the server's log, in messages
@@ -43,7 +44,7 @@ def serving(command: str, model: str, folder: Path, timeout_s: float) -> Iterato
     port = _free_port()
     words = [word.format(model=model, port=port) for word in shlex.split(command)]
     output = folder / "server.log"
-    log.info("starting %s", shlex.join(words))
+    log.info("starting %s", redact(shlex.join(words)))
     try:
         with output.open("wb") as file:
             process = subprocess.Popen(

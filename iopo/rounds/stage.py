@@ -17,6 +17,7 @@ from iopo.evaluation.config import EndpointSection
 from iopo.evaluation.endpoint import EndpointError, RequestFailed
 from iopo.files import read_records, write_records, write_text
 from iopo.progress import show_messages
+from iopo.redact import redact
 from iopo.rounds.config import Round, round_folder
 from iopo.rounds.prompts import (
     jobs_of,
@@ -106,7 +107,7 @@ def main(arguments: list[str]) -> int:
     try:
         {"sample": sample, "rows": rows}[name](Round.read(Path(folder)))
     except (ValueError, OSError, EndpointError, RequestFailed, ServerFailed) as error:
-        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        print(f"{name}: {redact(str(error))}", file=sys.stderr, flush=True)
         return 1
     return 0
 

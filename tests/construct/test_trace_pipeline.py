@@ -151,6 +151,23 @@ def test_what_a_small_model_says_is_dropped_with_reasons(tmp_path):
     assert counts["cells"] == {"in": 0, "out": 0, "dropped": {}}
 
 
+@pytest.mark.parametrize("always", [False, True])
+def test_half_of_a_surrogate_pair_is_asked_for_again(tmp_path, always):
+    """It is not valid text, and a quad of it has no id."""
+
+    def script(body, before):
+        good = helpers_trace.honest(body, before)
+        said = good.text.startswith("A long note")
+        return Answer(good.text + " \ud83d") if said and (always or not body["seed"]) else good
+
+    with StubServer(script) as server:
+        counts = run(recipe(tmp_path, server.base_url, 20))
+    dropped = lines(tmp_path / "out" / "respond2.dropped.jsonl")
+    halves = [row for row in dropped if "'response' holds half of a surrogate" in row["detail"]]
+    assert bool(halves) == always and (counts["cells"]["out"] > 0) != always
+    assert counts["respond2"]["dropped"].get("unreadable reply", 0) == len(halves)
+
+
 def test_a_dead_server_stops_the_run_and_keeps_the_replies(tmp_path):
     def dying(body, before):
         prompt = body["messages"][0]["content"]
@@ -256,6 +273,8 @@ def test_prompts_fill_and_hold_no_stray_blank(language):
     ("text", "error", "message"),
     [
         ("no json", Unreadable, "no JSON object"),
+        ('{"description": "d", "constraints": ["a"], "input": "\\ud83d"}', Unreadable, "put.*half"),
+        ('{"description": "d", "constraints": ["\\ud83d"]}', Unreadable, "surrogate pair"),
         ('{"reject": "vague"}', Rejected, "vague"),
         ('{"description": "", "constraints": ["a"]}', Unreadable, "description"),
         ('{"description": "d", "constraints": []}', Rejected, "no constraints"),

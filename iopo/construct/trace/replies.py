@@ -5,6 +5,7 @@ from typing import Any
 
 from iopo.construct.trace.taxonomy import MOST_CONSTRAINTS, Dimension, named
 from iopo.evaluation.judge.parse import Unreadable, json_objects
+from iopo.files import HALF_PAIR
 
 NOTHING = "NULL"  # stands for a missing input or for no constraints, as in the paper
 MAX_CHARS = 100_000  # of a reply, counted from its end
@@ -47,7 +48,8 @@ def fields(text: str, dimensions: tuple[Dimension, ...]) -> dict[str, Any]:
     given = row.get("input")
     if given is not None and not isinstance(given, str):
         raise Unreadable(f"'input' is {type(given).__name__}; expected text or null")
-    text_in = None if given is None or given.strip() in ("", NOTHING) else given.strip()
+    empty = given is None or given.strip() in ("", NOTHING)
+    text_in = None if empty else filled(given, "input")
     found = constraints(row.get("constraints"), dimensions)
     for text in (*(constraint["text"] for constraint in found), text_in):
         if text is not None and _plain(text) in _plain(description):
@@ -80,9 +82,12 @@ def constraints(value: object, dimensions: tuple[Dimension, ...]) -> list[dict[s
 
 
 def filled(value: object, name: str = "response") -> str:
-    """The text without blanks around it. Raises Unreadable where there is none."""
+    """The text without blanks around it. Raises Unreadable where there is none, or half of a
+    surrogate pair in it: training refuses rows of such a text, and they have no hash."""
     if not isinstance(value, str) or not value.strip():
         raise Unreadable(f"{name!r} holds no text")
+    if HALF_PAIR.search(value):
+        raise Unreadable(f"{name!r} holds half of a surrogate pair, which is not valid Unicode")
     return value.strip()
 
 

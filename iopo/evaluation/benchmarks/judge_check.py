@@ -24,6 +24,7 @@ from iopo.evaluation.config import EvaluateConfig
 from iopo.evaluation.items import Item, Measures, Question, add, locate
 from iopo.evaluation.judge import judge_items, plan, require_judge
 from iopo.files import sha256_rows, write_records, write_text
+from iopo.redact import redact_values
 
 REPEATS = 2  # times that each answer is judged, to see whether the judge agrees with itself
 PLANT = (
@@ -75,7 +76,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         | scoring.summarise(table, resamples=config.bootstrap, seed=config.seed),
         "judge": infos,
         "data": {"path": str(path), "sha256": sha256_rows(path)},
-        "config": asdict(config),
+        "config": redact_values(asdict(config)),
     }
     write_text(out / "scores.json", json.dumps(scores, ensure_ascii=False, indent=1))
     rows = [

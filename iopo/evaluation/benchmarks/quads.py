@@ -22,6 +22,7 @@ from iopo.files import given_records, write_records, write_text
 from iopo.logprobs import LogProbs
 from iopo.model.attention import SHARED
 from iopo.model.load import resolve_model
+from iopo.redact import redact_values
 from iopo.training.metrics import preferences
 
 Rows = Sequence[tuple[Quad, str]]  # a quad and what it is held out for ("heldout" if it says not)
@@ -53,10 +54,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise ValueError("quads needs the weights: set model.path (an endpoint gives no log-probs)")
     rows = read(config.data.path or DEFAULT, config.limit)
     out = Path(config.out or default_out(config))
-    settings = asdict(config) | {"out": None}
+    settings = redact_values(asdict(config) | {"out": None})
     path = out / "scores.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if found.get("config", settings) != settings:
+    if redact_values(found.get("config", settings)) != settings:  # an earlier version's are not
         raise ValueError(f"{out}: holds scores made with other settings; choose another out=")
     require_model(config.model)
     scores, answers = score_model(config, rows, details=out)
