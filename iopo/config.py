@@ -135,6 +135,10 @@ class OptimConfig:
         _require(self.lr > 0, "optim.lr", self.lr, "more than 0")
         _require(0 <= self.warmup_ratio < 1, "optim.warmup_ratio", self.warmup_ratio, "0 <= r < 1")
         _require(self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "more than 0 (inf: off)")
+        for key in ("adam_beta1", "adam_beta2"):
+            beta = getattr(self, key)
+            _require(0 <= beta < 1, f"optim.{key}", beta, "0 <= beta < 1")
+        _at_least(self, "optim", 0, "weight_decay", "adam_eps")
         _at_least(self, "optim", 1, "epochs", "max_steps", "global_batch_quads")
         _at_least(self, "optim", 1, "micro_batch_quads", "tokens_per_microbatch")
         _refuse(
@@ -275,6 +279,7 @@ class TrainConfig:
     plan_for: PlanConfig = field(default_factory=PlanConfig)
 
     def __post_init__(self):
+        _require(self.seed >= 0, "seed", self.seed, "0 or more")
         adapted, source = self.model.lora.rank > 0, self.reference.source
         name, objective = self.objective.name, OBJECTIVES[self.objective.name]
         on_quads = objective.rows.kind == "quad"

@@ -36,7 +36,7 @@ from iopo.redact import redact
 from iopo.training.checkpoint.folders import complete_folders, latest, step_of
 from iopo.training.checkpoint.resume import load_checkpoint
 from iopo.training.launch.placement import RankInfo
-from iopo.training.launch.signals import Control, heartbeat
+from iopo.training.launch.signals import Control, heartbeat, stop_clock
 from iopo.training.logger import set_up_logging
 from iopo.training.model_card import ADAPTER, BASE, FULL, MERGED, Facts, card, hub_id
 from iopo.training.setup import Run, build_run
@@ -185,10 +185,15 @@ def write_exports(
     expected = _score(train_model.model, probe)
     dtype, base = origin.dtype or train_model.dtype, origin.base
     layers = lora.adapters(language_model(train_model.model))
+    of_base = expected
+    if layers and base is None and cfg.model:
+        with lora.adapter_off(train_model.model):
+            of_base = _score(train_model.model, probe)
     only = ".lora_" if layers and base is not None and not cfg.merged else ""
     tensors = gather(train_model, dtype, keep=ranks.is_main, only=only)
     if not ranks.is_main:
         return
+    stop_clock()  # a large model or a slow disk or hub takes what it takes; nobody waits for it
 
     def finish(new: Path, kind: str) -> None:
         _save_chat(train_model, new, chat)
@@ -197,19 +202,18 @@ def write_exports(
 
     def write(folder: Path, weights: dict[str, Tensor], kind: str) -> None:
         with replacing(folder) as new:
-            reloaded = _save(train_model, new, weights)
+            reloaded = _save(train_model, new, weights, dtype)
             finish(new, kind)
-            if kind == BASE:
-                return
+            wanted = of_base if kind == BASE else expected
             # in the dtype of training, whose rounding grows with the logits; buffers stay as read
             for parameter in reloaded.parameters():
                 parameter.data = parameter.data.to(train_model.dtype)
             found = _score(LogProbs(reloaded), probe.to("cpu"))
             tolerance = max(TOLERANCE.get(each, 0.1) for each in (dtype, train_model.dtype))
-            if not abs(found - expected) <= tolerance:
+            if not abs(found - wanted) <= tolerance:
                 raise ExportError(
                     f"{folder}: read back, a token of the probe has a log-probability of "
-                    f"{found:.6f} on average, and {expected:.6f} in training; expected within "
+                    f"{found:.6f} on average, and {wanted:.6f} in training; expected within "
                     f"{tolerance:g} nats"
                 )
 
@@ -240,24 +244,34 @@ def gather(
     """Whole tensors on the CPU by the language model's names; {} where not `keep`. Collective.
 
     only: a part of the names of those that are wanted. Weights are rounded to `dtype`; adapters
-    stay fp32. Tied weights come once.
+    stay fp32, and so do those that the model's class keeps in it. Tied weights come once. Buffers
+    that belong to the weights (a router's biases) come as they are.
     """
     model = language_model(train_model.model)
     root = next(name for name, module in train_model.model.named_modules() if module is model)
-    tensors = {}
+    kept = {".lora_", *(model._keep_in_fp32_modules_strict or ())}
+    tensors = {} if only or not keep else {n: b.cpu().clone() for n, b in _buffers(model).items()}
     for name, parameter in train_model.model.named_parameters():
         if only not in name:
             continue
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         if keep:
-            saved = whole.dtype if ".lora_" in name else dtype
+            saved = torch.float32 if any(part in name for part in kept) else dtype
             short = name.removeprefix(root + ".") if root else name
             tensors[short] = whole.detach().to("cpu", saved, copy=True)
     return tensors
 
 
-def _save(train_model: TrainModel, folder: Path, tensors: dict[str, Tensor]) -> PreTrainedModel:
-    """Write a model folder; returns it as stock transformers reads it.
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Those that are part of a model's weights, by name."""
+    persistent = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+
+
+def _save(
+    train_model: TrainModel, folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype
+) -> PreTrainedModel:
+    """Write a model folder; returns it as stock transformers reads it. dtype: of most tensors.
 
     Raises ExportError unless that holds `tensors`.
     """
@@ -265,12 +279,12 @@ def _save(train_model: TrainModel, folder: Path, tensors: dict[str, Tensor]) -> 
     # a copy of the dict: save_pretrained empties it as it goes
     language_model(train_model.model).save_pretrained(folder, state_dict=dict(tensors))
     # transformers notes the live model's settings; a user wants those of the saved one
-    (dtype,) = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
-    write_older_keys(folder / "config.json", dtype=dtype, use_cache=True)
+    name = str(dtype).removeprefix("torch.")
+    write_older_keys(folder / "config.json", dtype=name, use_cache=True)
     model = AutoModelForCausalLM.from_pretrained(
         str(folder), dtype="auto", use_safetensors=True, attn_implementation="sdpa"
     )
-    found = dict(model.named_parameters())
+    found = {**dict(model.named_parameters()), **_buffers(model)}
     wrong = [n for n, t in tensors.items() if n not in found or not torch.equal(found[n], t)]
     wrong += [n for n in found if n not in tensors]
     saved, live = model.config, language_model(train_model.model).config

@@ -80,6 +80,7 @@ def load_inputs(cfg: TrainConfig) -> Inputs:
         with progress(None, f"reading {data.heldout}"):
             rows = read_rows(data.heldout, kind="quad")
         heldout_quads = spread([r for r in rows if isinstance(r, Quad)], cfg.evaluation.quads)
+        _check_counted(heldout_quads, data.heldout, cfg.objective.margin_per_constraint)
 
     model_path = None if cfg.model.tiny is not None else resolve_model(str(cfg.model.path))
     check_precision(cfg.model.dtype, data.layout, cfg.parallel.device)
@@ -128,9 +129,15 @@ def _hash(source: str) -> str:
 def _train_rows(cfg: TrainConfig) -> list[Row]:
     """The rows that the objective trains on; raises ValueError as load_inputs does."""
     kind = objectives.OBJECTIVES[cfg.objective.name].rows.kind
-    file, margin = str(cfg.data.train), cfg.objective.margin_per_constraint
+    file = str(cfg.data.train)
     with progress(None, f"reading {file}"):
         rows = rows_for(kind, read_rows(file)[: cfg.data.limit_rows], cfg.data.quad_rows)
+    _check_counted(rows, file, cfg.objective.margin_per_constraint)
+    return rows
+
+
+def _check_counted(rows: Sequence[Row], file: str, margin: float) -> None:
+    """Raises ValueError if the margin counts constraints that rows do not name."""
     bare = [row.id for row in rows if not (isinstance(row, Quad) and row.c1 and row.c2)]
     if margin > 0 and bare:
         raise ValueError(
@@ -138,7 +145,6 @@ def _train_rows(cfg: TrainConfig) -> list[Row]:
             f"{len(bare)} rows of {file} have no c1 and c2 (first: {bare[:5]}); add them, or "
             "remove the option"
         )
-    return rows
 
 
 def attention_of(layout: Layout) -> str:

@@ -42,7 +42,8 @@ def make_policy(
         dtype=dtype,
         mesh=make_mesh(ranks.device.type, p.shard_processes) if sharded else None,
         offload=p.offload,
-        block_options=BlockOptions() if frozen else block_options(p),
+        # a frozen copy computes bit by bit as the policy does, and has no backward to recompute for
+        block_options=BlockOptions(compile=p.compile) if frozen else block_options(p),
     )
 
 

@@ -4,12 +4,14 @@ weight files and the tokenised rows. Nothing is written, and no weight of a mode
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from iopo import constraints
 from iopo.config import Device, Dtype, Layout, ModelConfig
 from iopo.data.batching import member_counts, member_tokens
 from iopo.data.chat import Chat
@@ -86,12 +88,27 @@ def check_rows(policy: LogProbs, chat: Chat, rows: Rows, *, shared: bool) -> lis
 
 
 def check_samples(policy: LogProbs, chat: Chat, quads: Sequence[Quad], max_new_tokens: int) -> None:
-    """Raises ValueError if a prompt that training will answer leaves no room for the answer."""
+    """Raises ValueError if a prompt that training will answer leaves no room for the answer, or if
+    its answer cannot be checked: a constraint of one of our kinds has other parameters."""
+    for quad in quads:
+        try:
+            for row in checkable(quad):
+                constraints.from_dict(row)
+        except ValueError as error:
+            raise ValueError(
+                f"data.heldout: row {quad.id}, c1: {error}; correct it, or give a kind of your own "
+                "another name"
+            ) from error
     prompts = [chat.prompt_ids(chat.messages(quad.x1, quad.system)) for quad in quads]
     try:
         check_room(policy.causal_lm, prompts, max_new_tokens)
     except ValueError as error:
         raise ValueError(f"evaluation.samples of data.heldout: {error}") from error
+
+
+def checkable(quad: Quad) -> list[dict[str, Any]]:
+    """The constraints of x1 that code can check; those of other kinds need a judge."""
+    return [row for row in quad.c1 or [] if row.get("kind") in constraints.KINDS]
 
 
 def check_precision(dtype: Dtype, layout: Layout, device: Device) -> None:

@@ -18,6 +18,7 @@ from iopo.training.checkpoint.resume import load_checkpoint
 from iopo.training.launch.placement import RankInfo
 from iopo.training.launch.signals import Control, heartbeat
 from iopo.training.logger import set_up_logging
+from iopo.training.seeds import seed_process
 from iopo.training.setup import build_run
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ def replay(cfg: TrainConfig, scratch: Path, ranks: RankInfo, control: Control) -
     folders = [f for f in complete_folders(Path(cfg.run))[0] if step_of(f) < step]
     if folders:
         done = load_checkpoint(folders[-1], model, run.optimizer)
+    else:
+        seed_process(cfg.seed, "training", ranks.rank)  # as train.py does before step 1
     log.info(f"weights: {folders[-1] if folders else 'the start'}, then {step - 1 - done} steps")
     steps = loop.train_steps(job, model, run.optimizer, run.reference, first_step=done + 1)
     for _ in tracked(range(done + 1, step), "steps"):

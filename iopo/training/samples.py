@@ -16,6 +16,7 @@ from iopo.model.generate import Decoding, generate
 from iopo.model.parallel import TrainModel, language_model
 from iopo.progress import progress
 from iopo.training.inputs import Inputs
+from iopo.training.prechecks import checkable
 
 FILE = "samples.jsonl"
 
@@ -65,8 +66,7 @@ def answer(
         model.set_attn_implementation(attention)
     answers = []
     for quad, generation in zip(quads, generations, strict=True):
-        # constraints of other kinds need a judge
-        rows = [row for row in quad.c1 or [] if row.get("kind") in constraints.KINDS]
+        rows = checkable(quad)
         rules, text = [constraints.from_dict(row) for row in rows], generation.text.strip()
         prompt = text_of(quad.x1)
         verdicts = zip(rows, constraints.follows(rules, after_thinking(text)), strict=True)

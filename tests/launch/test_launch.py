@@ -15,6 +15,7 @@ import torch.distributed as dist
 from iopo.training.launch import launcher
 from iopo.training.launch.launcher import launch
 from iopo.training.launch.placement import RankInfo, find_placement, first_host
+from iopo.training.launch.signals import stop_clock
 from iopo.training.seeds import seed_process, stream_seed
 
 # ---- workers: functions of this module, because spawned ranks import them by name -------------
@@ -50,6 +51,17 @@ def exiting_rank(cfg, run_dir, ranks, control):
 
 def aborts_at_exit(cfg, run_dir, ranks, control):
     atexit.register(os.abort)
+
+
+def export_on_rank_0(cfg, run_dir, ranks, control):
+    """Rank 1 ends, and its NCCL, for which a function stands here, waits for rank 0's."""
+    done = run_dir / "exported"
+    if ranks.rank == 0:
+        stop_clock()
+        time.sleep(5)
+        done.write_text("yes")
+    else:
+        dist.destroy_process_group = lambda: wait_for(done)
 
 
 def hanging_rank(cfg, run_dir, ranks, control):
@@ -166,6 +178,10 @@ def test_an_exiting_rank_ends_a_rank_that_does_not_notice_and_shows_its_stack(tm
 def test_a_rank_whose_work_is_done_does_not_fail_in_its_teardown(tmp_path):
     assert launch(aborts_at_exit, None, tmp_path, processes=2, backend="gloo", timeout_s=60) == 0
     assert not (tmp_path / "FAILED").exists()
+
+
+def test_a_rank_that_waits_for_the_export_of_rank_0_is_no_hang(tmp_path):
+    assert launch(export_on_rank_0, None, tmp_path, processes=2, backend="gloo", timeout_s=3) == 0
 
 
 def test_a_hang_ends_and_shows_the_stack_of_every_rank(tmp_path):

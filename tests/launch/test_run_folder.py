@@ -15,6 +15,7 @@ from iopo.training.launch.run_folder import (
     open_run,
     read_complete,
 )
+from iopo.training.report import sweep
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,6 +83,14 @@ def test_a_folder_of_other_things_is_refused_and_hydras_own_is_not(tmp_path):
     (tmp_path / "job" / ".hydra").mkdir(parents=True)
     (tmp_path / "job" / "train.log").touch()
     open_and_close(tmp_path / "job")
+
+
+def test_a_sweep_counts_runs_and_not_what_wandb_writes_into_them(tmp_path):
+    open_and_close(tmp_path / "a")
+    files = tmp_path / "a" / "wandb" / "offline-run-1" / "files"
+    files.mkdir(parents=True)
+    (files / "config.yaml").write_text("a: {value: 1}\n")
+    assert [row["run"] for row in sweep.collect(tmp_path)] == ["a"]
 
 
 def test_an_unwritable_place_leaves_nothing(tmp_path):

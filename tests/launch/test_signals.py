@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 from helpers_fork import finish, start_ranks
 
-from iopo.training.launch.signals import STOP_SIGNALS, Control, heartbeat
+from iopo.training.launch.signals import STOP_SIGNALS, Control, heartbeat, stop_clock
 
 
 @pytest.fixture
@@ -72,6 +72,13 @@ def show_life(control: Control) -> None:
     control.close()
 
 
+def stop_the_clock_then_hang(control: Control) -> None:
+    stop_clock()
+    time.sleep(1)
+    heartbeat()
+    hang(control)
+
+
 def interrupt_twice(control: Control) -> int:
     # raised in the main thread: a process-wide signal may land in a library's thread, and the
     # second of a kind is then merged into the first, which Python has not yet handled
@@ -98,6 +105,11 @@ def test_silence_beyond_the_limit_ends_the_process_with_stacks(tmp_path):
 def test_signs_of_life_keep_it_going_and_an_empty_stacks_file_goes(tmp_path):
     assert exit_code_of(show_life, tmp_path) == 0
     assert not (tmp_path / "stacks.txt").exists()
+
+
+def test_a_stopped_clock_waits_until_the_next_sign_of_life(tmp_path):
+    assert exit_code_of(stop_the_clock_then_hang, tmp_path) == 1
+    assert "in hang" in (tmp_path / "stacks.txt").read_text()
 
 
 def test_a_second_interrupt_ends_the_process_at_once(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from iopo.config import ExportConfig
 from iopo.data.chat import Chat
 from iopo.logprobs import LogProbs
 from iopo.model import lora
-from iopo.model.load import byte_tokenizer
+from iopo.model.load import byte_tokenizer, tiny_causal_lm
 from iopo.model.parallel import prepare
 from iopo.training import export
 from iopo.training.checkpoint.folders import latest
 from iopo.training.launch.placement import RankInfo
+from iopo.training.launch.signals import Control
 
 CPU = torch.device("cpu")
 IDS = torch.arange(40).view(2, 20) * 6 % 258
@@ -46,6 +48,26 @@ def trained(model, dtype=torch.float32):
 def write(train_model, run, *, base="org/base", merged=False):
     cfg, alone = ExportConfig(merged=merged), RankInfo(0, 1, 0, 1, CPU)
     export.write_exports(train_model, run, cfg, Chat(byte_tokenizer()), export.Origin(base), alone)
+
+
+def slow_export(folder: Path) -> None:
+    replacing = export.replacing
+
+    @contextmanager
+    def slow(target):
+        with replacing(target) as new:
+            time.sleep(4)
+            yield new
+
+    export.replacing, train_model = slow, trained(adapted(tiny_llama()))
+    control = Control(folder / "stacks.txt", timeout_s=3)
+    write(train_model, folder)
+    control.close()
+
+
+def test_an_export_that_takes_long_is_no_hang(tmp_path):
+    assert finish(start_ranks(1, slow_export, tmp_path)) == [0]
+    assert (tmp_path / "export" / "adapter_config.json").exists()
 
 
 def test_files_get_the_mode_of_the_umask_and_the_dtype_of_the_base(tmp_path):
@@ -84,6 +106,38 @@ def test_full_model_gives_the_same_logits(tmp_path, dtype, tied):
     torch.testing.assert_close(logits(stock), logits(train_model.model.causal_lm))
     assert AutoTokenizer.from_pretrained(tmp_path / "export").chat_template
     assert sorted(p.name for p in tmp_path.iterdir()) == ["export"]
+
+
+MOE = {
+    "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 300, "max_position_embeddings": 512,
+    "moe_intermediate_size": 16, "num_experts_per_tok": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "biases"),
+    [
+        ("glm4_moe", {"n_routed_experts": 4, "first_k_dense_replace": 1, "head_dim": 8},
+         "e_score_correction_bias"),
+        ("ernie4_5_moe", {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1,
+                          "moe_layer_start_index": 1}, "moe_statics"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("rank", [0, 4])
+def test_what_decides_on_experts_is_part_of_the_weights(tmp_path, family, keys, biases, rank):
+    """A buffer, and tensors that the class keeps in fp32 where the rest is bf16."""
+    config = {"model_type": family, **MOE, **keys}
+    model = tiny_causal_lm(config, seed=0, dtype=torch.bfloat16, attention="sdpa")
+    for name, tensor in model.state_dict().items():
+        if biases in name:
+            tensor.copy_(torch.linspace(-1, 1, tensor.numel()).view(tensor.shape))
+    train_model = trained(adapted(model) if rank else model, torch.bfloat16)
+    write(train_model, tmp_path, base=None, merged=rank > 0)
+    for folder in ("export-base", "export-merged") if rank else ("export",):
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype="auto")
+        held = [t for name, t in stock.state_dict().items() if biases in name]
+        assert held and all(float(t.float().abs().max()) > 0.5 for t in held)
 
 
 def test_adapter_and_merged_model_give_the_same_logits(tmp_path):

@@ -206,6 +206,28 @@ def test_adapters_are_replicated_and_send_little():
     assert reduce.bytes == 2 * 7 / 8 * 4 * sizes.trained
 
 
+@pytest.mark.parametrize("lora", [0, 8])
+def test_a_live_reference_is_divided_and_gathered_as_the_policy_is(lora):
+    shards = (f"model.lora.rank={lora}", "parallel.shard_processes=8")
+    run, sizes = seven_b(*shards)
+    live, _ = seven_b(*shards, "reference.source=live")
+    start = sizes.frozen if lora else sizes.total
+    assert states(live, sizes)["live reference"] == 2 * start / 8
+    # its root stays gathered: no backward comes
+    held = [gpu_memory(each, sizes, NOTHING, False)["gathered weights"] for each in (run, live)]
+    assert held[1] - held[0] == 2 * sizes.root
+    sent = [communication(each, sizes, 3)[0].bytes for each in (run, live)]
+    assert sent[1] - sent[0] == 3 * 7 / 8 * 2 * (start - sizes.root)
+
+
+def test_the_forward_with_adapters_off_gathers_too():
+    shards = ("parallel.shard_processes=8",)
+    run, sizes = seven_b(*shards)
+    off, _ = seven_b(*shards, "reference.source=adapter_off")
+    sent = [communication(each, sizes, 3)[0].bytes for each in (run, off)]
+    assert sent[1] - sent[0] == 3 * 7 / 8 * 2 * (sizes.total - sizes.root)
+
+
 def test_what_does_not_fit_gets_advice_that_does():
     plan = plan_report(small_config("plan_for.gpu_gb=0.67"))
     assert not plan.fits

@@ -9,7 +9,15 @@ from helpers_models import SMALL, tiny_llama
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from iopo.config import DataConfig, EvaluationConfig, Layout, LoraConfig, ModelConfig, TrainConfig
+from iopo.config import (
+    DataConfig,
+    EvaluationConfig,
+    Layout,
+    LoraConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    TrainConfig,
+)
 from iopo.evaluation import responses
 from iopo.evaluation.config import BenchmarkSection, EvaluateConfig, ModelSection
 from iopo.evaluation.run import evaluate
@@ -81,13 +89,14 @@ def config(tmp_path: Path, folder: Path, rows=ROWS, heldout=None, **sections) ->
         if of is not None:
             files[name] = str(tmp_path / f"{name}.jsonl")
             Path(files[name]).write_text("".join(json.dumps(row) + "\n" for row in of))
-    options = {"model": {}, "data": {}, "evaluation": {"samples": 0}} | sections
+    options = {"model": {}, "data": {}, "evaluation": {"samples": 0}, "objective": {}} | sections
     lora_cfg = LoraConfig(**options["model"].pop("lora", {}))
     return TrainConfig(
         run=str(tmp_path / "run"),
         model=ModelConfig(path=str(folder), lora=lora_cfg, **options["model"]),
         data=DataConfig(**files, cache_dir=str(tmp_path / "tokens"), **options["data"]),
         evaluation=EvaluationConfig(**options["evaluation"]),
+        objective=ObjectiveConfig(**options["objective"]),
     )
 
 
@@ -126,6 +135,7 @@ def test_a_model_folder_is_refused_from_its_config_and_headers(folder, tmp_path,
     assert not (tmp_path / "tokens").exists() and not (tmp_path / "run").exists()
 
 
+C1 = {"kind": "words", "params": {"max": 100}, "text": "At most 100 words."}
 LONG = [ROWS[0], ROWS[1] | {"id": "long", "y1": "rain " * 60}]
 # model type and keys of its config, options of the run, and the words
 ROWS_REFUSED = {
@@ -148,6 +158,17 @@ ROWS_REFUSED = {
     "samples": (("llama", {"max_position_embeddings": 256}),
                 {"heldout": ROWS, "evaluation": {"samples": 2, "max_new_tokens": 220}},
                 ["evaluation.samples", "220 new ones", "256 positions"]),
+    "a kind of ours with other parameters": (
+        ("llama", {}),
+        {"heldout": [row | {"c1": [C1]} for row in ROWS], "evaluation": {"samples": 2}},
+        ["data.heldout: row q1, c1", "'words'", "'max'", "another name"],
+    ),
+    "margin, held out": (
+        ("llama", {}),
+        {"rows": [row | {"c1": [C1], "c2": [C1]} for row in ROWS], "heldout": ROWS,
+         "objective": {"margin_per_constraint": 0.5}},
+        ["7 rows of", "heldout.jsonl", "c1 and c2"],
+    ),
     "adapters of no layer": (("gpt2", {}), {"model": {"lora": {"rank": 2}}}, ["'gpt2'", "Conv1D"]),
     "targets": (("llama", {}), {"model": {"lora": {"rank": 2, "targets": "c_attn"}}},
                 ["model.lora.targets: c_attn", "q_proj"]),

@@ -10,12 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+import train
 from iopo.config import TrainConfig
-from iopo.training import loop
+from iopo.training import loop, replay
 from iopo.training.launch.placement import RankInfo
 from iopo.training.reference import sources as references
 from iopo.training.reference.cache import Cache
@@ -42,11 +44,17 @@ def overrides(tmp_path) -> list[str]:
     ]  # fmt: skip
 
 
-def built(cache: Path, overrides: list[str], *more: str) -> tuple[Run, Cache]:
-    """A run before its first step, in this process, and its cache; no run folder is written."""
+def config(cache: Path, overrides: list[str], *more: str) -> TrainConfig:
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         all_keys = [*overrides, f"reference.cache_dir={cache}", *more]
         cfg = OmegaConf.to_object(compose("config", overrides=all_keys))
+    assert isinstance(cfg, TrainConfig)
+    return cfg
+
+
+def built(cache: Path, overrides: list[str], *more: str) -> tuple[Run, Cache]:
+    """A run before its first step, in this process, and its cache; no run folder is written."""
+    cfg = config(cache, overrides, *more)
     run = build_run(cfg, ALONE)
     return run, Cache(cache, references.manifest(cfg.model, cfg.data, run.inputs, "cpu"))
 
@@ -78,6 +86,69 @@ def test_the_three_sources_agree_and_do_not_follow_the_policy(tmp_path, override
             assert (run.model.model(batch) - scores[-1]).abs().max() > 0.1
     for other in scores[1:]:
         torch.testing.assert_close(other, scores[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_live_reference_is_compiled_as_the_policy_is(tmp_path, overrides, monkeypatch):
+    calls = []
+
+    def planted(forward, dynamic):
+        return lambda *args, **kwargs: calls.append(forward) or forward(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", planted)
+    options = ("reference.source=live", "parallel.compile=true", "parallel.checkpointing=full")
+    run, _ = built(tmp_path / "cache", overrides, *options)
+    loop.check_start(run.job, run.model.model, run.reference)
+    assert len(set(calls)) == len(calls) == 4  # two layers of the policy, and two of its copy
+
+
+def test_what_float32_rounds_otherwise_is_no_wrong_reference(tmp_path, overrides, monkeypatch):
+    """Sums beyond 1024 nats, the last bit of which is more than 1e-4."""
+    rows = [json.loads(line) for line in (tmp_path / "quads.jsonl").read_text().splitlines()]
+    long = [row | {"y1": 40 * " rain", "y2": 40 * " WIND"} for row in rows]
+    (tmp_path / "quads.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
+    fill, signs = references.fill, [0, -np.inf, 0, -np.inf]
+
+    def elsewhere(*args):
+        return {k: np.nextafter(v, np.float32(signs)) for k, v in fill(*args).items()}
+
+    monkeypatch.setattr(references, "fill", elsewhere)
+    run, cache = built(tmp_path / "cache", overrides)
+    assert max(map(np.max, cache.read(4).values())) < -1024
+    loop.check_start(run.job, run.model.model, run.reference)
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_replay_from_the_start_draws_what_training_drew(
+    tmp_path, overrides, monkeypatch, one_rank
+):
+    """Dropout: the weights of a replay without a checkpoint are those of the checkpoint."""
+    options = ("model.lora.dropout=0.5", "optim.max_steps=2", "checkpoint.save_every_steps=1",
+               "evaluation.samples=0", "export.model=false")  # fmt: skip
+    cfg = config(tmp_path / "cache", overrides, *options)
+    for program in (train, replay):  # which would change the logging of the tests that follow
+        monkeypatch.setattr(program, "set_up_logging", lambda **_: None)
+    (tmp_path / "run").mkdir()
+    control = SimpleNamespace(should_stop=lambda: False)
+    train.train(cfg, tmp_path / "run", ALONE, control)
+    weights = []
+
+    def keep(job, model, *_):
+        weights.append({n: p.detach().clone() for n, p in model.parameters.items()})
+        return ""
+
+    monkeypatch.setattr(replay, "describe_example", keep)
+    cfg.replay_step = 2
+    replay.replay(cfg, tmp_path, ALONE, control)
+    monkeypatch.setattr(replay, "complete_folders", lambda _: ([], []))
+    replay.replay(cfg, tmp_path, ALONE, control)
+    first, last = weights[0], weights[-1]
+    assert all(torch.equal(first[name], last[name]) for name in first)
 
 
 def test_two_ranks_fill_the_cache_alone(tmp_path, overrides):

@@ -36,6 +36,7 @@ from iopo.training.launch.signals import (
     STOP_SIGNALS,
     Control,
     heartbeat,
+    stop_clock,
 )
 
 Worker = Callable[[Any, Path, RankInfo, Control], None]
@@ -258,7 +259,10 @@ def _run_rank(task: _Task, ranks: RankInfo, *, announce: bool) -> int:
         tune_malloc()
     try:
         task.worker(task.cfg, task.run_dir, ranks, control)
-        heartbeat()
+        if ranks.is_main:
+            heartbeat()
+        else:  # NCCL's end waits for the ranks of the machine, and rank 0 may still write an export
+            stop_clock()
         dist.destroy_process_group()
     except BaseException as error:  # SystemExit too: a rank that leaves early is a failure
         control.close()

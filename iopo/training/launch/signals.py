@@ -28,17 +28,24 @@ _clock: tuple[float, TextIO] | None = None  # time limit and stacks file, while 
 
 def heartbeat() -> None:
     """Restart this process's hang clock, if it has a `Control`: called in between by work that
-    takes long for good reason (an evaluation, an export)."""
+    takes long for good reason (an evaluation)."""
     if _clock is not None:
         timeout_s, stacks = _clock
         faulthandler.dump_traceback_later(timeout_s, exit=True, file=stacks)
 
 
+def stop_clock() -> None:
+    """Stop this process's hang clock until the next `heartbeat`: called before work without end
+    to foresee (an upload), in which no other rank waits for this one in a collective call."""
+    faulthandler.cancel_dump_traceback_later()
+
+
 class Control:
     """One rank's stop requests. Made by `launch`; the worker calls `should_stop` after each step.
 
-    timeout_s: seconds without `heartbeat` or `should_stop` after which this rank counts as hung:
-        its stacks are written to `stacks_path` and the process exits with code 1.
+    timeout_s: seconds without `heartbeat` or `should_stop` after which this rank counts as hung,
+        unless `stop_clock` was called: its stacks are written to `stacks_path` and the process
+        exits with code 1.
     """
 
     def __init__(self, stacks_path: Path, timeout_s: float) -> None:

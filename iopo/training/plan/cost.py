@@ -35,6 +35,11 @@ class Sizes:
     def total(self) -> int:
         return self.trained + self.frozen
 
+    @property
+    def start(self) -> int:
+        """Of the starting weights, which have no adapters: all or none of them are trained."""
+        return self.frozen or self.trained
+
 
 @dataclass(frozen=True)
 class Transfer:
@@ -81,10 +86,12 @@ def gpu_memory(run: PlannedRun, sizes: Sizes, trace: Trace, split: bool) -> dict
     if split and run.splits_once:
         rows["gradients of a split quad"] = w * t
     if run.sharded:
-        rows["gathered weights"] = c * (sizes.root + GATHERED_BLOCKS * sizes.block)
+        # a forward without backward leaves the root gathered: that of a live reference stays
+        roots = 2 if run.reference is ReferenceSource.live else 1
+        rows["gathered weights"] = c * (roots * sizes.root + GATHERED_BLOCKS * sizes.block)
         leaving = (REDUCED_BLOCKS * w + c) * sizes.block_trained + w * sizes.root_trained
         rows["gradients on their way"] = leaving
-        at_end += c * sizes.root + 2 * w * sizes.root_trained
+        at_end += roots * c * sizes.root + 2 * w * sizes.root_trained
     elif run.ranks > 1:
         at_end += w * t  # buckets of the all-reduce
     rows["reduction after backward"] = max(0.0, at_end - sum(rows.values()))
@@ -100,8 +107,8 @@ def states(run: PlannedRun, sizes: Sizes) -> dict[str, float]:
         rows["weights to compute with"] = c * t
     rows["gradients"] = w * t / run.shard
     rows["optimizer (two moments)"] = 2 * w * t / run.shard
-    if run.reference is ReferenceSource.live:  # divided only beside a policy that trains whole
-        rows["live reference"] = c * (t + f) / run.shard if whole else c * f
+    if run.reference is ReferenceSource.live:  # divided as the policy is
+        rows["live reference"] = c * sizes.start / run.shard
     return rows
 
 
@@ -155,8 +162,10 @@ def communication(run: PlannedRun, sizes: Sizes, micro_batches: int) -> list[Tra
     if not run.sharded:
         return [transfer("all-reduce of gradients", 2 * gradients, run.ranks)]
     passes = 2 * sizes.total - sizes.root  # the root stays gathered from forward to backward
-    if run.reference is ReferenceSource.live and run.cfg.model.lora.rank == 0:
-        passes += sizes.total
+    if run.reference is ReferenceSource.live:
+        passes += sizes.start - sizes.root
+    elif run.reference is ReferenceSource.adapter_off:
+        passes += sizes.total - sizes.root  # the policy's forward finds the root gathered
     gathered = micro_batches * sizes.compute_bytes * passes
     transfers = [
         transfer("gathers of weights", gathered, run.shard),

@@ -22,8 +22,9 @@ OVERLAID = (("train", "loss"), ("train", "margin"), ("train", "accuracy"),
 def collect(sweep: Path) -> list[dict[str, Any]]:
     """One row per run folder: "run", "state" (complete | failed | unfinished), the config keys that
     differ, then MEASURES and "seconds", which are missing for runs that did not end."""
-    # at any depth: hydra.sweep.subdir may be set to a nested name
-    folders = sorted(path.parent for path in sweep.rglob("config.yaml"))
+    # at any depth: hydra.sweep.subdir may be set to a nested name. wandb has a config.yaml too
+    files = sweep.rglob("config.yaml")
+    folders = sorted(f.parent for f in files if (f.parent / "environment.json").exists())
     configs = [flatten(yaml.safe_load(text_of(f / "config.yaml"))) for f in folders]
     keys = sorted({key for config in configs for key in config} - {"run"})
     differing = [key for key in keys if len({str(config.get(key)) for config in configs}) > 1]
@@ -95,7 +96,7 @@ def write_page(sweep: Path) -> Path:
     """SWEEP/sweep.html with sweep.csv and sweep.png; raises ValueError without run folders."""
     rows = collect(sweep)
     if not rows:
-        raise ValueError(f"{sweep}: no run folders (with a config.yaml) in it")
+        raise ValueError(f"{sweep}: no run folders (with config.yaml and environment.json) in it")
     keys = columns(rows)
     with open(sweep / "sweep.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, keys)
