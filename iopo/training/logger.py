@@ -21,7 +21,7 @@ import torch
 from iopo.config import HELDOUT_MEASURES, TrackerConfig, Wandb
 from iopo.files import read_records
 from iopo.progress import progress
-from iopo.redact import redact
+from iopo.redact import redact, redact_values
 
 SHOWN = {"loss": "loss", "margin": "margin", "accuracy": "acc", "tokens_per_s": "tok/s"}
 CROWDED = 2.0  # times slower than the first steps
@@ -147,7 +147,7 @@ def _start_wandb(run: Path, cfg: TrackerConfig, config: dict[str, Any]):
         mode="online" if cfg.wandb is Wandb.online else "offline",
         dir=str(run),
         tags=[redact(tag) for tag in cfg.tags],
-        config=json.loads(redact(json.dumps(config))),
+        config=redact_values(config),
         # argv, git diff and console would go unredacted; environment.json has the first two
         settings=wandb.Settings(x_disable_meta=True, disable_git=True, console="off"),
     )

@@ -18,7 +18,7 @@ from iopo.model.load import dtype_name
 from iopo.model.parallel import TrainModel
 from iopo.objectives import OBJECTIVES, Options
 from iopo.progress import progress
-from iopo.redact import redact
+from iopo.redact import redact_values
 from iopo.training import setup
 from iopo.training.checkpoint.folders import (
     COMPLETE_FILE,
@@ -64,7 +64,7 @@ def fingerprint(cfg: TrainConfig, inputs: Inputs, world_size: int) -> dict[str, 
     if (path := cfg.reference.path) is not None:
         identity["reference weights"] = weights_hash(inputs_of_other(inputs, path).model_path or "")
     whole = {"config": config, "identity": identity, "world_size": world_size}
-    return json.loads(redact(json.dumps(whole)))
+    return redact_values(whole)
 
 
 def check_resume(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

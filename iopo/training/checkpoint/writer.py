@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from iopo.config import CheckpointConfig
 from iopo.files import sha256_file, write_text
 from iopo.progress import progress
-from iopo.redact import redact
+from iopo.redact import redact_values
 from iopo.training.checkpoint import folders
 
 log = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ class Checkpoints:
             "torch": torch.__version__,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        write_text(partial / folders.STATE_FILE, redact(json.dumps(state, indent=1)) + "\n")
+        write_text(partial / folders.STATE_FILE, json.dumps(redact_values(state), indent=1) + "\n")
 
     def _write(self, step: int, state: Any) -> None:
         partial = folders.partial_of(self.run_dir, step)

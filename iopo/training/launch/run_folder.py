@@ -28,7 +28,7 @@ from typing import Any, TextIO
 import torch
 
 from iopo.files import write_text
-from iopo.redact import redact
+from iopo.redact import redact, redact_values
 
 COMPLETE_FILE = "COMPLETE"
 FAILED_FILE = "FAILED"
@@ -67,7 +67,7 @@ def mark_complete(run_dir: Path, description: dict[str, Any]) -> None:
 
     description: "step", and the fingerprint that `check_resume` compares; secrets are redacted.
     """
-    write_text(run_dir / COMPLETE_FILE, redact(json.dumps(description, indent=1)) + "\n")
+    write_text(run_dir / COMPLETE_FILE, json.dumps(redact_values(description), indent=1) + "\n")
 
 
 def describe_environment(repository: Path) -> dict[str, Any]:
@@ -133,4 +133,4 @@ def _record_attempt(run_dir: Path, config_text: str, environment: dict[str, Any]
 
     path = run_dir / "environment.json"
     attempts = json.loads(path.read_text()) if path.exists() else []
-    write_text(path, redact(json.dumps([*attempts, environment], indent=1)) + "\n")
+    write_text(path, json.dumps(redact_values([*attempts, environment]), indent=1) + "\n")
