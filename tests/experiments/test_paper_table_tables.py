@@ -9,7 +9,7 @@ import pytest
 from iopo.experiments.paper_table import gains
 from iopo.experiments.paper_table import table as comparison_table
 from iopo.experiments.paper_table.measures import HIGH, LOW, measures
-from iopo.experiments.paper_table.table import REGIMES
+from iopo.experiments.paper_table.table import REGIMES, TWICE
 from iopo.files import write_records
 
 QUADS = 40
@@ -178,23 +178,20 @@ def test_regimes_compare_the_two_on_the_same_quads(run, tmp_path):
     })  # fmt: skip
 
 
-def test_an_ablation_without_the_main_table_stands_against_the_iopo_of_another(run, tmp_path):
-    """And has the runs of the other ablations beside its own."""
-    folder = shutil.copytree(run, tmp_path / "run")
-    shutil.rmtree(folder / "paper_table")
+def test_dpo_on_both_rows_at_twice_the_beta_stands_against_iopo(run, tmp_path):
+    """And an ablation has the runs of the others beside its own."""
+    run = shutil.copytree(run, tmp_path / "run")
     for place, follows in (
-        ("ablation_apart/iopo-objective.beta-0.5", 50),
-        ("ablation_regimes/iopo-objective.beta-0.5-data.train-noise10.jsonl", 44),
-        ("ablation_double_beta/output_preference-objective.beta-1.0", 47),
+        ("ablation_apart/iopo-optim.lr-5e-5-objective.beta-0.5", 50),
+        ("ablation_apart/output_preference-optim.lr-5e-5-objective.beta-0.5", 40),
+        ("ablation_double_beta/output_preference-optim.lr-5e-5-objective.beta-1.0", 47),
     ):
-        model(folder / place / "seed1", follows, [-2.5, -6.0, -2.5, -6.0], prompts=10)
-    comparison_table.write(folder, "ablation_double_beta")
-    found = json.loads((folder / "ablation_double_beta.json").read_text())["differences"]
-    assert list(found) == ["SFT", "IOPO beta=0.5"]
-    gains = {name: of["following"]["value"] for name, of in found["IOPO beta=0.5"].items()}
-    assert gains == pytest.approx({
-        "DPO on both rows beta=1.0": -3 / 80, "IOPO beta=0.5 train=noise10": -6 / 80,
-    })  # fmt: skip
+        model(run / place / "seed1", follows, [-2.5, -6.0, -2.5, -6.0], prompts=10)
+    comparison_table.write(run, "ablation_double_beta")
+    found = json.loads((run / "ablation_double_beta.json").read_text())["questions"]
+    gains = {name: of["following"]["value"] for name, of in found[TWICE].items()}
+    assert gains == pytest.approx({"IOPO lr=5e-5 beta=0.5": 3 / 80})
+    assert found[REGIMES]["lr=5e-5 beta=0.5"]["following"]["value"] == pytest.approx(10 / 80)
 
 
 def test_two_sittings_give_the_tables_of_their_seeds_together(run, tmp_path):

@@ -125,10 +125,8 @@ def write(run: Path, sweep: str, earlier: Sequence[Path] = ()) -> list[str]:
     others = [name for name in found if name not in ("base", "SFT")]
     # each seed minus the checkpoint that it started from
     differences = {"SFT": {_name(m): _differences(starts[m], found[m]) for m in others}}
-    bases = {"rounds": ["iopo_rounds"], "paper_table": ["sft", "output_preference"]}
-    # an ablation's: IOPO with the fewest changes
-    least_changed = sorted((name for name in found if name.startswith("iopo")), key=len)[:1]
-    for base in bases.get(sweep, least_changed):
+    bases = {"rounds": ("iopo_rounds",), "paper_table": ("sft", "output_preference")}
+    for base in bases.get(sweep, ("iopo",)):
         if base in found:
             differences[_name(base)] = {
                 _name(m): _differences(found[base], found[m]) for m in others if m != base
@@ -160,6 +158,7 @@ def _scored(by_seed: dict[int | None, Measures]) -> dict[str, Scores]:
 
 PARTS = "Where the gain over DPO comes from, by the seeds of all three"
 REGIMES = "IOPO - DPO on both rows, changed alike"
+TWICE = "IOPO - DPO on both rows at twice its beta: one loss where a quad's margins are equal"
 
 
 def _questions(found: Mapping[str, dict[str, Scores]]) -> dict[str, dict[str, Any]]:
@@ -183,7 +182,12 @@ def _questions(found: Mapping[str, dict[str, Scores]]) -> dict[str, dict[str, An
             regimes[_changes(regime.removeprefix("-")) or "main table"] = _differences(
                 found[name], found["iopo" + regime]
             )
-    return {PARTS: parts, REGIMES: regimes if len(regimes) > 1 else {}}
+    twice = {}
+    for name in found:
+        of = re.fullmatch(r"output_preference(.*beta-)([\d.]+)(.*)", name)
+        if of is not None and (half := f"iopo{of[1]}{float(of[2]) / 2:g}{of[3]}") in found:
+            twice[_name(half)] = _differences(found[name], found[half])
+    return {PARTS: parts, REGIMES: regimes if len(regimes) > 1 else {}, TWICE: twice}
 
 
 def _shared(metric: str, *methods: dict[str, Scores]) -> list[Scores]:
