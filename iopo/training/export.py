@@ -244,19 +244,18 @@ def gather(
     """Whole tensors on the CPU by the language model's names; {} where not `keep`. Collective.
 
     only: a part of the names of those that are wanted. Weights are rounded to `dtype`; adapters
-    stay fp32, and so do those that the model's class keeps in it. Tied weights come once. Buffers
-    that belong to the weights (a router's biases) come as they are.
+    stay fp32. Tied weights come once. Buffers that belong to the weights (a router's biases) come
+    as they are.
     """
     model = language_model(train_model.model)
     root = next(name for name, module in train_model.model.named_modules() if module is model)
-    kept = {".lora_", *(model._keep_in_fp32_modules_strict or ())}
     tensors = {} if only or not keep else {n: b.cpu().clone() for n, b in _buffers(model).items()}
     for name, parameter in train_model.model.named_parameters():
         if only not in name:
             continue
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         if keep:
-            saved = torch.float32 if any(part in name for part in kept) else dtype
+            saved = whole.dtype if ".lora_" in name else dtype
             short = name.removeprefix(root + ".") if root else name
             tensors[short] = whole.detach().to("cpu", saved, copy=True)
     return tensors
