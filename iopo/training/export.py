@@ -262,9 +262,16 @@ def gather(
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Those that are part of a model's weights, by name."""
-    persistent = model.state_dict().keys()
-    return {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    """Those that are part of a model's weights, by name.
+
+    Not from state_dict(), which FSDP2 answers by dividing what is gathered, on this rank alone.
+    """
+    passing = {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    return {name: buffer for name, buffer in model.named_buffers() if name not in passing}
 
 
 def _save(
