@@ -117,7 +117,7 @@ def test_a_warned_job_saves_is_requeued_and_ends(sweep, tmp_path):
     wait_until(lambda: (tmp_path / "requeued").exists(), tmp_path)
     assert (tmp_path / "requeued").read_text() == "requeue 100_0\n"
     saved = [path.name for path in (runs[0] / "checkpoints").iterdir()]
-    assert program.wait(300) == 0, (tmp_path / "output").read_text()[-3000:]
+    assert program.wait(600) == 0, (tmp_path / "output").read_text()[-3000:]
     for run in runs:
         assert (run / "COMPLETE").exists()
         steps = [row["step"] for row in read_rows(run) if row["split"] == "train"]
