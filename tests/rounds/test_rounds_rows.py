@@ -213,12 +213,12 @@ def test_prompts_of_other_sources(tmp_path):
     left, dropped = prompts.read_prompts(str(SETS / "rlvr_ifeval.jsonl"), held)
     assert len(left) + dropped["asks for a held-out constraint"] == len(found)
     assert dropped["asks for a held-out constraint"] >= 1
-    prompt = "Name a fruit. No commas."  # which of it is the constraint's wording is not known
-    row = {"prompt": prompt, "constraints": [{"kind": "no_commas", "params": {}}]}
-    write_records(tmp_path / "unknown.jsonl", [row, row | {"prompt": "Name a town. No commas."}])
+    prompt = "Name a fruit. In lowercase."  # which of it is the constraint's wording is not known
+    row = {"prompt": prompt, "constraints": [{"kind": "case", "params": {"style": "lower"}}]}
+    write_records(tmp_path / "unknown.jsonl", [row, row | {"prompt": "Name a town. In lowercase."}])
     held = prompts.Held(tasks=frozenset({prompt}))
     left, dropped = prompts.read_prompts(str(tmp_path / "unknown.jsonl"), held)
-    assert len(left) == dropped["task of a held-out quad"] == 1
+    assert len(left) == dropped["task of a held-out quad"] == 1 and isinstance(left[0], Seed)
     (tmp_path / "seeds.txt").write_text("Name a fruit.\nDescribe a town.\n")
     plain, _ = prompts.read_prompts(str(tmp_path / "seeds.txt"), prompts.Held())
     assert plain == [Task("Name a fruit."), Task("Describe a town.")]

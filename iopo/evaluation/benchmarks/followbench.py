@@ -75,6 +75,7 @@ def load(path: str | Path) -> list[Item]:
 
 
 def group_id(row: dict[str, Any]) -> str:
+    """Of the instruction that the levels share."""
     return f"{row['language']}/{row['constraint_type']}/{row['example_id']}"
 
 
